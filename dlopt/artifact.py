@@ -1,0 +1,186 @@
+"""Artifacts: directories named by the digest of what made them, sealed by a manifest that is written last."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dlopt.part import DloptError
+
+MANIFEST = "manifest.json"
+
+
+class File(BaseModel):
+    """Size in bytes and SHA-256 of one file of an artifact."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    size: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """The seal of an artifact: what made it, from what, which files it has and what there is to say of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    stage: str
+    digest: str
+    section: dict[str, Any]
+    parents: dict[str, str]
+    """Digest of each parent, by its stage's name."""
+    files: dict[str, File]
+    info: dict[str, Any]
+    """What the stage found: counts, metrics, timings (JSON)."""
+    seconds: float
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A sealed directory; read its files through `read` or `check`, so that a damaged one is never used."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: Path) -> Artifact:
+        """Open a sealed directory; raises DloptError when it is not sealed or a file is missing or has the wrong size."""
+        try:
+            manifest = Manifest.model_validate_json((path / MANIFEST).read_bytes())
+        except FileNotFoundError:
+            raise DloptError(f"{path}: not a finished artifact (no {MANIFEST}): run its job again") from None
+        except ValidationError:
+            raise DloptError(f"{path / MANIFEST}: damaged: delete the folder {path} and run the job again") from None
+        for name, file in manifest.files.items():
+            if not (path / name).is_file() or (path / name).stat().st_size != file.size:
+                raise DloptError(f"{path / name}: missing or damaged: delete the folder {path} and run the job again")
+        return cls(path, manifest)
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return self.manifest.info
+
+    def check(self, name: str) -> Path:
+        """Path of a file whose content is what was sealed; raises DloptError when it is not."""
+        if name not in self.manifest.files:
+            raise DloptError(f"{self.path}: has no file {name}: delete the folder and run the job again")
+        if _sha256(self.path / name) != self.manifest.files[name].sha256:
+            raise DloptError(f"{self.path / name}: content differs from its seal: delete the folder {self.path} and run the job again")
+        return self.path / name
+
+    def read(self, name: str) -> bytes:
+        """Content of a file, checked against its seal."""
+        return self.check(name).read_bytes()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A verb of the pipeline: `make(section, out, *parents)` fills the directory `out` and returns the manifest's info."""
+
+    name: str
+    make: Callable[..., dict[str, Any]]
+    resumes: bool = False
+    """Whether a half-made directory is of use to the next try (checkpoints); else it is emptied first."""
+    version: int = 1
+    """Raised when the same section would now give another result, so that old artifacts are not taken for it."""
+
+
+def digest_of(value: Any) -> str:
+    """Twelve hexadecimal digits of SHA-256 over the canonical JSON of a value."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def place(stage: Stage, section: BaseModel, home: Path, parents: tuple[Artifact, ...], found: Any = None) -> Path:
+    """Where the artifact of a stage is or will be: home/stage/digest. `found` is what else it depends on (source files)."""
+    made_from = [parent.manifest.digest for parent in parents]
+    return home / stage.name / digest_of([stage.name, stage.version, section.model_dump(mode="json"), made_from, found])
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether the directory is a finished artifact."""
+    return (path / MANIFEST).is_file()
+
+
+def once(stage: Stage, section: BaseModel, home: Path, *parents: Artifact, found: Any = None, **context: Any) -> Artifact:
+    """Run a stage, or hand back what it left before. That alone gives restart, caching and lineage.
+
+    `context` is passed on to the stage but does not name the result (resources, progress).
+    """
+    path = place(stage, section, home, parents, found)
+    if is_sealed(path):
+        return Artifact.open(path)
+    with _lock(path):
+        if is_sealed(path):
+            return Artifact.open(path)
+        if not stage.resumes:
+            shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True, exist_ok=True)
+        start = time.monotonic()
+        info = stage.make(section, path, *parents, **context)
+        manifest = Manifest(
+            stage=stage.name,
+            digest=path.name,
+            section=section.model_dump(mode="json"),
+            parents={parent.manifest.stage: parent.manifest.digest for parent in parents},
+            files=_files(path),
+            info=info,
+            seconds=round(time.monotonic() - start, 3),
+            versions=versions(),
+        )
+        write_atomically(path / MANIFEST, manifest.model_dump_json(indent=1))
+        return Artifact(path, manifest)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all: to a temporary name, flushed to disk, then renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide a result."""
+    found = {}
+    for name in ("dlopt", "ray", "torch", "pyarrow", "numpy", "onnx", "onnxruntime", "pillow"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold the artifact's name while it is made, so that two runs of one job do not write over each other."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DloptError(f"{path}: another dlopt process is making it now: wait for it, or stop it") from None
+        yield
+
+
+def _files(path: Path) -> dict[str, File]:
+    found = sorted(file for file in path.rglob("*") if file.is_file() and file.name != MANIFEST)
+    return {str(file.relative_to(path)): File(size=file.stat().st_size, sha256=_sha256(file)) for file in found}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,81 @@
+"""Where Ray is started, joined and left. Importing this module imports no Ray."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dlopt.part import DloptError
+
+QUIET = {
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SCHEDULER_EVENTS": "0",
+}
+"""Ray's settings for a quiet terminal and for failures that show within a minute; what the user has set wins."""
+
+
+def set_environment(address: str | None) -> None:
+    """Set Ray's environment variables that must stand before `import ray`; RAY_AUTH_MODE always ends up explicit.
+
+    A cluster of our own gets a fresh token, since Ray listens on every interface; another's is met with the user's token.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    if address is None:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    else:
+        has_token = "RAY_AUTH_TOKEN" in os.environ or _token_path().is_file()
+        os.environ["RAY_AUTH_MODE"] = "token" if has_token else "disabled"
+
+
+def address_of(address: str | None) -> str | None:
+    """The cluster to join: what was asked for, else RAY_ADDRESS (which `ray job submit` sets), else None for one of our own."""
+    return address or os.environ.get("RAY_ADDRESS") or None
+
+
+@contextmanager
+def connected(address: str | None = None, cpus: int | None = None, **options: Any) -> Iterator[None]:
+    """Join the cluster at `address`, or start one here with `cpus` logical CPUs and stop it again on the way out.
+
+    A process that is connected already stays as it is. Raises DloptError when the cluster cannot be reached.
+    """
+    address = address_of(address)
+    set_environment(address)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    try:
+        if address is None:
+            ray.init(address="local", num_cpus=cpus or os.cpu_count(), include_dashboard=False, logging_level="WARNING", **options)
+        else:
+            ray.init(address=address, logging_level="WARNING", **options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        where = address or "here"
+        raise DloptError(f"--address: cannot start or join Ray at {where}: {str(error).strip().splitlines()[0]}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _token_path() -> Path:
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
