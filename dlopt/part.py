@@ -64,3 +64,20 @@ class Signature(Part):
     def num_outputs(self) -> int:
         """How many classes there are."""
         return len(self.target.labels)
+
+
+class Statistics(Part):
+    """What the training split says of one input tensor, per channel of an image or per column of numbers, and the
+    preprocessing that follows from it: `(where(isnan(x), fill, x) - shift) * scale`."""
+
+    count: int
+    """Values per channel or column, missing ones included."""
+    missing: tuple[int, ...]
+    min: tuple[float, ...]
+    max: tuple[float, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    """Population standard deviation (ddof 0), as scikit-learn's StandardScaler."""
+    fill: tuple[float, ...]
+    shift: tuple[float, ...]
+    scale: tuple[float, ...]

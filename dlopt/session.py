@@ -65,9 +65,9 @@ def connected(address: str | None = None, cpus: int | None = None, **options: An
     logging.getLogger("ray").setLevel(logging.WARNING)
     try:
         if address is None:
-            ray.init(address="local", num_cpus=cpus or os.cpu_count(), include_dashboard=False, logging_level="WARNING", **options)
+            ray.init(address="local", num_cpus=cpus or os.cpu_count(), include_dashboard=False, logging_level=logging.WARNING, **options)
         else:
-            ray.init(address=address, logging_level="WARNING", **options)
+            ray.init(address=address, logging_level=logging.WARNING, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = address or "here"
         raise DloptError(f"--address: cannot start or join Ray at {where}: {str(error).strip().splitlines()[0]}") from error

@@ -16,8 +16,9 @@ from dlopt.part import DloptError, Feature, Signature
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Pillow's name for an image with so many channels."""
-
-Image.MAX_IMAGE_PIXELS = 64 * 1024 * 1024  # a larger one raises instead of filling the memory
+GREY = ("1", "L", "LA", "I;16")
+MOST_PIXELS = 64 * 1024 * 1024
+"""A larger image is refused before it is decoded, instead of filling the memory."""
 
 
 def decode_image(data: bytes, channels: int | None = None, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -27,11 +28,10 @@ def decode_image(data: bytes, channels: int | None = None, size: tuple[int, int]
     size: (height, width) to resize to, bilinear. Raises DloptError saying why the bytes are no image.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise DloptError(f"image of {image.width}x{image.height} is too large")
-            mode = MODES[channels or (1 if image.mode in ("1", "L", "LA", "I;16") else 3)]
-            image = image.convert(mode)
+        with Image.open(io.BytesIO(data)) as file:
+            if file.width * file.height > MOST_PIXELS:
+                raise DloptError(f"image of {file.width}x{file.height} is too large")
+            image = file.convert(MODES[channels or (1 if file.mode in GREY else 3)])
     except DloptError:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...

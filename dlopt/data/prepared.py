@@ -1,0 +1,118 @@
+"""How prepared rows lie on disk: parquet files in the order of row keys, in row groups that are the unit of shuffling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dlopt.artifact import Artifact
+from dlopt.part import DloptError, Feature, Signature
+
+CHUNK_BYTES = 2**20
+"""About how many bytes a row group has."""
+
+Rows = dict[str, np.ndarray]
+"""Feature name to values (rows, *shape), and the target's name to class indices (rows,)."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A row group of a file, and where its rows stand in the split."""
+
+    file: str
+    group: int
+    start: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a prepared set: where its rows are, and how to read them."""
+
+    signature: Signature
+    chunks: tuple[Chunk, ...]
+
+    @classmethod
+    def open(cls, data: Artifact, name: str) -> Split:
+        """The split called `name`; one without rows when the data has none."""
+        signature = Signature.model_validate_json(data.read("signature.json"))
+        chunks: list[Chunk] = []
+        start = 0
+        for file in sorted((data.path / name).glob("*.parquet")):
+            metadata = _metadata(file)
+            for group in range(metadata.num_row_groups):
+                rows = metadata.row_group(group).num_rows
+                chunks.append(Chunk(str(file.resolve()), group, start, rows))
+                start += rows
+        return cls(signature, tuple(chunks))
+
+    def __len__(self) -> int:
+        return self.chunks[-1].start + self.chunks[-1].rows if self.chunks else 0
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row in memory."""
+        return sum(feature.size * np.dtype(feature.dtype).itemsize for feature in self.signature.inputs) + 8
+
+    def read(self, chunks: Sequence[Chunk] | None = None) -> Rows:
+        """All rows of the chunks (of the whole split by default), in their order."""
+        chunks = self.chunks if chunks is None else chunks
+        by_file: dict[str, list[int]] = {}
+        for chunk in chunks:
+            by_file.setdefault(chunk.file, []).append(chunk.group)
+        tables = [_read_groups(file, groups) for file, groups in by_file.items()]
+        return as_rows(self.signature, pa.concat_tables(tables)) if tables else empty_rows(self.signature)
+
+
+def write_part(table: pa.Table, signature: Signature, path: Path) -> None:
+    """Write rows of one split; pages carry checksums, so that damage is seen when they are read."""
+    row_bytes = sum(feature.size * np.dtype(feature.dtype).itemsize for feature in signature.inputs) + 8
+    chunk_rows = max(64, min(8192, CHUNK_BYTES // row_bytes))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, row_group_size=chunk_rows, compression="lz4", use_dictionary=False, write_page_checksum=True)
+
+
+def as_rows(signature: Signature, table: pa.Table) -> Rows:
+    """Columns as they lie in parquet, as arrays."""
+    rows = {feature.name: feature_array(feature, table) for feature in signature.inputs}
+    return rows | {signature.target.name: table[signature.target.name].to_numpy()}
+
+
+def empty_rows(signature: Signature) -> Rows:
+    rows = {feature.name: np.zeros((0, *feature.shape), dtype=feature.dtype) for feature in signature.inputs}
+    return rows | {signature.target.name: np.zeros(0, dtype=np.int64)}
+
+
+def feature_array(feature: Feature, table: pa.Table) -> np.ndarray:
+    """One input's values, (rows, *shape)."""
+    if feature.kind == "image":
+        column = table[feature.name].combine_chunks()
+        data = np.frombuffer(column.buffers()[1], dtype=np.uint8)
+        offset = column.offset * feature.size
+        return data[offset : offset + len(column) * feature.size].reshape(len(column), *feature.shape)
+    return np.stack([table[name].to_numpy() for name in feature.columns], axis=1)
+
+
+def _metadata(file: Path) -> pq.FileMetaData:
+    try:
+        return pq.read_metadata(file)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _damaged(str(file), error) from None
+
+
+def _read_groups(file: str, groups: list[int]) -> pa.Table:
+    try:
+        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+            return parquet.read_row_groups(groups)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _damaged(file, error) from None
+
+
+def _damaged(file: str, error: Exception) -> DloptError:
+    folder = Path(file).parent.parent
+    return DloptError(f"{file}: damaged ({str(error).splitlines()[0]}): delete the folder {folder} and run the job again")
