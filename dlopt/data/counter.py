@@ -62,7 +62,9 @@ def row_keys(columns: Sequence[np.ndarray]) -> np.ndarray:
 
 def string_words(values: Sequence[str]) -> np.ndarray:
     """A 64-bit integer for each string, the same on every machine."""
-    return np.array([int.from_bytes(hashlib.blake2b(value.encode(), digest_size=8).digest(), "little") for value in values], dtype=np.uint64)
+    return np.array(
+        [int.from_bytes(hashlib.blake2b(value.encode(), digest_size=8).digest(), "little") for value in values], dtype=np.uint64
+    )
 
 
 def _words(column: np.ndarray) -> np.ndarray:

@@ -8,7 +8,6 @@ parquet and sums statistics. The keys alone decide where a row goes, so the arti
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -26,12 +25,13 @@ from dlopt.artifact import Stage, write_atomically
 from dlopt.data import moments
 from dlopt.data.counter import row_keys, string_words
 from dlopt.data.moments import Moments
-from dlopt.data.prepared import write_part
+from dlopt.data.prepared import feature_columns, write_part
 from dlopt.data.section import Data
 from dlopt.data.sources import Source
 from dlopt.data.split import NAMES, StratifiedSplit, Thresholds
 from dlopt.part import DloptError, Feature, Signature, Target
 from dlopt.progress import Progress, silent
+from dlopt.session import data_context
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -60,7 +60,7 @@ def peek(section: Data) -> tuple[Feature, ...]:
 
 def prepare(section: Data, out: Path, *, progress: Progress = silent) -> dict[str, Any]:
     """Fill `out` with train/, validation/, test/ and bad/ parquet, signature.json and statistics.json; returns the counts."""
-    _quiet()
+    data_context()
     clock = _Clock()
     features = peek(section)
     progress("prepare", None, "decoding")
@@ -109,7 +109,7 @@ class _Rows:
         if count == 0 and not folder.is_dir():
             raise DloptError(f"{where}: is empty")
         keys = dataset.select_columns([LABEL, HIGH, LOW]) if count else None
-        blocks = [table for table in keys.iter_batches(batch_size=None, batch_format="pyarrow")] if keys else []
+        blocks = list(keys.iter_batches(batch_size=None, batch_format="pyarrow")) if keys else []
         labels = sorted({label for table in blocks for label in table[LABEL].unique().to_pylist()})
 
         def positions(split: Any) -> dict[Any, np.ndarray]:
@@ -168,7 +168,7 @@ class _Encoder:
         keys = row_keys([*(_hashable(values) for values in arrays), _label_words(labels)])
         columns: dict[str, pa.Array] = {}
         for feature, values in zip(self.features, arrays, strict=True):
-            columns |= _columns(feature, values)
+            columns |= feature_columns(feature, values)
         return pa.table(columns | {LABEL: labels, HIGH: pa.array(keys[:, 0]), LOW: pa.array(keys[:, 1])})
 
     def _set_aside(self, table: pa.Table, reasons: dict[int, str]) -> None:
@@ -284,7 +284,9 @@ def _refuse_unlearnable(section: Data, signature: Signature, done: list[_Done]) 
             raise DloptError(f"data.split: the {name} split is empty: there are too few rows for its share")
         for label, count in counts.get(name, {}).items():
             if count and not counts["train"][label]:
-                raise DloptError(f"data: label {label!r} is in the {name} split but not in train: add rows of it, or use a stratified split")
+                raise DloptError(
+                    f"data: label {label!r} is in the {name} split but not in train: add rows of it, or use a stratified split"
+                )
 
 
 def _label_counts(signature: Signature, done: list[_Done]) -> dict[str, dict[str, int]]:
@@ -293,9 +295,7 @@ def _label_counts(signature: Signature, done: list[_Done]) -> dict[str, dict[str
     for part in done:
         for name, counts in part.labels.items():
             totals[name] = totals.get(name, 0) + np.array(counts)
-    return {
-        name: dict(zip(map(str, signature.target.labels), totals[name].tolist(), strict=True)) for name in NAMES if name in totals
-    }
+    return {name: dict(zip(map(str, signature.target.labels), totals[name].tolist(), strict=True)) for name in NAMES if name in totals}
 
 
 def _info(signature: Signature, sources: list[_Rows], done: list[_Done], bad: Path, seconds: dict[str, float]) -> dict[str, Any]:
@@ -321,14 +321,6 @@ def _parquets(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.parquet"))
 
 
-def _columns(feature: Feature, values: np.ndarray) -> dict[str, pa.Array]:
-    """Encoded values as columns: an image as its bytes, numbers as a float32 column each."""
-    if feature.kind == "image":
-        kind = pa.binary(feature.size)
-        return {feature.name: pa.FixedSizeBinaryArray.from_buffers(kind, len(values), [None, pa.py_buffer(np.ascontiguousarray(values))])}
-    return {name: pa.array(values[:, index].astype(np.float32)) for index, name in enumerate(feature.columns)}
-
-
 def _hashable(values: np.ndarray) -> np.ndarray:
     """All NaNs alike, and no negative zero."""
     return values if values.dtype == np.uint8 else np.where(np.isnan(values), np.nan, values + 0.0)
@@ -348,13 +340,3 @@ class _Clock:
     def lap(self, name: str) -> None:
         now = time.monotonic()
         self.seconds[name], self.start = round(now - self.start, 3), now
-
-
-def _quiet() -> None:
-    """Ray Data draws and logs for itself; our progress says the same in a line."""
-    from ray.data import DataContext
-
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -83,9 +83,25 @@ def as_rows(signature: Signature, table: pa.Table) -> Rows:
     return rows | {signature.target.name: table[signature.target.name].to_numpy()}
 
 
+def as_table(signature: Signature, rows: Rows) -> pa.Table:
+    """Arrays as columns: the way back from `as_rows`."""
+    columns: dict[str, pa.Array] = {}
+    for feature in signature.inputs:
+        columns |= feature_columns(feature, rows[feature.name])
+    return pa.table(columns | {signature.target.name: pa.array(rows[signature.target.name])})
+
+
 def empty_rows(signature: Signature) -> Rows:
     rows = {feature.name: np.zeros((0, *feature.shape), dtype=feature.dtype) for feature in signature.inputs}
     return rows | {signature.target.name: np.zeros(0, dtype=np.int64)}
+
+
+def feature_columns(feature: Feature, values: np.ndarray) -> dict[str, pa.Array]:
+    """One input's values as columns: an image as its bytes, numbers as a float32 column each."""
+    if feature.kind == "image":
+        buffer = pa.py_buffer(np.ascontiguousarray(values))
+        return {feature.name: pa.FixedSizeBinaryArray.from_buffers(pa.binary(feature.size), len(values), [None, buffer])}
+    return {name: pa.array(values[:, index].astype(np.float32)) for index, name in enumerate(feature.columns)}
 
 
 def feature_array(feature: Feature, table: pa.Table) -> np.ndarray:

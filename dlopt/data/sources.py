@@ -151,7 +151,9 @@ def _read_images(paths: Sequence[str]) -> pa.Table:
             return b""
 
     labels = [Path(path).parent.name for path in paths]
-    return pa.table({"image": pa.array([content(path) for path in paths], pa.binary()), "label": labels, "path": pa.array(paths, pa.string())})
+    return pa.table(
+        {"image": pa.array([content(path) for path in paths], pa.binary()), "label": labels, "path": pa.array(paths, pa.string())}
+    )
 
 
 def _matching(path: str, endings: tuple[str, ...]) -> list[str]:

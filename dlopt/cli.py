@@ -1,0 +1,178 @@
+"""The command line. Heavy imports wait until a command needs them, so that `--help` answers at once.
+
+Exit codes: 0 done, 1 a failure of the system (with its cause), 2 a mistake that the user can mend (one line).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dlopt.part import DloptError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.command(options) or 0)
+    except DloptError as error:
+        print(f"dlopt: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("dlopt: stopped; the same command goes on from here", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if os.environ.get("DLOPT_TRACEBACK"):
+            raise
+        print(f"dlopt: {type(error).__name__}: {_cause(error)} (DLOPT_TRACEBACK=1 shows where)", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dlopt", description="Raw data to a trained, served and watched model with one job file.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="do all that a job asks for: prepare, fit, export, report")
+    _job(run)
+    _home(run)
+    run.add_argument("--address", help="a running Ray cluster; without it, $RAY_ADDRESS, else one is started here and stopped again")
+    run.add_argument("--json", action="store_true", help="print one JSON object {run, name, metrics, seconds} instead of the run's folder")
+    run.set_defaults(command=_run)
+
+    check = commands.add_parser("check", help="validate a job and print it resolved; starts no Ray")
+    _job(check)
+    check.set_defaults(command=_check)
+
+    schema = commands.add_parser("schema", help="print the JSON Schema of a job, for editors")
+    schema.set_defaults(command=_schema)
+
+    serve = commands.add_parser("serve", help="serve a run's model over HTTP until Ctrl-C")
+    serve.add_argument("run", metavar="RUN", help="a run's folder, or a job's name for its newest run")
+    _home(serve)
+    serve.add_argument("--host", help="address to listen on (default: 127.0.0.1, or all with a key when HAProxy is installed)")
+    serve.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
+    serve.add_argument(
+        "--keys", type=Path, metavar="FILE", help="API keys that are let in, one a line; without it one is made up and printed"
+    )
+    serve.add_argument("--address", help="a running Ray cluster to serve on")
+    serve.set_defaults(command=_serve)
+
+    submit = commands.add_parser("submit", help="send a job to a Ray cluster, with this folder, and follow its logs")
+    _job(submit)
+    submit.add_argument("--address", required=True, help="the cluster's dashboard, http://head:8265")
+    submit.add_argument("--home", help="folder for runs, as the cluster's nodes see it (default: dlopt-runs in the head's home folder)")
+    submit.add_argument("--working-dir", default=".", help="folder that is sent along (default: this one)")
+    submit.set_defaults(command=_submit)
+
+    runs = commands.add_parser("runs", help="list the runs, newest first")
+    _home(runs)
+    runs.add_argument("--json", action="store_true", help="print a JSON list")
+    runs.set_defaults(command=_runs)
+    return parser
+
+
+def _job(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("job", metavar="JOB", type=Path, help="the job file, YAML")
+    parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="values to set in the job, such as train.optimizer.lr=3e-4")
+
+
+def _home(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--home", type=Path, default=_default_home(), help="folder of runs and artifacts (default: $DLOPT_HOME, else runs)")
+
+
+def _default_home() -> Path:
+    """Inside `ray job submit` the working folder is a copy that Ray deletes, so results go to the user's own."""
+    if "DLOPT_HOME" in os.environ:
+        return Path(os.environ["DLOPT_HOME"])
+    return Path.home() / "dlopt-runs" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else Path("runs")
+
+
+def _run(options: argparse.Namespace) -> None:
+    from dlopt.session import set_environment
+
+    set_environment(options.address or os.environ.get("RAY_ADDRESS"))
+    from dlopt import pipeline, spec
+    from dlopt.terminal import Terminal
+
+    job = spec.load(options.job, options.overrides)
+    pipeline.check(job)
+    with Terminal(job.name) as terminal:
+        done = pipeline.run(job, options.home, options.address, terminal.progress)
+        terminal.summary(done)
+    if options.json:
+        print(json.dumps({"run": str(done.folder), "name": done.name, "metrics": done.metrics, "seconds": done.seconds}))
+    else:
+        print(done.folder)
+
+
+def _check(options: argparse.Namespace) -> None:
+    import yaml
+
+    from dlopt import pipeline, spec
+
+    job = spec.load(options.job, options.overrides)
+    pipeline.check(job)
+    print(yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True), end="")
+
+
+def _schema(options: argparse.Namespace) -> None:
+    from dlopt.spec import Job
+
+    print(json.dumps(Job.model_json_schema(), indent=1))
+
+
+def _serve(options: argparse.Namespace) -> None:
+    import yaml
+
+    from dlopt import runs
+    from dlopt.serve import Serve
+    from dlopt.serve.app import serve
+
+    folder = runs.find(options.run, options.home)
+    name, export = runs.exported(folder)
+    section = Serve.model_validate(yaml.safe_load((folder / "job.yaml").read_text())["serve"])
+    serve(
+        export,
+        name,
+        section,
+        host=options.host,
+        port=options.port,
+        keys=options.keys,
+        address=options.address or os.environ.get("RAY_ADDRESS"),
+        say=lambda line: print(line, flush=True),
+    )
+
+
+def _submit(options: argparse.Namespace) -> int:
+    from dlopt import spec
+    from dlopt.submit import submit
+
+    spec.load(options.job, options.overrides)
+    return submit(options.job, options.overrides, options.address, Path(options.working_dir), options.home)
+
+
+def _runs(options: argparse.Namespace) -> None:
+    from dlopt import runs
+    from dlopt.terminal import print_runs
+
+    records = runs.listing(options.home)
+    if options.json:
+        print(json.dumps(records))
+    elif records:
+        print_runs(records)
+    else:
+        print(f"no runs in {options.home}")
+
+
+def _cause(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else "no message"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

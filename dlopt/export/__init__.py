@@ -1,0 +1,21 @@
+"""Formats that a trained model is exported to; a file each, and its name here. Importing this imports no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from dlopt.part import Part
+
+
+class Onnx(Part):
+    """One self-contained ONNX file: preprocessing, model and softmax in one graph, any number of rows."""
+
+    kind: Literal["onnx"] = "onnx"
+    tolerance: float = Field(1e-5, gt=0)
+    """The export is refused when a probability differs by more than this from torch's, on any row of the test split."""
+
+
+Format = Onnx
+"""The list of what there is; becomes a union by `kind` with the second one."""

@@ -1,0 +1,66 @@
+"""Runs in a home: finding one by name, and listing them. Imports neither torch nor Ray."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dlopt.artifact import Artifact
+from dlopt.part import DloptError
+
+RUN = "run.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `dlopt run` left or found."""
+
+    folder: Path
+    name: str
+    metrics: dict[str, dict[str, float]]
+    seconds: float
+    made: tuple[str, ...]
+    """The stages that had anything to do."""
+
+
+def listing(home: Path) -> list[dict[str, Any]]:
+    """The records of all runs in a home, newest first, each with its folder."""
+    found = []
+    for path in home.glob(f"*/{RUN}"):
+        record = _read(path)
+        if record:
+            found.append(record | {"run": str(path.parent)})
+    return sorted(found, key=lambda record: str(record.get("created", "")), reverse=True)
+
+
+def find(run: str, home: Path) -> Path:
+    """A run's folder, from its path or from a job's name (its newest run). Raises DloptError."""
+    if (Path(run) / RUN).is_file():
+        return Path(run)
+    named = [record["run"] for record in listing(home) if record.get("name") == run]
+    if named:
+        return Path(named[0])
+    known = sorted({str(record.get("name")) for record in listing(home)})
+    there = f"; there are runs of {', '.join(known)}" if known else ""
+    raise DloptError(f"{run}: neither a run's folder nor the name of a job that was run in {home}{there}")
+
+
+def exported(folder: Path, kind: str = "onnx") -> tuple[str, Artifact]:
+    """The name of a run's model and its exported artifact. Raises DloptError."""
+    record = _read(folder / RUN)
+    if not record or not isinstance(record.get("artifacts"), dict):
+        raise DloptError(f"{folder / RUN}: damaged: run the job again")
+    place = record["artifacts"].get(f"export.{kind}")
+    if place is None:
+        raise DloptError(f"{folder}: has no {kind} export: add {{kind: {kind}}} to the job's export and run it again")
+    return str(record["name"]), Artifact.open((folder / place).resolve())
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        record = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None

@@ -1,0 +1,7 @@
+"""Serving (being written)."""
+
+from dlopt.part import Part
+
+
+class Serve(Part):
+    """How a model is served."""

@@ -1,0 +1,38 @@
+"""`dlopt submit`: what `ray job submit --working-dir . -- dlopt run JOB` does, with its logs followed."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dlopt.part import DloptError
+from dlopt.session import set_environment
+
+
+def submit(job: Path, overrides: Sequence[str], address: str, working_dir: Path, home: str | None) -> int:
+    """Send the folder and the command to the cluster's head, print its log, and return 0 when the job ends SUCCEEDED."""
+    if not (working_dir / job).is_file():
+        raise DloptError(f"{job}: not below the working folder {working_dir}, so the cluster would not get it: give --working-dir")
+    set_environment(address)
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    command = ["dlopt", "run", str(job), *overrides, *(["--home", home] if home else [])]
+    try:
+        client = JobSubmissionClient(address)
+        submission = client.submit_job(entrypoint=shlex.join(command), runtime_env={"working_dir": str(working_dir.resolve())})
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise DloptError(f"--address: {address} does not take the job: {str(error).strip().splitlines()[0]}") from None
+    print(f"{submission}: submitted to {address}; `ray job stop {submission} --address {address}` stops it", file=sys.stderr)
+
+    async def follow() -> None:
+        async for lines in client.tail_job_logs(submission):
+            print(lines, end="", flush=True)
+
+    asyncio.run(follow())
+    status = client.get_job_status(submission)
+    message = client.get_job_info(submission).message or ""
+    print(f"{submission}: {status}  {message}", file=sys.stderr)
+    return 0 if status == JobStatus.SUCCEEDED else 1

@@ -1,0 +1,86 @@
+"""What a person sees: progress and a summary on stderr, drawn with rich; plain lines where stderr is not a terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dlopt.runs import Run
+
+EVERY = 5.0
+"""Seconds between two plain lines of the same stage."""
+
+
+class Terminal:
+    """A bar a stage; `progress` is what the pipeline calls."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.console = Console(file=sys.stderr)
+        self.bars = Progress(
+            SpinnerColumn(finished_text="[green]✓"),
+            TextColumn("{task.fields[stage]:<8}"),
+            BarColumn(bar_width=24),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.tasks: dict[str, TaskID] = {}
+        self.said: tuple[str, float] = ("", 0.0)
+
+    def __enter__(self) -> Self:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def progress(self, stage: str, share: float | None, text: str) -> None:
+        """As dlopt.progress.Progress."""
+        if not self.console.is_terminal:
+            self._line(stage, share, text)
+            return
+        if stage not in self.tasks:
+            self._finish()
+            self.tasks[stage] = self.bars.add_task(text, total=None, stage=stage)
+        self.bars.update(self.tasks[stage], description=text, total=None if share is None else 1.0, completed=share or 0.0)
+
+    def _finish(self) -> None:
+        for task in self.tasks.values():
+            self.bars.update(task, total=1.0, completed=1.0)
+
+    def _line(self, stage: str, share: float | None, text: str) -> None:
+        now = time.monotonic()
+        if self.said[0] == stage and now - self.said[1] < EVERY and share not in (None, 1.0):
+            return
+        self.said = (stage, now)
+        percent = "" if share is None else f" {min(share, 1):4.0%}"
+        print(f"{self.name}: {stage}{percent}  {text}", file=sys.stderr, flush=True)
+
+    def summary(self, run: Run) -> None:
+        """What came out, in two lines."""
+        self._finish()
+        self.bars.stop()
+        done = f"done in {run.seconds:.1f} s" if run.made else "all is done already"
+        figures = "   ".join(f"{split} accuracy {found['accuracy']:.4f}" for split, found in run.metrics.items())
+        self.console.print(f"{run.name}: {done}   {figures}", highlight=False, soft_wrap=True)
+        self.console.print(f"report: {run.folder / 'report.html'}   try it: dlopt serve {run.folder}", highlight=False, soft_wrap=True)
+
+
+def print_runs(records: list[dict[str, Any]]) -> None:
+    """A table on stdout."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("name", "created", "validation", "test", "run"):
+        table.add_column(title, no_wrap=title != "run", overflow="fold")
+    for record in records:
+        figures = [record.get("metrics", {}).get(split, {}).get("accuracy") for split in ("validation", "test")]
+        cells = ["" if figure is None else f"{figure:.4f}" for figure in figures]
+        table.add_row(str(record.get("name")), str(record.get("created")), *cells, str(record["run"]))
+    Console(soft_wrap=not sys.stdout.isatty()).print(table)

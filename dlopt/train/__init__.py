@@ -1,0 +1,1 @@
+"""Training: a loop without Ray, and the worker and the stage that put it on Ray Train."""

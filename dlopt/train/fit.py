@@ -1,0 +1,192 @@
+"""The fit stage: resolves what the job runs on, hands the work to Ray Train, and watches it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dlopt.artifact import Artifact, Stage
+from dlopt.data.prepared import Split
+from dlopt.part import DloptError
+from dlopt.progress import Progress, silent
+from dlopt.train import metrics_log
+from dlopt.train.section import Fit, Resources, needs_validation
+from dlopt.train.state import CHECKPOINTS, newest
+
+OVERSUBSCRIBED = 4
+"""The most workers for each core of a machine that a local cluster is started on."""
+
+Workers = int | tuple[int, int]
+
+
+def local_cpus(resources: Resources) -> int:
+    """Logical CPUs of a cluster of our own: room for the workers and for Ray Data beside them."""
+    cores = os.cpu_count() or 1
+    most = _most(resources.workers) if resources.workers != "auto" else 0
+    if most > OVERSUBSCRIBED * cores:
+        raise DloptError(f"resources.workers: {most} workers on {cores} cores: at most {OVERSUBSCRIBED * cores} here, or give --address")
+    return max(cores, int(most * (resources.cpus_per_worker + 1)))
+
+
+def fit(section: Fit, out: Path, data: Artifact, *, resources: Resources, progress: Progress = silent) -> dict[str, Any]:
+    """Train on Ray Train until the last epoch or early stopping; returns the info of the model's manifest."""
+    _refuse_no_validation(section, data)
+    train = Split.open(data, "train")
+    cluster = _cluster()
+    workers = _workers(resources, cluster)
+    feed = _feed(resources, train, workers, cluster)
+    progress("fit", 0.0, f"starting {_say(workers)}, {feed} feed{_going_on(out)}")
+    config = {
+        "fit": section.model_dump(mode="json"),
+        "data": str(data.path.resolve()),
+        "out": str(out.resolve()),
+        "feed": feed,
+        "threads": max(1, int(resources.cpus_per_worker)) if workers else None,
+    }
+    with _watched(out, section, len(train), progress):
+        info = _run(config, workers, resources, cluster, out)
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    return info
+
+
+FIT = Stage("model", fit, resumes=True)
+
+
+def _run(config: dict[str, Any], workers: Workers, resources: Resources, cluster: dict[str, float], out: Path) -> dict[str, Any]:
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from dlopt.train.worker import train_worker
+
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    use_gpu = bool(workers) and cluster.get("GPU", 0) >= _most(workers)
+    storage = out.resolve() / "ray"
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=config,
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": resources.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
+        ),
+        run_config=RunConfig(
+            name=uuid.uuid4().hex,  # Ray's own resuming is tied to its version; our checkpoints are not
+            storage_path=str(storage),
+            failure_config=FailureConfig(max_failures=resources.max_failures, controller_failure_limit=2),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except Exception as error:
+        raise _said_by_worker(error) or error from error
+    finally:
+        shutil.rmtree(storage, ignore_errors=True)
+    if not isinstance(result.return_value, dict):
+        raise RuntimeError("Ray Train ended without the result of worker 0")
+    return result.return_value
+
+
+def _said_by_worker(error: BaseException) -> DloptError | None:
+    """The DloptError that a worker raised, out of what Ray wrapped around it."""
+    seen: list[BaseException] = [error]
+    for one in seen:
+        if isinstance(one, DloptError):
+            return DloptError(str(one))
+        inner = [one.__cause__, getattr(one, "cause", None), *getattr(one, "worker_failures", {}).values(), getattr(one, "_base_exc", None)]
+        seen += [found for found in inner if isinstance(found, BaseException) and all(found is not known for known in seen)]
+    return None
+
+
+def _cluster() -> dict[str, float]:
+    import ray
+
+    return dict(ray.cluster_resources())
+
+
+def _workers(resources: Resources, cluster: dict[str, float]) -> Workers:
+    """What `workers` means on this cluster. Raises DloptError when the cluster can never give it."""
+    if resources.workers == "auto":
+        return int(cluster.get("GPU", 0))
+    least = resources.workers if isinstance(resources.workers, int) else resources.workers[0]
+    needed, there = least * resources.cpus_per_worker, cluster.get("CPU", 0)
+    if needed > there:
+        raise DloptError(
+            f"resources.workers: {least} workers need {needed:g} CPUs and the cluster has {there:g}: lower workers or cpus_per_worker"
+        )
+    return resources.workers
+
+
+def _feed(resources: Resources, train: Split, workers: Workers, cluster: dict[str, float]) -> str:
+    fits = len(train) * train.row_bytes <= resources.resident_bytes
+    feed = ("resident" if fits else "stream") if resources.feed == "auto" else resources.feed
+    least, there = (workers if isinstance(workers, int) else workers[0]), cluster.get("CPU", 0)
+    if feed == "stream" and least * (resources.cpus_per_worker + 1) > there:
+        raise DloptError(
+            f"resources.feed: a stream needs a CPU for each of {least} workers beside their own, and the cluster has {there:g}: "
+            "lower workers or cpus_per_worker, or use feed: resident"
+        )
+    return feed
+
+
+def _refuse_no_validation(section: Fit, data: Artifact) -> None:
+    who = needs_validation(section.train)
+    if who and not data.info["counts"]["validation"]:
+        raise DloptError(f"{who}: looks at the validation split, which is empty: give data.split.validation a share")
+
+
+@contextmanager
+def _watched(out: Path, section: Fit, rows: int, progress: Progress) -> Iterator[None]:
+    """Follow metrics.jsonl while workers, wherever they are, write it."""
+    done = threading.Event()
+
+    def follow() -> None:
+        batches = -(-rows // section.train.batch_size)
+        while not done.wait(0.25):
+            lines = list(metrics_log.read(out / metrics_log.NAME))
+            if lines:
+                step = max(line["step"] for line in lines[-2:])
+                progress("fit", step / (batches * section.train.epochs), _describe(lines, section))
+
+    thread = threading.Thread(target=follow, name="dlopt-watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=5)
+
+
+def _describe(lines: list[dict[str, Any]], section: Fit) -> str:
+    ended = [line for line in lines if "train" in line]
+    last_step = next((line for line in reversed(lines) if "loss" in line), None)
+    text = f"epoch {len(ended) if len(ended) == section.train.epochs else len(ended) + 1}/{section.train.epochs}"
+    if last_step and last_step["loss"] is not None:
+        text += f"  loss {last_step['loss']:.4f}"
+    if ended and ended[-1]["validation"]:
+        text += f"  validation {ended[-1]['validation']['accuracy']:.4f}"
+    return text
+
+
+def _most(workers: Workers) -> int:
+    return workers if isinstance(workers, int) else workers[1]
+
+
+def _going_on(out: Path) -> str:
+    """Where an interrupted run goes on; raises DloptError when all its checkpoints are damaged."""
+    path, damaged = newest(out / CHECKPOINTS)
+    after = f", going on after {path.name.replace('-', ' ')}" if path else ""
+    return after + "".join(f"; {line}" for line in damaged)
+
+
+def _say(workers: Workers) -> str:
+    if workers == 0:
+        return "in this process"
+    return f"{workers} workers" if isinstance(workers, int) else f"{workers[0]} to {workers[1]} workers"

@@ -1,0 +1,65 @@
+"""The training loop. It knows no Ray and no callbacks: it takes two functions and yields what happened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dlopt.data.feed import Batch
+from dlopt.part import DloptError
+from dlopt.train.objectives import Gradient, Objective
+
+MOST_SKIPPED = 20
+"""Steps in a row with a gradient that is not finite before training gives up."""
+
+
+class Step(NamedTuple):
+    """One step, as this worker saw it. Tensors, so that only who looks waits for the device."""
+
+    loss: Tensor
+    """This worker's part of the loss."""
+    correct: Tensor
+    rate: float
+    gradient_norm: Tensor
+    """Of the whole batch's gradient, before clipping; the same on every worker."""
+
+
+def steps(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Batch],
+    objective: Objective,
+    gradient: Gradient,
+    rate: Callable[[int], float],
+    clip_norm: float | None = None,
+) -> Iterator[Step]:
+    """Train on every batch, yielding each step. rate(i): learning rate of the i-th batch, from 0.
+
+    A step whose gradient is not finite is skipped, on all workers alike, since the reduced norm decides.
+    Raises DloptError when that happens too often in a row.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.train()
+    skipped = 0
+    for index, batch in enumerate(batches):
+        now = rate(index)
+        for group in optimizer.param_groups:
+            group["lr"] = now
+        optimizer.zero_grad(set_to_none=True)
+        losses = gradient(objective, model, batch)
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        if clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+        if norm.isfinite():
+            optimizer.step()
+            skipped = 0
+        else:
+            skipped += 1
+            if skipped >= MOST_SKIPPED:
+                raise DloptError(
+                    f"train: the gradient was not finite for {skipped} steps in a row: lower train.optimizer.lr or set clip_norm"
+                )
+        yield Step(losses.loss.detach(), losses.correct, now, norm)

@@ -1,0 +1,91 @@
+"""The sections that training reads: `train` decides the result, `resources` only what it runs on."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from dlopt.data.augment import Augmentation
+from dlopt.data.order import LANES
+from dlopt.models import Model
+from dlopt.optim.optimizers import Adam, Optimizer
+from dlopt.optim.schedules import Constant, Plateau, Schedule
+from dlopt.part import Part
+
+
+class EarlyStopping(Part):
+    """Stop when the monitored value of the validation split no longer improves."""
+
+    patience: int = Field(3, ge=1)
+    """Epochs without improvement before the end."""
+    min_delta: float = Field(0.0, ge=0)
+    """A smaller change is no improvement."""
+
+
+class Train(Part):
+    """How the model is fitted."""
+
+    epochs: int = Field(10, ge=1)
+    """Passes over the training split."""
+    batch_size: int = Field(128, ge=1)
+    """Rows of a step, of the whole job: shared out over the workers."""
+    optimizer: Optimizer = Adam()
+    """What turns gradients into steps."""
+    schedule: Schedule = Constant()
+    """What becomes of the learning rate."""
+    l1: float = Field(0.0, ge=0)
+    """Weight of the sum of absolute weights in the objective (biases excepted)."""
+    l2: float = Field(0.0, ge=0)
+    """Weight of the sum of squared weights in the objective (biases excepted)."""
+    clip_norm: float | None = Field(None, gt=0)
+    """Largest norm of the gradient of a step; a larger one is scaled down to it."""
+    early_stopping: EarlyStopping | None = None
+    """When to end before the last epoch."""
+    monitor: Literal["loss", "accuracy"] = "loss"
+    """What of the validation split decides on the best epoch, whose weights are kept, and on early stopping."""
+    precision: Literal["float32", "float64"] = "float32"
+    """Numbers that training computes with."""
+    log_every: int = Field(10, ge=1)
+    """Steps between two lines in metrics.jsonl."""
+
+
+class Fit(Part):
+    """All that decides the trained model, apart from the data."""
+
+    seed: int
+    model: Model
+    augment: tuple[Augmentation, ...]
+    train: Train
+
+
+class Resources(Part):
+    """What a job runs on. None of it changes the result, so none of it is in a digest."""
+
+    workers: Literal["auto"] | int | tuple[int, int] = "auto"
+    """0 trains in the process of the run; N on N workers; [min, max] on as many as there are, more or fewer as they come and
+    go; auto is every GPU of the cluster, or 0 without one."""
+    cpus_per_worker: float = Field(1.0, gt=0)
+    """CPUs that each worker reserves (and threads that it computes with)."""
+    feed: Literal["auto", "resident", "stream"] = "auto"
+    """Keep the training split in memory, stream it through Ray Data, or choose by its size."""
+    resident_bytes: int = Field(2 * 2**30, ge=0)
+    """The largest training split, in bytes of decoded rows, that `feed: auto` keeps in memory."""
+    max_failures: int = Field(3, ge=0)
+    """How often lost workers are replaced before the run fails."""
+
+    @model_validator(mode="after")
+    def workers_fit_into_lanes(self) -> Self:
+        if self.workers == "auto":
+            return self
+        low, high = self.workers if isinstance(self.workers, tuple) else (self.workers, self.workers)
+        if low < 0 or high > LANES or (isinstance(self.workers, tuple) and not 1 <= low <= high):
+            raise ValueError(f"workers must be 0 to {LANES}, or [min, max] with 1 <= min <= max <= {LANES}, or auto")
+        return self
+
+
+def needs_validation(train: Train) -> str | None:
+    """What in the section looks at a validation split, if anything does."""
+    if train.early_stopping:
+        return "train.early_stopping"
+    return "train.schedule" if isinstance(train.schedule, Plateau) else None

@@ -1,0 +1,259 @@
+"""What each worker of Ray Train runs: set up, go on from the newest checkpoint, train, keep the best, measure."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dlopt.artifact import Artifact, write_atomically
+from dlopt.data.counter import stream
+from dlopt.data.feed import Feed, Resident, Stream
+from dlopt.data.prepared import Split
+from dlopt.data.share import Share
+from dlopt.models import Network, build_network
+from dlopt.optim.schedules import Plateau
+from dlopt.part import Part, Signature, Statistics
+from dlopt.train import state as checkpoints
+from dlopt.train.evaluate import Metrics, evaluate, probabilities
+from dlopt.train.loop import Step, steps
+from dlopt.train.metrics_log import MetricsLog
+from dlopt.train.objectives import plain, supervised
+from dlopt.train.section import Fit, Train
+from dlopt.train.state import Record, State
+
+STARTS = "starts.jsonl"
+PURPOSE = 5  # of the random numbers that dropout draws
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+class Assignment(Part):
+    """All that a worker is told; JSON, since it travels to other machines."""
+
+    fit: Fit
+    data: Path
+    out: Path
+    feed: str
+    threads: int | None
+
+
+def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The function that Ray Train runs on every worker; worker 0 returns the info of the model's manifest."""
+    import ray.train
+    from ray.train.torch import get_device
+
+    context = ray.train.get_context()
+    assignment = Assignment.model_validate(config)
+    if assignment.threads:
+        torch.set_num_threads(assignment.threads)
+    return _Worker(assignment, context.get_world_rank(), context.get_world_size(), get_device()).run()
+
+
+@dataclass
+class _Worker:
+    assignment: Assignment
+    rank: int
+    world: int
+    device: torch.device
+
+    def run(self) -> dict[str, Any] | None:
+        started = time.monotonic()
+        fit, out = self.assignment.fit, self.assignment.out
+        data = Artifact.open(self.assignment.data)
+        splits = {name: Split.open(data, name) for name in ("train", "validation", "test")}
+        network = load_network(fit, data).to(self.device)
+        state = State(network, fit.train.optimizer.build(network.parameters()), {}, Record())
+        damaged = self._resume(state)
+        log = MetricsLog(out, state.record.epoch) if self.rank == 0 else None
+        self._note_start(state.record, damaged)
+        loop_started = time.monotonic()
+        if state.record.epoch < fit.train.epochs and not state.record.stopped:
+            self._train(state, splits, log)
+        if self.rank != 0 or log is None:
+            return None
+        log.close()
+        trained = time.monotonic()
+        network.load_state_dict(state.best)
+        info = self._finish(network, splits, state.record)
+        seconds = {
+            "start": round(loop_started - started, 3),
+            "train": round(state.record.seconds, 3),
+            "evaluate": round(time.monotonic() - trained, 3),
+        }
+        speed = round(state.record.rows / state.record.seconds, 1) if state.record.seconds else None
+        return info | {"seconds": seconds, "rows_per_second": speed, "workers": self.world, "feed": self.assignment.feed}
+
+    def _resume(self, state: State) -> list[str]:
+        """Go on from the newest whole checkpoint, the same on all workers: worker 0 chooses."""
+        found = [checkpoints.newest(self.assignment.out / checkpoints.CHECKPOINTS)] if self.rank == 0 else [None]
+        if self.world > 1:
+            dist.broadcast_object_list(found, src=0)
+        path, damaged = found[0] or (None, [])
+        if path is not None:
+            checkpoints.load(state, path)
+        return damaged
+
+    def _note_start(self, record: Record, damaged: list[str]) -> None:
+        """One line for each time that a group of workers set out: how restarts and resizes can be told afterwards."""
+        if self.rank == 0:
+            with open(self.assignment.out / STARTS, "a") as file:
+                file.write(json.dumps({"epoch": record.epoch, "workers": self.world, "damaged": damaged}) + "\n")
+
+    def _train(self, state: State, splits: dict[str, Split], log: MetricsLog | None) -> None:
+        fit, record = self.assignment.fit, state.record
+        model: nn.Module = state.model
+        if self.world > 1:
+            model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        share = Share.of(splits["train"], fit.seed, fit.train.batch_size, self.rank, self.world, fit.augment)
+        feed = self._feed(share, record.epoch + 1)
+        while record.epoch < fit.train.epochs and not record.stopped:
+            self._epoch(state, model, feed, share, splits["validation"], log)
+            self._refuse_drift(state.model)
+            if self.rank == 0:
+                checkpoints.save(state, self.assignment.out / checkpoints.CHECKPOINTS)
+
+    def _feed(self, share: Share, first: int) -> Feed:
+        if self.assignment.feed == "stream":
+            return Stream(share, first, self.assignment.fit.train.epochs, self.device)
+        return Resident(share, self.device)
+
+    def _epoch(self, state: State, model: nn.Module, feed: Feed, share: Share, validation: Split, log: MetricsLog | None) -> None:
+        fit, record, train = self.assignment.fit, state.record, self.assignment.fit.train
+        began, epoch = time.monotonic(), record.epoch + 1
+        torch.manual_seed(int(stream(fit.seed, epoch, self.rank, PURPOSE)))
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sizes, rows_before = share.sizes(), record.rows
+        objective, gradient = supervised(train.l1, train.l2, self.world), plain(self.world)
+        rate = rates(train, record.epoch, share.order.batches, record.validation_losses)
+        for index, step in enumerate(steps(model, state.optimizer, feed.epoch(epoch), objective, gradient, rate, train.clip_norm)):
+            sums += torch.stack((step.loss.double() * sizes[index][1], step.correct.double()))
+            record.step += 1
+            record.rows += sizes[index][1]
+            if record.step % train.log_every == 0:
+                self._log_step(step, epoch, record, log)
+        if self.world > 1:
+            dist.all_reduce(sums)
+        loss, correct = (sums / (record.rows - rows_before)).tolist()
+        found = evaluate(model, validation, self.device, self.rank, self.world) if len(validation) else None
+        record.epoch = epoch
+        record.seconds += time.monotonic() - began
+        _judge(state, train, found)
+        if log:
+            log.write(
+                epoch=epoch,
+                step=record.step,
+                train={"loss": loss, "accuracy": correct},
+                validation=found._asdict() if found else None,
+                seconds=round(time.monotonic() - began, 4),
+            )
+            log.flush()
+
+    def _log_step(self, step: Step, epoch: int, record: Record, log: MetricsLog | None) -> None:
+        loss = step.loss.clone()
+        if self.world > 1:
+            dist.all_reduce(loss)
+        if log:
+            norm = step.gradient_norm.item()
+            log.write(
+                step=record.step,
+                epoch=epoch,
+                rows=record.rows,
+                loss=_finite(loss.item()),
+                rate=step.rate,
+                gradient_norm=_finite(norm),
+            )
+            if record.step % (100 * self.assignment.fit.train.log_every) == 0:
+                log.flush()
+
+    def _refuse_drift(self, network: nn.Module) -> None:
+        """Workers must hold the same bits: a sum over all parameters' bits, compared across workers after each epoch."""
+        if self.world == 1:
+            return
+        mine = torch.stack([parameter.detach().view(torch.int32).sum(dtype=torch.int64) for parameter in network.parameters()])
+        lowest, highest = mine.clone(), mine.clone()
+        dist.all_reduce(lowest, dist.ReduceOp.MIN)
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        if not torch.equal(lowest, highest):
+            raise RuntimeError("the workers' parameters are no longer identical")
+
+    def _finish(self, network: Network, splits: dict[str, Split], record: Record) -> dict[str, Any]:
+        """Write the artifact's files from the best epoch's weights, and measure them on every split."""
+        out = self.assignment.out
+        metrics = {name: evaluate(network, split, self.device)._asdict() for name, split in splits.items() if len(split) and name != "test"}
+        if len(splits["test"]):
+            metrics["test"] = _write_predictions(out, *probabilities(network, splits["test"], self.device))._asdict()
+        tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+        write_atomically(out / "weights.safetensors", save_tensors(tensors))
+        for name in ("signature.json", "statistics.json"):
+            write_atomically(out / name, Artifact.open(self.assignment.data).read(name))
+        starts = (out / STARTS).read_text().count("\n")
+        return {
+            "metrics": metrics,
+            "best_epoch": record.best_epoch,
+            "epochs": record.epoch,
+            "steps": record.step,
+            "stopped": "early" if record.stopped else "finished",
+            "restarts": starts - 1,
+        }
+
+
+def load_network(fit: Fit, data: Artifact) -> Network:
+    """The network of a job as it starts, its sizes and preprocessing from the prepared data."""
+    signature = Signature.model_validate_json(data.read("signature.json"))
+    statistics = {name: Statistics.model_validate(found) for name, found in json.loads(data.read("statistics.json")).items()}
+    return build_network(fit.model, signature, statistics, fit.seed, DTYPES[fit.train.precision])
+
+
+def rates(train: Train, epoch: int, batches: int, validation_losses: list[float]) -> Callable[[int], float]:
+    """The learning rate of every batch of the epoch after `epoch` epochs: a function of progress and, for plateau, of history."""
+    schedule = train.schedule
+    peak = train.optimizer.lr
+    if isinstance(schedule, Plateau):
+        peak *= schedule.decay ** schedule.falls(validation_losses)
+    return lambda batch: peak * schedule.rate(epoch + batch / batches, train.epochs)
+
+
+def _judge(state: State, train: Train, found: Metrics | None) -> None:
+    """Keep the weights if this epoch is the best one, and end training when it has been too long ago."""
+    record, stopping = state.record, train.early_stopping
+    if found is None:
+        record.best_epoch = record.epoch
+        state.keep_best()
+        return
+    record.validation_losses.append(found.loss)
+    value = found.loss if train.monitor == "loss" else -found.accuracy
+    margin = stopping.min_delta if stopping else 0.0
+    if record.best_value is None or not math.isfinite(record.best_value) or value < record.best_value - margin:
+        record.best_value, record.best_epoch = value, record.epoch
+        state.keep_best()
+    if stopping and record.epoch - record.best_epoch >= stopping.patience:
+        record.stopped = True
+
+
+def _write_predictions(out: Path, outputs: Tensor, target: Tensor) -> Metrics:
+    """predictions.parquet: what the model says of every test row, in row order."""
+    probability, predicted = outputs.max(dim=1)
+    loss = F.nll_loss(outputs.clamp_min(1e-300).log(), target, reduction="none")
+    columns = {"label": target, "predicted": predicted, "probability": probability.float(), "loss": loss.float()}
+    table = pa.table(
+        {"row": pa.array(range(len(target)), pa.int64())} | {name: pa.array(values.numpy()) for name, values in columns.items()}
+    )
+    pq.write_table(table, out / "predictions.parquet")
+    return Metrics(loss.mean().item(), (predicted == target).double().mean().item())
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
