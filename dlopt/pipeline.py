@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def run(job: Job, home: Path, address: str | None = None, progress: Progress = s
     _refuse_unwritable(home)
     with ExitStack() as stack:
 
+        @cache
         def need_ray() -> None:
             progress("ray", None, f"joining {address_of(address)}" if address_of(address) else "starting on this machine")
             stack.enter_context(connected(address, local_cpus(job.resources)))
@@ -81,7 +83,7 @@ class _Steps:
         artifact = once(stage, section, self.home, *parents, found=found, progress=self.progress, **context)
         if not before:
             self.made[stage.name] = artifact.manifest.seconds
-            self.progress(stage.name, 1.0, "done")
+            self.progress(stage.make.__name__, 1.0, f"done in {artifact.manifest.seconds:.1f} s")
         return artifact
 
 

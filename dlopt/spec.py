@@ -105,10 +105,7 @@ def _override(job: dict[str, Any], override: str) -> None:
 
 
 def _step(place: Any, name: str, override: str) -> Any:
-    if isinstance(place, list):
-        place = place[_index(place, name, override)]
-    else:
-        place = place.setdefault(name, {})
+    place = place[_index(place, name, override)] if isinstance(place, list) else place.setdefault(name, {})
     if not isinstance(place, (dict, list)):
         raise DloptError(f"{override!r}: {name} is a value, there is nothing below it")
     return place
@@ -123,9 +120,10 @@ def _index(place: list[Any], name: str, override: str) -> int:
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """One line for a validation error: the field as it stands in the file, what is wrong, and the nearest known name."""
     errors = error.errors()
-    first = errors[0]
-    where = ".".join(str(step) for step in _without_tags(model, first["loc"]))
-    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    places = [".".join(str(step) for step in _without_tags(model, one["loc"])) for one in errors]
+    first, where = errors[0], places[0]
+    others = len(set(places)) - 1  # one field may have an error for each type that was tried
+    more = f" (and {others} more)" if others else ""
     return f"{where}: {_say(first, model)}{more}" if where else f"{_say(first, model)}{more}"
 
 

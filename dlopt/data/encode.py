@@ -4,9 +4,9 @@ that training and serving see the same numbers. Imports neither torch nor Ray.""
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -21,16 +21,21 @@ MOST_PIXELS = 64 * 1024 * 1024
 """A larger image is refused before it is decoded, instead of filling the memory."""
 
 
-def decode_image(data: bytes, channels: int | None = None, size: tuple[int, int] | None = None) -> np.ndarray:
+def decode_image(
+    data: bytes, channels: int | None = None, size: tuple[int, int] | None = None, only: tuple[int, int] | None = None
+) -> np.ndarray:
     """Pixels of an encoded image (PNG, JPEG, ...) as uint8 of shape (height, width, channels).
 
     channels: 1 grey, 3 colour, 4 with transparency; None keeps grey as 1 and makes the rest 3.
-    size: (height, width) to resize to, bilinear. Raises DloptError saying why the bytes are no image.
+    size: (height, width) to resize to, bilinear. only: the one (height, width) that is taken; another is refused undecoded.
+    Raises DloptError saying why the bytes are no image.
     """
     try:
         with Image.open(io.BytesIO(data)) as file:
             if file.width * file.height > MOST_PIXELS:
                 raise DloptError(f"image of {file.width}x{file.height} is too large")
+            if only and (file.height, file.width) != only:
+                raise DloptError(f"image of height {file.height} and width {file.width} where {only[0]} and {only[1]} are needed")
             image = file.convert(MODES[channels or (1 if file.mode in GREY else 3)])
     except DloptError:
         raise
@@ -70,54 +75,63 @@ def _value(row: Any, column: str, index: int, alone: bool) -> Any:
 
 
 def _images(feature: Feature, values: list[Any]) -> np.ndarray:
-    """Plain arrays take one conversion for the whole batch; anything else is looked at row by row."""
-    height, width, channels = feature.shape
-    try:
-        whole = np.asarray(values)
-    except ValueError:
-        whole = np.empty(0, dtype=object)
-    fits = whole.ndim > 1 and whole.shape[1:] in ((height, width, channels), (height, width) if channels == 1 else ())
-    if whole.dtype.kind in "ui" and fits and whole.min(initial=0) >= 0 and whole.max(initial=0) <= 255:
-        return whole.reshape(-1, *feature.shape).astype(np.uint8)
-    return np.stack([_image(feature, value, index) for index, value in enumerate(values)]) if values else _empty(feature)
+    """Whole numbers in plain lists take one conversion for the whole batch; anything else is looked at row by row."""
+    if not values:
+        return _empty(feature)
+    for shape in _shapes(feature):
+        try:
+            pixels = bytes(_flat(values, shape))  # takes whole numbers from 0 to 255 and nothing else
+        except (TypeError, ValueError):
+            continue
+        return np.frombuffer(pixels, np.uint8).reshape(-1, *feature.shape)
+    return np.stack([_image(feature, value, index) for index, value in enumerate(values)])
+
+
+def _shapes(feature: Feature) -> list[tuple[int, ...]]:
+    """How a row's numbers may be nested: a grey image needs no lists of one."""
+    return [feature.shape[:2], feature.shape] if feature.shape[2] == 1 else [feature.shape]
+
+
+def _flat(values: Sequence[Any], shape: tuple[int, ...]) -> Sequence[Any]:
+    """The numbers of nested lists that have exactly this shape. Raises TypeError or ValueError.
+
+    numpy would make an array of strings as long as the longest one: a request of some megabytes could ask for terabytes.
+    """
+    for size in shape:
+        if not set(map(type, values)) <= {list, tuple} or set(map(len, values)) != {size}:
+            raise ValueError(f"lists of {size} are needed")
+        values = list(chain.from_iterable(values))
+    return values
 
 
 def _image(feature: Feature, value: Any, index: int) -> np.ndarray:
     where = f"row {index}: {feature.name}"
-    height, width, channels = feature.shape
     if isinstance(value, Mapping):
-        pixels = _from_base64(value, where, channels)
-    else:
-        pixels = _from_numbers(value, where)
-        if pixels.ndim == 2 and channels == 1:
-            pixels = pixels[:, :, None]
-    if pixels.shape != feature.shape:
-        raise DloptError(f"{where}: shape {list(pixels.shape)} where {[height, width, channels]} is needed")
-    return pixels
+        return _from_base64(value, where, feature)
+    for shape in reversed(_shapes(feature)):  # the deepest first: it does not fit lists of numbers
+        try:
+            return _whole(_flat([value], shape), where).reshape(feature.shape)
+        except ValueError:
+            continue
+    raise DloptError(f'{where}: give nested numbers of shape {list(feature.shape)} or {{"b64": "..."}}')
 
 
-def _from_base64(value: Mapping[str, Any], where: str, channels: int) -> np.ndarray:
+def _from_base64(value: Mapping[str, Any], where: str, feature: Feature) -> np.ndarray:
+    height, width, channels = feature.shape
     if set(value) != {"b64"} or not isinstance(value["b64"], str):
         raise DloptError(f'{where}: give nested numbers or {{"b64": "..."}}')
     try:
-        return decode_image(base64.b64decode(value["b64"], validate=True), channels)
-    except binascii.Error:
+        return decode_image(base64.b64decode(value["b64"], validate=True), channels, only=(height, width))
+    except ValueError:  # binascii.Error is one
         raise DloptError(f"{where}: b64 is not base64") from None
     except DloptError as error:
         raise DloptError(f"{where}: {error}") from None
 
 
-def _from_numbers(value: Any, where: str) -> np.ndarray:
-    try:
-        pixels = np.asarray(value)
-    except ValueError:
-        raise DloptError(f"{where}: nested numbers of uneven lengths") from None
-    if pixels.dtype.kind not in "uif":
-        raise DloptError(f'{where}: give nested numbers or {{"b64": "..."}}')
-    with np.errstate(invalid="ignore"):
-        if pixels.size and not (np.all(pixels >= 0) and np.all(pixels <= 255) and np.all(pixels == np.rint(pixels))):
-            raise DloptError(f"{where}: pixels must be whole numbers from 0 to 255")
-    return pixels.astype(np.uint8)
+def _whole(numbers: Sequence[Any], where: str) -> np.ndarray:
+    if any(type(number) not in (int, float) or not 0 <= number <= 255 or number != int(number) for number in numbers):
+        raise DloptError(f"{where}: pixels must be whole numbers from 0 to 255")
+    return np.array(numbers, dtype=np.uint8)
 
 
 def _numbers(feature: Feature, rows: Sequence[Any], alone: bool) -> np.ndarray:
@@ -134,9 +148,13 @@ def _numbers(feature: Feature, rows: Sequence[Any], alone: bool) -> np.ndarray:
             if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
                 raise DloptError(f"row {index}: {column}: {value!r:.40} is not a number")
     try:
-        return np.array([[np.nan if value is None else value for value in row] for row in values], dtype=np.float64).astype(np.float32)
+        with np.errstate(over="ignore"):
+            found = np.array([[np.nan if value is None else value for value in row] for row in values], dtype=np.float32)
     except OverflowError:
-        raise DloptError(f"{feature.name}: a number is too large") from None
+        found = np.array([np.inf])
+    if np.isinf(found).any():
+        raise DloptError(f"{feature.name}: a number is too large")
+    return found
 
 
 def _empty(feature: Feature) -> np.ndarray:

@@ -1,7 +1,48 @@
-"""Serving (being written)."""
+"""What a job says of serving. Stays light: a job file is checked without onnxruntime and Ray."""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
 
 from dlopt.part import Part
 
 
+class Replicas(Part):
+    """How many replicas autoscaling may use."""
+
+    min: int = Field(1, ge=1)
+    """Replicas that always run."""
+    max: int = Field(4, ge=1)
+    """Replicas under the heaviest load."""
+
+    @model_validator(mode="after")
+    def max_is_at_least_min(self) -> Self:
+        if self.max < self.min:
+            raise ValueError(f"max {self.max} is less than min {self.min}")
+        return self
+
+
 class Serve(Part):
-    """How a model is served."""
+    """How the exported model is served over HTTP."""
+
+    replicas: Annotated[int, Field(ge=1)] | Replicas = 1
+    """Copies of the model, each in a process of its own: a number, or {min, max} to scale with the load."""
+    threads: int = Field(1, ge=1)
+    """CPU threads that one replica computes with; on a cluster it reserves as many CPUs."""
+    max_batch: int = Field(64, ge=1)
+    """Rows of waiting requests that are run together. Nothing ever waits for a batch to fill."""
+    max_rows: int = Field(4096, ge=1)
+    """A request with more rows is refused with status 400."""
+    max_bytes: int = Field(64 * 2**20, ge=1024)
+    """A request body with more bytes is refused with status 413."""
+    max_waiting: int = Field(512, ge=1)
+    """Requests in one replica at a time; more are refused with status 429."""
+    body_seconds: float = Field(30, gt=0)
+    """A client that takes longer to send its request body gets status 408."""
+
+    @property
+    def most_replicas(self) -> int:
+        """Replicas under the heaviest load."""
+        return self.replicas if isinstance(self.replicas, int) else self.replicas.max

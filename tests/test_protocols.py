@@ -1,0 +1,476 @@
+"""What a client of the server hears, without Ray: the ASGI app is called directly."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import math
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import onnxruntime
+import pytest
+from PIL import Image
+from pydantic import ValidationError
+
+from dlopt.artifact import Artifact
+from dlopt.part import DloptError, Feature, Signature, Target
+from dlopt.serve import Replicas, Serve
+from dlopt.serve.auth import Guard, digest, make_key, read_keys
+from dlopt.serve.metrics import DIRECTORY
+from dlopt.serve.replica import Application, Batcher, Predictor
+from tests.served import IMAGE, NUMBERS, make_export
+
+KEY = "a-key-of-the-tests"
+PREDICT = "/v1/models/m:predict"
+BLACK = [[0] * 28] * 28
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+def application(home: Path, signature: Signature = IMAGE, keys: tuple[str, ...] = (), **section: Any) -> Application:
+    return Application(make_export(home, signature), "m", Serve(**section), Guard(tuple(digest(key) for key in keys)))
+
+
+def ask(app: Application, method: str, path: str, **options: Any) -> httpx.Response:
+    async def one() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            return await client.request(method, path, **options)
+
+    return asyncio.run(one())
+
+
+def error_of(reply: httpx.Response) -> str:
+    assert reply.headers["content-type"] == "application/json"
+    assert set(reply.json()) == {"error"}
+    return str(reply.json()["error"])
+
+
+# Predictions
+
+
+def test_instances_answer_in_the_order_of_rows_as_onnxruntime_does(home: Path) -> None:
+    app = application(home)
+    images = np.random.default_rng(1).integers(0, 256, (5, 28, 28), dtype=np.uint8)
+    session = onnxruntime.InferenceSession(make_export(home).path / "model.onnx")
+    (expected,) = session.run(None, {"image": images[..., None]})
+    reply = ask(app, "POST", PREDICT, json={"signature_name": "serving_default", "instances": images.tolist()})
+    assert reply.status_code == 200
+    assert set(reply.json()) == {"predictions"}
+    found = reply.json()["predictions"]
+    assert [row["label"] for row in found] == expected.argmax(axis=1).tolist()
+    np.testing.assert_allclose([row["probabilities"] for row in found], expected, atol=1e-6)
+    assert reply.headers["x-model-digest"] == make_export(home).manifest.digest
+
+
+def test_every_way_to_write_an_image_says_the_same(home: Path) -> None:
+    app = application(home)
+    image = np.random.default_rng(2).integers(0, 256, (28, 28), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    b64 = {"b64": base64.b64encode(file.getvalue()).decode()}
+    plain, floats, deep = image.tolist(), image.astype(float).tolist(), image[..., None].tolist()
+    rows = [plain, floats, deep, b64, {"image": plain}, {"image": b64}]
+    replies = [ask(app, "POST", PREDICT, json={"instances": [row]}).json() for row in rows]
+    replies.append(ask(app, "POST", PREDICT, json={"instances": rows}).json())
+    assert all(reply["predictions"][0] == replies[0]["predictions"][0] for reply in replies)
+    np.testing.assert_allclose(
+        [row["probabilities"] for row in replies[-1]["predictions"]], [replies[0]["predictions"][0]["probabilities"]] * len(rows), atol=1e-6
+    )
+
+
+def test_inputs_answer_by_column(home: Path) -> None:
+    app = application(home, NUMBERS)
+    rows = [{"month": 1, "day": 2.5, "distance": None}, {"month": 3, "day": 4, "distance": 5, "unused": "x"}]
+    by_row = ask(app, "POST", PREDICT, json={"instances": rows}).json()["predictions"]
+    columns = {"month": [1, 3], "day": [2.5, 4], "distance": [None, 5]}
+    for inputs in (columns, [[1, 2.5, None], [3, 4, 5]], {"numbers": [[1, 2.5, None], [3, 4, 5]]}):
+        reply = ask(app, "POST", PREDICT, json={"inputs": inputs}).json()
+        assert reply == {"outputs": {key: [row[key] for row in by_row] for key in ("label", "probabilities")}}
+    assert {row["label"] for row in by_row} <= {"no", "yes"}
+
+
+def test_nan_is_a_missing_number(home: Path) -> None:
+    app = application(home, NUMBERS)
+    null = ask(app, "POST", PREDICT, content='{"instances": [[1, 2, null]]}')
+    assert null.status_code == 200
+    assert ask(app, "POST", PREDICT, content='{"instances": [[1, 2, NaN]]}').json() == null.json()
+
+
+# Bad requests
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("", "JSON Parse error"),
+        ("{", "JSON Parse error"),
+        ("\udcff", "JSON Parse error"),
+        ('{"instances": ' + "[" * 100_000, "JSON Parse error"),
+        ('{"instances": ' + "9" * 10_000 + "}", "JSON Parse error"),
+        ("[]", "must be an object"),
+        ("null", "must be an object"),
+        ("{}", "exactly one"),
+        ('{"instances": [], "inputs": []}', "exactly one"),
+        ('{"instances": []}', "at least one row"),
+        ('{"instances": {}}', "must be a list"),
+        ('{"instances": 3}', "must be a list"),
+        ('{"instances": [3]}', "row 0: image"),
+        ('{"instances": ["x"]}', "row 0: image"),
+        ('{"instances": [null]}', "row 0: image"),
+        ('{"instances": [[[1, 2], [3, 4]]]}', "shape [28, 28, 1]"),
+        ('{"instances": [[[1, 2], [3]]]}', "shape [28, 28, 1]"),
+        ('{"instances": [{"picture": 1}]}', "no column 'image'"),
+        ('{"instances": [{"b64": "!"}]}', "not base64"),
+        ('{"instances": [{"b64": "é"}]}', "not base64"),
+        ('{"instances": [{"b64": "aGFsbG8="}]}', "not an image"),
+        ('{"instances": [{"b64": 5}]}', "b64"),
+        ('{"signature_name": "other", "instances": [1]}', "signature name"),
+        ('{"signature_name": 1, "instances": [1]}', "'signature_name' key must be a string value."),
+        ('{"inputs": {"image": 5}}', "must be a list"),
+        ('{"inputs": {"a": [1], "b": [1, 2]}}', "same length"),
+        ('{"inputs": {}}', "same length"),
+    ],
+)
+def test_a_bad_body_gets_a_400_that_says_why(home: Path, body: str, says: str) -> None:
+    app = application(home)
+    reply = ask(app, "POST", PREDICT, content=body.encode("utf-8", "surrogateescape"))
+    assert reply.status_code == 400
+    assert says in error_of(reply)
+    assert ask(app, "POST", PREDICT, json={"instances": [BLACK]}).status_code == 200
+
+
+@pytest.mark.parametrize("pixel", ["-1", "256", "0.5", "NaN", "Infinity", "1e999", "true", "null", '"7"', "99999999999999999999", "[1]"])
+def test_a_pixel_is_a_whole_number_from_0_to_255(home: Path, pixel: str) -> None:
+    body = json.dumps({"instances": [BLACK, BLACK]})[:-6] + pixel + "]]]}"
+    assert json.loads(body)["instances"][1][27][:27] == [0] * 27
+    reply = ask(application(home), "POST", PREDICT, content=body)
+    assert reply.status_code == 400, reply.text
+    assert "row 1: image" in error_of(reply)
+
+
+@pytest.mark.parametrize("value", ["1e39", "1e999", "-Infinity", "true", '"1"', "[1]", "9" * 400])
+def test_a_number_is_a_finite_number_or_missing(home: Path, value: str) -> None:
+    reply = ask(application(home, NUMBERS), "POST", PREDICT, content=f'{{"instances": [{{"month": 1, "day": 2, "distance": {value}}}]}}')
+    assert reply.status_code == 400, reply.text
+    assert error_of(reply)
+
+
+def test_a_long_string_among_pixels_does_not_fill_the_memory(home: Path) -> None:
+    body = json.dumps({"instances": [[["x" * 2_000_000, *([0] * 27)], *BLACK[1:]]]})
+    start = time.monotonic()
+    assert ask(application(home), "POST", PREDICT, content=body).status_code == 400
+    assert time.monotonic() - start < 2
+
+
+def test_a_large_image_is_refused_before_it_is_decoded(home: Path) -> None:
+    file = io.BytesIO()
+    Image.new("L", (7000, 7000)).save(file, "PNG")
+    body = {"instances": [{"b64": base64.b64encode(file.getvalue()).decode()}]}
+    assert "height 7000" in error_of(ask(application(home), "POST", PREDICT, json=body))
+
+
+def test_too_many_rows_are_refused(home: Path) -> None:
+    reply = ask(application(home, max_rows=2), "POST", PREDICT, json={"instances": [BLACK] * 3})
+    assert (reply.status_code, error_of(reply)) == (400, "3 rows in one request, at most 2 are taken (serve.max_rows)")
+
+
+def test_a_large_body_is_refused_whether_or_not_it_says_its_length(home: Path) -> None:
+    app = application(home, max_bytes=2000)
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(10):
+            yield b" " * 1000
+
+    for content in (b" " * 2001, chunks()):
+        reply = ask(app, "POST", PREDICT, content=content)
+        assert (reply.status_code, error_of(reply)) == (413, "the body has more than 2,000 bytes (serve.max_bytes)")
+
+
+def test_a_body_that_does_not_come_gets_a_408(home: Path) -> None:
+    app = application(home, body_seconds=0.1)
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(60)
+        return {}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(app({"type": "http", "method": "POST", "path": PREDICT, "headers": [], "query_string": b""}, receive, send))
+    assert sent[0]["status"] == 408
+    assert app.in_flight == 0
+
+
+def test_a_compressed_body_is_refused(home: Path) -> None:
+    assert ask(application(home), "POST", PREDICT, content=b"x", headers={"content-encoding": "gzip"}).status_code == 415
+
+
+def test_a_failure_of_the_system_is_json_as_well(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = application(home)
+    monkeypatch.setattr(app, "_decode", lambda body: 1 / 0)
+    reply = ask(app, "POST", PREDICT, json={"instances": [BLACK]})
+    assert (reply.status_code, error_of(reply)) == (500, "internal error; the server's log has the cause")
+
+
+def test_more_requests_than_may_wait_get_a_429(home: Path) -> None:
+    app = application(home, max_waiting=1)
+    app.in_flight = 1
+    reply = ask(app, "POST", PREDICT, json={"instances": [BLACK]})
+    assert (reply.status_code, reply.headers["retry-after"]) == (429, "1")
+
+
+# Paths
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "says"),
+    [
+        ("GET", PREDICT, 400, "Malformed request: GET /v1/models/m:predict"),
+        ("PUT", PREDICT, 400, "Malformed request"),
+        ("POST", "/v1/models/m", 400, "Malformed request"),
+        ("POST", "/v1/models/m/metadata", 400, "Malformed request"),
+        ("POST", "/v1/models/m:classify", 400, "Malformed request"),
+        ("POST", "/v1/models/", 400, "Malformed request"),
+        ("POST", "/v1/models/other:predict", 404, "Servable not found for request: Latest(other)"),
+        ("POST", "/v1/models/m/versions/2:predict", 404, "Servable not found for request: Specific(m, 2)"),
+        ("GET", "/v1/models/other", 404, "Servable not found"),
+        ("GET", "/nowhere", 404, "Not found: /nowhere"),
+        ("POST", "/healthz", 405, "Method not allowed"),
+        ("POST", "/metrics", 405, "Method not allowed"),
+        ("DELETE", "/", 405, "Method not allowed"),
+    ],
+)
+def test_a_wrong_verb_or_path(home: Path, method: str, path: str, status: int, says: str) -> None:
+    reply = ask(application(home), method, path)
+    assert reply.status_code == status
+    assert says in error_of(reply)
+
+
+def test_status_and_metadata_say_what_the_model_is(home: Path) -> None:
+    app = application(home)
+    sealed = make_export(home).manifest.digest
+    for path in ("/v1/models/m", "/v1/models/m/versions/1"):
+        found = ask(app, "GET", path).json()
+        assert (found["name"], found["ready"], found["digest"]) == ("m", True, sealed)
+        assert found["model_version_status"] == [{"version": "1", "state": "AVAILABLE", "status": {"error_code": "OK", "error_message": ""}}]
+    found = ask(app, "GET", "/v1/models/m/metadata").json()
+    assert found["model_spec"] == {"name": "m", "signature_name": "", "version": "1"}
+    tensor = found["metadata"]["signature_def"]["signature_def"]["serving_default"]["inputs"]["image"]
+    assert (tensor["dtype"], [dim["size"] for dim in tensor["tensor_shape"]["dim"]]) == ("DT_UINT8", ["-1", "28", "28", "1"])
+    assert Signature.model_validate(found["signature"]) == IMAGE
+    assert ask(app, "POST", "/v1/models/m/versions/1:predict", json={"instances": [BLACK]}).status_code == 200
+    assert ask(app, "GET", "/v1/models").json() == {"models": ["m"]}
+
+
+def test_health_and_page(home: Path) -> None:
+    app = application(home)
+    assert ask(app, "GET", "/healthz").json() == {"status": "alive"}
+    assert ask(app, "GET", "/readyz").json() == {"ready": True}
+    page = ask(app, "GET", "/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "<h1>m</h1>" in page.text
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+
+
+# Keys
+
+
+def test_nothing_but_health_is_open_without_a_key(home: Path) -> None:
+    app = application(home, keys=("another-key", KEY))
+    for path in ("/", "/metrics", "/v1/models", "/v1/models/m", "/v1/models/m/metadata", PREDICT, "/nowhere"):
+        for headers in ({}, {"authorization": f"Bearer {KEY}x"}, {"authorization": KEY}, {"x-api-key": ""}, {"cookie": "a=b; c"}):
+            assert ask(app, "GET", path, headers=headers).status_code == 401
+    assert ask(app, "GET", "/healthz").status_code == ask(app, "GET", "/readyz").status_code == 200
+
+
+def test_a_key_is_taken_from_four_places(home: Path) -> None:
+    app = application(home, keys=("another-key", KEY))
+    for headers in ({"authorization": f"bearer {KEY}"}, {"x-api-key": KEY}, {"authorization": "Bearer another-key"}):
+        assert ask(app, "GET", "/v1/models/m", headers=headers).status_code == 200
+    assert ask(app, "GET", f"/v1/models/m?token={KEY}").status_code == 200
+    reply = ask(app, "GET", f"/?token={KEY}")
+    assert (reply.status_code, reply.headers["location"]) == (303, "./")
+    assert "HttpOnly" in reply.headers["set-cookie"] and "SameSite=Strict" in reply.headers["set-cookie"]
+    cookie = reply.headers["set-cookie"].split(";")[0]
+    assert ask(app, "GET", "/", headers={"cookie": f"other=1; {cookie}"}).status_code == 200
+    assert ask(app, "GET", "/", headers={"cookie": cookie + "x"}).status_code == 401
+
+
+def test_keys_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"# ours\n\n  {KEY}  \n{make_key()}\n")
+    assert read_keys(file)[0] == KEY
+    assert len(read_keys(file)) == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"# none\n", b"short\n", b"has a blank in it\n", b"\xff\xfe\n", None])
+def test_a_bad_file_of_keys_is_refused_in_one_line(tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "keys"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(DloptError, match=r"^--keys: .*keys: .+$"):
+        read_keys(file)
+
+
+# Metrics
+
+
+def test_metrics_count_what_was_done(home: Path) -> None:
+    app = application(home)
+    ask(app, "POST", PREDICT, json={"instances": [BLACK] * 3})
+    ask(app, "POST", PREDICT, content=b"{")
+    lines = ask(app, "GET", "/metrics").text.splitlines()
+    label = ask(app, "POST", PREDICT, json={"instances": [BLACK]}).json()["predictions"][0]["label"]
+    sealed = make_export(home).manifest.digest
+    for line in (
+        'dlopt_requests_total{code="200",model="m"} 1.0',
+        'dlopt_requests_total{code="400",model="m"} 1.0',
+        'dlopt_rows_total{model="m"} 3.0',
+        f'dlopt_predictions_total{{label="{label}",model="m"}} 3.0',
+        'dlopt_request_seconds_count{model="m"} 2.0',
+        'dlopt_batch_seconds_count{model="m"} 1.0',
+        f'dlopt_model_info{{digest="{sealed}",model="m"}} 1.0',
+        'dlopt_in_flight{model="m"} 0.0',
+    ):
+        assert line in lines
+
+
+COUNT = """
+import sys
+from dlopt.serve.metrics import Metrics
+metrics = Metrics("m", "d", ("a", "b"))
+for _ in range(int(sys.argv[1])):
+    metrics.rows.inc()
+    metrics.seconds.observe(0.002)
+metrics.in_flight.set(7)
+if sys.argv[2] == "show":
+    print(metrics.exposition().decode())
+"""
+
+
+def test_metrics_add_up_over_processes_and_forget_the_gauges_of_the_dead(tmp_path: Path) -> None:
+    environment = {DIRECTORY: str(tmp_path), "PATH": ""}
+    for count, what in ((3, "quiet"), (4, "show")):
+        ended = subprocess.run([sys.executable, "-c", COUNT, str(count), what], env=environment, capture_output=True, text=True, check=True)
+    lines = ended.stdout.splitlines()
+    assert 'dlopt_rows_total{model="m"} 7.0' in lines
+    assert 'dlopt_request_seconds_bucket{le="0.0025",model="m"} 7.0' in lines
+    assert 'dlopt_in_flight{model="m"} 7.0' in lines
+    assert 'dlopt_model_info{digest="d",model="m"} 1.0' in lines
+
+
+# Batches
+
+
+def test_batches_of_many_requests_do_not_mix_up_answers() -> None:
+    """A slow model, 200 requests at once of 1 to 5 rows: each gets what belongs to its own rows, in far fewer runs."""
+    sizes: list[int] = []
+    lock = threading.Lock()
+
+    def slow(tensors: dict[str, np.ndarray]) -> np.ndarray:
+        assert lock.acquire(blocking=False)
+        time.sleep(0.005)
+        sizes.append(len(tensors["x"]))
+        lock.release()
+        return tensors["x"] * 2
+
+    async def main() -> None:
+        batcher = Batcher(slow, max_batch=16, observe=lambda rows, seconds: None)
+        batcher.seconds_per_row = 1.0
+        wanted = [np.random.default_rng(row).normal(size=(row % 5 + 1, 3)) for row in range(200)]
+        tasks = [asyncio.create_task(batcher({"x": rows})) for rows in wanted]
+        await asyncio.sleep(0.01)
+        tasks[50].cancel()
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        for index, (rows, answer) in enumerate(zip(wanted, found, strict=True)):
+            if index == 50:
+                assert isinstance(answer, asyncio.CancelledError)
+            else:
+                np.testing.assert_array_equal(answer, rows * 2)
+        assert batcher.worker is None
+
+    asyncio.run(main())
+    assert max(sizes) <= 16
+    assert len(sizes) < 60
+
+
+def test_one_failing_request_does_not_fail_its_neighbours() -> None:
+    def picky(tensors: dict[str, np.ndarray]) -> np.ndarray:
+        if (tensors["x"] == 13).any():
+            raise RuntimeError("unlucky")
+        return tensors["x"]
+
+    async def main() -> list[Any]:
+        batcher = Batcher(picky, max_batch=64, observe=lambda rows, seconds: None)
+        batcher.seconds_per_row = 1.0
+        return await asyncio.gather(*(batcher({"x": np.full((1, 1), value)}) for value in range(20)), return_exceptions=True)
+
+    found = asyncio.run(main())
+    assert [isinstance(answer, RuntimeError) for answer in found] == [value == 13 for value in range(20)]
+
+
+def test_a_large_request_runs_in_pieces_with_the_same_result(home: Path) -> None:
+    export = make_export(home)
+    images = {"image": np.random.default_rng(3).integers(0, 256, (100, 28, 28, 1), dtype=np.uint8)}
+    whole, pieces = (Predictor.load(export, Serve(max_batch=size)) for size in (128, 7))
+    np.testing.assert_allclose(whole(images), pieces(images), atol=1e-6)
+
+
+# What is served
+
+
+def test_a_damaged_export_is_refused(tmp_path: Path) -> None:
+    export = make_export(tmp_path)
+    content = bytearray((export.path / "model.onnx").read_bytes())
+    content[len(content) // 2] ^= 1
+    (export.path / "model.onnx").write_bytes(content)
+    with pytest.raises(DloptError, match="content differs from its seal"):
+        Application(Artifact.open(export.path), "m", Serve(), Guard(()))
+
+
+def test_a_replica_imports_neither_torch_nor_ray(home: Path) -> None:
+    script = """
+import sys
+from pathlib import Path
+from dlopt.serve import Serve
+from dlopt.serve.replica import Replica
+Replica(Path(sys.argv[1]), "m", Serve(), ())
+print([name for name in ("torch", "ray", "pandas") if name in sys.modules])
+"""
+    ended = subprocess.run([sys.executable, "-c", script, str(make_export(home).path)], capture_output=True, text=True, check=True)
+    assert ended.stdout == "[]\n"
+
+
+def test_the_section_is_light_and_strict() -> None:
+    heavy = "import sys, dlopt.serve; print([m for m in ('ray', 'onnxruntime', 'starlette', 'numpy', 'prometheus_client') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert Serve.model_validate({"replicas": {"min": 1, "max": 4}}).replicas == Replicas(min=1, max=4)
+    assert Serve(replicas=3).most_replicas == 3
+    for wrong in ({"replicas": 0}, {"replicas": {"min": 3, "max": 2}}, {"port": 1}):
+        with pytest.raises(ValidationError):
+            Serve.model_validate(wrong)
+
+
+def test_a_colour_image_is_served(tmp_path: Path) -> None:
+    colour = Signature(
+        inputs=(Feature(name="photo", kind="image", dtype="uint8", shape=(4, 6, 3), columns=("photo",)),),
+        target=Target(name="animal", labels=("cat", "dog")),
+    )
+    photo = np.random.default_rng(4).integers(0, 256, (2, 4, 6, 3)).tolist()
+    reply = ask(application(tmp_path, colour), "POST", PREDICT, json={"inputs": {"photo": photo}})
+    assert [math.isclose(sum(row), 1, abs_tol=1e-5) for row in reply.json()["outputs"]["probabilities"]] == [True, True]
+    assert set(reply.json()["outputs"]["label"]) <= {"cat", "dog"}
