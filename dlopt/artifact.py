@@ -15,11 +15,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from dlopt.part import DloptError
 
-MANIFEST = "manifest.json"
+MANIFEST, SEAL = "manifest.json", "seal"
 
 
 class File(BaseModel):
@@ -56,12 +56,7 @@ class Artifact:
     @classmethod
     def open(cls, path: Path) -> Artifact:
         """Open a sealed directory; raises DloptError when it is not sealed or a file is missing or has the wrong size."""
-        try:
-            manifest = Manifest.model_validate_json((path / MANIFEST).read_bytes())
-        except FileNotFoundError:
-            raise DloptError(f"{path}: not a finished artifact (no {MANIFEST}): run its job again") from None
-        except ValidationError:
-            raise DloptError(f"{path / MANIFEST}: damaged: delete the folder {path} and run the job again") from None
+        manifest = _unsealed(path)
         for name, file in manifest.files.items():
             if not (path / name).is_file() or (path / name).stat().st_size != file.size:
                 raise DloptError(f"{path / name}: missing or damaged: delete the folder {path} and run the job again")
@@ -75,7 +70,7 @@ class Artifact:
         """Path of a file whose content is what was sealed; raises DloptError when it is not."""
         if name not in self.manifest.files:
             raise DloptError(f"{self.path}: has no file {name}: delete the folder and run the job again")
-        if _sha256(self.path / name) != self.manifest.files[name].sha256:
+        if _file(self.path / name) != self.manifest.files[name]:
             raise DloptError(f"{self.path / name}: content differs from its seal: delete the folder {self.path} and run the job again")
         return self.path / name
 
@@ -124,8 +119,8 @@ def once(stage: Stage, section: BaseModel, home: Path, *parents: Artifact, found
     with _lock(path):
         if is_sealed(path):
             return Artifact.open(path)
-        if not stage.resumes:
-            shutil.rmtree(path, ignore_errors=True)
+        if path.exists() and not stage.resumes:
+            shutil.rmtree(path)
         path.mkdir(parents=True, exist_ok=True)
         start = time.monotonic()
         info = stage.make(section, path, *parents, **context)
@@ -139,18 +134,22 @@ def once(stage: Stage, section: BaseModel, home: Path, *parents: Artifact, found
             seconds=round(time.monotonic() - start, 3),
             versions=versions(),
         )
-        write_atomically(path / MANIFEST, manifest.model_dump_json(indent=1))
+        write_atomically(path / MANIFEST, _sealed(manifest))
         return Artifact(path, manifest)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all: to a temporary name, flushed to disk, then renamed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _flush_folder(path.parent)
 
 
 def versions() -> dict[str, str]:
@@ -171,16 +170,49 @@ def _lock(path: Path) -> Iterator[None]:
     with open(path.with_name(f".{path.name}.lock"), "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise DloptError(f"{path}: another dlopt process is making it now: wait for it, or stop it") from None
         yield
 
 
+def _sealed(manifest: Manifest) -> str:
+    """The manifest's JSON with a digest of itself, so that a flipped bit is seen here as in any other file."""
+    value = json.loads(manifest.model_dump_json())
+    return json.dumps(value | {SEAL: digest_of(value)}, indent=1)
+
+
+def _unsealed(path: Path) -> Manifest:
+    """The manifest of a directory; raises DloptError when there is none or when it is not as it was sealed."""
+    try:
+        value = json.loads((path / MANIFEST).read_bytes())
+        if value.pop(SEAL) == digest_of(value):
+            return Manifest.model_validate(value)
+    except (FileNotFoundError, NotADirectoryError):
+        raise DloptError(f"{path}: not a finished artifact (no {MANIFEST}): run its job again") from None
+    except (ValueError, AttributeError, KeyError, TypeError):  # no JSON, no mapping, no seal
+        pass
+    raise DloptError(f"{path / MANIFEST}: damaged: delete the folder {path} and run the job again")
+
+
 def _files(path: Path) -> dict[str, File]:
-    found = sorted(file for file in path.rglob("*") if file.is_file() and file.name != MANIFEST)
-    return {str(file.relative_to(path)): File(size=file.stat().st_size, sha256=_sha256(file)) for file in found}
+    """All files but hidden ones, which are temporary and left by a crash; flushed to disk, since the seal vouches for them."""
+    found = sorted(file for file in path.rglob("[!.]*") if file.is_file() and file.name != MANIFEST)
+    for folder in {path, *(file.parent for file in found)}:
+        _flush_folder(folder)
+    return {str(file.relative_to(path)): _file(file, flush=True) for file in found}
 
 
-def _sha256(path: Path) -> str:
+def _file(path: Path, flush: bool = False) -> File:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        if flush:
+            os.fsync(file.fileno())
+        return File(size=os.fstat(file.fileno()).st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def _flush_folder(path: Path) -> None:
+    """Make new names in a folder last."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

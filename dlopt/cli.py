@@ -12,12 +12,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dlopt.part import DloptError
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     options = _parser().parse_args(arguments)
+    from dlopt.part import DloptError
+
     try:
         return int(options.command(options) or 0)
     except DloptError as error:
@@ -135,7 +135,7 @@ def _serve(options: argparse.Namespace) -> None:
 
     folder = runs.find(options.run, options.home)
     name, export = runs.exported(folder)
-    section = Serve.model_validate(yaml.safe_load((folder / "job.yaml").read_text())["serve"])
+    section = Serve.model_validate(yaml.safe_load((folder / runs.JOB).read_text())["serve"])
     serve(
         export,
         name,

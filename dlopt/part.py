@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class DloptError(Exception):
@@ -16,9 +16,18 @@ class DloptError(Exception):
 
 
 class Part(BaseModel):
-    """Anything that can be written in a job file: frozen, and strict about unknown keys."""
+    """Anything that can be written in a job file: frozen, and strict about unknown keys and numbers that are none."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def yes_is_no_number(cls, given: Any) -> Any:
+        """YAML reads `yes` and `on` as true, which pydantic would take for 1; the word it refuses, at the right field."""
+        if not isinstance(given, dict):
+            return given
+        numbers = {name for name, field in cls.model_fields.items() if field.annotation not in (bool, str)}
+        return {name: str(value).lower() if isinstance(value, bool) and name in numbers else value for name, value in given.items()}
 
 
 class Feature(Part):
@@ -27,7 +36,9 @@ class Feature(Part):
     name: str
     """Name of the tensor in the model, in the ONNX graph and in requests."""
     kind: Literal["image", "number"]
+    """What the numbers mean: pixels, or a column each."""
     dtype: Literal["uint8", "float32"]
+    """Their type in the ONNX graph and on disk."""
     shape: tuple[int, ...]
     """Shape of one row, without the batch dimension: (height, width, channels) of an image, (columns,) of numbers."""
     columns: tuple[str, ...]
@@ -53,7 +64,9 @@ class Signature(Part):
     """The inputs and outputs of a model, found once in the data; nobody types a size twice."""
 
     inputs: tuple[Feature, ...]
+    """In the order in which the model and the ONNX graph take them."""
     target: Target
+    """What comes out."""
 
     @property
     def num_inputs(self) -> int:
@@ -73,11 +86,18 @@ class Statistics(Part):
     count: int
     """Values per channel or column, missing ones included."""
     missing: tuple[int, ...]
+    """How many of them are missing; the rest of the numbers is of those that are there, and 0 where none is."""
     min: tuple[float, ...]
+    """Least value."""
     max: tuple[float, ...]
+    """Greatest value."""
     mean: tuple[float, ...]
+    """Arithmetic mean."""
     std: tuple[float, ...]
     """Population standard deviation (ddof 0), as scikit-learn's StandardScaler."""
     fill: tuple[float, ...]
+    """What stands in for a missing value."""
     shift: tuple[float, ...]
+    """What is subtracted."""
     scale: tuple[float, ...]
+    """What the difference is multiplied by."""

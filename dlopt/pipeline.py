@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from dlopt.artifact import Artifact, Stage, digest_of, is_sealed, once, place, write_atomically
 from dlopt.part import DloptError
 from dlopt.progress import Progress, silent
-from dlopt.runs import RUN, Run
+from dlopt.runs import JOB, REPORT, RUN, Run
 from dlopt.session import address_of, connected
 from dlopt.spec import Job
 
@@ -54,7 +54,7 @@ def run(job: Job, home: Path, address: str | None = None, progress: Progress = s
     exports = {part.kind: steps.local(_exporter(part), part, model, data) for part in job.export}
     made = steps.made
     folder = home / f"{job.name}-{digest_of([job.name, data.path.name, model.path.name])[:8]}"
-    if made or not is_run(folder):
+    if made or not is_run(folder) or (folder / JOB).read_text() != _as_yaml(job):
         progress("report", None, "drawing")
         _write_run(folder, job, {"data": data, "model": model, **{f"export.{kind}": found for kind, found in exports.items()}}, made)
     metrics = model.info["metrics"]
@@ -99,7 +99,12 @@ def _found(job: Job) -> Any:
 
 
 def is_run(folder: Path) -> bool:
-    return (folder / RUN).is_file() and (folder / "report.html").is_file()
+    """Whether all files of a run are there."""
+    return all((folder / name).is_file() for name in (RUN, JOB, REPORT))
+
+
+def _as_yaml(job: Job) -> str:
+    return yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def _write_run(folder: Path, job: Job, artifacts: dict[str, Artifact], made: dict[str, float]) -> None:
@@ -108,17 +113,16 @@ def _write_run(folder: Path, job: Job, artifacts: dict[str, Artifact], made: dic
     from dlopt.report.samples import samples
 
     folder.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    write_atomically(folder / "job.yaml", text)
+    text = _as_yaml(job)
+    write_atomically(folder / JOB, text)
     page.write(
-        folder / "report.html",
+        folder / REPORT,
         name=job.name,
         job_yaml=text,
         data=artifacts["data"],
         model=artifacts["model"],
-        export=next((found for name, found in artifacts.items() if name.startswith("export.")), None),
+        exports={name.removeprefix("export."): found for name, found in artifacts.items() if name.startswith("export.")},
         samples=samples(artifacts["data"], job.fit),
-        seconds={found.manifest.stage: found.manifest.seconds for found in artifacts.values()},
     )
     record = {
         "name": job.name,

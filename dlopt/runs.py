@@ -10,7 +10,8 @@ from typing import Any
 from dlopt.artifact import Artifact
 from dlopt.part import DloptError
 
-RUN = "run.json"
+RUN, JOB, REPORT = "run.json", "job.yaml", "report.html"
+"""The files of a run's folder; run.json is written last."""
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,10 @@ QUIET = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SCHEDULER_EVENTS": "0",
+    "RAY_worker_niceness": "0",
 }
-"""Ray's settings for a quiet terminal and for failures that show within a minute; what the user has set wins."""
+"""Ray's settings for a quiet terminal, for failures that show within a minute, and for workers at an ordinary priority (Ray's
+own is 15, so that anything else on the machine starves a training run); what the user has set wins."""
 
 RAY_BLOCK_BYTES = 128 * 2**20
 """Ray Data's own default for the size of a block."""
@@ -66,11 +68,12 @@ def connected(address: str | None = None, cpus: int | None = None, **options: An
         yield
         return
     logging.getLogger("ray").setLevel(logging.WARNING)
+    options = {"logging_level": logging.WARNING, "log_to_driver": False} | options  # what workers have to say reaches us as errors
     try:
         if address is None:
-            ray.init(address="local", num_cpus=cpus or os.cpu_count(), include_dashboard=False, logging_level=logging.WARNING, **options)
+            ray.init(address="local", num_cpus=cpus or os.cpu_count(), include_dashboard=False, **options)
         else:
-            ray.init(address=address, logging_level=logging.WARNING, **options)
+            ray.init(address=address, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = address or "here"
         raise DloptError(f"--address: cannot start or join Ray at {where}: {str(error).strip().splitlines()[0]}") from error
@@ -88,6 +91,7 @@ def data_context(*, preserve_order: bool = False, block_bytes: int | None = None
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = preserve_order
+    context.raise_original_map_exception = True  # so that a DloptError of a worker can be told from a failure
     context.target_max_block_size = block_bytes or RAY_BLOCK_BYTES
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 

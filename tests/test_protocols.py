@@ -27,7 +27,7 @@ from dlopt.part import DloptError, Feature, Signature, Target
 from dlopt.serve import Replicas, Serve
 from dlopt.serve.auth import Guard, digest, make_key, read_keys
 from dlopt.serve.metrics import DIRECTORY
-from dlopt.serve.replica import Application, Batcher, Predictor
+from dlopt.serve.replica import FLUSH_SECONDS, FRESH_SECONDS, Application, Batcher, Predictor
 from tests.served import IMAGE, NUMBERS, make_export
 
 KEY = "a-key-of-the-tests"
@@ -266,7 +266,9 @@ def test_status_and_metadata_say_what_the_model_is(home: Path) -> None:
     for path in ("/v1/models/m", "/v1/models/m/versions/1"):
         found = ask(app, "GET", path).json()
         assert (found["name"], found["ready"], found["digest"]) == ("m", True, sealed)
-        assert found["model_version_status"] == [{"version": "1", "state": "AVAILABLE", "status": {"error_code": "OK", "error_message": ""}}]
+        assert found["model_version_status"] == [
+            {"version": "1", "state": "AVAILABLE", "status": {"error_code": "OK", "error_message": ""}}
+        ]
     found = ask(app, "GET", "/v1/models/m/metadata").json()
     assert found["model_spec"] == {"name": "m", "signature_name": "", "version": "1"}
     tensor = found["metadata"]["signature_def"]["signature_def"]["serving_default"]["inputs"]["image"]
@@ -274,6 +276,19 @@ def test_status_and_metadata_say_what_the_model_is(home: Path) -> None:
     assert Signature.model_validate(found["signature"]) == IMAGE
     assert ask(app, "POST", "/v1/models/m/versions/1:predict", json={"instances": [BLACK]}).status_code == 200
     assert ask(app, "GET", "/v1/models").json() == {"models": ["m"]}
+
+
+def test_ready_means_that_the_model_answers_now(home: Path) -> None:
+    app = application(home)
+    app.answered -= FRESH_SECONDS
+    assert ask(app, "GET", "/readyz").json() == {"ready": True}
+    app.predictor.blank = {}
+    assert ask(app, "GET", "/readyz").status_code == 200  # asked a moment ago
+    app.answered -= FRESH_SECONDS
+    reply = ask(app, "GET", "/readyz")
+    assert reply.status_code == 503
+    assert error_of(reply).startswith("the model does not answer")
+    assert ask(app, "GET", "/healthz").status_code == 200
 
 
 def test_health_and_page(home: Path) -> None:
@@ -331,9 +346,15 @@ def test_a_bad_file_of_keys_is_refused_in_one_line(tmp_path: Path, content: byte
 
 def test_metrics_count_what_was_done(home: Path) -> None:
     app = application(home)
-    ask(app, "POST", PREDICT, json={"instances": [BLACK] * 3})
-    ask(app, "POST", PREDICT, content=b"{")
-    lines = ask(app, "GET", "/metrics").text.splitlines()
+
+    async def requests() -> str:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            await client.post(PREDICT, json={"instances": [BLACK] * 3})
+            await client.post(PREDICT, content=b"{")
+            await asyncio.sleep(2 * FLUSH_SECONDS)
+            return (await client.get("/metrics")).text
+
+    lines = asyncio.run(requests()).splitlines()
     label = ask(app, "POST", PREDICT, json={"instances": [BLACK]}).json()["predictions"][0]["label"]
     sealed = make_export(home).manifest.digest
     for line in (
@@ -456,7 +477,9 @@ print([name for name in ("torch", "ray", "pandas") if name in sys.modules])
 
 
 def test_the_section_is_light_and_strict() -> None:
-    heavy = "import sys, dlopt.serve; print([m for m in ('ray', 'onnxruntime', 'starlette', 'numpy', 'prometheus_client') if m in sys.modules])"
+    heavy = (
+        "import sys, dlopt.serve; print([m for m in ('ray', 'onnxruntime', 'starlette', 'numpy', 'prometheus_client') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True).stdout == "[]\n"
     assert Serve.model_validate({"replicas": {"min": 1, "max": 4}}).replicas == Replicas(min=1, max=4)
     assert Serve(replicas=3).most_replicas == 3

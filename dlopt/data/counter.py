@@ -6,6 +6,7 @@ The mixing function is the finalizer of SplitMix64 (Steele, Lea, Flood 2014, "Fa
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -69,7 +70,7 @@ def string_words(values: Sequence[str]) -> np.ndarray:
 
 def _words(column: np.ndarray) -> np.ndarray:
     """The bytes of each row, padded with zeros to whole 64-bit words."""
-    flat = np.ascontiguousarray(column).reshape(len(column), -1)
-    raw = flat.view(np.uint8).reshape(len(column), flat.shape[1] * flat.itemsize)
+    width = math.prod(column.shape[1:])
+    raw = np.ascontiguousarray(column).reshape(len(column), width).view(np.uint8).reshape(len(column), width * column.itemsize)
     padding = -raw.shape[1] % 8
     return np.pad(raw, ((0, 0), (0, padding))).view(np.uint64) if padding else raw.view(np.uint64)

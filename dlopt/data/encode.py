@@ -10,13 +10,17 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dlopt.part import DloptError, Feature, Signature
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Pillow's name for an image with so many channels."""
-GREY = ("1", "L", "LA", "I;16")
+GREY = ("1", "L", "LA")
+GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N")
+"""Grey of 16 bits a pixel, which Pillow would cut off at 255; it is scaled to 8 bits."""
+NO_BYTES = ("I", "F")
+"""Numbers of 32 bits, with no scale that would make them bytes."""
 MOST_PIXELS = 64 * 1024 * 1024
 """A larger image is refused before it is decoded, instead of filling the memory."""
 
@@ -36,15 +40,25 @@ def decode_image(
                 raise DloptError(f"image of {file.width}x{file.height} is too large")
             if only and (file.height, file.width) != only:
                 raise DloptError(f"image of height {file.height} and width {file.width} where {only[0]} and {only[1]} are needed")
-            image = file.convert(MODES[channels or (1 if file.mode in GREY else 3)])
+            if file.mode in NO_BYTES:
+                raise DloptError(f"image of 32-bit numbers (mode {file.mode}): save it with 8 or 16 bits")
+            grey = file.mode in GREY + GREY_16
+            image = (_in_bytes(file) if file.mode in GREY_16 else file).convert(MODES[channels or (1 if grey else 3)])
     except DloptError:
         raise
+    except UnidentifiedImageError:  # whose message holds an address in memory
+        raise DloptError("not an image: its bytes are of no known format") from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         raise DloptError(f"not an image: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
     if size and (image.height, image.width) != tuple(size):
         image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
     pixels = np.asarray(image, dtype=np.uint8)
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
+def _in_bytes(image: Image.Image) -> Image.Image:
+    """16-bit grey as 8-bit grey: 65,535 becomes 255."""
+    return Image.fromarray(((np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
 
 
 def encode_rows(signature: Signature, rows: Sequence[Any]) -> dict[str, np.ndarray]:
@@ -80,8 +94,11 @@ def _images(feature: Feature, values: list[Any]) -> np.ndarray:
         return _empty(feature)
     for shape in _shapes(feature):
         try:
-            pixels = bytes(_flat(values, shape))  # takes whole numbers from 0 to 255 and nothing else
+            numbers = _flat(values, shape)
+            pixels = bytes(numbers)  # takes whole numbers from 0 to 255, and true and false
         except (TypeError, ValueError):
+            continue
+        if bool in set(map(type, numbers)):
             continue
         return np.frombuffer(pixels, np.uint8).reshape(-1, *feature.shape)
     return np.stack([_image(feature, value, index) for index, value in enumerate(values)])

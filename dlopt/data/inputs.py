@@ -6,6 +6,7 @@ Encoding is vectorized where the raw type allows it; a row that cannot be encode
 from __future__ import annotations
 
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Annotated, Literal
 
 import numpy as np
@@ -24,6 +25,10 @@ NORMALIZATIONS: dict[str, Callable[..., tuple[np.ndarray, np.ndarray]]] = {
     "standard": lambda min, max, mean, std: (mean, 1 / _nonzero(std)),
 }
 """name: statistics of the training split to (shift, scale); the model computes (x - shift) * scale."""
+
+MISSING = ("", "NA", "N/A", "n/a", "#N/A", "NaN", "nan", "NULL", "null", "None")
+"""How a text file says that a number is missing."""
+TRUTH = {"true": 1, "false": 0}
 
 Encoded = tuple[np.ndarray, dict[int, str]]
 """Values of shape (rows, *feature.shape), and the reason why for every row that could not be encoded."""
@@ -99,7 +104,7 @@ class NumberInput(Part):
         return Feature(name=self.name, kind="number", dtype="float32", shape=(len(self.columns),), columns=self.columns)
 
     def encode(self, table: pa.Table, feature: Feature) -> Encoded:
-        values = np.empty((len(table), len(self.columns)), dtype=np.float64)
+        values = np.empty((len(table), len(self.columns)), dtype=np.float32)
         reasons: dict[int, str] = {}
         for index, name in enumerate(self.columns):
             values[:, index], wrong = _floats(table[name])
@@ -117,23 +122,50 @@ class CategoryTarget(Part):
     column: str = "label"
     """The column."""
 
-    def encode(self, table: pa.Table) -> tuple[pa.Array, dict[int, str]]:
-        """The labels as int64 or string, and the reason for each row that has none."""
-        column = table[self.column].combine_chunks()
-        if pa.types.is_dictionary(column.type):
-            column = column.dictionary_decode()
-        reasons = {int(row): f"{self.column}: no label" for row in np.flatnonzero(pc.is_null(column).to_numpy(zero_copy_only=False))}
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            return column.cast(pa.string()), reasons
-        try:
-            return column.cast(pa.int64()), reasons  # booleans become 0 and 1; 1.5 is refused
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-            raise DloptError(f"data.target.column: {self.column!r} is {column.type}; classes must be whole numbers or strings") from None
+    def whole(self, table: pa.Table) -> bool:
+        """Whether the classes are whole numbers, true and false being 1 and 0, or else strings, from the first rows. Raises DloptError."""
+        kind = _plain(table[self.column]).type
+        if _is_text(kind) or pa.types.is_null(kind):
+            return False
+        if pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+            return True
+        raise DloptError(f"data.target.column: {self.column!r} is {kind}; classes must be whole numbers or strings")
+
+    def encode(self, table: pa.Table, whole: bool) -> tuple[pa.Array, dict[int, str]]:
+        """The labels as int64 or string, null where there is none, and the reason for each of those rows."""
+        classes = _plain(table[self.column]).dictionary_encode()  # so that each class is looked at once
+        names = [*classes.dictionary.to_pylist(), None]
+        codes = classes.indices.fill_null(len(names) - 1)
+        there = [not (name is None or name == "" or name != name) for name in names]
+        values = [(_whole_number(name) if whole else str(name)) if is_there else None for name, is_there in zip(names, there, strict=True)]
+        labels = pa.array(values, pa.int64() if whole else pa.string()).take(codes)
+        why = [f"{names[code]!r:.40} is not a whole number" if there[code] else "no label" for code in range(len(names))]
+        wrong = np.flatnonzero(labels.is_null().to_numpy(zero_copy_only=False)).tolist()
+        return labels, {row: f"{self.column}: {why[codes[row].as_py()]}" for row in wrong}
 
 
 def _nonzero(spread: np.ndarray) -> np.ndarray:
     """A column that never varies is divided by 1."""
     return np.where(spread > 0, spread, 1.0)
+
+
+def _plain(column: pa.ChunkedArray) -> pa.Array:
+    """One array without a dictionary."""
+    array = column.combine_chunks()
+    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _whole_number(value: object) -> int | None:
+    """7, 7.0, True and their spellings in a text file; None for anything else, and for more than 64 bits."""
+    try:
+        number = Decimal(str(TRUTH.get(str(value).lower(), value)))
+        return int(number) if number == number.to_integral_value() and abs(number) < 2**63 else None
+    except ArithmeticError:
+        return None
 
 
 def _nested_pixels(column: pa.Array) -> np.ndarray | None:
@@ -174,22 +206,29 @@ def _pixels(value: object, channels: int | None, size: tuple[int, int] | None) -
 
 
 def _floats(column: pa.ChunkedArray) -> tuple[np.ndarray, dict[int, str]]:
-    """Values as float64 with NaN where missing, and the reason for each row that is no number."""
+    """Values as float32, which is what the model sees, with NaN where missing; and the reason for each row that is no number."""
+    array = _plain(column)
+    if _is_text(array.type):
+        array = pc.if_else(pc.is_in(array, pa.array(MISSING, array.type)), None, array)
     try:
-        values = column.cast(pa.float64()).to_numpy()
+        values, reasons = array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False), dict[int, str]()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        return _floats_by_row(column)
-    infinite = np.flatnonzero(np.isinf(values))
-    return np.where(np.isinf(values), np.nan, values), {int(row): "not finite" for row in infinite}
+        values, reasons = _floats_by_row(array)
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float32)
+    infinite = np.isinf(values)
+    return np.where(infinite, np.float32(np.nan), values), reasons | {int(row): "a number is too large" for row in np.flatnonzero(infinite)}
 
 
-def _floats_by_row(column: pa.ChunkedArray) -> tuple[np.ndarray, dict[int, str]]:
+def _floats_by_row(column: pa.Array) -> tuple[np.ndarray, dict[int, str]]:
     values, reasons = np.full(len(column), np.nan), {}
     for row, value in enumerate(column.to_pylist()):
-        if value is None or value == "":
+        if value is None:
             continue
         try:
-            values[row] = float(value)
+            values[row] = float(TRUTH.get(str(value).lower(), value))
+        except OverflowError:
+            values[row] = np.inf
         except (TypeError, ValueError):
             reasons[row] = f"{value!r:.40} is not a number"
     return values, reasons

@@ -3,16 +3,18 @@
 Two passes. The first decodes every row and gives it a 128-bit key, the hash of its content; rows that cannot be read go to
 `bad/` with their reason. The second brings rows of one range of keys together, sorts them, drops duplicates, splits, writes
 parquet and sums statistics. The keys alone decide where a row goes, so the artifact does not depend on blocks or workers.
+A set that makes one range is brought together by one task; more ranges take a shuffle, whose workers are seconds in starting.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +27,7 @@ from dlopt.artifact import Stage, write_atomically
 from dlopt.data import moments
 from dlopt.data.counter import row_keys, string_words
 from dlopt.data.moments import Moments
-from dlopt.data.prepared import feature_columns, write_part
+from dlopt.data.prepared import columns_of, feature_columns, row_bytes, write_part
 from dlopt.data.section import Data
 from dlopt.data.sources import Source
 from dlopt.data.split import NAMES, StratifiedSplit, Thresholds
@@ -36,43 +38,58 @@ from dlopt.session import data_context
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-PART_BYTES = 32 * 2**20
+PART_BYTES = 64 * 2**20
 """About how many bytes of encoded rows one file gets; their number follows from the rows, not from the cluster."""
 PEEK_ROWS = 64
 LABEL, HIGH, LOW, RANGE = "__label", "__high", "__low", "__range"
+REASON, RAW = "__reason", "__raw"
+"""Why a row is bad, null for a good one, and the row as it was read, as a table of Arrow's stream format."""
 
 
 def peek(section: Data) -> tuple[Feature, ...]:
     """The model's inputs, from the first rows, without Ray. Raises DloptError on missing files and columns."""
-    features: tuple[Feature, ...] = ()
-    for where, source in (("data.source", section.source), ("data.test", section.test)):
-        if source is None:
-            continue
+    return _look(section)[0]
+
+
+def _look(section: Data) -> tuple[tuple[Feature, ...], bool]:
+    """The model's inputs, and whether the classes are whole numbers."""
+    first = _first_rows(section, "data.source", section.source)
+    if section.test is not None:
+        _first_rows(section, "data.test", section.test)
+    return tuple(part.feature(first) for part in section.inputs), section.target.whole(first)
+
+
+def _first_rows(section: Data, where: str, source: Source) -> pa.Table:
+    try:
         table = source.peek(PEEK_ROWS)
-        for column in section.columns:
-            if column not in table.column_names:
-                raise DloptError(f"{where}: has no column {column!r}; its columns are {', '.join(table.column_names)}")
-        if len(table) == 0:
-            raise DloptError(f"{where}: is empty")
-        features = features or tuple(part.feature(table) for part in section.inputs)
-    return features
+    except DloptError as error:
+        raise DloptError(f"{where}: {error}") from None
+    for column in section.columns:
+        if column not in table.column_names:
+            raise DloptError(f"{where}: has no column {column!r}; its columns are {', '.join(table.column_names)}")
+    if len(table) == 0:
+        raise DloptError(f"{where}: is empty")
+    return table
 
 
 def prepare(section: Data, out: Path, *, progress: Progress = silent) -> dict[str, Any]:
     """Fill `out` with train/, validation/, test/ and bad/ parquet, signature.json and statistics.json; returns the counts."""
     data_context()
     clock = _Clock()
-    features = peek(section)
+    features, whole = _look(section)
     progress("prepare", None, "decoding")
-    main = _Rows.encode(section, section.source, features, out / "bad", progress)
-    test = _Rows.encode(section, section.test, features, out / "bad", progress) if section.test else None
+    encoder = _Encoder(section, features, whole)
+    main = _Rows.encode("source", section.source, encoder, out / "bad", progress)
+    test = _Rows.encode("test", section.test, encoder, out / "bad", progress) if section.test else None
+    sources = [rows for rows in (main, test) if rows]
     clock.lap("decode")
-    _refuse_bad(section, out / "bad", [rows for rows in (main, test) if rows])
+    _refuse_bad(section, out / "bad", sources)
     signature = Signature(inputs=features, target=Target(name=section.target.column, labels=main.labels))
+    if test:
+        test.refuse_unknown_labels(main.labels)
     progress("prepare", None, "splitting and writing")
     done = main.write(section, signature, _assign(section, main), out, progress)
     if test:
-        test.refuse_unknown_labels(main.labels)
         done += test.write(section, signature, dict.fromkeys(main.labels, (0.0, 0.0)), out, progress)
     clock.lap("write")
     _refuse_unlearnable(section, signature, done)
@@ -82,7 +99,7 @@ def prepare(section: Data, out: Path, *, progress: Progress = silent) -> dict[st
     }
     write_atomically(out / "signature.json", signature.model_dump_json(indent=1))
     write_atomically(out / "statistics.json", json.dumps({name: found.model_dump() for name, found in statistics.items()}, indent=1))
-    return _info(signature, [rows for rows in (main, test) if rows], done, out / "bad", clock.seconds)
+    return _info(signature, sources, done, clock.seconds)
 
 
 PREPARE = Stage("data", prepare)
@@ -90,41 +107,49 @@ PREPARE = Stage("data", prepare)
 
 @dataclass(frozen=True)
 class _Rows:
-    """A source's rows that could be read: encoded, keyed, and held in Ray's object store."""
+    """A source's rows, encoded, keyed, and held in Ray's object store; and what the driver knows of them."""
 
     dataset: Dataset
-    count: int
-    bad: int
+    rows: int
+    """Bad ones included."""
+    reasons: Counter[str]
+    """Why rows are bad, and how many of them."""
     labels: tuple[Any, ...]
-    label_positions: Callable[[Any], dict[Any, np.ndarray]]
+    """Classes, sorted."""
+    keys: pa.Table
+    """LABEL, HIGH and LOW of the good rows."""
     where: str
 
     @classmethod
-    def encode(cls, section: Data, source: Source, features: tuple[Feature, ...], bad: Path, progress: Progress) -> _Rows:
-        where = "data.source" if source is section.source else "data.test"
-        folder = bad / where.removeprefix("data.")
-        encoder = _Encoder(section, features, str(folder))
-        dataset = source.read().map_batches(encoder, batch_format="pyarrow", batch_size=None).materialize()
-        count = dataset.count()
-        if count == 0 and not folder.is_dir():
+    def encode(cls, name: str, source: Source, encoder: _Encoder, bad: Path, progress: Progress) -> _Rows:
+        where = f"data.{name}"
+        with _saying(where):
+            dataset = source.read().map_batches(encoder, batch_format="pyarrow", batch_size=None).materialize()
+        if (rows := dataset.count()) == 0:
             raise DloptError(f"{where}: is empty")
-        keys = dataset.select_columns([LABEL, HIGH, LOW]) if count else None
-        blocks = list(keys.iter_batches(batch_size=None, batch_format="pyarrow")) if keys else []
-        labels = sorted({label for table in blocks for label in table[LABEL].unique().to_pylist()})
+        reasons: Counter[str] = Counter()
+        keys = []
+        columns = dataset.select_columns([LABEL, HIGH, LOW, REASON, RAW])
+        for number, table in enumerate(columns.iter_batches(batch_size=None, batch_format="pyarrow")):
+            wrong = table.filter(pc.is_valid(table[REASON]))
+            if len(wrong):
+                reasons.update(wrong[REASON].to_pylist())
+                _set_aside(wrong, bad / name / f"part-{number:05d}.parquet")
+            keys.append(_good(table).drop_columns([REASON, RAW]))
+        together = pa.concat_tables(keys)
+        progress("prepare", None, f"{rows:,} rows decoded")
+        return cls(dataset, rows, reasons, tuple(sorted(together[LABEL].unique().to_pylist())), together, where)
 
-        def positions(split: Any) -> dict[Any, np.ndarray]:
-            everything = pa.concat_tables(blocks)
-            found = np.stack([everything[HIGH].to_numpy(), everything[LOW].to_numpy()], axis=1)
-            for clean in section.clean:
-                order = np.lexsort((found[:, 1], found[:, 0]))
-                keep = order[clean.keep(found[order])]
-                everything, found = everything.take(pa.array(keep)), found[keep]
-            names = everything[LABEL].to_numpy()
-            return {label: split.position(found[names == label]) for label in labels}
+    @property
+    def bad(self) -> int:
+        return self.reasons.total()
 
-        bad_rows = sum(pq.ParquetFile(file).metadata.num_rows for file in _parquets(folder))
-        progress("prepare", None, f"{count:,} rows decoded")
-        return cls(dataset, count, bad_rows, tuple(labels), positions, where)
+    def positions(self, section: Data) -> dict[int | str, np.ndarray]:
+        """label: where the rows of that class that cleaning leaves stand in [0, 1)."""
+        keys, labels = _keys(self.keys), self.keys[LABEL].to_numpy()
+        order = _cleaned(section, keys)
+        position, labels = section.split.position(keys[order]), labels[order]
+        return {label: position[labels == label] for label in self.labels}
 
     def refuse_unknown_labels(self, known: tuple[Any, ...]) -> None:
         for label in self.labels:
@@ -133,65 +158,104 @@ class _Rows:
 
     def write(self, section: Data, signature: Signature, thresholds: Thresholds, out: Path, progress: Progress) -> list[_Done]:
         """Bring each range of keys together and finish it; one _Done a range, in order."""
-        row_bytes = sum(feature.size * np.dtype(feature.dtype).itemsize for feature in signature.inputs) + 8
-        power = max(0, (self.count * row_bytes // PART_BYTES).bit_length())
+        good = self.rows - self.bad
+        power = (good * row_bytes(signature) // PART_BYTES).bit_length()
         finisher = _Finisher(section, signature, thresholds, str(out))
-        ranged = self.dataset.map_batches(_RangeOf(power), batch_format="pyarrow", batch_size=None)
-        groups = ranged.groupby(RANGE, num_partitions=min(2**power, 256))
-        finished = groups.map_groups(lambda table: finisher(table), batch_format="pyarrow")  # Ray wants a function's __name__
+        if power == 0:
+            finished = self.dataset.map_batches(finisher, batch_format="pyarrow", batch_size=self.rows)
+        else:
+            ranged = self.dataset.map_batches(_RangeOf(power), batch_format="pyarrow", batch_size=None)
+            groups = ranged.groupby(RANGE, num_partitions=min(2**power, 256))
+            finished = groups.map_groups(lambda table: finisher(table), batch_format="pyarrow")  # Ray wants a function's __name__
         done = []
         for row in finished.iter_rows():
             done.append(_Done.from_row(row))
             progress("prepare", len(done) / 2**power, f"{self.where}: {sum(part.rows for part in done):,} rows written")
+        if sum(part.rows + part.duplicates for part in done) != good or len({part.range for part in done}) != len(done):
+            raise RuntimeError(f"{self.where}: {good} rows went in, but not each of them came out once: {done}")
         return sorted(done, key=lambda part: part.range)
 
 
 class _Encoder:
-    """First pass, on a block: encode, set bad rows aside, and key the rest by their content."""
+    """First pass, on a block: encode, and key every row by its content. Bad rows stay, with their reason and their raw values."""
 
-    def __init__(self, section: Data, features: tuple[Feature, ...], bad: str) -> None:
-        self.section, self.features, self.bad = section, features, bad
+    def __init__(self, section: Data, features: tuple[Feature, ...], whole: bool) -> None:
+        self.section, self.features, self.whole = section, features, whole
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        for column in self.section.columns:
+            if column not in table.column_names:
+                raise DloptError(f"one of the files has no column {column!r}; its columns are {', '.join(table.column_names)}")
         reasons: dict[int, str] = {}
         arrays = []
         for part, feature in zip(self.section.inputs, self.features, strict=True):
             values, wrong = part.encode(table, feature)
             arrays.append(values)
             reasons = wrong | reasons
-        labels, wrong = self.section.target.encode(table)
+        labels, wrong = self.section.target.encode(table, self.whole)
         reasons = wrong | reasons
-        if reasons:
-            self._set_aside(table, reasons)
-            good = np.setdiff1d(np.arange(len(table)), np.fromiter(reasons, dtype=np.int64))
-            arrays, labels = [values[good] for values in arrays], labels.take(pa.array(good))
         keys = row_keys([*(_hashable(values) for values in arrays), _label_words(labels)])
         columns: dict[str, pa.Array] = {}
         for feature, values in zip(self.features, arrays, strict=True):
             columns |= feature_columns(feature, values)
-        return pa.table(columns | {LABEL: labels, HIGH: pa.array(keys[:, 0]), LOW: pa.array(keys[:, 1])})
+        columns |= {LABEL: labels, HIGH: pa.array(keys[:, 0]), LOW: pa.array(keys[:, 1])}
+        return pa.table(
+            columns | {REASON: _sparse(reasons, len(table), pa.string()), RAW: _sparse(_raw(table, reasons), len(table), pa.binary())}
+        )
 
-    def _set_aside(self, table: pa.Table, reasons: dict[int, str]) -> None:
-        """Named by its content, so that a task which Ray runs twice writes one file."""
-        rows = sorted(reasons)
-        found = table.take(pa.array(rows)).append_column("reason", pa.array([reasons[row] for row in rows]))
+
+def _raw(table: pa.Table, rows: Iterable[int]) -> dict[int, bytes]:
+    """Rows as they were read, each a table of its own."""
+    found = {}
+    for row in rows:
         sink = pa.BufferOutputStream()
-        pq.write_table(found, sink)
-        content = sink.getvalue().to_pybytes()
-        Path(self.bad).mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(self.bad) / f"{blake2b(content, digest_size=8).hexdigest()}.parquet", content)
+        with pa.ipc.new_stream(sink, table.schema) as stream:
+            stream.write_table(table.slice(row, 1))
+        found[row] = sink.getvalue().to_pybytes()
+    return found
+
+
+def _sparse(values: Mapping[int, Any], rows: int, kind: pa.DataType) -> pa.Array:
+    """A column that is null but for a few rows."""
+    column: list[Any] = [None] * rows
+    for row, value in values.items():
+        column[row] = value
+    return pa.array(column, kind)
+
+
+def _set_aside(wrong: pa.Table, path: Path) -> None:
+    """Write bad rows as they were read, with their reason."""
+    raw = pa.concat_tables([pa.ipc.open_stream(value).read_all() for value in wrong[RAW].to_pylist()], promote_options="permissive")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(raw.append_column("reason", wrong[REASON]), path)
+
+
+def _good(table: pa.Table) -> pa.Table:
+    return table.filter(pc.is_null(table[REASON]))
+
+
+def _keys(table: pa.Table) -> np.ndarray:
+    """uint64 of shape (rows, 2)."""
+    return np.stack([table[HIGH].to_numpy(), table[LOW].to_numpy()], axis=1)
+
+
+def _cleaned(section: Data, keys: np.ndarray) -> np.ndarray:
+    """Indices of the rows that cleaning leaves, in the order of their keys."""
+    order = np.lexsort((keys[:, 1], keys[:, 0]))
+    for clean in section.clean:
+        order = order[clean.keep(keys[order])]
+    return order
 
 
 class _RangeOf:
-    """The range of keys that a row belongs to: the first `power` bits of its key."""
+    """The range of keys that a good row belongs to: the first `power` bits of its key."""
 
     def __init__(self, power: int) -> None:
         self.power = power
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        high = table[HIGH].to_numpy()
-        ranges = (high >> np.uint64(64 - self.power)).astype(np.int64) if self.power else np.zeros(len(high), dtype=np.int64)
-        return table.append_column(RANGE, pa.array(ranges))
+        table = _good(table)
+        return table.append_column(RANGE, pa.array((table[HIGH].to_numpy() >> np.uint64(64 - self.power)).astype(np.int64)))
 
 
 @dataclass(frozen=True)
@@ -221,16 +285,16 @@ class _Finisher:
         self.section, self.signature, self.thresholds, self.out = section, signature, thresholds, out
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        number = table[RANGE][0].as_py()
-        keys = np.stack([table[HIGH].to_numpy(), table[LOW].to_numpy()], axis=1)
-        order = np.lexsort((keys[:, 1], keys[:, 0]))
-        for clean in self.section.clean:
-            order = order[clean.keep(keys[order])]
+        table = _good(table)
+        number = table[RANGE][0].as_py() if RANGE in table.column_names else 0
+        keys = _keys(table)
+        order = _cleaned(self.section, keys)
         duplicates = len(table) - len(order)
         table, keys = table.take(pa.array(order)), keys[order]
         codes = pc.index_in(table[LABEL], pa.array(self.signature.target.labels, table[LABEL].type)).combine_chunks().to_numpy()
         split = self._split(codes, self.section.split.position(keys))
-        table = table.drop_columns([LABEL, HIGH, LOW, RANGE]).append_column(self.signature.target.name, pa.array(codes.astype(np.int64)))
+        inputs = table.select([column for feature in self.signature.inputs for column in columns_of(feature)])
+        table = inputs.append_column(self.signature.target.name, pa.array(codes.astype(np.int64)))
         labels, found = {}, {}
         for index, name in enumerate(NAMES):
             rows = np.flatnonzero(split == index)
@@ -256,19 +320,19 @@ class _Finisher:
 
 def _assign(section: Data, rows: _Rows) -> Thresholds:
     if isinstance(section.split, StratifiedSplit):
-        return section.split.thresholds(rows.label_positions(section.split))
+        return section.split.thresholds(rows.positions(section))
     return dict.fromkeys(rows.labels, section.split.cuts)
 
 
 def _refuse_bad(section: Data, bad: Path, sources: list[_Rows]) -> None:
-    total, wrong = sum(rows.count + rows.bad for rows in sources), sum(rows.bad for rows in sources)
     for rows in sources:
-        if rows.count == 0:
-            raise DloptError(f"{rows.where}: none of its {rows.bad:,} rows can be read: {_reasons(bad)}; see {bad}")
-    if wrong > section.most_bad * total:
+        if rows.bad == rows.rows:
+            raise DloptError(f"{rows.where}: none of its {rows.bad:,} rows can be read: {_say(rows.reasons)}; they are in {bad}")
+    total, reasons = sum(rows.rows for rows in sources), _reasons(sources)
+    if (wrong := reasons.total()) > section.most_bad * total:
         raise DloptError(
             f"data: {wrong:,} of {total:,} rows cannot be read ({wrong / total:.1%}, data.most_bad allows {section.most_bad:.1%}): "
-            f"{_reasons(bad)}; they are in {bad}"
+            f"{_say(reasons)}; they are in {bad}"
         )
     labels = sources[0].labels
     if len(labels) < 2:
@@ -282,10 +346,11 @@ def _refuse_unlearnable(section: Data, signature: Signature, done: list[_Done]) 
     for name in NAMES:
         if wanted[name] and not any(counts.get(name, {}).values()):
             raise DloptError(f"data.split: the {name} split is empty: there are too few rows for its share")
+    for name in NAMES:
         for label, count in counts.get(name, {}).items():
             if count and not counts["train"][label]:
                 raise DloptError(
-                    f"data: label {label!r} is in the {name} split but not in train: add rows of it, or use a stratified split"
+                    f"data: label {label!r} is in the {name} split but not in train: add rows of it, drop duplicates, or use a stratified split"
                 )
 
 
@@ -298,27 +363,40 @@ def _label_counts(signature: Signature, done: list[_Done]) -> dict[str, dict[str
     return {name: dict(zip(map(str, signature.target.labels), totals[name].tolist(), strict=True)) for name in NAMES if name in totals}
 
 
-def _info(signature: Signature, sources: list[_Rows], done: list[_Done], bad: Path, seconds: dict[str, float]) -> dict[str, Any]:
+def _info(signature: Signature, sources: list[_Rows], done: list[_Done], seconds: dict[str, float]) -> dict[str, Any]:
     labels = _label_counts(signature, done)
     counts = {
-        "read": sum(rows.count + rows.bad for rows in sources),
+        "read": sum(rows.rows for rows in sources),
         "bad": sum(rows.bad for rows in sources),
         "duplicates": sum(part.duplicates for part in done),
         **{name: sum(labels.get(name, {}).values()) for name in NAMES},
     }
-    return {"counts": counts, "bad_reasons": dict(_count_reasons(bad)), "labels": labels, "seconds": seconds}
+    return {"counts": counts, "bad_reasons": dict(sorted(_reasons(sources).items())), "labels": labels, "seconds": seconds}
 
 
-def _count_reasons(bad: Path) -> Counter[str]:
-    return Counter(reason for file in _parquets(bad) for reason in pq.read_table(file, columns=["reason"])["reason"].to_pylist())
+def _reasons(sources: list[_Rows]) -> Counter[str]:
+    return sum((rows.reasons for rows in sources), Counter())
 
 
-def _reasons(bad: Path) -> str:
-    return "; ".join(f"{reason} ({count})" for reason, count in _count_reasons(bad).most_common(3))
+def _say(reasons: Counter[str]) -> str:
+    """The most frequent reasons, in one line."""
+    return "; ".join(f"{reason} ({count:,})" for reason, count in sorted(reasons.items(), key=lambda pair: (-pair[1], pair[0]))[:3])
 
 
-def _parquets(folder: Path) -> list[Path]:
-    return sorted(folder.rglob("*.parquet"))
+@contextmanager
+def _saying(where: str) -> Iterator[None]:
+    """A file that Ray cannot read is the user's to mend, so it is said in one line, without Ray's traces."""
+    logger = logging.getLogger("ray.data")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except (DloptError, OSError, ValueError) as error:  # Ray's errors are of their cause's class as well
+        lines = str(getattr(error, "cause", error)).splitlines()
+        place = [line.split(" after ")[0] for line in lines[1:2] if line.startswith("Failed to read")]
+        raise DloptError(f"{where}: {'; '.join([*lines[:1], *place])}") from None
+    finally:
+        logger.setLevel(level)
 
 
 def _hashable(values: np.ndarray) -> np.ndarray:
@@ -327,9 +405,10 @@ def _hashable(values: np.ndarray) -> np.ndarray:
 
 
 def _label_words(labels: pa.Array) -> np.ndarray:
+    """A 64-bit word for each label; a bad row, which goes no further, may have none."""
     if pa.types.is_int64(labels.type):
-        return labels.to_numpy(zero_copy_only=False).reshape(-1, 1)
-    encoded = labels.dictionary_encode()
+        return labels.fill_null(0).to_numpy().reshape(-1, 1)
+    encoded = labels.fill_null("").dictionary_encode()
     return string_words(encoded.dictionary.to_pylist())[encoded.indices.to_numpy()].reshape(-1, 1)
 
 

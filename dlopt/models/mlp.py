@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -17,9 +17,10 @@ class Mlp(Part):
     """Fully connected layers; with its defaults, the network of the classic MNIST tutorial (784-128-10, dropout 0.2)."""
 
     kind: Literal["mlp"] = "mlp"
-    hidden: tuple[int, ...] = (128,)
-    """Units of each hidden layer."""
+    hidden: tuple[Annotated[int, Field(ge=1)], ...] = (128,)
+    """Units of each hidden layer; none is logistic regression."""
     activation: Activation = "relu"
+    """What follows each hidden layer."""
     init: Init = "xavier_uniform"
     """How weights start; biases start at 0."""
     dropout: float = Field(0.2, ge=0, lt=1)

@@ -15,10 +15,11 @@ class Preprocess(nn.Module):
 
     def __init__(self, signature: Signature, statistics: Mapping[str, Statistics]) -> None:
         super().__init__()
-        self.scale = nn.ModuleDict({feature.name: _Scale(feature, statistics[feature.name]) for feature in signature.inputs})
+        self.names = [feature.name for feature in signature.inputs]
+        self.scale = nn.ModuleList(_Scale(feature, statistics[feature.name]) for feature in signature.inputs)  # a dict takes not all names
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: layer(inputs[name]) for name, layer in self.scale.items()}
+        return {name: layer(inputs[name]) for name, layer in zip(self.names, self.scale, strict=True)}
 
 
 class _Scale(nn.Module):

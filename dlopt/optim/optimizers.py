@@ -11,6 +11,8 @@ from torch.nn import Parameter
 
 from dlopt.part import Part
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
 
 class Sgd(Part):
     """Stochastic gradient descent, with momentum if asked for (Sutskever et al. 2013)."""
@@ -18,7 +20,8 @@ class Sgd(Part):
     kind: Literal["sgd"] = "sgd"
     lr: float = Field(0.1, gt=0)
     """Peak learning rate."""
-    momentum: float = Field(0.0, ge=0, lt=1)
+    momentum: Decay = 0.0
+    """Share of the last step that goes on in this one; 0 is plain descent."""
     nesterov: bool = False
     """Look ahead along the momentum."""
     weight_decay: float = Field(0.0, ge=0)
@@ -40,9 +43,10 @@ class Adam(Part):
     kind: Literal["adam"] = "adam"
     lr: float = Field(1e-3, gt=0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay of the averages of the gradient and of its square."""
     eps: float = Field(1e-8, gt=0)
+    """Added to the root of the averaged square, so that nothing is divided by 0."""
     weight_decay: float = Field(0.0, ge=0)
     """Added to the gradient, times the weight, before the averages."""
 
@@ -56,9 +60,10 @@ class AdamW(Part):
     kind: Literal["adamw"] = "adamw"
     lr: float = Field(1e-3, gt=0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay of the averages of the gradient and of its square."""
     eps: float = Field(1e-8, gt=0)
+    """Added to the root of the averaged square, so that nothing is divided by 0."""
     weight_decay: float = Field(0.01, ge=0)
     """Share of each weight, times the rate, that a step takes away."""
 

@@ -71,7 +71,7 @@ class Plateau(Warmup):
     """Factor at each fall."""
     patience: int = Field(2, ge=0)
     """Epochs without improvement before a fall."""
-    min_delta: float = Field(1e-4, ge=0)
+    min_delta: float = Field(1e-4, ge=0, lt=1)
     """The share of the best loss by which a smaller one counts as improvement."""
 
     def factor(self, progress: float, epochs: float) -> float:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from dlopt.report.page import Samples
 
 from dlopt.artifact import Artifact
 from dlopt.data.prepared import Split
 from dlopt.data.share import Share
+from dlopt.report import Samples
 from dlopt.train.section import Fit
 
 IMAGES, VERSIONS = 8, 4

@@ -39,8 +39,13 @@ class Serve(Part):
     """A request body with more bytes is refused with status 413."""
     max_waiting: int = Field(512, ge=1)
     """Requests in one replica at a time; more are refused with status 429."""
-    body_seconds: float = Field(30, gt=0)
-    """A client that takes longer to send its request body gets status 408."""
+    body_seconds: float = Field(30, ge=0.1)
+    """A client that takes longer to send its request's body gets status 408; behind HAProxy one that takes longer with its headers, too."""
+
+    @property
+    def least_replicas(self) -> int:
+        """Replicas that always run."""
+        return self.replicas if isinstance(self.replicas, int) else self.replicas.min
 
     @property
     def most_replicas(self) -> int:

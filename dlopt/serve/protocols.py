@@ -109,7 +109,10 @@ def status(model: str, digest: str) -> Json:
 
 def metadata(model: str, digest: str, signature: Signature) -> Json:
     """GET /v1/models/{name}/metadata: TensorFlow Serving's, and the signature that the page draws its form from."""
-    outputs = {"label": _tensor("label", _label_type(signature), []), "probabilities": _tensor("probabilities", "DT_FLOAT", [signature.num_outputs])}
+    outputs = {
+        "label": _tensor("label", _label_type(signature), []),
+        "probabilities": _tensor("probabilities", "DT_FLOAT", [signature.num_outputs]),
+    }
     signature_def = {
         "inputs": {feature.name: _tensor_of(feature) for feature in signature.inputs},
         "outputs": outputs,

@@ -34,6 +34,8 @@ INLINE_SECONDS = 0.001
 LARGE = 256 * 1024
 """Bodies from here on are decoded in a thread, so that other requests go on meanwhile."""
 FLUSH_SECONDS = 0.1
+FRESH_SECONDS, ANSWER_SECONDS = 1.0, 5.0
+"""Whoever asks for readiness has the model asked, at most once in so many seconds; and how long the model may take to answer."""
 PAGE_HEADERS = (
     (b"cache-control", b"no-store"),
     (b"content-security-policy", b"default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"),
@@ -52,7 +54,9 @@ class Predictor:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning threads starve the other replicas
         self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         self.signature, self.max_batch = signature, max_batch
-        self({feature.name: np.zeros((1, *feature.shape), feature.dtype) for feature in signature.inputs})
+        self.blank = {feature.name: np.zeros((1, *feature.shape), feature.dtype) for feature in signature.inputs}
+        """A row that every model takes, to see whether it answers."""
+        self(self.blank)
 
     @classmethod
     def load(cls, export: Artifact, section: Serve) -> Predictor:
@@ -165,6 +169,7 @@ class Application:
         self.digest_header = ((b"x-model-digest", self.digest.encode()),)
         self.page = files("dlopt.serve").joinpath("page.html").read_bytes()
         self.in_flight = 0
+        self.answered = time.monotonic()
         self.flush: asyncio.TimerHandle | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -189,16 +194,16 @@ class Application:
         except Exception:
             logger.exception("a request failed")
             reply = _error(500, "internal error; the server's log has the cause")
-        await _send(send, reply)
-        if path.endswith(":predict"):
+        if path.endswith(":predict"):  # before it is sent: who has a reply finds it counted
             self.metrics.request(reply.status).inc()
             self.metrics.seconds.observe(time.perf_counter() - start)
+        await _send(send, reply)
 
     async def _reply(self, scope: Scope, path: str, receive: Receive) -> Reply:
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         if path in ("/healthz", "/readyz"):  # open: an orchestrator asks them without a key, and they tell nothing
             _needs_get(method)
-            return _json({"status": "alive"} if path == "/healthz" else {"ready": True})
+            return _json({"status": "alive"}) if path == "/healthz" else await self._ready()
         if not self.guard.lets_in(scope["headers"], scope["query_string"]):
             raise Refusal(401, "missing or wrong key: send 'Authorization: Bearer KEY' or 'X-API-Key: KEY', or open /?token=KEY")
         if path.startswith("/v1/models/"):
@@ -209,6 +214,17 @@ class Application:
         if path == "/metrics":
             return Reply(200, self.metrics.exposition(), metrics.CONTENT_TYPE)
         return self._page(scope["query_string"]) if path == "/" else _json({"models": [self.name]})
+
+    async def _ready(self) -> Reply:
+        """Ready means that the model answers now, not that it once did."""
+        if time.monotonic() - self.answered > FRESH_SECONDS:
+            try:
+                await asyncio.wait_for(asyncio.to_thread(self.predictor, self.predictor.blank), ANSWER_SECONDS)
+            except Exception as error:
+                logger.warning("not ready", exc_info=True)
+                raise Refusal(503, f"the model does not answer: {type(error).__name__}") from error
+            self.answered = time.monotonic()
+        return _json({"ready": True})
 
     async def _model(self, method: str, path: str, headers: Headers, receive: Receive) -> Reply:
         match protocols.action(method, path, self.name):

@@ -20,6 +20,8 @@ from dlopt.train import metrics_log
 from dlopt.train.section import Fit, Resources, needs_validation
 from dlopt.train.state import CHECKPOINTS, newest
 
+COLLECTIVE_SECONDS = 300
+"""How long a worker waits for the others in one exchange before the run counts it as a failure; torch's own limit is half an hour."""
 OVERSUBSCRIBED = 4
 """The most workers for each core of a machine that a local cluster is started on."""
 
@@ -61,7 +63,7 @@ FIT = Stage("model", fit, resumes=True)
 
 def _run(config: dict[str, Any], workers: Workers, resources: Resources, cluster: dict[str, float], out: Path) -> dict[str, Any]:
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     from dlopt.train.worker import train_worker
 
@@ -71,6 +73,7 @@ def _run(config: dict[str, Any], workers: Workers, resources: Resources, cluster
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=config,
+        torch_config=TorchConfig(timeout_s=COLLECTIVE_SECONDS),
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=use_gpu,

@@ -13,7 +13,7 @@ from dlopt.part import DloptError
 from dlopt.train.objectives import Gradient, Objective
 
 MOST_SKIPPED = 20
-"""Steps in a row with a gradient that is not finite before training gives up."""
+"""Steps in a row with a gradient that is not finite before training gives up; a whole epoch of fewer is enough."""
 
 
 class Step(NamedTuple):
@@ -39,13 +39,13 @@ def steps(
     """Train on every batch, yielding each step. rate(i): learning rate of the i-th batch, from 0.
 
     A step whose gradient is not finite is skipped, on all workers alike, since the reduced norm decides.
-    Raises DloptError when that happens too often in a row.
+    Raises DloptError when that happens too often in a row, or in every step.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.train()
-    skipped = 0
-    for index, batch in enumerate(batches):
-        now = rate(index)
+    done = skipped = 0
+    for done, batch in enumerate(batches, start=1):
+        now = rate(done - 1)
         for group in optimizer.param_groups:
             group["lr"] = now
         optimizer.zero_grad(set_to_none=True)
@@ -58,8 +58,14 @@ def steps(
             skipped = 0
         else:
             skipped += 1
-            if skipped >= MOST_SKIPPED:
-                raise DloptError(
-                    f"train: the gradient was not finite for {skipped} steps in a row: lower train.optimizer.lr or set clip_norm"
-                )
+            _refuse_divergence(skipped, MOST_SKIPPED)
         yield Step(losses.loss.detach(), losses.correct, now, norm)
+    if done:
+        _refuse_divergence(skipped, done)
+
+
+def _refuse_divergence(skipped: int, most: int) -> None:
+    if skipped >= most:
+        raise DloptError(
+            f"train: the gradient was not finite for {skipped} steps in a row: lower train.optimizer.lr or set train.clip_norm"
+        )

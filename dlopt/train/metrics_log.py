@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,20 @@ class MetricsLog:
         self.file = open(path, "a")  # noqa: SIM115 - open for as long as training runs
 
     def write(self, **line: Any) -> None:
-        self.file.write(json.dumps(line) + "\n")
+        """Add a line; a number that is not finite, which JSON does not have, becomes null."""
+        self.file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
 
     def flush(self) -> None:
         self.file.flush()
 
     def close(self) -> None:
         self.file.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:

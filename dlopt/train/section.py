@@ -49,14 +49,25 @@ class Train(Part):
     log_every: int = Field(10, ge=1)
     """Steps between two lines in metrics.jsonl."""
 
+    @model_validator(mode="after")
+    def warmup_ends_in_time(self) -> Self:
+        warmup = self.schedule.warmup_epochs
+        if warmup > self.epochs:
+            raise ValueError(f"schedule.warmup_epochs {warmup:g} is more than epochs {self.epochs}: lower it or raise epochs")
+        return self
+
 
 class Fit(Part):
     """All that decides the trained model, apart from the data."""
 
     seed: int
+    """The job's seed."""
     model: Model
+    """What is trained."""
     augment: tuple[Augmentation, ...]
+    """What is done to images, in this order."""
     train: Train
+    """How."""
 
 
 class Resources(Part):

@@ -80,10 +80,9 @@ def save(state: State, folder: Path) -> None:
     temporary = folder / f".{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    content = save_tensors(state.tensors())
+    content, record = save_tensors(state.tensors()), asdict(state.record)
     write_atomically(temporary / TENSORS, content)
-    seal = {"record": asdict(state.record), "sha256": sha256(content).hexdigest()}
-    write_atomically(temporary / RECORD, json.dumps(seal))
+    write_atomically(temporary / RECORD, json.dumps({"record": record, "sha256": _digest(record, content)}))
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
     for old in _checkpoints(folder)[:-KEEP]:
@@ -101,7 +100,7 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
         try:
             seal = json.loads((path / RECORD).read_bytes())
             Record(**seal["record"])
-            whole = sha256((path / TENSORS).read_bytes()).hexdigest() == seal["sha256"]
+            whole = _digest(seal["record"], (path / TENSORS).read_bytes()) == seal["sha256"]
         except (OSError, ValueError, KeyError, TypeError):
             whole = False
         if whole:
@@ -118,7 +117,12 @@ def load(state: State, path: Path) -> None:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(folder.glob("epoch-*"))
+    return sorted(folder.glob("epoch-*"), key=lambda path: (len(path.name), path.name))
+
+
+def _digest(record: dict[str, Any], tensors: bytes) -> str:
+    """SHA-256 over all that a checkpoint says."""
+    return sha256(json.dumps(record, sort_keys=True).encode() + tensors).hexdigest()
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

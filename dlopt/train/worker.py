@@ -115,7 +115,7 @@ class _Worker:
         fit, record = self.assignment.fit, state.record
         model: nn.Module = state.model
         if self.world > 1:
-            model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+            model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
         share = Share.of(splits["train"], fit.seed, fit.train.batch_size, self.rank, self.world, fit.augment)
         feed = self._feed(share, record.epoch + 1)
         while record.epoch < fit.train.epochs and not record.stopped:
@@ -146,7 +146,7 @@ class _Worker:
         if self.world > 1:
             dist.all_reduce(sums)
         loss, correct = (sums / (record.rows - rows_before)).tolist()
-        found = evaluate(model, validation, self.device, self.rank, self.world) if len(validation) else None
+        found = evaluate(state.model, validation, self.device, self.rank, self.world) if len(validation) else None
         record.epoch = epoch
         record.seconds += time.monotonic() - began
         _judge(state, train, found)

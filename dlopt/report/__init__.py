@@ -1,0 +1,16 @@
+"""The report stage: one self-contained page on a run. Importing this imports neither torch nor matplotlib."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Samples(NamedTuple):
+    """A few training images, and what augmentation makes of them."""
+
+    original: np.ndarray
+    """uint8 (images, height, width, channels)."""
+    augmented: np.ndarray
+    """The same images in one epoch after the other, uint8 (epochs, images, height, width, channels)."""

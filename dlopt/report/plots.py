@@ -1,0 +1,184 @@
+"""Figures of the report: curves as inline SVG that follows the page's light or dark colours, images as data URIs.
+
+Everything is drawn through matplotlib's objects, never pyplot, and the same numbers give the same bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO, StringIO
+from typing import Any
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from PIL import Image
+
+INK, QUIET, LINE, ALARM, FIRST, SECOND = (f"#0d1a{number:02x}" for number in range(6))
+"""Stand-ins, which the SVG's text has until they become the page's own colours."""
+COLOURS = {INK: "ink", QUIET: "quiet", LINE: "line", ALARM: "alarm", FIRST: "accent", SECOND: "second"}
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": QUIET,
+    "axes.edgecolor": LINE,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.facecolor": "none",
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.7,
+    "lines.solid_joinstyle": "round",
+    "xtick.color": LINE,
+    "xtick.labelcolor": QUIET,
+    "ytick.color": LINE,
+    "ytick.labelcolor": QUIET,
+    "ytick.minor.size": 0,
+}
+Layout = tuple[tuple[float, float], tuple[float, float, float, float]]
+"""Width and height of a figure in inches; left, bottom, width and height of its axes, as shares of the figure."""
+WIDE: Layout = (5.4, 2.7), (0.09, 0.15, 0.76, 0.77)
+NARROW: Layout = (3.7, 2.2), (0.13, 0.18, 0.83, 0.78)
+BUCKETS = 80
+"""A noisy series of more points is drawn as the mean of so many groups, in a band from the lowest to the highest."""
+POINTS = 500
+"""A smooth series of more points is drawn by so many of them."""
+SMALL, THUMBNAIL = 64, 96
+"""Images of up to SMALL pixels a side are shown exactly, larger ones as thumbnails of so many."""
+
+
+def by_epoch(name: str, epochs: Sequence[int], series: Mapping[str, np.ndarray], best: int, percent: bool = False) -> Markup:
+    """A curve for each of at most two series (values, NaN where there is none) over the epochs, with the best epoch marked."""
+
+    def draw(axes: Axes) -> None:
+        for values, colour in zip(series.values(), (FIRST, SECOND), strict=False):
+            axes.plot(epochs, values, color=colour, marker="o", markersize=3 if len(epochs) < 40 else 0)
+        axes.axvline(best, color=QUIET, linewidth=1, linestyle=(0, (3, 3)))
+        axes.annotate(f"best epoch {best}", (best, 1.02), xycoords=("data", "axes fraction"), color=QUIET, ha="center", va="bottom")
+        axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.set_xlabel("epoch")
+        _scale(axes, np.concatenate(list(series.values())), logarithmic=not percent)
+        if percent:
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+        _label_ends(axes, epochs, series)
+
+    return _drawn(name, WIDE, draw)
+
+
+def by_step(name: str, steps: np.ndarray, values: np.ndarray, smooth: bool = False, limit: float | None = None) -> Markup:
+    """A series over the steps; NaN values are gaps with a mark below. `limit` is drawn as a line across."""
+
+    def draw(axes: Axes) -> None:
+        x, (low, mean, high) = _picked(steps, values) if smooth else _grouped(steps, values)
+        axes.fill_between(x, low, high, color=FIRST, alpha=0.2, linewidth=0)
+        axes.plot(x, mean, color=FIRST, marker="o" if len(x) == 1 else None, markersize=3)
+        lost = steps[np.isnan(values)]
+        axes.plot(lost, np.zeros(len(lost)), "^", color=ALARM, markersize=5, transform=axes.get_xaxis_transform(), clip_on=False)
+        if limit is not None and np.nanmax(values, initial=0) > limit / 3:
+            axes.axhline(limit, color=QUIET, linewidth=1, linestyle=(0, (3, 3)))
+            axes.annotate(
+                "clip_norm",
+                (1, limit),
+                xycoords=("axes fraction", "data"),
+                xytext=(0, 2),
+                textcoords="offset points",
+                color=QUIET,
+                ha="right",
+                va="bottom",
+            )
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+        axes.set_xlabel("step")
+        _scale(axes, values, logarithmic=not smooth)
+        if smooth:
+            axes.set_ylim(bottom=0)
+
+    return _drawn(name, NARROW, draw)
+
+
+def picture(image: np.ndarray) -> str:
+    """A data URI of an image, uint8 (height, width, channels)."""
+    drawn = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    small = max(drawn.size) <= SMALL
+    if not small:
+        drawn.thumbnail((THUMBNAIL, THUMBNAIL))
+    kind = "png" if small or drawn.mode == "RGBA" else "jpeg"
+    content = BytesIO()
+    drawn.save(content, format=kind, optimize=True)
+    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def _picked(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most POINTS of the points, first and last among them; values thrice, (3, points), as `_grouped` has them."""
+    kept = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), POINTS)).astype(int))
+    return steps[kept], np.stack([values[kept]] * 3)
+
+
+def _grouped(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The middle step of each group, and the lowest, mean and highest of its finite values, (3, groups)."""
+    parts = np.array_split(np.arange(len(steps)), min(len(steps), BUCKETS))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a group without a finite value is NaN, and that is meant
+        found = [[function(values[part]) for part in parts] for function in (np.nanmin, np.nanmean, np.nanmax)]
+    return np.array([steps[part].mean() for part in parts]), np.array(found)
+
+
+def _scale(axes: Axes, values: np.ndarray, logarithmic: bool) -> None:
+    """A logarithmic axis for positive values that span more than a factor of ten, if it is wanted; plain numbers as labels."""
+    finite = values[np.isfinite(values)]
+    low, high = finite.min(initial=np.inf), finite.max(initial=-np.inf)
+    if logarithmic and 0 < 10 * low < high:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _label_ends(axes: Axes, epochs: Sequence[int], series: Mapping[str, np.ndarray]) -> None:
+    """The name of each series beside its last point, moved up where two would touch."""
+    to_axes = axes.transData + axes.transAxes.inverted()
+    axes.get_ylim()  # settles the limits, which the transformation asks for
+    ends = []
+    for (name, values), colour in zip(series.items(), (FIRST, SECOND), strict=False):
+        there = np.flatnonzero(np.isfinite(values))
+        if len(there):
+            ends.append((to_axes.transform((epochs[there[-1]], values[there[-1]]))[1], name, colour))
+    lowest = -np.inf
+    for height, name, colour in sorted(ends):
+        lowest = max(height, lowest + 0.08)
+        axes.text(1.01, lowest, name, transform=axes.transAxes, color=colour, va="center", fontweight="bold")
+
+
+def _drawn(name: str, layout: Layout, draw: Callable[[Axes], None]) -> Markup:
+    """The figure that `draw` makes, as an SVG element of a page. `name` tells its ids from those of other figures."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE | {"svg.hashsalt": name})
+        size, place = layout
+        figure = Figure(figsize=size)
+        draw(figure.add_axes(place))
+        content = StringIO()
+        figure.savefig(content, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    return Markup(_for_page(content.getvalue()))  # matplotlib has escaped its text
+
+
+def _for_page(svg: str) -> str:
+    """Without the parts that only a file of its own needs, and with the page's colours."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<!--.*?-->|<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' (?:xmlns(?::\w+)?|width|height|version)="[^"]*"', "", svg, count=5)
+    svg = re.sub(r"font-family: [^;]*; ", "", re.sub(r'<g id="[^"]*"', "<g", svg)).replace("xlink:href", "href")
+    svg = re.sub(r"\s*\n\s*", " ", svg)
+    for colour, name in COLOURS.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    return svg

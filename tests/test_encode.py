@@ -1,0 +1,246 @@
+"""Decoding: training and serving see the same numbers, to the bit, and what cannot be decoded says why."""
+
+from __future__ import annotations
+
+import base64
+import io
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from dlopt.data.encode import decode_image, encode_rows
+from dlopt.data.inputs import CategoryTarget, ImageInput, NumberInput
+from dlopt.part import DloptError, Signature, Target
+
+RANDOM = np.random.default_rng(5)
+PIXELS = {channels: RANDOM.integers(0, 256, (9, 7, channels), dtype=np.uint8) for channels in (1, 3, 4)}
+
+
+def file_of(pixels: np.ndarray | Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels[..., 0] if pixels.shape[-1:] == (1,) else pixels)
+    sink = io.BytesIO()
+    image.save(sink, kind, **options)
+    return sink.getvalue()
+
+
+def trained(values: list[Any], part: ImageInput = ImageInput()) -> tuple[Signature, np.ndarray, dict[int, str]]:  # noqa: B008
+    """The signature, and the tensors and reasons that training would get, of a column of raw values."""
+    table = pa.table({"image": values})
+    feature = part.feature(table)
+    pixels, reasons = part.encode(table, feature)
+    return Signature(inputs=(feature,), target=Target(name="label", labels=(0, 1))), pixels, reasons
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF"])
+def test_an_encoded_image_is_served_as_it_was_trained_on(kind: str, channels: int) -> None:
+    data = [file_of(PIXELS[channels], kind), file_of(255 - PIXELS[channels], kind)]
+    signature, pixels, reasons = trained(data)
+    served = encode_rows(signature, [{"image": {"b64": base64.b64encode(one).decode()}} for one in data])["image"]
+    assert reasons == {}
+    assert served.dtype == pixels.dtype == np.uint8
+    assert (served == pixels).all()
+
+
+def test_lossless_images_keep_every_pixel() -> None:
+    for channels, pixels in PIXELS.items():
+        assert (decode_image(file_of(pixels), channels) == pixels).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_nested_numbers_are_served_as_they_were_trained_on(channels: int) -> None:
+    rows = [PIXELS[channels].tolist(), (255 - PIXELS[channels]).tolist()]
+    signature, pixels, _ = trained(rows)
+    assert (encode_rows(signature, rows)["image"] == pixels).all()
+    assert (pixels == np.stack([PIXELS[channels], 255 - PIXELS[channels]])).all()
+
+
+def test_a_column_of_fixed_size_lists_is_taken_whole_with_its_offset() -> None:
+    values = RANDOM.integers(0, 256, (10, 4, 5), dtype=np.uint8)
+    column = pa.FixedSizeListArray.from_arrays(pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), 5), 4)
+    table = pa.table({"image": column}).slice(3, 4)
+    part = ImageInput()
+    pixels, reasons = part.encode(table, part.feature(table))
+    assert reasons == {} and (pixels[..., 0] == values[3:7]).all()
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("1", 1), ("L", 1), ("LA", 1), ("RGB", 3), ("RGBA", 3), ("P", 3), ("CMYK", 3), ("I;16", 1)])
+def test_channels_follow_from_the_mode(mode: str, channels: int) -> None:
+    colour = Image.fromarray(PIXELS[3])
+    image = Image.fromarray((PIXELS[1][..., 0].astype(np.uint16) * 257)) if mode == "I;16" else colour.convert(mode)
+    assert decode_image(file_of(image, "TIFF" if mode == "CMYK" else "PNG")).shape == (9, 7, channels)
+
+
+def test_one_bit_images_are_black_and_white() -> None:
+    bits = RANDOM.integers(0, 2, (9, 7), dtype=np.uint8).astype(bool)
+    assert (decode_image(file_of(Image.fromarray(bits)))[..., 0] == bits * 255).all()
+
+
+def test_a_palette_is_looked_up() -> None:
+    image = Image.fromarray(PIXELS[3]).quantize(16)
+    assert (decode_image(file_of(image)) == np.asarray(image.convert("RGB"))).all()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bit_grey_is_scaled_and_does_not_saturate(kind: str) -> None:
+    wide = np.array([[0, 128, 129, 257, 32767, 32768, 65406, 65407, 65535]], dtype=np.uint16)
+    found = decode_image(file_of(Image.fromarray(wide), kind))
+    assert found[0, :, 0].tolist() == [0, 0, 1, 1, 127, 128, 254, 255, 255]
+    assert (decode_image(file_of(Image.fromarray(wide), kind), 3) == found.repeat(3, axis=2)).all()
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_32_bit_images_are_refused_since_they_have_no_scale(dtype: type) -> None:
+    with pytest.raises(DloptError, match="32-bit numbers"):
+        decode_image(file_of(Image.fromarray(np.ones((4, 4), dtype)), "TIFF"))
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of some bytes that says it is huge."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IEND" + struct.pack(">I", zlib.crc32(b"IEND"))
+
+
+@pytest.mark.parametrize(("width", "height"), [(8193, 8192), (12_000, 12_000), (60_000, 60_000)])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_decompression_bomb_is_refused_undecoded(width: int, height: int) -> None:
+    with pytest.raises(DloptError, match=r"too large|exceeds limit"):
+        decode_image(bomb(width, height))
+
+
+@pytest.mark.parametrize("data", [b"", b"nonsense", file_of(PIXELS[3])[:60], file_of(PIXELS[3], "JPEG")[:-200], file_of(PIXELS[1])[:-30]])
+def test_broken_bytes_are_no_image_and_say_so_in_one_line(data: bytes) -> None:
+    with pytest.raises(DloptError, match="^not an image: .+") as error:
+        decode_image(data)
+    assert "\n" not in str(error.value) and " at 0x" not in str(error.value)
+
+
+def test_bad_images_of_a_column_have_reasons_and_the_rest_decodes() -> None:
+    good = file_of(PIXELS[1])
+    _, pixels, reasons = trained([b"", good, None, file_of(PIXELS[1][:5]), good[:40], good])
+    assert sorted(reasons) == [0, 2, 3, 4]
+    assert reasons[2] == "no image" and "5x7x1 where 9x7x1 is needed" in reasons[3]
+    assert (pixels[[1, 5]] == PIXELS[1]).all() and not pixels[[0, 2, 3, 4]].any()
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ([[1.0, 2.5]], "whole numbers from 0 to 255"),
+        ([[1.0, -1.0]], "whole numbers from 0 to 255"),
+        ([[1.0, 256.0]], "whole numbers from 0 to 255"),
+        ([[1.0, float("nan")]], "whole numbers from 0 to 255"),
+        ([[1.0], [2.0, 3.0]], "uneven"),
+        ([[1.0, None]], "no image"),
+        ([], "no image"),
+    ],
+)
+def test_nested_numbers_that_are_no_pixels_have_a_reason(value: list[Any], reason: str) -> None:
+    _, _, reasons = trained([[[1.0, 2.0]], value])
+    assert list(reasons) == [1] and reason in reasons[1]
+
+
+def test_images_of_a_column_may_be_what_hugging_face_keeps() -> None:
+    _, pixels, reasons = trained([{"bytes": file_of(PIXELS[3]), "path": "a.png"}])
+    assert reasons == {} and (pixels[0] == PIXELS[3]).all()
+
+
+def test_a_size_resizes_encoded_images() -> None:
+    _, pixels, reasons = trained([file_of(PIXELS[3]), file_of(PIXELS[3][:4, :4])], ImageInput(size=(8, 6)))
+    assert reasons == {} and pixels.shape == (2, 8, 6, 3)
+
+
+def test_a_column_without_an_image_is_refused_with_the_reason() -> None:
+    with pytest.raises(DloptError, match=r"data\.inputs: column 'image' holds no image in its first 2 rows: not an image"):
+        trained([b"", b"nonsense"])
+
+
+def numbers(columns: dict[str, Any]) -> tuple[np.ndarray, dict[int, str]]:
+    part = NumberInput(columns=tuple(columns))
+    table = pa.table(columns)
+    return part.encode(table, part.feature(table))
+
+
+def test_numbers_are_served_as_they_were_trained_on() -> None:
+    raw = {"a": [0.1, None, 1e-40, 16777217.0], "b": [1, -(2**53), 3, None]}
+    values, reasons = numbers(raw)
+    part = NumberInput(columns=("a", "b"))
+    signature = Signature(inputs=(part.feature(pa.table(raw)),), target=Target(name="label", labels=(0, 1)))
+    served = encode_rows(signature, [{"a": a, "b": b} for a, b in zip(raw["a"], raw["b"], strict=True)])["numbers"]
+    assert reasons == {} and values.dtype == served.dtype == np.float32
+    assert np.array_equal(values, served, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("column", "expected"),
+    [
+        ([1, None, 3], [1, np.nan, 3]),
+        ([True, False], [1, 0]),
+        (["1.5", " 2 ", "1e3"], [1.5, 2, 1000]),
+        (["1", "", "NA", "nan", None], [1, np.nan, np.nan, np.nan, np.nan]),
+        (["true", "FALSE"], [1, 0]),
+        (pa.array(["1", "2", "1"]).dictionary_encode(), [1, 2, 1]),
+        (pa.array([2**53 + 1], pa.int64()), [2**53]),
+        ([], []),
+    ],
+)
+def test_numbers_in_any_spelling(column: Any, expected: list[float]) -> None:
+    values, reasons = numbers({"a": column})
+    assert reasons == {}
+    assert np.array_equal(values[:, 0], np.array(expected, np.float32), equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("column", "reason"),
+    [
+        (["1", "x"], "a: 'x' is not a number"),
+        ([1.0, float("inf")], "a: a number is too large"),
+        ([1.0, 1e39], "a: a number is too large"),  # more than a float32 holds
+        (["1", "-1e400"], "a: a number is too large"),
+    ],
+)
+def test_a_cell_that_is_no_number_sets_its_row_aside(column: list[Any], reason: str) -> None:
+    values, reasons = numbers({"a": column})
+    assert reasons == {1: reason} and values[0, 0] == 1
+
+
+def labels_of(column: Any) -> tuple[list[Any], dict[int, str]]:
+    table, target = pa.table({"label": column}), CategoryTarget()
+    labels, reasons = target.encode(table, target.whole(table))
+    return labels.to_pylist(), reasons
+
+
+@pytest.mark.parametrize(
+    ("column", "expected"),
+    [
+        ([3, 1, None], [3, 1, None]),
+        ([1.0, float("nan"), 2.0], [1, None, 2]),
+        ([True, False], [1, 0]),
+        (["b", "", None, "1"], ["b", None, None, "1"]),
+        (pa.array(["x", None, "y"]).dictionary_encode(), ["x", None, "y"]),
+        (pa.array([2**63], pa.uint64()), [None]),
+        (pa.array([], pa.int64()), []),
+    ],
+)
+def test_labels_are_whole_numbers_or_strings(column: Any, expected: list[Any]) -> None:
+    labels, reasons = labels_of(column)
+    assert labels == expected
+    assert sorted(reasons) == [row for row, label in enumerate(expected) if label is None]
+
+
+def test_labels_read_as_text_become_the_whole_numbers_that_the_first_rows_showed() -> None:
+    labels, reasons = CategoryTarget().encode(pa.table({"label": ["7", "7.0", "true", "", "cat", "7.5", None, "nan"]}), whole=True)
+    assert labels.to_pylist() == [7, 7, 1, None, None, None, None, None]
+    assert reasons[3] == reasons[6] == "label: no label"
+    assert reasons[4] == "label: 'cat' is not a whole number" and reasons[5] == "label: '7.5' is not a whole number"
+
+
+def test_labels_of_another_type_are_refused() -> None:
+    with pytest.raises(DloptError, match=r"data\.target\.column: 'label' is list<item: int64>; classes must be whole numbers or strings"):
+        labels_of([[1], [2]])

@@ -1,0 +1,148 @@
+"""The training loop: what it does to weights, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dlopt.data.feed import Batch
+from dlopt.part import DloptError
+from dlopt.train.loop import MOST_SKIPPED, Step, steps
+from dlopt.train.objectives import Losses, plain, supervised
+
+
+class Linear(nn.Module):
+    """Logits of two classes from one input called x."""
+
+    def __init__(self, inputs: int = 2) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, 2, dtype=torch.float64)
+        nn.init.constant_(self.linear.weight, 0.5)
+        nn.init.constant_(self.linear.bias, 0.0)
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self.linear(inputs["x"])
+
+
+def batches(count: int, rows: int = 32, seed: int = 0) -> list[Batch]:
+    """Points on two sides of a line."""
+    generator = torch.manual_seed(seed)
+    found = []
+    for _ in range(count):
+        x = torch.randn(rows, 2, dtype=torch.float64, generator=generator)
+        found.append(Batch({"x": x}, (x[:, 0] > x[:, 1]).long(), rows))
+    return found
+
+
+def train(
+    model: nn.Module, data: Iterable[Batch], rate: Callable[[int], float] = lambda batch: 0.5, clip_norm: float | None = None
+) -> list[Step]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=123.0)
+    return list(steps(model, optimizer, data, supervised(0, 0, 1), plain(1), rate, clip_norm))
+
+
+def gradient(model: nn.Module, batch: Batch) -> Tensor:
+    model.zero_grad()
+    supervised(0, 0, 1)(model, batch).loss.backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+
+
+def weights(model: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten().clone() for parameter in model.parameters()])
+
+
+def poison(batch: Batch) -> Batch:
+    return batch._replace(inputs={"x": batch.inputs["x"] * torch.inf})
+
+
+def test_it_learns_what_can_be_told_apart() -> None:
+    model = Linear()
+    done = train(model, batches(80))
+    assert done[-1].loss < 0.5 * done[0].loss
+    (unseen,) = batches(1, rows=1000, seed=1)
+    assert (model(unseen.inputs).argmax(dim=1) == unseen.target).double().mean() > 0.95
+
+
+def test_a_step_tells_the_loss_and_the_right_answers_before_it_and_is_made_at_the_rate_of_its_batch() -> None:
+    model, data = Linear(), batches(5)
+    rates = [0.1, 0.0, 1.0, 0.3, 0.2]
+    optimizer = torch.optim.SGD(model.parameters(), lr=123.0)
+    stream = steps(model, optimizer, data, supervised(0, 0, 1), plain(1), rates.__getitem__)
+    for batch, rate in zip(data, rates, strict=True):
+        before, expected = weights(model), gradient(model, batch)
+        losses = supervised(0, 0, 1)(model, batch)
+        step = next(stream)
+        torch.testing.assert_close(weights(model), before - rate * expected, rtol=1e-12, atol=1e-15)
+        assert (step.rate, step.loss.item(), step.correct.item()) == (rate, losses.loss.item(), losses.correct.item())
+        assert step.gradient_norm.item() == pytest.approx(expected.norm().item(), rel=1e-12)
+        assert not step.loss.requires_grad
+    assert next(stream, None) is None
+
+
+@pytest.mark.parametrize("clip_norm", [0.01, 0.1])
+def test_a_gradient_that_is_too_long_is_scaled_to_the_norm_and_tells_its_own(clip_norm: float) -> None:
+    model, (batch,) = Linear(), batches(1)
+    before, whole = weights(model), gradient(model, batch)
+    assert whole.norm() > 0.1
+    (step,) = train(model, [batch], lambda _: 1.0, clip_norm)
+    moved = before - weights(model)
+    torch.testing.assert_close(moved, whole * clip_norm / (whole.norm() + 1e-6), rtol=1e-9, atol=0)  # torch's guard against 0/0
+    assert moved.norm() <= clip_norm
+    assert step.gradient_norm.item() == pytest.approx(whole.norm().item(), rel=1e-12)
+
+
+def test_a_gradient_that_is_short_enough_is_left_as_it_is_to_the_bit() -> None:
+    clipped, free, data = Linear(), Linear(), batches(3)
+    train(clipped, data, clip_norm=1e3)
+    train(free, data)
+    assert torch.equal(weights(clipped), weights(free))
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_a_step_whose_gradient_is_not_finite_changes_nothing_and_the_next_one_does(clip_norm: float | None) -> None:
+    model, data = Linear(), batches(3)
+    spoilt = [data[0], poison(data[1]), data[2]]
+    done = train(model, spoilt, clip_norm=clip_norm)
+    assert [bool(step.gradient_norm.isfinite()) for step in done] == [True, False, True]
+    other = Linear()
+    train(other, [data[0], data[2]], clip_norm=clip_norm)
+    assert torch.equal(weights(model), weights(other))
+
+
+def test_too_many_such_steps_in_a_row_end_training_with_one_line() -> None:
+    model, data = Linear(), batches(1) * 3 + [poison(batches(1)[0])] * (MOST_SKIPPED + 5)
+    done: list[Step] = []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(DloptError) as caught:
+        done.extend(steps(model, optimizer, data, supervised(0, 0, 1), plain(1), lambda _: 0.1))
+    assert str(caught.value) == (
+        "train: the gradient was not finite for 20 steps in a row: lower train.optimizer.lr or set train.clip_norm"
+    )
+    train(model, (batches(1) + [poison(batches(1)[0])] * (MOST_SKIPPED - 1)) * 3)  # never so many in a row
+
+
+def test_an_epoch_without_one_good_step_ends_training_too_however_short_it_is() -> None:
+    with pytest.raises(DloptError, match="not finite for 3 steps in a row"):
+        train(Linear(), [poison(batches(1)[0])] * 3)
+    assert len(train(Linear(), [poison(batches(1)[0])] * 2 + batches(1))) == 3
+    assert train(Linear(), []) == []
+
+
+def test_training_is_in_training_mode_and_frozen_parameters_stay() -> None:
+    model = Linear().eval()
+    model.linear.bias.requires_grad_(False)
+    seen = []
+
+    def objective(model: nn.Module, batch: Batch) -> Losses:
+        seen.append(model.training)
+        return supervised(0, 0, 1)(model, batch)
+
+    before = weights(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    list(steps(model, optimizer, batches(2), objective, plain(1), lambda _: 0.1, 1.0))
+    assert seen == [True, True]
+    assert torch.equal(model.linear.bias, torch.zeros(2, dtype=torch.float64))
+    assert not torch.equal(weights(model), before)

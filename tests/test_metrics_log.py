@@ -1,0 +1,60 @@
+"""metrics.jsonl is read while it is written, cut where a writer was killed, and holds no line of an epoch that was undone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dlopt.train.metrics_log import NAME, MetricsLog, read
+
+
+def test_lines_come_back_as_they_were_written(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0)
+    log.write(epoch=1, step=10, loss=0.1 + 0.2)
+    log.write(epoch=1, train={"loss": 0.5}, validation=None)
+    log.flush()
+    expected = [{"epoch": 1, "step": 10, "loss": 0.1 + 0.2}, {"epoch": 1, "train": {"loss": 0.5}, "validation": None}]
+    assert list(read(tmp_path / NAME)) == expected
+    log.close()
+    assert list(read(tmp_path / NAME)) == expected
+
+
+def test_there_are_no_lines_where_there_is_no_file(tmp_path: Path) -> None:
+    assert list(read(tmp_path / NAME)) == []
+
+
+@pytest.mark.parametrize("half", [b'{"epoch": 2, "lo', b"{", b'{"epoch": 2, "name": "\xc3', b"\0\0\0\0"])
+def test_half_a_line_at_the_end_is_not_there_and_the_next_writer_takes_it_out(tmp_path: Path, half: bytes) -> None:
+    path = tmp_path / NAME
+    path.write_bytes(b'{"epoch": 1}\n' + half)
+    assert list(read(path)) == [{"epoch": 1}]
+    log = MetricsLog(tmp_path, 1)
+    log.write(epoch=2)
+    log.close()
+    assert path.read_text() == '{"epoch": 1}\n{"epoch": 2}\n'
+
+
+def test_lines_of_epochs_that_are_trained_again_are_taken_out(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0)
+    for epoch in (1, 1, 2, 3, 3):
+        log.write(epoch=epoch)
+    log.close()
+    log = MetricsLog(tmp_path, 2)
+    log.write(epoch=3, again=True)
+    log.close()
+    assert list(read(tmp_path / NAME)) == [{"epoch": 1}, {"epoch": 1}, {"epoch": 2}, {"epoch": 3, "again": True}]
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]
+
+
+def test_numbers_that_json_does_not_have_are_null(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0)
+    log.write(epoch=1, loss=float("nan"), train={"loss": float("inf"), "accuracy": 0.5})
+    log.close()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    line = json.loads((tmp_path / NAME).read_text(), parse_constant=refuse)
+    assert line == {"epoch": 1, "loss": None, "train": {"loss": None, "accuracy": 0.5}}

@@ -1,0 +1,158 @@
+"""The random numbers and the order of rows: pinned, complete, and the same however many workers share a batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dlopt.data.counter import bits, mix, row_keys, stream, string_words, uniform
+from dlopt.data.order import Order
+
+CHUNKS = [40, 25, 40, 7, 33]
+
+
+def order(batch_size: int, window: int = 1, chunks: list[int] = CHUNKS, seed: int = 7) -> Order:
+    return Order(seed, tuple(chunks), batch_size, window)
+
+
+def epoch_of(order: Order, epoch: int) -> np.ndarray:
+    return np.concatenate([order.window_rows(epoch, window) for window in range(order.windows)])
+
+
+def test_mixing_is_the_finalizer_of_splitmix64() -> None:
+    gamma = 0x9E3779B97F4A7C15
+    states = np.array([(gamma * n) % 2**64 for n in (1, 2, 3)], dtype=np.uint64)
+    # the first outputs of SplitMix64 seeded with 0, as the reference implementation prints them
+    assert mix(states).tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+
+
+def test_streams_and_bits_are_what_they_were() -> None:
+    assert int(stream(7, 1, 2)) == 3011351786434195872
+    assert bits(np.arange(3), 7, 1, 2).tolist() == [10755174912100960972, 7269535288776434170, 2730894086466605620]
+    assert string_words(["ham", "spam"]).tolist() == [9909399948088910044, 12534991609212061613]
+    assert row_keys([np.arange(6, dtype=np.uint8).reshape(2, 3), np.array([[1.5], [2.5]])]).tolist() == [
+        [18386291924880204607, 15257946342050104009],
+        [15154672164386644047, 7026076948154483757],
+    ]
+
+
+def test_the_order_of_rows_is_what_it_was() -> None:
+    assert epoch_of(order(8, window=4, chunks=[5, 9, 6]), 1).tolist() == [
+        2,
+        3,
+        16,
+        19,
+        6,
+        8,
+        10,
+        13,
+        1,
+        14,
+        17,
+        5,
+        7,
+        9,
+        11,
+        12,
+        0,
+        4,
+        15,
+        18,
+    ]
+
+
+def test_streams_differ_in_every_number_and_in_their_order() -> None:
+    found = {int(stream(*numbers)) for numbers in [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (-1,), (2**63,)]}
+    assert len(found) == 8
+
+
+def test_uniform_numbers_are_uniform_and_independent_of_their_neighbours() -> None:
+    numbers = uniform(np.arange(200_000), 3, 1)
+    assert numbers.min() >= 0 and numbers.max() < 1
+    counts = np.histogram(numbers, bins=50, range=(0, 1))[0]
+    assert ((counts - 4000) ** 2 / 4000).sum() < 100  # chi-squared, 49 degrees of freedom: far out in the tail
+    assert abs(np.corrcoef(numbers[1:], numbers[:-1])[0, 1]) < 0.01
+    assert abs(np.corrcoef(numbers, uniform(np.arange(200_000), 3, 2))[0, 1]) < 0.01
+
+
+def test_keys_depend_on_content_alone() -> None:
+    values = np.random.default_rng(0).integers(0, 256, (500, 5, 3), dtype=np.uint8)
+    labels = np.arange(500)[:, None] % 10
+    keys = row_keys([values, labels])
+    assert len(np.unique(keys, axis=0)) == 500
+    shuffled = np.random.default_rng(1).permutation(500)
+    assert (row_keys([values[shuffled], labels[shuffled]]) == keys[shuffled]).all()
+    assert (row_keys([np.asfortranarray(values)[3:9], labels[3:9]]) == keys[3:9]).all()
+    assert (row_keys([values, labels + 1]) != keys).any(axis=1).all()
+
+
+def test_equal_bytes_in_other_columns_make_another_key() -> None:
+    one, two = np.array([[1, 0]], dtype=np.int64), np.array([[0, 1]], dtype=np.int64)
+    assert (row_keys([one]) != row_keys([two])).all()
+
+
+def test_no_rows_have_no_keys() -> None:
+    assert row_keys([np.zeros((0, 28, 28, 1), np.uint8), np.zeros((0, 1), np.int64)]).shape == (0, 2)
+
+
+@pytest.mark.parametrize("batch_size", [1, 10, 64, 100, 144, 145, 1000])
+@pytest.mark.parametrize("window", [1, 3, 1000])
+def test_every_row_comes_exactly_once_an_epoch(batch_size: int, window: int) -> None:
+    rows = epoch_of(order(batch_size, window), 3)
+    assert sorted(rows.tolist()) == list(range(sum(CHUNKS)))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 63, 65])
+def test_a_set_of_fewer_rows_than_a_batch_is_one_batch(rows: int) -> None:
+    found = order(128, chunks=[rows])
+    assert (found.batches, found.windows) == (1, 1)
+    assert sorted(epoch_of(found, 1).tolist()) == list(range(rows))
+
+
+def test_no_rows_make_no_batches() -> None:
+    found = order(128, chunks=[])
+    assert (found.rows, found.batches, found.windows) == (0, 0, 0)
+
+
+def test_epochs_and_seeds_differ() -> None:
+    first = epoch_of(order(16, 4), 1)
+    assert (epoch_of(order(16, 4), 1) == first).all()
+    for other in (epoch_of(order(16, 4), 2), epoch_of(order(16, 4, seed=8), 1)):
+        assert (other != first).mean() > 0.9
+
+
+@pytest.mark.parametrize("batch_size", [3, 10, 64, 100])
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 64, 70])
+def test_slots_of_all_workers_are_the_batch_once_and_in_order(batch_size: int, world: int) -> None:
+    parts = [order(batch_size).slots(rank, world) for rank in range(world)]
+    assert parts[0][0] == 0 and parts[-1][1] == batch_size
+    assert all(before[1] == after[0] for before, after in zip(parts, parts[1:], strict=False))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_large_batches_are_shared_out_evenly(world: int) -> None:
+    sizes = [stop - start for start, stop in (order(640).slots(rank, world) for rank in range(world))]
+    assert max(sizes) - min(sizes) <= 10  # a lane
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_worker_touches_only_its_part_of_the_chunks(world: int) -> None:
+    found = order(64, window=100, chunks=[100] * 64)
+    slot = np.arange(6400) % 64
+    rows = found.window_rows(1, 0)
+    for rank in range(world):
+        low, high = found.slots(rank, world)
+        touched = np.unique(rows[(slot >= low) & (slot < high)] // 100)
+        assert len(touched) == 64 // world
+
+
+def test_rows_of_a_window_are_mixed() -> None:
+    rows = order(64, window=1000, chunks=[6400]).window_rows(1, 0)
+    means = rows.reshape(-1, 64).mean(axis=1)
+    assert means.std() < 100  # batches look alike: each holds rows from all over the window
+    assert abs(np.corrcoef(np.arange(100), rows.reshape(-1, 64)[:, 0])[0, 1]) < 0.4
+
+
+def test_a_window_is_about_256_mib() -> None:
+    assert Order.of(0, [1000], 128, 792).window == 256 * 2**20 // (792 * 128)
+    assert Order.of(0, [1000], 128, 2**30).window == 1

