@@ -93,7 +93,7 @@ def data_context(*, preserve_order: bool = False, block_bytes: int | None = None
     context.execution_options.preserve_order = preserve_order
     context.raise_original_map_exception = True  # so that a DloptError of a worker can be told from a failure
     context.target_max_block_size = block_bytes or RAY_BLOCK_BYTES
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # an error is raised as well, and some are the user's, to be said in one line
 
 
 def _token_path() -> Path:

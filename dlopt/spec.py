@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from dlopt.data.augment import Augmentation
 from dlopt.data.section import Data
-from dlopt.export import Format, Onnx
+from dlopt.export import OUTPUT, Format, Onnx
 from dlopt.models import Model
 from dlopt.part import DloptError, Part
 from dlopt.serve import Serve
@@ -60,6 +60,12 @@ class Job(Part):
     def augmentation_has_images(self) -> Self:
         if self.augment and all(part.kind != "image" for part in self.data.inputs):
             raise ValueError("augment: there is no image among data.inputs to augment")
+        return self
+
+    @model_validator(mode="after")
+    def no_input_is_called_as_the_output(self) -> Self:
+        if any((part.column if part.kind == "image" else part.name) == OUTPUT for part in self.data.inputs):
+            raise ValueError(f"data.inputs: {OUTPUT!r} is the name of the model's output: call the input something else")
         return self
 
     @model_validator(mode="after")

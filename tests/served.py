@@ -211,7 +211,7 @@ def listening(pids: Iterable[int]) -> set[tuple[int, str, int]]:
     for pid in pids:
         for link in Path(f"/proc/{pid}/fd").iterdir():
             try:
-                target = os.readlink(link)
+                target = str(link.readlink())
             except OSError:
                 continue
             if target in sockets:

@@ -16,11 +16,11 @@ from torch import nn
 
 from dlopt.artifact import Artifact, Stage, digest_of, once
 from dlopt.data.prepared import Split, as_table, write_part
-from dlopt.export import Onnx
-from dlopt.export.onnx import EXPORT, LARGEST, MODEL, OUTPUT, TIE, _graph, _other_labels, _refuse_too_large, compare, trained_network
+from dlopt.export import OUTPUT, Onnx
+from dlopt.export.onnx import EXPORT, LARGEST, MODEL, TIE, _graph, _other_labels, _refuse_too_large, compare, trained_network
 from dlopt.models import Cnn, Mlp, Network, build_network
 from dlopt.part import DloptError, Feature, Part, Signature, Statistics, Target
-from dlopt.train.evaluate import probabilities
+from dlopt.train.evaluate import evaluate, probabilities
 from dlopt.train.section import Fit, Train
 from tests.test_models import image, numbers, statistics
 
@@ -110,6 +110,22 @@ CASES = [
     pytest.param(IMAGES, Cnn(channels=(4,), hidden=16, activation="leaky_relu"), "float64", id="float64"),
     pytest.param(NUMBERS, Mlp(hidden=()), "float64", id="linear"),
 ]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_metrics_of_a_split_are_means_over_its_rows_without_dropout_and_the_mode_stays(tmp_path: Path, training: bool) -> None:
+    data = prepared(tmp_path, IMAGES)
+    network = trained_network(trained(tmp_path, data, Mlp(dropout=0.5)), data).train(training)
+    test = Split.open(data, "test")
+    found = evaluate(network, test, torch.device("cpu"))
+    outputs, target = probabilities(network, test, torch.device("cpu"))
+    assert network.training is training
+    rows = test.read()
+    expected = torchs(network.eval(), {"image": rows["image"]})
+    np.testing.assert_allclose(outputs.numpy(), expected, atol=1e-6)
+    np.testing.assert_array_equal(target.numpy(), rows["label"])
+    assert found.loss == pytest.approx(-np.log(expected[np.arange(3000), rows["label"]]).mean(), rel=1e-6)
+    assert found.accuracy == (expected.argmax(axis=1) == rows["label"]).mean()
 
 
 @pytest.mark.parametrize(("signature", "model", "precision"), CASES)

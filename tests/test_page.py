@@ -20,6 +20,8 @@ from tests.conftest import program
 from tests.served import IMAGE, NUMBERS, free_port, make_export
 
 KEY = "a-key-of-the-tests"
+NOTHING = "\N{EN DASH}"
+"""What the page shows where there is no prediction."""
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -234,9 +236,9 @@ def test_clear_and_the_delete_key_take_the_drawing_and_the_answer_away(browser: 
     for clear in (lambda: browser.click("#clear"), lambda: press(browser, "Delete")):
         browser.draw(STROKES["1"][0])
         settle(browser)
-        assert shown(browser)[0] != "–"
+        assert shown(browser)[0] != NOTHING
         clear()
-        assert shown(browser) == ("–", [""] * 10)
+        assert shown(browser) == (NOTHING, [""] * 10)
         assert browser.value("document.getElementById('pad').getContext('2d').getImageData(0, 0, 280, 280).data.every(value => !value)")
 
 

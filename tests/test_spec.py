@@ -211,6 +211,10 @@ def test_a_bad_override_is_one_line(path: Path, override: str, line: str) -> Non
             "data.test={kind: parquet, path: x}",
             "data: split.test is 0.1 but data.test names a source: set split.test to 0 and raise split.train",
         ),
+        (
+            "data.inputs.0.column=probabilities",
+            "data.inputs: 'probabilities' is the name of the model's output: call the input something else",
+        ),
         ("data.inputs=[{kind: number, columns: [a]}]", "augment: there is no image among data.inputs to augment"),
     ],
 )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dlopt.data.prepared import as_rows, empty_rows
 from dlopt.data.share import BLOCK_BYTES, EPOCH, WINDOW, Reader, Share
+from dlopt.part import DloptError
 from dlopt.session import data_context
 
 
@@ -87,11 +88,17 @@ class Stream:
         taken = []
         while rows:
             if not len(self.rest):
-                self.rest = next(self.blocks)
+                self.rest = self._next_block()
             part, self.rest = self.rest.slice(0, rows), self.rest.slice(rows)
             rows -= len(part)
             taken.append(part)
         return taken
+
+    def _next_block(self) -> pa.Table:
+        try:
+            return next(self.blocks)
+        except DloptError as error:  # of a worker: its trace and Ray's advice are of no use to who can mend it
+            raise DloptError(str(getattr(error, "cause", error)).splitlines()[0]) from None
 
     def _batch(self, tables: list[pa.Table], total: int) -> Batch:
         signature = self.share.split.signature

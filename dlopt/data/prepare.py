@@ -9,7 +9,6 @@ A set that makes one range is brought together by one task; more ranges take a s
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -385,18 +384,13 @@ def _say(reasons: Counter[str]) -> str:
 
 @contextmanager
 def _saying(where: str) -> Iterator[None]:
-    """A file that Ray cannot read is the user's to mend, so it is said in one line, without Ray's traces."""
-    logger = logging.getLogger("ray.data")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    """A file that Ray cannot read is the user's to mend, so it is said in one line."""
     try:
         yield
     except (DloptError, OSError, ValueError) as error:  # Ray's errors are of their cause's class as well
         lines = str(getattr(error, "cause", error)).splitlines()
         place = [line.split(" after ")[0] for line in lines[1:2] if line.startswith("Failed to read")]
         raise DloptError(f"{where}: {'; '.join([*lines[:1], *place])}") from None
-    finally:
-        logger.setLevel(level)
 
 
 def _hashable(values: np.ndarray) -> np.ndarray:

@@ -16,6 +16,9 @@ from dlopt.part import DloptError, Feature, Signature
 CHUNK_BYTES = 2**20
 """About how many bytes a row group has."""
 
+UNREADABLE = (pa.ArrowException, OSError, ValueError, MemoryError)
+"""What pyarrow raises on damage, depending on the place."""
+
 Rows = dict[str, np.ndarray]
 """Feature name to values (rows, *shape), and the target's name to class indices (rows,)."""
 
@@ -65,7 +68,7 @@ class Split:
         by_file: dict[str, list[int]] = {}
         for chunk in chunks:
             by_file.setdefault(chunk.file, []).append(chunk.group)
-        tables = [_read_groups(file, groups) for file, groups in by_file.items()]
+        tables = [_read_groups(self.signature, file, groups) for file, groups in by_file.items()]
         return as_rows(self.signature, pa.concat_tables(tables)) if tables else empty_rows(self.signature)
 
 
@@ -126,16 +129,20 @@ def feature_array(feature: Feature, table: pa.Table) -> np.ndarray:
 def _metadata(file: Path) -> pq.FileMetaData:
     try:
         return pq.read_metadata(file)
-    except (pa.ArrowInvalid, OSError) as error:
+    except UNREADABLE as error:
         raise _damaged(str(file), error) from None
 
 
-def _read_groups(file: str, groups: list[int]) -> pa.Table:
+def _read_groups(signature: Signature, file: str, groups: list[int]) -> pa.Table:
+    """Rows of some row groups. Pages have checksums; the footer has none, so what it says is compared with the signature."""
     try:
         with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-            return parquet.read_row_groups(groups)
-    except (pa.ArrowInvalid, OSError) as error:
+            table = parquet.read_row_groups(groups)
+        if table.schema != as_table(signature, empty_rows(signature)).schema or any(column.null_count for column in table.columns):
+            raise ValueError("its columns are not those of signature.json")
+    except UNREADABLE as error:
         raise _damaged(file, error) from None
+    return table
 
 
 def _damaged(file: str, error: Exception) -> DloptError:

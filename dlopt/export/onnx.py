@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dlopt.artifact import Artifact, Stage, write_atomically
 from dlopt.data.prepared import Split
-from dlopt.export import Onnx
+from dlopt.export import OUTPUT, Onnx
 from dlopt.models import Network
 from dlopt.part import DloptError, Signature
 from dlopt.progress import Progress, silent
@@ -24,8 +24,7 @@ from dlopt.train.evaluate import probabilities
 from dlopt.train.section import Fit
 from dlopt.train.worker import load_network
 
-MODEL, OUTPUT = "model.onnx", "probabilities"
-OPSET = 18
+MODEL, OPSET = "model.onnx", 18
 LARGEST = 2**31 - 1
 """An ONNX file is one protobuf message, which cannot have more bytes."""
 TIE = 1e-6

@@ -51,7 +51,7 @@ FAST = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_worker_niceness": "0",
 }
-"""One event loop a replica: the replica moves what takes long into a thread itself. Ray makes its workers nice (15), which is for batch jobs."""
+"""One event loop a replica: it moves what takes long into a thread itself. Ray makes its workers nice (15), which is for batch jobs."""
 HAPROXY = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -137,8 +137,8 @@ def _serve_here(export: Artifact, name: str, section: Serve, listening: Listenin
     with nothing_left(), ExitStack() as ending, ray_here:
         from ray import serve as ray_serve
 
+        stop_now(noted)
         try:
-            stop_now(noted)
             _deploy(export, name, section, listening, folder / "metrics")
             _wait_until_running(name, section)
             _wait_until_ready(listening)
@@ -326,9 +326,8 @@ def _greet(export: Artifact, name: str, listening: Listening, url: str, say: Say
     key = next(iter(listening.keys), None)
     say(f"{name} ({export.manifest.digest}) is served at {url}/{f'?token={key}' if key else ''}")
     if listening.host in (EVERYWHERE, "::"):
-        say(
-            f"it listens on every interface (other machines: http://{socket.gethostname()}:{listening.port}/); --host 127.0.0.1 keeps it here"
-        )
+        others = f"http://{socket.gethostname()}:{listening.port}/"
+        say(f"it listens on every interface (other machines: {others}); --host 127.0.0.1 keeps it here")
     if key:
         say(f"API key: {key}")
     guarded = f"-H 'Authorization: Bearer {key}' " if key else ""

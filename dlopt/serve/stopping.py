@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
-LINGER_SECONDS = 5.0
+LINGER_SECONDS = 3.0
 """How long processes that Ray has left may take to notice by themselves that it is gone."""
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -31,13 +31,16 @@ def handlers_restored() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def stop_later() -> list[int]:
     """From now on signals are only noted, in the list that is returned: Ray's start does not stand an exception in its midst.
 
+    SIGINT is blocked, too, which Ray's processes inherit: a terminal sends Ctrl-C to them all, and half-started they would die of it.
     Ray takes SIGTERM for itself meanwhile, and answers it with SystemExit.
     """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     noted: list[int] = []
     for number in STOPS:
         signal.signal(number, lambda number, frame: noted.append(number))
@@ -53,6 +56,7 @@ def stop_now(noted: list[int]) -> None:
 
     for number in STOPS:
         signal.signal(number, stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     if noted:
         stop(noted[0], None)
 

@@ -61,7 +61,7 @@ class State:
         found |= {f"best.{name}": value for name, value in self.best.items()}
         for index, entries in self.optimizer.state_dict()["state"].items():
             found |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in entries.items() if value is not None}
-        return {name: value.detach().cpu().contiguous().clone() for name, value in found.items()}
+        return {name: value.detach().cpu().contiguous() for name, value in found.items()}
 
     def restore(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
         self.model.load_state_dict(_under("model.", tensors))

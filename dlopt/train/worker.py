@@ -178,10 +178,10 @@ class _Worker:
                 log.flush()
 
     def _refuse_drift(self, network: nn.Module) -> None:
-        """Workers must hold the same bits: a sum over all parameters' bits, compared across workers after each epoch."""
+        """Workers must hold the same bits: a sum of each parameter's, compared across workers after each epoch."""
         if self.world == 1:
             return
-        mine = torch.stack([parameter.detach().view(torch.int32).sum(dtype=torch.int64) for parameter in network.parameters()])
+        mine = torch.stack([_sum_of_bits(parameter.detach()) for parameter in network.parameters()])
         lowest, highest = mine.clone(), mine.clone()
         dist.all_reduce(lowest, dist.ReduceOp.MIN)
         dist.all_reduce(highest, dist.ReduceOp.MAX)
@@ -252,6 +252,12 @@ def _write_predictions(out: Path, outputs: Tensor, target: Tensor) -> Metrics:
     )
     pq.write_table(table, out / "predictions.parquet")
     return Metrics(loss.mean().item(), (predicted == target).double().mean().item())
+
+
+def _sum_of_bits(values: Tensor) -> Tensor:
+    """A 64-bit sum that changes with any bit and with the place of any value."""
+    words = values.contiguous().view(-1).view(torch.int32).to(torch.int64)
+    return (words * torch.arange(1, 2 * len(words), 2, device=words.device)).sum()
 
 
 def _finite(value: float) -> float | None:

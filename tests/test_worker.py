@@ -1,0 +1,236 @@
+"""One worker from start to end, without Ray: what is kept, when it ends, how it goes on, and the drift check between two."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from dlopt.artifact import Artifact, Stage, once
+from dlopt.data.moments import of
+from dlopt.data.inputs import NumberInput
+from dlopt.data.prepared import Split, as_table, write_part
+from dlopt.models import Mlp
+from dlopt.optim.optimizers import Adam, Sgd
+from dlopt.optim.schedules import Cosine, Plateau
+from dlopt.part import DloptError, Feature, Part, Signature, Target
+from dlopt.train import metrics_log, state
+from dlopt.train.evaluate import evaluate
+from dlopt.train.section import EarlyStopping, Fit, Train
+from dlopt.train.worker import Assignment, _Worker, load_network, rates
+
+COLUMNS = ("a", "b", "c", "d")
+SIGNATURE = Signature(
+    inputs=(Feature(name="numbers", kind="number", dtype="float32", shape=(4,), columns=COLUMNS),),
+    target=Target(name="label", labels=("no", "yes")),
+)
+CPU = torch.device("cpu")
+
+
+class Rows(Part):
+    """How many rows each split has, and how much the label has to do with them."""
+
+    train: int = 300
+    validation: int = 100
+    test: int = 50
+    signal: float = 1.0
+    """0: labels are chance, and whoever learns them overfits."""
+
+
+def write(section: Rows, out: Path) -> dict[str, Any]:
+    generator = np.random.default_rng(5)
+    for name in ("train", "validation", "test"):
+        rows = getattr(section, name)
+        numbers = generator.normal(size=(rows, 4)).astype(np.float32)
+        score = section.signal * numbers.sum(axis=1) + (1 - section.signal) * generator.normal(size=rows)
+        table = as_table(SIGNATURE, {"numbers": numbers, "label": (score > 0).astype(np.int64)})
+        if rows:
+            write_part(table, SIGNATURE, out / name / "part-00000.parquet")
+        if name == "train":
+            found = of(SIGNATURE.inputs[0], table).statistics(NumberInput(columns=COLUMNS))
+            (out / "statistics.json").write_text(json.dumps({"numbers": found.model_dump()}))
+    (out / "signature.json").write_text(SIGNATURE.model_dump_json())
+    return {}
+
+
+def prepared(home: Path, **rows: Any) -> Artifact:
+    return once(Stage("data", write), Rows(**rows), home)
+
+
+def section(**train: Any) -> Fit:
+    settings: dict[str, Any] = {"epochs": 4, "batch_size": 32, "optimizer": Adam(lr=1e-2), "log_every": 1} | train
+    return Fit(seed=1, model=Mlp(hidden=(16,), dropout=0.2), augment=(), train=Train(**settings))
+
+
+def work(fit: Fit, data: Artifact, out: Path) -> dict[str, Any]:
+    """The info of the model that one worker makes in `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    info = _Worker(Assignment(fit=fit, data=data.path, out=out, feed="resident", threads=None), 0, 1, CPU).run()
+    assert info is not None
+    return info
+
+
+def epochs(out: Path) -> list[dict[str, Any]]:
+    return [line for line in metrics_log.read(out / metrics_log.NAME) if "train" in line]
+
+
+def without_seconds(out: Path) -> list[dict[str, Any]]:
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in metrics_log.read(out / metrics_log.NAME)]
+
+
+def test_what_is_learned_is_measured_and_logged(tmp_path: Path) -> None:
+    data = prepared(tmp_path)
+    info = work(section(), data, tmp_path / "out")
+    assert info["metrics"]["test"]["accuracy"] > 0.9
+    assert (info["epochs"], info["steps"], info["stopped"], info["restarts"]) == (4, 40, "finished", 0)
+    lines = list(metrics_log.read(tmp_path / "out" / metrics_log.NAME))
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 41))
+    assert [line["rows"] for line in steps[8:12]] == [288, 300, 332, 364]  # the last batch of an epoch is smaller
+    assert sum(line["loss"] for line in steps[30:]) < 0.5 * sum(line["loss"] for line in steps[:10])
+
+
+def test_the_epoch_line_weighs_every_row_alike(tmp_path: Path) -> None:
+    """300 rows in batches of 299: the mean over steps would count the last row as much as all others."""
+    work(section(epochs=1, batch_size=299, optimizer=Sgd(lr=1e-12)), prepared(tmp_path), tmp_path / "out")
+    first, second = [line["loss"] for line in metrics_log.read(tmp_path / "out" / metrics_log.NAME) if "loss" in line]
+    (line,) = epochs(tmp_path / "out")
+    assert line["train"]["loss"] == pytest.approx((299 * first + second) / 300, rel=1e-6)
+
+
+@pytest.mark.parametrize("monitor", ["loss", "accuracy"])
+def test_the_weights_of_the_best_epoch_are_kept(monitor: str, tmp_path: Path) -> None:
+    data = prepared(tmp_path, signal=0.3, train=60)
+    info = work(section(epochs=30, monitor=monitor, optimizer=Adam(lr=0.05)), data, tmp_path / "out")
+    values = [line["validation"][monitor] for line in epochs(tmp_path / "out")]
+    best = min(values) if monitor == "loss" else max(values)
+    assert info["best_epoch"] == values.index(best) + 1  # the first of equals
+    assert info["best_epoch"] < 30  # else the test shows nothing
+    assert info["metrics"]["validation"][monitor] == pytest.approx(best, abs=1e-12)
+    network = load_network(section(), data)
+    network.load_state_dict(state.load_tensors((tmp_path / "out" / "weights.safetensors").read_bytes()))
+    assert getattr(evaluate(network, Split.open(data, "validation"), CPU), monitor) == pytest.approx(best, abs=1e-12)
+
+
+def test_early_stopping_ends_training_after_so_many_epochs_without_improvement(tmp_path: Path) -> None:
+    data = prepared(tmp_path, signal=0.0, train=60)
+    info = work(section(epochs=200, early_stopping=EarlyStopping(patience=5), optimizer=Adam(lr=0.05)), data, tmp_path / "out")
+    assert info["stopped"] == "early"
+    assert info["epochs"] == info["best_epoch"] + 5 < 200
+
+
+def test_plateau_lowers_the_rate_when_the_validation_loss_stays(tmp_path: Path) -> None:
+    data = prepared(tmp_path, signal=0.0, train=60)
+    work(section(epochs=40, schedule=Plateau(decay=0.5, patience=1), optimizer=Adam(lr=0.05)), data, tmp_path / "out")
+    losses = [line["validation"]["loss"] for line in epochs(tmp_path / "out")]
+    used = {line["epoch"]: line["rate"] for line in metrics_log.read(tmp_path / "out" / metrics_log.NAME) if "rate" in line}
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.05)
+    reference = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=1, threshold=1e-4, eps=0)
+    for epoch, loss in enumerate(losses, start=1):
+        assert used[epoch] == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        reference.step(loss)
+    assert used[40] < 0.05
+
+
+def test_rates_are_of_the_epoch_and_of_the_batch_within(tmp_path: Path) -> None:
+    train = Train(epochs=4, optimizer=Adam(lr=2.0), schedule=Cosine(warmup_epochs=1))
+    assert [rates(train, 0, 10, [])(batch) for batch in (0, 5)] == [0.0, 1.0]
+    assert rates(train, 1, 10, [])(0) == 2.0
+    assert rates(train, 2, 10, [])(5) == pytest.approx(1.0)  # half way from epoch 1 to 4
+
+
+class Killed(BaseException):
+    """Stands for the end of a process."""
+
+
+@pytest.mark.parametrize("optimizer", [Adam(lr=1e-2), Sgd(lr=0.1, momentum=0.9, nesterov=True)])
+def test_an_interrupted_worker_goes_on_as_if_nothing_had_happened(
+    optimizer: Adam | Sgd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, fit = prepared(tmp_path), section(epochs=6, optimizer=optimizer, schedule=Plateau(patience=0))
+    whole = work(fit, data, tmp_path / "whole")
+    write_step = _Worker._log_step
+
+    def die(worker: _Worker, step: Any, epoch: int, record: Any, log: Any) -> None:
+        write_step(worker, step, epoch, record, log)
+        if record.step == 35:  # within epoch 4
+            log.flush()
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(_Worker, "_log_step", die)
+        work(fit, data, tmp_path / "out")
+    assert max(line["step"] for line in metrics_log.read(tmp_path / "out" / metrics_log.NAME)) == 35
+    again = work(fit, data, tmp_path / "out")
+    assert (again["restarts"], whole["restarts"]) == (1, 0)
+    assert without_seconds(tmp_path / "out") == without_seconds(tmp_path / "whole")
+    assert (tmp_path / "out" / "weights.safetensors").read_bytes() == (tmp_path / "whole" / "weights.safetensors").read_bytes()
+    assert again["metrics"] == whole["metrics"]
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_all_damaged_is_one_line(tmp_path: Path) -> None:
+    data, out = prepared(tmp_path), tmp_path / "out"
+    work(section(), data, out)
+    kept = sorted(path.name for path in (out / state.CHECKPOINTS).iterdir())
+    assert kept == ["epoch-00003", "epoch-00004"]
+    weights = (out / "weights.safetensors").read_bytes()
+    content = bytearray((out / state.CHECKPOINTS / kept[1] / state.TENSORS).read_bytes())
+    content[-1] ^= 1
+    (out / state.CHECKPOINTS / kept[1] / state.TENSORS).write_bytes(content)
+    work(section(), data, out)
+    start = json.loads((out / "starts.jsonl").read_text().splitlines()[-1])
+    assert start["epoch"] == 3
+    assert "epoch-00004" in start["damaged"][0]
+    assert (out / "weights.safetensors").read_bytes() == weights
+    for name in kept:
+        shutil.rmtree(out / state.CHECKPOINTS / name)
+        (out / state.CHECKPOINTS / name).mkdir()
+    with pytest.raises(DloptError, match=r"none of its 2 checkpoints is whole: delete the folder .* to start over"):
+        work(section(), data, out)
+
+
+def test_no_validation_split_keeps_the_last_epoch(tmp_path: Path) -> None:
+    info = work(section(), prepared(tmp_path, validation=0), tmp_path / "out")
+    assert info["best_epoch"] == 4
+    assert set(info["metrics"]) == {"train", "test"}
+
+
+def test_a_rate_that_makes_the_model_diverge_is_one_line_and_saves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(DloptError, match=r"lower train\.optimizer\.lr"):
+        work(section(optimizer=Sgd(lr=1e30)), prepared(tmp_path), tmp_path / "out")
+    assert not (tmp_path / "out" / "weights.safetensors").exists()
+
+
+def _drift(rank: int, folder: str, by: float, swapped: bool) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    network = nn.Linear(3, 2, bias=False)
+    with torch.no_grad():
+        network.weight.copy_(torch.arange(6.0).reshape(2, 3))
+        network.weight[0, 1] += by * rank
+        if swapped and rank:
+            network.weight[0] = network.weight[0].flip(0)
+    worker = _Worker(Assignment(fit=section(), data=Path(folder), out=Path(folder), feed="resident", threads=1), rank, 2, CPU)
+    try:
+        worker._refuse_drift(network)
+        said = "the same"
+    except RuntimeError as error:
+        said = str(error)
+    Path(folder, f"said-{rank}").write_text(said)
+    dist.destroy_process_group()
+
+
+SAME, OTHER = "the same", "the workers' parameters are no longer identical"
+
+
+@pytest.mark.parametrize(("by", "swapped", "said"), [(0.0, False, SAME), (1e-7, False, OTHER), (0.0, True, OTHER)])
+def test_workers_whose_parameters_differ_in_one_bit_or_in_place_are_stopped(by: float, swapped: bool, said: str, tmp_path: Path) -> None:
+    mp.spawn(_drift, args=(str(tmp_path), by, swapped), nprocs=2)
+    assert [(tmp_path / f"said-{rank}").read_text() for rank in range(2)] == [said] * 2
