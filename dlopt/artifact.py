@@ -85,8 +85,9 @@ class Stage:
 
     name: str
     make: Callable[..., dict[str, Any]]
-    resumes: bool = False
-    """Whether a half-made directory is of use to the next try (checkpoints); else it is emptied first."""
+    scratch: str | None = None
+    """A folder within the artifact for what the next try of an unfinished one can use (checkpoints): a stage that has one finds a
+    half-made directory as it was left. It is no part of the artifact, and goes once that is sealed. Without it each try starts empty."""
     version: int = 1
     """Raised when the same section would now give another result, so that old artifacts are not taken for it."""
 
@@ -119,7 +120,7 @@ def once(stage: Stage, section: BaseModel, home: Path, *parents: Artifact, found
     with _lock(path):
         if is_sealed(path):
             return Artifact.open(path)
-        if path.exists() and not stage.resumes:
+        if path.exists() and stage.scratch is None:
             shutil.rmtree(path)
         path.mkdir(parents=True, exist_ok=True)
         start = time.monotonic()
@@ -129,12 +130,14 @@ def once(stage: Stage, section: BaseModel, home: Path, *parents: Artifact, found
             digest=path.name,
             section=section.model_dump(mode="json"),
             parents={parent.manifest.stage: parent.manifest.digest for parent in parents},
-            files=_files(path),
+            files=_files(path, stage.scratch),
             info=info,
             seconds=round(time.monotonic() - start, 3),
             versions=versions(),
         )
         write_atomically(path / MANIFEST, _sealed(manifest))
+        if stage.scratch is not None:
+            shutil.rmtree(path / stage.scratch, ignore_errors=True)
         return Artifact(path, manifest)
 
 
@@ -194,9 +197,10 @@ def _unsealed(path: Path) -> Manifest:
     raise DloptError(f"{path / MANIFEST}: damaged: delete the folder {path} and run the job again")
 
 
-def _files(path: Path) -> dict[str, File]:
-    """All files but hidden ones, which are temporary and left by a crash; flushed to disk, since the seal vouches for them."""
-    found = sorted(file for file in path.rglob("[!.]*") if file.is_file() and file.name != MANIFEST)
+def _files(path: Path, scratch: str | None) -> dict[str, File]:
+    """All files but scratch and hidden ones, which are temporary and left by a crash; flushed to disk, since the seal vouches for them."""
+    there = sorted(file for file in path.rglob("[!.]*") if file.is_file() and file.name != MANIFEST)
+    found = [file for file in there if scratch is None or file.relative_to(path).parts[0] != scratch]
     for folder in {path, *(file.parent for file in found)}:
         _flush_folder(folder)
     return {str(file.relative_to(path)): _file(file, flush=True) for file in found}

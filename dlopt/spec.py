@@ -69,6 +69,13 @@ class Job(Part):
         return self
 
     @model_validator(mode="after")
+    def exports_differ(self) -> Self:
+        kinds = [part.kind for part in self.export]
+        if len(set(kinds)) < len(kinds):
+            raise ValueError("export: one kind is there twice: keep one of them")
+        return self
+
+    @model_validator(mode="after")
     def workers_get_rows(self) -> Self:
         workers = self.resources.workers
         most = 1 if workers == "auto" else workers if isinstance(workers, int) else workers[1]
@@ -129,19 +136,33 @@ def _override(job: dict[str, Any], override: str) -> None:
     except (yaml.YAMLError, ValueError):
         raise DloptError(f"{override!r}: {text!r} is not a YAML value") from None
     place: Any = job
-    for name in parents:
-        place = _step(place, name, override)
+    for depth, name in enumerate(parents):
+        place = _step(place, name, override, _default_at(job, names[: depth + 1]))
     place[_index(place, last, override) if isinstance(place, list) else last] = value
 
 
-def _step(place: Any, name: str, override: str) -> Any:
-    """What is below a name; a section that is not there, or empty, is begun."""
+def _step(place: Any, name: str, override: str, default: Any) -> Any:
+    """What is below a name; a section that is not there, or empty, is begun, as the kind that it is by default."""
     key = _index(place, name, override) if isinstance(place, list) else name
     if isinstance(place, dict) and place.get(key) is None:
-        place[key] = {}
+        place[key] = {"kind": default} if default else {}
     if not isinstance(place[key], (dict, list)):
         raise DloptError(f"{override!r}: {name} is a value, there is nothing below it")
     return place[key]
+
+
+def _default_at(job: dict[str, Any], names: Sequence[str]) -> Any:
+    """The kind of part that stands at a dotted path unless a job says otherwise; None where it would have to."""
+    kinds: list[Any] = [Job]
+    default: Any = None
+    given: Any = job
+    for name in names:
+        fields = [kind.model_fields[name] for kind in kinds if _is_part(kind) and name in kind.model_fields]
+        default = next((field.default for field in fields if isinstance(field.default, BaseModel)), None)
+        given = given.get(name) if isinstance(given, dict) else None
+        tag = given.get("kind") if isinstance(given, dict) else getattr(default, "kind", None)
+        kinds = [kind for field in fields for kind in _kinds(field.annotation) if not _is_part(kind) or _tag(kind) in (None, tag)]
+    return getattr(default, "kind", None)
 
 
 def _index(place: list[Any], name: str, override: str) -> int:

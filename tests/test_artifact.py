@@ -72,7 +72,7 @@ def test_a_digest_follows_section_parents_version_found_and_name_and_nothing_els
     one, other = make(tmp_path, 1), make(tmp_path, 2)
     stage = Stage("model", Maker())
     base = place(stage, Section(), tmp_path, (one,))
-    assert place(Stage("model", Maker(), resumes=True), Section(), tmp_path, (one,)) == base
+    assert place(Stage("model", Maker(), scratch="kept"), Section(), tmp_path, (one,)) == base
     assert place(stage, Section.model_validate({"number": "0"}), tmp_path, (one,)) == base
     assert place(stage, Section(), tmp_path / "elsewhere", (one,)).name == base.name
     changed = {
@@ -111,7 +111,7 @@ def test_a_stage_that_fails_leaves_nothing_sealed_and_the_next_try_starts_from_n
 
 def test_a_stage_that_resumes_finds_what_it_left(tmp_path: Path) -> None:
     maker = Maker(failures=1)
-    stage = Stage("model", maker, resumes=True)
+    stage = Stage("model", maker, scratch="kept")
     with pytest.raises(RuntimeError):
         once(stage, Section(), tmp_path)
     artifact = once(stage, Section(), tmp_path)
@@ -119,9 +119,21 @@ def test_a_stage_that_resumes_finds_what_it_left(tmp_path: Path) -> None:
     assert sorted(artifact.manifest.files) == ["below/rows.txt", "done.txt"]
 
 
+def test_scratch_is_there_for_the_next_try_and_gone_once_it_is_sealed(tmp_path: Path) -> None:
+    maker = Maker(failures=1)
+    stage = Stage("model", maker, scratch="below")
+    with pytest.raises(RuntimeError):
+        once(stage, Section(), tmp_path)
+    artifact = once(stage, Section(), tmp_path)
+    assert maker.found == ["below", "below/rows.txt"]
+    assert sorted(artifact.manifest.files) == ["done.txt"]
+    assert sorted(path.name for path in artifact.path.iterdir()) == ["done.txt", "manifest.json"]
+    assert Artifact.open(artifact.path).check("done.txt")
+
+
 def test_temporary_files_of_a_process_that_was_killed_are_not_sealed(tmp_path: Path) -> None:
     maker = Maker(failures=1)
-    stage = Stage("model", maker, resumes=True)
+    stage = Stage("model", maker, scratch="kept")
     with pytest.raises(RuntimeError):
         once(stage, Section(), tmp_path)
     path = place(stage, Section(), tmp_path, ())

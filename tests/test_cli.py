@@ -58,8 +58,9 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_check_prints_the_resolved_job_and_starts_no_ray(tmp_path: Path) -> None:
     job = csv_job(tmp_path, table(40))
-    script = f"import sys\nfrom dlopt.cli import main\ncode = main(['check', {str(job)!r}, 'train.optimizer.lr=3e-4'])\nprint(code, 'ray' in sys.modules)"
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    script = "import sys\nfrom dlopt.cli import main\ncode = main(['check', *sys.argv[1:]])\nprint(code, 'ray' in sys.modules)"
+    words = [sys.executable, "-c", script, str(job), "train.optimizer.lr=3e-4"]
+    ended = subprocess.run(words, capture_output=True, text=True, check=True)
     *lines, last = ended.stdout.splitlines()
     resolved = yaml.safe_load("\n".join(lines))
     assert last == "0 False"
@@ -82,9 +83,10 @@ def test_schema_is_json_schema_with_a_text_for_every_field() -> None:
         ("train.epochs=many", "train.epochs: "),
         ("model.kind=mpl", "model: no kind 'mpl'; did you mean 'mlp'?"),
         ("data.inputs.0.columns=[a,zzz]", "data.source: has no column 'zzz'; its columns are a, b, c"),
-        ("data.source.path=nowhere.csv", "data.source.path: no file at nowhere.csv"),
+        ("data.source.path=nowhere.csv", "data.source: nowhere.csv: no such file"),
         ("train.batch_size=2 resources.workers=3", "train.batch_size 2 is less than 3 workers"),
         ("augment=[{kind: random_crop}]", "augment: there is no image among data.inputs to augment"),
+        ("export=[{kind: onnx},{kind: onnx}]", "export: one kind is there twice"),
         ("train", "'train': an override is written a.b=value"),
     ],
 )

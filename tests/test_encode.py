@@ -72,7 +72,7 @@ def test_a_column_of_fixed_size_lists_is_taken_whole_with_its_offset() -> None:
 @pytest.mark.parametrize(("mode", "channels"), [("1", 1), ("L", 1), ("LA", 1), ("RGB", 3), ("RGBA", 3), ("P", 3), ("CMYK", 3), ("I;16", 1)])
 def test_channels_follow_from_the_mode(mode: str, channels: int) -> None:
     colour = Image.fromarray(PIXELS[3])
-    image = Image.fromarray((PIXELS[1][..., 0].astype(np.uint16) * 257)) if mode == "I;16" else colour.convert(mode)
+    image = Image.fromarray(PIXELS[1][..., 0].astype(np.uint16) * 257) if mode == "I;16" else colour.convert(mode)
     assert decode_image(file_of(image, "TIFF" if mode == "CMYK" else "PNG")).shape == (9, 7, channels)
 
 
@@ -116,7 +116,7 @@ def test_a_decompression_bomb_is_refused_undecoded(width: int, height: int) -> N
 
 @pytest.mark.parametrize("data", [b"", b"nonsense", file_of(PIXELS[3])[:60], file_of(PIXELS[3], "JPEG")[:-200], file_of(PIXELS[1])[:-30]])
 def test_broken_bytes_are_no_image_and_say_so_in_one_line(data: bytes) -> None:
-    with pytest.raises(DloptError, match="^not an image: .+") as error:
+    with pytest.raises(DloptError, match=r"^not an image: .+") as error:
         decode_image(data)
     assert "\n" not in str(error.value) and " at 0x" not in str(error.value)
 

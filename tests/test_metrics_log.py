@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dlopt.train.metrics_log import NAME, MetricsLog, read
+from dlopt.train.metrics_log import NAME, MetricsLog, Tail, read
 
 
 def test_lines_come_back_as_they_were_written(tmp_path: Path) -> None:
@@ -58,3 +58,22 @@ def test_numbers_that_json_does_not_have_are_null(tmp_path: Path) -> None:
 
     line = json.loads((tmp_path / NAME).read_text(), parse_constant=refuse)
     assert line == {"epoch": 1, "loss": None, "train": {"loss": None, "accuracy": 0.5}}
+
+
+def test_a_tail_reads_each_line_once_and_all_again_after_a_restart(tmp_path: Path) -> None:
+    path = tmp_path / NAME
+    tail = Tail(path)
+    assert tail.new() == []
+    log = MetricsLog(tmp_path, 0)
+    log.write(epoch=1, step=1)
+    log.flush()
+    assert tail.new() == [{"epoch": 1, "step": 1}]
+    with open(path, "a") as file:
+        file.write('{"epoch": 2, "st')
+    assert tail.new() == []
+    with open(path, "a") as file:
+        file.write('ep": 2}\n')
+    assert tail.new() == [{"epoch": 2, "step": 2}]
+    log.close()
+    MetricsLog(tmp_path, 1).close()
+    assert tail.new() == [{"epoch": 1, "step": 1}]

@@ -65,11 +65,12 @@ def test_preprocessing_follows_from_the_statistics() -> None:
 
 
 @pytest.mark.parametrize("normalize", ["standard", "min_max"])
-@pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, 1e6 + 0.3, -7e-5])
-def test_a_constant_column_is_divided_by_one(value: float, normalize: str) -> None:
-    found = number_statistics(np.full((999, 1), value), parts=7, normalize=normalize)
-    assert found.std == (0.0,) and found.scale == (1.0,)
-    assert found.shift == (float(np.float32(value)),)
+@pytest.mark.parametrize("rows", [7, 10, 999, 60_001])
+def test_a_constant_column_is_divided_by_one_whatever_rounding_makes_of_its_mean(rows: int, normalize: str) -> None:
+    values = np.append(RANDOM.normal(size=50), [0.1, 1 / 3, 1e6 + 0.3, -7e-5])
+    found = number_statistics(np.tile(values, (rows, 1)), parts=3, normalize=normalize)
+    assert set(found.std) == {0.0} and set(found.scale) == {1.0}
+    assert found.shift == tuple(values.astype(np.float32).tolist())
 
 
 def test_constant_images_are_divided_by_one() -> None:

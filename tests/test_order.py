@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -126,7 +128,7 @@ def test_epochs_and_seeds_differ() -> None:
 def test_slots_of_all_workers_are_the_batch_once_and_in_order(batch_size: int, world: int) -> None:
     parts = [order(batch_size).slots(rank, world) for rank in range(world)]
     assert parts[0][0] == 0 and parts[-1][1] == batch_size
-    assert all(before[1] == after[0] for before, after in zip(parts, parts[1:], strict=False))
+    assert all(before[1] == after[0] for before, after in pairwise(parts))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])

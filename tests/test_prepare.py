@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def digits(rows: int, seed: int = 0) -> tuple[list[bytes], np.ndarray, list[int]
 def write(folder: Path, table: pa.Table, files: int = 1) -> Parquet:
     folder.mkdir(parents=True)
     bounds = np.linspace(0, len(table), files + 1).astype(int)
-    for number, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for number, (start, stop) in enumerate(pairwise(bounds)):
         pq.write_table(table.slice(start, stop - start), folder / f"{number}.parquet", row_group_size=max(1, (stop - start) // 3))
     return Parquet(path=str(folder))
 

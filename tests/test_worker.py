@@ -15,8 +15,8 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from dlopt.artifact import Artifact, Stage, once
-from dlopt.data.moments import of
 from dlopt.data.inputs import NumberInput
+from dlopt.data.moments import of
 from dlopt.data.prepared import Split, as_table, write_part
 from dlopt.models import Mlp
 from dlopt.optim.optimizers import Adam, Sgd
@@ -125,6 +125,15 @@ def test_early_stopping_ends_training_after_so_many_epochs_without_improvement(t
     info = work(section(epochs=200, early_stopping=EarlyStopping(patience=5), optimizer=Adam(lr=0.05)), data, tmp_path / "out")
     assert info["stopped"] == "early"
     assert info["epochs"] == info["best_epoch"] + 5 < 200
+
+
+def test_the_best_epoch_is_kept_even_if_early_stopping_wants_more_than_that(tmp_path: Path) -> None:
+    """A min_delta that nothing reaches: it stops after the patience, with the best weights of the epochs until then."""
+    data = prepared(tmp_path)
+    info = work(section(epochs=50, early_stopping=EarlyStopping(patience=3, min_delta=100)), data, tmp_path / "out")
+    losses = [line["validation"]["loss"] for line in epochs(tmp_path / "out")]
+    assert len(losses) == info["epochs"] == 4
+    assert info["best_epoch"] == losses.index(min(losses)) + 1 > 1
 
 
 def test_plateau_lowers_the_rate_when_the_validation_loss_stays(tmp_path: Path) -> None:

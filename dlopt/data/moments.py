@@ -32,7 +32,6 @@ class Moments:
         seen = self.count - np.array(self.missing)
         low, high = _or_zero(self.min), _or_zero(self.max)
         mean, std = np.array(self.mean), np.sqrt(np.array(self.squares) / np.maximum(seen, 1))
-        mean, std = np.where(low == high, low, mean), np.where(low == high, 0.0, std)  # a constant, whatever rounding made of it
         shift, scale = NORMALIZATIONS[part.normalize](low, high, mean, std)
         fill = mean if isinstance(part, ImageInput) or part.fill == "mean" else np.zeros_like(mean)
         lists = {"min": low, "max": high, "mean": mean, "std": std, "fill": fill, "shift": shift, "scale": scale}

@@ -349,7 +349,7 @@ def _refuse_unlearnable(section: Data, signature: Signature, done: list[_Done]) 
         for label, count in counts.get(name, {}).items():
             if count and not counts["train"][label]:
                 raise DloptError(
-                    f"data: label {label!r} is in the {name} split but not in train: add rows of it, drop duplicates, or use a stratified split"
+                    f"data: label {label!r} is in the {name} split but not in train: add rows, drop duplicates, or use a stratified split"
                 )
 
 

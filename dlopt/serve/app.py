@@ -15,7 +15,6 @@ import shutil
 import socket
 import stat
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -32,7 +31,7 @@ from dlopt.part import DloptError, Signature
 from dlopt.serve import Replicas, Serve
 from dlopt.serve.auth import digest, make_key, read_keys
 from dlopt.serve.metrics import DIRECTORY
-from dlopt.serve.stopping import Stopped, handlers_restored, nothing_left, stop_later, stop_never, stop_now
+from dlopt.serve.stopping import Stopped, Stops, children_deaf_to_ctrl_c, nothing_left, stops_noted
 
 Say = Callable[[str], None]
 
@@ -115,61 +114,59 @@ def serve(
     listening = _listening(host, port, keys, shared=address is not None)
     folder = Path(tempfile.mkdtemp(prefix="dlopt-", dir="/tmp" if Path("/tmp").is_dir() else None))  # socket paths must be short
     try:
-        with handlers_restored():
+        with stops_noted() as stops:
             if address is None:
                 _check_free(listening)
                 _set_environment(section, listening, folder)
-                _serve_here(export, name, section, listening, folder, say)
+                _serve_here(export, name, section, listening, folder, stops, say)
             else:
-                _serve_there(export, name, section, listening, address, say)
+                _serve_there(export, name, section, listening, address, stops, say)
     except Stopped:
         say("stopped")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _serve_here(export: Artifact, name: str, section: Serve, listening: Listening, folder: Path, say: Say) -> None:
+def _serve_here(export: Artifact, name: str, section: Serve, listening: Listening, folder: Path, stops: Stops, say: Say) -> None:
     """On a cluster of our own, which ends with us."""
     cpus = max(os.cpu_count() or 1, section.most_replicas * section.threads + 1)  # logical: replicas always fit
     say(f"starting {name} ...")
-    noted = stop_later()
-    ray_here = session.connected(None, cpus=cpus, object_store_memory=OBJECT_STORE_BYTES, log_to_driver=False)
-    with nothing_left(), ExitStack() as ending, ray_here:
+    with nothing_left(), ExitStack() as ending:
+        with children_deaf_to_ctrl_c():
+            ending.enter_context(session.connected(None, cpus=cpus, object_store_memory=OBJECT_STORE_BYTES, log_to_driver=False))
+        stops.listen()  # ray.init takes SIGTERM for itself
+        stops.pause(0)
         from ray import serve as ray_serve
 
-        stop_now(noted)
         try:
             _deploy(export, name, section, listening, folder / "metrics")
-            _wait_until_running(name, section)
-            _wait_until_ready(listening)
+            _wait_until_running(name, section, stops)
+            _wait_until_ready(listening, stops)
             _greet(export, name, listening, listening.local_url, say)
-            threading.Event().wait()
+            _wait_for_stop(stops)
         finally:
-            stop_never()
             ending.enter_context(redirect_stdout(io.StringIO()))  # Ray reports the end of its actors as failures
             ray_serve.shutdown()
 
 
-def _serve_there(export: Artifact, name: str, section: Serve, listening: Listening, address: str, say: Say) -> None:
+def _serve_there(export: Artifact, name: str, section: Serve, listening: Listening, address: str, stops: Stops, say: Say) -> None:
     """On a cluster of others: of which only our application is ours to delete."""
     metrics = Path(tempfile.gettempdir()) / f"dlopt-metrics-{make_key()}"
-    noted = stop_later()
     with session.connected(address):
         from ray import serve as ray_serve
 
-        stop_now(noted)
+        stops.listen()  # ray.init takes SIGTERM for itself
         before = ray_serve.status()
         if name in before.applications:
             raise DloptError(f"{name}: the cluster at {address} serves an application of this name already: delete it or rename the job")
         try:
             _deploy(export, name, section, listening, metrics)
-            _wait_until_running(name, section)
+            _wait_until_running(name, section, stops)
             where = "where Serve listens there already" if before.proxies else f"http://{listening.host}:{listening.port} of its head node"
             say(f"on the cluster at {address}, {where}:")
             _greet(export, name, listening, listening.local_url, say)
-            threading.Event().wait()
+            _wait_for_stop(stops)
         finally:
-            stop_never()
             ray_serve.delete(name)
             shutil.rmtree(metrics, ignore_errors=True)  # of the replicas on this machine
 
@@ -205,7 +202,12 @@ def _deploy(export: Artifact, name: str, section: Serve, listening: Listening, m
     ray_serve.run_many([target], wait_for_applications_running=False)
 
 
-def _wait_until_running(name: str, section: Serve) -> None:
+def _wait_for_stop(stops: Stops) -> None:
+    while True:
+        stops.pause(0.1)
+
+
+def _wait_until_running(name: str, section: Serve, stops: Stops) -> None:
     """Serve itself would wait for ever for CPUs that never come."""
     import ray
     from ray import serve as ray_serve
@@ -221,7 +223,7 @@ def _wait_until_running(name: str, section: Serve) -> None:
                 f"serve.replicas: {section.least_replicas} x serve.threads need {needed} CPUs, of which some were not to be had within "
                 f"{START_SECONDS:.0f} seconds (now free: {free:g}): lower them or free some"
             )
-        time.sleep(0.05)
+        stops.pause(0.05)
 
 
 def _last_line(text: str) -> str:
@@ -308,7 +310,7 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
-def _wait_until_ready(listening: Listening) -> None:
+def _wait_until_ready(listening: Listening, stops: Stops) -> None:
     """Ask as a client would: the first reply may come a moment after Serve calls the application running."""
     deadline = time.monotonic() + READY_SECONDS
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -319,7 +321,7 @@ def _wait_until_ready(listening: Listening) -> None:
         except (urllib.error.URLError, OSError) as error:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"the server was not ready after {READY_SECONDS:.0f} seconds: {error}") from error
-        time.sleep(0.05)
+        stops.pause(0.05)
 
 
 def _greet(export: Artifact, name: str, listening: Listening, url: str, say: Say) -> None:

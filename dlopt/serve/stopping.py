@@ -18,53 +18,55 @@ LINGER_SECONDS = 3.0
 PR_SET_CHILD_SUBREAPER = 36
 
 
-class Stopped(BaseException):
-    """Ctrl-C or SIGTERM; not an Exception, so that no library takes it for a failure of its own."""
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM."""
+
+
+class Stops:
+    """Notes SIGINT and SIGTERM when they come, and raises Stopped at `pause` alone: Ray's calls stand no exception in their midst.
+
+    A second signal changes nothing: all is being taken down already, and half of it would stay.
+    """
+
+    def __init__(self) -> None:
+        self.noted = False
+
+    def listen(self) -> None:
+        """From now on; again when somebody else has taken a signal meanwhile."""
+        for number in STOPS:
+            signal.signal(number, self._note)
+
+    def pause(self, seconds: float) -> None:
+        """Sleep. Raises Stopped."""
+        time.sleep(seconds)
+        if self.noted:
+            raise Stopped
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.noted = True
 
 
 @contextmanager
-def handlers_restored() -> Iterator[None]:
-    """Afterwards SIGINT and SIGTERM do what they did before."""
+def stops_noted() -> Iterator[Stops]:
+    """Inside, signals are noted; afterwards they do what they did before."""
     before = {number: signal.getsignal(number) for number in STOPS}
+    stops = Stops()
+    stops.listen()
     try:
-        yield
+        yield stops
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
-def stop_later() -> list[int]:
-    """From now on signals are only noted, in the list that is returned: Ray's start does not stand an exception in its midst.
-
-    SIGINT is blocked, too, which Ray's processes inherit: a terminal sends Ctrl-C to them all, and half-started they would die of it.
-    Ray takes SIGTERM for itself meanwhile, and answers it with SystemExit.
-    """
+@contextmanager
+def children_deaf_to_ctrl_c() -> Iterator[None]:
+    """What is started inside inherits that SIGINT is blocked: a terminal sends Ctrl-C to all, and Ray's processes would end before us."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    noted: list[int] = []
-    for number in STOPS:
-        signal.signal(number, lambda number, frame: noted.append(number))
-    return noted
-
-
-def stop_now(noted: list[int]) -> None:
-    """From now on a signal raises Stopped, once; so does one that was noted earlier."""
-
-    def stop(number: int, frame: Any) -> None:
-        stop_never()
-        raise Stopped
-
-    for number in STOPS:
-        signal.signal(number, stop)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    if noted:
-        stop(noted[0], None)
-
-
-def stop_never() -> None:
-    """While all is taken down a second Ctrl-C would leave half of it behind."""
-    for number in STOPS:
-        signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 @contextmanager

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +55,10 @@ def fit(section: Fit, out: Path, data: Artifact, *, resources: Resources, progre
         "threads": max(1, int(resources.cpus_per_worker)) if workers else None,
     }
     with _watched(out, section, len(train), progress):
-        info = _run(config, workers, resources, cluster, out)
-    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-    return info
+        return _run(config, workers, resources, cluster, out)
 
 
-FIT = Stage("model", fit, resumes=True)
+FIT = Stage("model", fit, scratch=CHECKPOINTS)
 
 
 def _run(config: dict[str, Any], workers: Workers, resources: Resources, cluster: dict[str, float], out: Path) -> dict[str, Any]:
@@ -87,7 +87,8 @@ def _run(config: dict[str, Any], workers: Workers, resources: Resources, cluster
         ),
     )
     try:
-        result = trainer.fit()
+        with _interruptible():
+            result = trainer.fit()
     except Exception as error:
         raise _said_by_worker(error) or error from error
     finally:
@@ -95,6 +96,20 @@ def _run(config: dict[str, Any], workers: Workers, resources: Resources, cluster
     if not isinstance(result.return_value, dict):
         raise RuntimeError("Ray Train ended without the result of worker 0")
     return result.return_value
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C is KeyboardInterrupt as everywhere: Ray Train takes the signal for itself, for good, and calls sys.exit."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
 
 
 def _said_by_worker(error: BaseException) -> DloptError | None:
@@ -151,12 +166,15 @@ def _watched(out: Path, section: Fit, rows: int, progress: Progress) -> Iterator
     done = threading.Event()
 
     def follow() -> None:
-        batches, said = -(-rows // section.train.batch_size), ""
+        tail, seen, steps = (
+            metrics_log.Tail(out / metrics_log.NAME),
+            _Seen(section.train.epochs),
+            section.train.epochs * -(-rows // section.train.batch_size),
+        )
         while not done.wait(0.25):
-            lines = list(metrics_log.read(out / metrics_log.NAME))
-            if lines and (text := _describe(lines, section)) != said:
-                said = text
-                progress("fit", max(line["step"] for line in lines[-2:]) / (batches * section.train.epochs), text)
+            if lines := tail.new():
+                seen.add(lines)
+                progress("fit", seen.step / steps, str(seen))
 
     thread = threading.Thread(target=follow, name="dlopt-watch", daemon=True)
     thread.start()
@@ -167,15 +185,29 @@ def _watched(out: Path, section: Fit, rows: int, progress: Progress) -> Iterator
         thread.join(timeout=5)
 
 
-def _describe(lines: list[dict[str, Any]], section: Fit) -> str:
-    ended = [line for line in lines if "train" in line]
-    last_step = next((line for line in reversed(lines) if "loss" in line), None)
-    text = f"epoch {len(ended) if len(ended) == section.train.epochs else len(ended) + 1}/{section.train.epochs}"
-    if last_step and last_step["loss"] is not None:
-        text += f"  loss {last_step['loss']:.4f}"
-    if ended and ended[-1]["validation"]:
-        text += f"  validation {ended[-1]['validation']['accuracy']:.4f}"
-    return text
+@dataclass
+class _Seen:
+    """What the lines of metrics.jsonl say so far, in a few words."""
+
+    epochs: int
+    step: int = 0
+    epoch: int = 1
+    loss: float | None = None
+    validation: float | None = None
+
+    def add(self, lines: list[dict[str, Any]]) -> None:
+        for line in lines:
+            self.step = line["step"]
+            if "train" in line:
+                self.epoch = min(line["epoch"] + 1, self.epochs)
+                self.validation = (line["validation"] or {}).get("accuracy")
+            else:
+                self.epoch, self.loss = line["epoch"], line["loss"]
+
+    def __str__(self) -> str:
+        text = f"epoch {self.epoch}/{self.epochs}"
+        text += "" if self.loss is None else f"  loss {self.loss:.4f}"
+        return text + ("" if self.validation is None else f"  validation {self.validation:.4f}")
 
 
 def _most(workers: Workers) -> int:

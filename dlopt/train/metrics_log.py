@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dlopt.artifact import write_atomically
 
@@ -41,11 +42,32 @@ def _finite(value: Any) -> Any:
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """The whole lines of a metrics.jsonl, be it still written to; none when there is no such file."""
-    if not path.is_file():
-        return
-    with open(path, "rb") as file:
+    yield from Tail(path).new()
+
+
+class Tail:
+    """Follows a metrics.jsonl that another process writes, reading each line once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.file, self.offset = path, 0, 0
+
+    def new(self) -> list[dict[str, Any]]:
+        """The whole lines since the last call; from the first one on again when a restart has replaced the file."""
+        try:
+            with open(self.path, "rb") as file:
+                status = os.fstat(file.fileno())
+                if status.st_ino != self.file or status.st_size < self.offset:
+                    self.file, self.offset = status.st_ino, 0
+                file.seek(self.offset)
+                return list(self._lines(file))
+        except FileNotFoundError:
+            return []
+
+    def _lines(self, file: BinaryIO) -> Iterator[dict[str, Any]]:
         for line in file:
             try:
-                yield json.loads(line)
+                found = json.loads(line)
             except ValueError:
                 return  # half a line, at the end of a file whose writer was killed or is at work
+            self.offset += len(line)
+            yield found

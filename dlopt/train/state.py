@@ -36,6 +36,11 @@ class Record:
     validation_losses: list[float] = field(default_factory=list)
     best_epoch: int = 0
     best_value: float | None = None
+    """The monitored value of the best epoch; the smaller the better."""
+    bar: float | None = None
+    """The value that early stopping wants bettered by its `min_delta`."""
+    bar_epoch: int = 0
+    """When it was set."""
     stopped: bool = False
     """Whether early stopping has ended it."""
     seconds: float = 0.0

@@ -165,14 +165,13 @@ class _Worker:
         if self.world > 1:
             dist.all_reduce(loss)
         if log:
-            norm = step.gradient_norm.item()
             log.write(
                 step=record.step,
                 epoch=epoch,
                 rows=record.rows,
-                loss=_finite(loss.item()),
+                loss=loss.item(),
                 rate=step.rate,
-                gradient_norm=_finite(norm),
+                gradient_norm=step.gradient_norm.item(),
             )
             if record.step % (100 * self.assignment.fit.train.log_every) == 0:
                 log.flush()
@@ -234,11 +233,14 @@ def _judge(state: State, train: Train, found: Metrics | None) -> None:
         return
     record.validation_losses.append(found.loss)
     value = found.loss if train.monitor == "loss" else -found.accuracy
-    margin = stopping.min_delta if stopping else 0.0
-    if record.best_value is None or not math.isfinite(record.best_value) or value < record.best_value - margin:
+    value = math.inf if math.isnan(value) else value
+    if record.best_value is None or value < record.best_value:
         record.best_value, record.best_epoch = value, record.epoch
         state.keep_best()
-    if stopping and record.epoch - record.best_epoch >= stopping.patience:
+    margin = stopping.min_delta if stopping else 0.0
+    if record.bar is None or value < record.bar - margin:
+        record.bar, record.bar_epoch = value, record.epoch
+    if stopping and record.epoch - record.bar_epoch >= stopping.patience:
         record.stopped = True
 
 
@@ -258,8 +260,3 @@ def _sum_of_bits(values: Tensor) -> Tensor:
     """A 64-bit sum that changes with any bit and with the place of any value."""
     words = values.contiguous().view(-1).view(torch.int32).to(torch.int64)
     return (words * torch.arange(1, 2 * len(words), 2, device=words.device)).sum()
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no NaN."""
-    return value if math.isfinite(value) else None
