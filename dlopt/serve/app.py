@@ -131,9 +131,9 @@ def _serve_here(export: Artifact, name: str, section: Serve, listening: Listenin
     """On a cluster of our own, which ends with us."""
     cpus = max(os.cpu_count() or 1, section.most_replicas * section.threads + 1)  # logical: replicas always fit
     say(f"starting {name} ...")
-    with nothing_left(), ExitStack() as ending:
+    with nothing_left(), ExitStack() as silence, ExitStack() as ray_here:
         with children_deaf_to_ctrl_c():
-            ending.enter_context(session.connected(None, cpus=cpus, object_store_memory=OBJECT_STORE_BYTES, log_to_driver=False))
+            ray_here.enter_context(session.connected(None, cpus=cpus, object_store_memory=OBJECT_STORE_BYTES, log_to_driver=False))
         stops.listen()  # ray.init takes SIGTERM for itself
         stops.pause(0)
         from ray import serve as ray_serve
@@ -145,7 +145,7 @@ def _serve_here(export: Artifact, name: str, section: Serve, listening: Listenin
             _greet(export, name, listening, listening.local_url, say)
             _wait_for_stop(stops)
         finally:
-            ending.enter_context(redirect_stdout(io.StringIO()))  # Ray reports the end of its actors as failures
+            silence.enter_context(redirect_stdout(io.StringIO()))  # Ray reports the end of its actors as failures
             ray_serve.shutdown()
 
 

@@ -46,6 +46,8 @@ def fit(section: Fit, out: Path, data: Artifact, *, resources: Resources, progre
     cluster = _cluster()
     workers = _workers(resources, cluster)
     feed = _feed(resources, train, workers, cluster)
+    if feed == "stream":
+        workers = _leaving_room(workers, resources, cluster)
     progress("fit", 0.0, f"starting {_say(workers)}, {feed} feed{_going_on(out)}")
     config = {
         "fit": section.model_dump(mode="json"),
@@ -154,6 +156,13 @@ def _feed(resources: Resources, train: Split, workers: Workers, cluster: dict[st
     return feed
 
 
+def _leaving_room(workers: Workers, resources: Resources, cluster: dict[str, float]) -> Workers:
+    """Elastic workers that take every CPU would wait for ever for the stream that feeds them: each needs one beside its own."""
+    if isinstance(workers, int):
+        return workers
+    return workers[0], max(workers[0], min(workers[1], int(cluster.get("CPU", 0) // (resources.cpus_per_worker + 1))))
+
+
 def _refuse_no_validation(section: Fit, data: Artifact) -> None:
     who = needs_validation(section.train)
     if who and not data.info["counts"]["validation"]:
@@ -166,11 +175,8 @@ def _watched(out: Path, section: Fit, rows: int, progress: Progress) -> Iterator
     done = threading.Event()
 
     def follow() -> None:
-        tail, seen, steps = (
-            metrics_log.Tail(out / metrics_log.NAME),
-            _Seen(section.train.epochs),
-            section.train.epochs * -(-rows // section.train.batch_size),
-        )
+        tail, seen = metrics_log.Tail(out / metrics_log.NAME), _Seen(section.train.epochs)
+        steps = section.train.epochs * -(-rows // section.train.batch_size)
         while not done.wait(0.25):
             if lines := tail.new():
                 seen.add(lines)
