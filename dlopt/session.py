@@ -28,6 +28,9 @@ QUIET = {
 """Ray's settings for a quiet terminal, for failures that show within a minute, and for workers at an ordinary priority (Ray's
 own is 15, so that anything else on the machine starves a training run); what the user has set wins."""
 
+PRIVATE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""What Ray does by itself on macOS and Windows: a cluster of one machine, whose processes talk over loopback and listen nowhere else."""
+
 RAY_BLOCK_BYTES = 128 * 2**20
 """Ray Data's own default for the size of a block."""
 
@@ -35,9 +38,9 @@ RAY_BLOCK_BYTES = 128 * 2**20
 def set_environment(address: str | None) -> None:
     """Set Ray's environment variables that must stand before `import ray`; RAY_AUTH_MODE always ends up explicit.
 
-    A cluster of our own gets a fresh token, since Ray listens on every interface; another's is met with the user's token.
+    A cluster of our own stays on loopback and gets a fresh token; another's is met with the user's token.
     """
-    for name, value in QUIET.items():
+    for name, value in (QUIET if address else QUIET | PRIVATE).items():
         os.environ.setdefault(name, value)
     if "RAY_AUTH_MODE" in os.environ:
         return

@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """Ray in this process and its workers, once for all tests that ask for it."""
-    with session.connected(None, cpus=CPUS, object_store_memory=512 * 2**20, _node_ip_address="127.0.0.1"):
+    with session.connected(None, cpus=CPUS, object_store_memory=512 * 2**20):
         yield
 
 

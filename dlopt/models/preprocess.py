@@ -32,6 +32,7 @@ class _Scale(nn.Module):
     def __init__(self, feature: Feature, statistics: Statistics) -> None:
         super().__init__()
         self.image = feature.kind == "image"
+        self.shifts = any(statistics.shift)  # pixels from 0 need no shift: one pass over them less
         shape = (-1, 1, 1) if self.image else (-1,)
         for name, values in (("fill", statistics.fill), ("shift", statistics.shift), ("factor", statistics.scale)):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float64).reshape(shape))
@@ -42,4 +43,4 @@ class _Scale(nn.Module):
         else:
             values = values.to(self.shift.dtype)
             values = torch.where(torch.isnan(values), self.fill, values)
-        return (values - self.shift) * self.factor
+        return (values - self.shift if self.shifts else values) * self.factor

@@ -41,16 +41,13 @@ START_SECONDS = 120.0
 READY_SECONDS = 60.0
 OBJECT_STORE_BYTES = 100 * 2**20
 """Serving passes nothing large through Ray's object store."""
-PRIVATE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-"""What Ray does by itself on macOS and Windows: a cluster of one machine, whose processes talk over loopback and listen nowhere else."""
 FAST = {
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    "RAY_worker_niceness": "0",
 }
-"""One event loop a replica: it moves what takes long into a thread itself. Ray makes its workers nice (15), which is for batch jobs."""
+"""One event loop a replica: it moves what takes long into a thread itself."""
 HAPROXY = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -271,7 +268,7 @@ def _check_free(listening: Listening) -> None:
 
 def _set_environment(section: Serve, listening: Listening, folder: Path) -> None:
     """Settings that Ray Serve reads when it is imported, here and in every process that is started from here."""
-    settings = PRIVATE | FAST
+    settings = dict(FAST)
     if listening.haproxy:
         stats, metrics, fallback = _free_ports(3)
         settings |= HAPROXY | {

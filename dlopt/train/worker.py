@@ -133,19 +133,20 @@ class _Worker:
         fit, record, train = self.assignment.fit, state.record, self.assignment.fit.train
         began, epoch = time.monotonic(), record.epoch + 1
         torch.manual_seed(int(stream(fit.seed, epoch, self.rank, PURPOSE)))
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sums = _Sums(self.device)
         sizes, rows_before = share.sizes(), record.rows
         objective, gradient = supervised(train.l1, train.l2, self.world), plain(self.world)
         rate = rates(train, record.epoch, share.order.batches, record.validation_losses)
         for index, step in enumerate(steps(model, state.optimizer, feed.epoch(epoch), objective, gradient, rate, train.clip_norm)):
-            sums += torch.stack((step.loss.double() * sizes[index][1], step.correct.double()))
+            sums.add(step, sizes[index][1])
             record.step += 1
             record.rows += sizes[index][1]
             if record.step % train.log_every == 0:
                 self._log_step(step, epoch, record, log)
+        total = sums.total()
         if self.world > 1:
-            dist.all_reduce(sums)
-        loss, correct = (sums / (record.rows - rows_before)).tolist()
+            dist.all_reduce(total)
+        loss, correct = (total / (record.rows - rows_before)).tolist()
         found = evaluate(state.model, validation, self.device, self.rank, self.world) if len(validation) else None
         record.epoch = epoch
         record.seconds += time.monotonic() - began
@@ -171,7 +172,7 @@ class _Worker:
                 rows=record.rows,
                 loss=loss.item(),
                 rate=step.rate,
-                gradient_norm=step.gradient_norm.item(),
+                gradient_norm=step.gradient_norm,
             )
             if record.step % (100 * self.assignment.fit.train.log_every) == 0:
                 log.flush()
@@ -222,6 +223,34 @@ def rates(train: Train, epoch: int, batches: int, validation_losses: list[float]
     if isinstance(schedule, Plateau):
         peak *= schedule.decay ** schedule.falls(validation_losses)
     return lambda batch: peak * schedule.rate(epoch + batch / batches, train.epochs)
+
+
+class _Sums:
+    """Loss and right answers of an epoch, added up many steps at a time: after each step it would cost several per cent."""
+
+    STEPS = 1000
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.sum = torch.zeros(2, dtype=torch.float64, device=device)
+        self.steps: list[Step] = []
+        self.rows: list[int] = []
+
+    def add(self, step: Step, rows: int) -> None:
+        """rows: of the whole batch, over all workers."""
+        self.steps.append(step)
+        self.rows.append(rows)
+        if len(self.steps) == self.STEPS:
+            self.total()
+
+    def total(self) -> Tensor:
+        """(sum of the rows' losses, right answers) of this worker so far, float64."""
+        if self.steps:
+            rows = torch.tensor(self.rows, dtype=torch.float64, device=self.device)
+            losses = torch.stack([step.loss for step in self.steps]).double()
+            self.sum += torch.stack((losses @ rows, torch.stack([step.correct for step in self.steps]).sum().double()))
+            self.steps, self.rows = [], []
+        return self.sum
 
 
 def _judge(state: State, train: Train, found: Metrics | None) -> None:
