@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
@@ -27,6 +27,7 @@ class Metrics:
     def __init__(self, model: str, digest: str, labels: Sequence[int | str]) -> None:
         if directory := os.environ.get(DIRECTORY):
             Path(directory).mkdir(parents=True, exist_ok=True)
+            _ask_for_the_process_once()
         self.registry = CollectorRegistry()
         self.model = model
         requests = self._counter("dlopt_requests", "Requests to predict, by HTTP status", ("model", "code"))
@@ -57,6 +58,14 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
         return Histogram(name, text, ("model",), buckets=buckets, registry=self.registry).labels(self.model)
+
+
+@cache
+def _ask_for_the_process_once() -> None:
+    """prometheus_client asks the system for the process's id at every count, in case that it has forked: a replica never does, and
+    the asking costs a tenth of its throughput."""
+    own = os.getpid()
+    values.ValueClass = values.MultiProcessValue(lambda: own)
 
 
 def _forget_the_dead(directory: Path) -> None:
