@@ -43,6 +43,8 @@ class Feature(Part):
     """Shape of one row, without the batch dimension: (height, width, channels) of an image, (columns,) of numbers."""
     columns: tuple[str, ...]
     """The columns of a raw row that the tensor is made of."""
+    resize: bool = False
+    """Whether an encoded image of another size is resized to this one; else it is refused."""
 
     @property
     def size(self) -> int:

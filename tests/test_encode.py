@@ -47,6 +47,17 @@ def test_an_encoded_image_is_served_as_it_was_trained_on(kind: str, channels: in
     assert (served == pixels).all()
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_images_that_training_resized_are_resized_in_serving_too(kind: str) -> None:
+    data = [file_of(PIXELS[3], kind), file_of(PIXELS[3][:4, :5], kind), file_of(PIXELS[1], kind)]
+    signature, pixels, reasons = trained(data, ImageInput(size=(8, 6)))
+    served = encode_rows(signature, [{"b64": base64.b64encode(one).decode()} for one in data])["image"]
+    assert (reasons, served.shape) == ({}, (3, 8, 6, 3))
+    assert (served == pixels).all()
+    with pytest.raises(DloptError, match=r"nested numbers of shape \[8, 6, 3\]"):  # these are not resized, in training neither
+        encode_rows(signature, [PIXELS[3].tolist()])
+
+
 def test_lossless_images_keep_every_pixel() -> None:
     for channels, pixels in PIXELS.items():
         assert (decode_image(file_of(pixels), channels) == pixels).all()

@@ -138,7 +138,9 @@ def _from_base64(value: Mapping[str, Any], where: str, feature: Feature) -> np.n
     if set(value) != {"b64"} or not isinstance(value["b64"], str):
         raise DloptError(f'{where}: give nested numbers or {{"b64": "..."}}')
     try:
-        return decode_image(base64.b64decode(value["b64"], validate=True), channels, only=(height, width))
+        size = (height, width)
+        data = base64.b64decode(value["b64"], validate=True)
+        return decode_image(data, channels, size) if feature.resize else decode_image(data, channels, only=size)
     except ValueError:  # binascii.Error is one
         raise DloptError(f"{where}: b64 is not base64") from None
     except DloptError as error:

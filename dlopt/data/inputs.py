@@ -58,7 +58,9 @@ class ImageInput(Part):
             except DloptError as error:
                 reason = str(error)
                 continue
-            return Feature(name=self.column, kind="image", dtype="uint8", shape=pixels.shape, columns=(self.column,))
+            return Feature(
+                name=self.column, kind="image", dtype="uint8", shape=pixels.shape, columns=(self.column,), resize=self.size is not None
+            )
         raise DloptError(f"data.inputs: column {self.column!r} holds no image in its first {len(table)} rows: {reason or 'it is empty'}")
 
     def encode(self, table: pa.Table, feature: Feature) -> Encoded:

@@ -1,0 +1,62 @@
+"""What the README says is so: its job, its tree, its example of a new part, and the commands that CI runs."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from pydantic import TypeAdapter
+
+from dlopt.optim import optimizers
+from tests.commands import ROOT
+
+README = (ROOT / "README.md").read_text()
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(language: str) -> list[str]:
+    return [text for kind, text in FENCE.findall(README) if kind == language]
+
+
+def test_the_job_in_the_readme_is_the_main_job() -> None:
+    (job,) = [found for text in blocks("yaml") if "data" in (found := yaml.safe_load(text))]
+    assert job == yaml.safe_load((ROOT / "jobs" / "mnist.yaml").read_text())
+
+
+def test_the_two_commands_install_and_run_and_ci_runs_the_second() -> None:
+    first, second = (text.strip() for text in blocks("")[:2])
+    assert first == "pip install -e '.[samples]' && dlopt run jobs/mnist.yaml"
+    install, run = second.split(" && ")
+    steps = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert install.replace("pip install", "pip install -q") in steps
+    assert any(line.split()[:1] == [run] for line in steps)
+
+
+def test_the_tree_names_every_file_and_no_other() -> None:
+    (tree,) = [text for text in blocks("") if text.startswith("dlopt/\n")]
+    named = set(re.findall(r"[\w/]+\.(?:py|html)", tree))
+    files = {path for kind in ("py", "html") for path in (ROOT / "dlopt").rglob(f"*.{kind}") if not path.name.startswith("__")}
+    folded = ("models", "optim", "report")  # a line for the whole folder
+    there = {path.name for path in files if path.parent.name not in folded}
+    assert {Path(name).name for name in named} == there
+
+
+def test_the_optimizer_of_the_readme_is_a_class_and_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (example,) = [text for text in blocks("python") if "class RMSprop" in text]
+    source = Path(optimizers.__file__).read_text()
+    last = next(line for line in source.splitlines() if line.startswith("Optimizer = "))
+    (tmp_path / "with_another_optimizer.py").write_text(source.replace(last, example, 1))
+    monkeypatch.syspath_prepend(tmp_path)
+    changed = importlib.import_module("with_another_optimizer")
+    part = TypeAdapter(changed.Optimizer).validate_python({"kind": "rmsprop", "lr": "3e-4"})
+    assert type(part.build([torch.nn.Parameter(torch.zeros(2))])) is torch.optim.RMSprop
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_job_says_what_it_shows_and_is_in_the_readme(path: Path) -> None:
+    assert f"jobs/{path.name}" in README
+    assert f"dlopt run jobs/{path.name}" in path.read_text()
