@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,9 @@ own is 15, so that anything else on the machine starves a training run); what th
 
 PRIVATE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """What Ray does by itself on macOS and Windows: a cluster of one machine, whose processes talk over loopback and listen nowhere else."""
+
+CONNECT_SECONDS = 10.0
+"""How long a cluster's head may take to answer."""
 
 RAY_BLOCK_BYTES = 128 * 2**20
 """Ray Data's own default for the size of a block."""
@@ -70,6 +74,7 @@ def connected(address: str | None = None, cpus: int | None = None, **options: An
     if ray.is_initialized():
         yield
         return
+    _refuse_unreachable(address)
     logging.getLogger("ray").setLevel(logging.WARNING)
     options = {"logging_level": logging.WARNING, "log_to_driver": False} | options  # what workers have to say reaches us as errors
     try:
@@ -84,6 +89,20 @@ def connected(address: str | None = None, cpus: int | None = None, **options: An
         yield
     finally:
         ray.shutdown()
+
+
+def _refuse_unreachable(address: str | None) -> None:
+    """Ray itself tries for minutes before it says that nobody listens there."""
+    _, _, place = (address or "").rpartition("://")
+    host, _, port = place.rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise DloptError(
+            f"--address: nobody answers at {address} ({getattr(error, 'strerror', None) or error}): is the cluster up?"
+        ) from None
 
 
 def data_context(*, preserve_order: bool = False, block_bytes: int | None = None) -> None:

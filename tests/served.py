@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from dlopt.artifact import Artifact, Stage, once
 from dlopt.part import Feature, Part, Signature, Target
+from dlopt.session import PRIVATE
 
 IMAGE = Signature(
     inputs=(Feature(name="image", kind="image", dtype="uint8", shape=(28, 28, 1), columns=("image",)),),
@@ -134,7 +135,7 @@ class Server:
         arguments = [str(export.path), section, host, str(self.port), str(keys or ""), name, "with" if haproxy else "without"]
         outside = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | dict(environment or {})
         if address:
-            outside |= {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"}
+            outside |= {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"} | PRIVATE  # as the cluster that it joins
         self.process = subprocess.Popen(
             [sys.executable, "-c", SCRIPT, *arguments],
             stdout=subprocess.PIPE,

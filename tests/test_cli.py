@@ -116,6 +116,9 @@ def test_an_unknown_run_is_one_line(tmp_path: Path) -> None:
 
 def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     job = csv_job(tmp_path, table(40))
+    for address in ("127.0.0.1:9", "ray://127.0.0.1:9"):
+        said = refused("run", job, "--home", tmp_path / "home", "--address", address, timeout=60)
+        assert said == f"--address: nobody answers at {address} (Connection refused): is the cluster up?"
     assert "--address" in refused("submit", job, "--working-dir", tmp_path, "--address", "http://127.0.0.1:9", cwd=tmp_path)
     assert "not below the working folder" in refused("submit", MNIST, "--working-dir", tmp_path, "--address", "http://127.0.0.1:9")
 

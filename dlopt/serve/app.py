@@ -53,7 +53,7 @@ HAPROXY = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
-    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "1",
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "60",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.01",
 }
 """HAProxy, and replicas that it reaches directly; the rest makes stopping quick."""
