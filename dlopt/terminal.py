@@ -12,6 +12,8 @@ from rich.table import Table
 
 from dlopt.runs import REPORT, Run
 
+UNFOLDED = 10_000
+"""Columns of an output that is not a terminal: a path stays in one piece for whoever reads it."""
 EVERY = 5.0
 """Seconds between two plain lines of the same stage."""
 
@@ -83,4 +85,4 @@ def print_runs(records: list[dict[str, Any]]) -> None:
         figures = [record.get("metrics", {}).get(split, {}).get("accuracy") for split in ("validation", "test")]
         cells = ["" if figure is None else f"{figure:.4f}" for figure in figures]
         table.add_row(str(record.get("name")), str(record.get("created")), *cells, str(record["run"]))
-    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+    Console(width=None if sys.stdout.isatty() else UNFOLDED).print(table)

@@ -133,7 +133,13 @@ def test_a_run_on_numbers_from_csv_and_what_runs_says_of_it(tmp_path: Path) -> N
     assert (folder / "report.html").is_file()
     (record,) = json.loads(dlopt("runs", "--home", home, "--json").stdout)
     assert (record["name"], record["run"]) == ("tiny", str(folder))
-    assert "tiny" in dlopt("runs", "--home", home).stdout
+    _, line = dlopt("runs", "--home", home).stdout.splitlines()
+    assert line.split() == [
+        "tiny",
+        record["created"],
+        *(f"{record['metrics'][split]['accuracy']:.4f}" for split in ("validation", "test")),
+        str(folder),
+    ]
 
 
 @pytest.mark.slow
