@@ -19,11 +19,11 @@ os.environ["RAY_AUTH_MODE"] = "disabled"  # the shared cluster is reached from t
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever asks for the cluster is marked `ray`, and comes after what does not."""
-    for item in items:
-        if "ray_cluster" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.ray)
-    items.sort(key=lambda item: item.get_closest_marker("ray") is not None)
+    """Whatever asks for the shared cluster is marked `ray`, and comes last: the cluster is not there to slow down the rest."""
+    shared = [item for item in items if "ray_cluster" in getattr(item, "fixturenames", ())]
+    for item in shared:
+        item.add_marker(pytest.mark.ray)
+    items.sort(key=lambda item: item in shared)
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,7 @@ from tests.served import IMAGE, Made, Server, alive, descendants, free_port, lis
 
 KEY = "a-key-of-the-tests"
 PREDICT = "/v1/models/digits:predict"
+pytestmark = pytest.mark.ray
 BLACK = {"instances": [[[0] * 28] * 28]}
 SECTION = Serve(replicas=2, max_bytes=1_000_000, body_seconds=3).model_dump_json()
 LEAVES_SECONDS = 30
