@@ -16,6 +16,7 @@ import pyarrow.csv
 import pytest
 import yaml
 
+from dlopt.cli import main
 from dlopt.train import metrics_log
 from tests.commands import ROOT, dlopt, environment, refused, start
 from tests.served import alive, descendants
@@ -90,10 +91,16 @@ def test_schema_is_json_schema_with_a_text_for_every_field() -> None:
         ("train", "'train': an override is written a.b=value"),
     ],
 )
-def test_a_mistake_in_a_job_is_one_line_that_names_the_field(tmp_path: Path, override: str, says: str) -> None:
+def test_a_mistake_in_a_job_is_one_line_that_names_the_field(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, says: str
+) -> None:
     job = csv_job(tmp_path, table(40))
     overrides = [override] if "{" in override else override.split(" ")
-    assert says in refused("check", job, *overrides)
+    assert main(["check", str(job), *overrides]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1 and err.startswith("dlopt: ")
+    assert says in err
 
 
 def test_missing_and_broken_job_files(tmp_path: Path) -> None:
@@ -114,6 +121,7 @@ def test_an_unknown_run_is_one_line(tmp_path: Path) -> None:
     assert json.loads(dlopt("runs", "--home", tmp_path, "--json").stdout) == []
 
 
+@pytest.mark.ray
 def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     job = csv_job(tmp_path, table(40))
     for address in ("127.0.0.1:9", "ray://127.0.0.1:9"):
