@@ -39,9 +39,9 @@ def test_another_cluster_is_met_with_the_users_token_file_if_there_is_one(clean:
 
 def test_what_the_user_has_set_stays(clean: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setenv("RAY_worker_niceness", "15")
+    monkeypatch.setenv("RAY_DEDUP_LOGS", "1")
     set_environment(None)
-    assert (os.environ["RAY_AUTH_MODE"], os.environ["RAY_worker_niceness"]) == ("disabled", "15")
+    assert (os.environ["RAY_AUTH_MODE"], os.environ["RAY_DEDUP_LOGS"]) == ("disabled", "1")
 
 
 def test_the_address_is_what_was_asked_for_or_what_a_job_was_given(clean: Path, monkeypatch: pytest.MonkeyPatch) -> None:
