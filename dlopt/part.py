@@ -7,6 +7,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+OUTPUT = "probabilities"
+"""The name of the model's output, in the graph of every format and so in the server."""
+
 
 class DloptError(Exception):
     """Something that the user can mend, said in one line that names the field or file.

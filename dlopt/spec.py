@@ -15,9 +15,9 @@ from pydantic_core import ErrorDetails
 
 from dlopt.data.augment import Augmentation
 from dlopt.data.section import Data
-from dlopt.export import OUTPUT, Format, Onnx
+from dlopt.export import Format, Onnx
 from dlopt.models import Model
-from dlopt.part import DloptError, Part
+from dlopt.part import OUTPUT, DloptError, Part
 from dlopt.serve import Serve
 from dlopt.train.section import Fit, Resources, Train, needs_validation
 

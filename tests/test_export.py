@@ -16,10 +16,10 @@ from torch import nn
 
 from dlopt.artifact import Artifact, Stage, digest_of, once
 from dlopt.data.prepared import Split, as_table, write_part
-from dlopt.export import OUTPUT, Onnx
+from dlopt.export import Onnx
 from dlopt.export.onnx import EXPORT, LARGEST, MODEL, TIE, _graph, _other_labels, _refuse_too_large, compare, trained_network
 from dlopt.models import Cnn, Mlp, Network, build_network
-from dlopt.part import DloptError, Feature, Part, Signature, Statistics, Target
+from dlopt.part import OUTPUT, DloptError, Feature, Part, Signature, Statistics, Target
 from dlopt.train.evaluate import evaluate, probabilities
 from dlopt.train.section import Fit, Train
 from tests.test_models import image, numbers, statistics

@@ -8,9 +8,6 @@ from pydantic import Field
 
 from dlopt.part import Part
 
-OUTPUT = "probabilities"
-"""The name of the output of every format's graph."""
-
 
 class Onnx(Part):
     """One self-contained ONNX file: preprocessing, model and softmax in one graph, any number of rows."""

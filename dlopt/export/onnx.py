@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from dlopt.artifact import Artifact, Stage, write_atomically
 from dlopt.data.prepared import Split
-from dlopt.export import OUTPUT, Onnx
+from dlopt.export import Onnx
 from dlopt.models import Network
-from dlopt.part import DloptError, Signature
+from dlopt.part import OUTPUT, DloptError, Signature
 from dlopt.progress import Progress, silent
 from dlopt.train.evaluate import probabilities
 from dlopt.train.section import Fit

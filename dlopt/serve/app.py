@@ -7,6 +7,7 @@ and then only with an API key. All else that Ray and Serve open, the replicas' o
 
 from __future__ import annotations
 
+import errno
 import io
 import ipaddress
 import logging
@@ -261,7 +262,7 @@ def _check_free(listening: Listening) -> None:
         except PermissionError:
             raise DloptError(f"--port: {listening.port} needs more rights: give one from 1024 on") from None
         except OSError as error:
-            if error.errno == 98:
+            if error.errno == errno.EADDRINUSE:
                 raise DloptError(f"--port: {listening.port} is in use: stop what listens there or give another") from None
             raise DloptError(f"--host: cannot listen on {listening.host}: {error.strerror or error}") from None
 

@@ -18,7 +18,7 @@ import onnxruntime
 
 from dlopt.artifact import Artifact
 from dlopt.data.encode import encode_rows
-from dlopt.part import DloptError, Signature
+from dlopt.part import OUTPUT, DloptError, Signature
 from dlopt.serve import Serve, metrics, protocols
 from dlopt.serve.auth import Guard, Headers, token_of
 from dlopt.serve.protocols import Refusal
@@ -28,7 +28,6 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Tensors = dict[str, np.ndarray]
 
-OUTPUT = "probabilities"
 INLINE_SECONDS = 0.001
 """A run that is expected to be shorter happens on the event loop: a thread would cost more than it frees."""
 LARGE = 256 * 1024
