@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-OUTPUT = "probabilities"
-"""The name of the model's output, in the graph of every format and so in the server."""
+PROBABILITIES, VALUES = "probabilities", "values"
+"""The names of a model's output, in the graph of every format and so in the server: of classes or labels, and of numbers."""
 
 
 class DloptError(Exception):
@@ -34,35 +34,83 @@ class Part(BaseModel):
 
 
 class Feature(Part):
-    """One input tensor of a model."""
+    """One input tensor of a model. In training every kind lies as numbers; in the graph categories are the strings themselves."""
 
     name: str
     """Name of the tensor in the model, in the ONNX graph and in requests."""
-    kind: Literal["image", "number"]
-    """What the numbers mean: pixels, or a column each."""
-    dtype: Literal["uint8", "float32"]
-    """Their type in the ONNX graph and on disk."""
+    kind: Literal["image", "number", "date", "category", "text"]
+    """What the numbers mean: pixels, a column each, parts of a date each, codes of a vocabulary for each column, ids of tokens."""
+    dtype: Literal["uint8", "float32", "int32", "string"]
+    """Their type in the ONNX graph: string for categories that the graph looks up itself."""
     shape: tuple[int, ...]
-    """Shape of one row, without the batch dimension: (height, width, channels) of an image, (columns,) of numbers."""
+    """Shape of one row, without the batch dimension: (height, width, channels) of an image, (columns,) of numbers and
+    categories, (columns x parts,) of dates, (most tokens,) of a text, which may be cut down to the longest of a batch."""
     columns: tuple[str, ...]
     """The columns of a raw row that the tensor is made of."""
     resize: bool = False
     """Whether an encoded image of another size is resized to this one; else it is refused."""
+    vocabularies: tuple[tuple[str, ...], ...] = ()
+    """Of categories, for each column: value i has the code i + 1, and 0 is for all that is unknown. Missing values are "" here."""
+    missing: tuple[int, ...] = ()
+    """Of categories, for each column: the code of a missing value."""
+    buckets: int = 0
+    """Of categories that are hashed: how many codes each column has; then there are no vocabularies."""
+    parts: tuple[str, ...] = ()
+    """Of dates: what of each date the model sees."""
+    tokenizer: str = ""
+    """Of a text: the tokenizer, as the JSON of the library `tokenizers`; id 0 is padding."""
+    tokens: int = 0
+    """Of a text: how many different ids there are."""
 
     @property
     def size(self) -> int:
         """How many numbers one row has."""
         return math.prod(self.shape)
 
+    @property
+    def stored(self) -> Literal["uint8", "float32", "int32"]:
+        """The type of the numbers on disk and in training."""
+        return "int32" if self.dtype == "string" else self.dtype
+
+    @property
+    def codes(self) -> tuple[int, ...]:
+        """Of categories: how many codes each column has, the unknown one included."""
+        return tuple(len(known) + 1 for known in self.vocabularies) if not self.buckets else (self.buckets,) * len(self.columns)
+
 
 class Target(Part):
     """What the model predicts."""
 
     name: str
-    """The column of the raw data."""
-    kind: Literal["category"] = "category"
-    labels: tuple[int, ...] | tuple[str, ...] = Field(min_length=2)
-    """The classes, sorted; class i is output i of the model."""
+    """The column of the raw data; of several numbers, what they are called together."""
+    kind: Literal["category", "multi_label", "number"] = "category"
+    """One of several classes; any number of labels; numbers."""
+    labels: tuple[int, ...] | tuple[str, ...] = ()
+    """The classes or labels, sorted; label i is output i of the model. Of numbers there are none."""
+    columns: tuple[str, ...] = ()
+    """Of numbers: the column of each output."""
+    positive: int | str | None = None
+    """Of two classes: the one that precision, recall, F1 and ROC AUC are of."""
+
+    @property
+    def size(self) -> int:
+        """How many outputs the model has."""
+        return len(self.columns) if self.kind == "number" else len(self.labels)
+
+    @property
+    def output(self) -> str:
+        """The name of the model's output: probabilities of classes or labels, or values in the units of the data."""
+        return VALUES if self.kind == "number" else PROBABILITIES
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one row's target as it lies on disk: a class's index is one int64, labels are uint8 each, numbers float32 each."""
+        return () if self.kind == "category" else (self.size,)
+
+    @property
+    def stored(self) -> Literal["int64", "uint8", "float32"]:
+        """Its type on disk and in training."""
+        return {"category": "int64", "multi_label": "uint8", "number": "float32"}[self.kind]  # type: ignore[return-value]
 
 
 class Signature(Part):
@@ -74,19 +122,15 @@ class Signature(Part):
     """What comes out."""
 
     @property
-    def num_inputs(self) -> int:
-        """How many numbers one row has over all the inputs."""
-        return sum(feature.size for feature in self.inputs)
-
-    @property
     def num_outputs(self) -> int:
-        """How many classes there are."""
-        return len(self.target.labels)
+        """How many outputs there are: classes, labels or numbers."""
+        return self.target.size
 
 
 class Statistics(Part):
     """What the training split says of one input tensor, per channel of an image or per column of numbers, and the
-    preprocessing that follows from it: `(where(isnan(x), fill, x) - shift) * scale`."""
+    preprocessing that follows from it, in this order: what lies outside of [lower, upper] is capped or missing, what is missing is
+    filled, the logarithm is taken, then `(x - shift) * scale` or the place among the quantiles, then clipping."""
 
     count: int
     """Values per channel or column, missing ones included."""
@@ -100,9 +144,26 @@ class Statistics(Part):
     """Arithmetic mean."""
     std: tuple[float, ...]
     """Population standard deviation (ddof 0), as scikit-learn's StandardScaler."""
-    fill: tuple[float, ...]
-    """What stands in for a missing value."""
+    fill: tuple[float, ...] = ()
+    """What stands in for a missing value; of a target, nothing."""
     shift: tuple[float, ...]
     """What is subtracted."""
     scale: tuple[float, ...]
     """What the difference is multiplied by."""
+    lower: tuple[float | None, ...] = ()
+    """Bounds of outliers; none at all where () and none of this column where None."""
+    upper: tuple[float | None, ...] = ()
+    outside: Literal["cap", "missing"] = "cap"
+    """What becomes of a value outside of the bounds."""
+    fill_by: str = ""
+    """Of a fill by group: the column of a category input whose code chooses among `group_fill`."""
+    group_fill: tuple[tuple[float, ...], ...] = ()
+    """For each code of `fill_by`: what stands in for a missing value of each column."""
+    indicators: bool = False
+    """Whether a column that is 1 where the value is missing, else 0, follows for each column."""
+    log: bool = False
+    """Whether sign(x) log(1 + |x|) is taken before shift and scale."""
+    knots: tuple[tuple[float, ...], ...] = ()
+    """For each column, quantiles at equal distances: the value becomes its place among them, in [0, 1]."""
+    clip: float | None = None
+    """Scaled values beyond this are cut off, on both sides."""

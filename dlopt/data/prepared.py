@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +12,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dlopt.artifact import Artifact
-from dlopt.part import DloptError, Feature, Signature
+from dlopt.part import DloptError, Feature, Signature, Target
 
 CHUNK_BYTES = 2**20
 """About how many bytes a row group has."""
+
+WHOLE = ("image", "text")
+"""Kinds of input of which a row is one value on disk, not a column for each number."""
 
 UNREADABLE = (pa.ArrowException, OSError, ValueError, MemoryError)
 """What pyarrow raises on damage, depending on the place."""
 
 Rows = dict[str, np.ndarray]
-"""Feature name to values (rows, *shape), and the target's name to class indices (rows,)."""
+"""Feature name to values (rows, *shape), and the target's name to its values (rows, *target.shape)."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,9 @@ class Split:
 
 
 def row_bytes(signature: Signature) -> int:
-    """Bytes of one row in memory: its inputs and its class index."""
-    return sum(feature.size * np.dtype(feature.dtype).itemsize for feature in signature.inputs) + 8
+    """Bytes of one row in memory: its inputs and its target."""
+    inputs = sum(feature.size * np.dtype(feature.stored).itemsize for feature in signature.inputs)
+    return inputs + math.prod(signature.target.shape) * np.dtype(signature.target.stored).itemsize
 
 
 def write_part(table: pa.Table, signature: Signature, path: Path) -> None:
@@ -86,8 +91,9 @@ def write_part(table: pa.Table, signature: Signature, path: Path) -> None:
 
 def as_rows(signature: Signature, table: pa.Table) -> Rows:
     """Columns as they lie in parquet, as arrays."""
-    rows = {feature.name: feature_array(feature, table) for feature in signature.inputs}
-    return rows | {signature.target.name: table[signature.target.name].to_numpy()}
+    return {feature.name: feature_array(feature, table) for feature in signature.inputs} | {
+        signature.target.name: target_array(signature.target, table)
+    }
 
 
 def as_table(signature: Signature, rows: Rows) -> pa.Table:
@@ -95,35 +101,60 @@ def as_table(signature: Signature, rows: Rows) -> pa.Table:
     columns: dict[str, pa.Array] = {}
     for feature in signature.inputs:
         columns |= feature_columns(feature, rows[feature.name])
-    return pa.table(columns | {signature.target.name: pa.array(rows[signature.target.name])})
+    return pa.table(columns | target_columns(signature.target, rows[signature.target.name]))
 
 
 def empty_rows(signature: Signature) -> Rows:
-    rows = {feature.name: np.zeros((0, *feature.shape), dtype=feature.dtype) for feature in signature.inputs}
-    return rows | {signature.target.name: np.zeros(0, dtype=np.int64)}
+    rows = {feature.name: np.zeros((0, *feature.shape), dtype=feature.stored) for feature in signature.inputs}
+    return rows | {signature.target.name: np.zeros((0, *signature.target.shape), dtype=signature.target.stored)}
 
 
 def columns_of(feature: Feature) -> tuple[str, ...]:
     """The names of the parquet columns that hold an input."""
-    return (feature.name,) if feature.kind == "image" else feature.columns
+    if feature.kind == "date":
+        return tuple(f"{column}.{part}" for column in feature.columns for part in feature.parts)
+    return (feature.name,) if feature.kind in WHOLE else feature.columns
 
 
 def feature_columns(feature: Feature, values: np.ndarray) -> dict[str, pa.Array]:
-    """One input's values as columns: an image as its bytes, numbers as a float32 column each."""
-    if feature.kind == "image":
-        buffer = pa.py_buffer(np.ascontiguousarray(values))
-        return {feature.name: pa.FixedSizeBinaryArray.from_buffers(pa.binary(feature.size), len(values), [None, buffer])}
-    return {name: pa.array(values[:, index].astype(np.float32)) for index, name in enumerate(feature.columns)}
+    """One input's values as columns: an image's or a text's bytes together, anything else as a column each."""
+    if feature.kind in WHOLE:
+        return {feature.name: _as_bytes(values.astype(feature.stored, copy=False), feature.size)}
+    return {name: pa.array(values[:, index].astype(feature.stored)) for index, name in enumerate(columns_of(feature))}
 
 
 def feature_array(feature: Feature, table: pa.Table) -> np.ndarray:
     """One input's values, (rows, *shape)."""
-    if feature.kind == "image":
-        column = table[feature.name].combine_chunks()
-        data = np.frombuffer(column.buffers()[1], dtype=np.uint8)
-        offset = column.offset * feature.size
-        return data[offset : offset + len(column) * feature.size].reshape(len(column), *feature.shape)
-    return np.stack([table[name].to_numpy() for name in feature.columns], axis=1)
+    if feature.kind in WHOLE:
+        return _from_bytes(table[feature.name], feature.stored, feature.shape)
+    return np.stack([table[name].to_numpy() for name in columns_of(feature)], axis=1)
+
+
+def target_columns(target: Target, values: np.ndarray) -> dict[str, pa.Array]:
+    """The target's values as columns: class indices, labels as a row's bytes, or a column for each number."""
+    if target.kind == "number":
+        return {name: pa.array(values[:, index].astype(target.stored)) for index, name in enumerate(target.columns)}
+    return {target.name: pa.array(values) if target.kind == "category" else _as_bytes(values.astype(target.stored, copy=False), target.size)}
+
+
+def target_array(target: Target, table: pa.Table) -> np.ndarray:
+    """The target's values, (rows, *target.shape)."""
+    if target.kind == "number":
+        return np.stack([table[name].to_numpy() for name in target.columns], axis=1)
+    return table[target.name].to_numpy() if target.kind == "category" else _from_bytes(table[target.name], target.stored, target.shape)
+
+
+def _as_bytes(values: np.ndarray, size: int) -> pa.Array:
+    """Rows of equal length as a column of their bytes. size: numbers in a row."""
+    buffer = pa.py_buffer(np.ascontiguousarray(values))
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(size * values.itemsize), len(values), [None, buffer])
+
+
+def _from_bytes(column: pa.ChunkedArray, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    array = column.combine_chunks()
+    size = math.prod(shape)
+    data = np.frombuffer(array.buffers()[1], dtype=dtype)
+    return data[array.offset * size : (array.offset + len(array)) * size].reshape(len(array), *shape)
 
 
 def _metadata(file: Path) -> pq.FileMetaData:
