@@ -49,6 +49,8 @@ class Feature(Part):
     """The columns of a raw row that the tensor is made of."""
     resize: bool = False
     """Whether an encoded image of another size is resized to this one; else it is refused."""
+    indicators: bool = False
+    """Of numbers: whether the model also sees, for each column, 1 where the value is missing, else 0."""
     vocabularies: tuple[tuple[str, ...], ...] = ()
     """Of categories, for each column: value i has the code i + 1, and 0 is for all that is unknown. Missing values are "" here."""
     missing: tuple[int, ...] = ()
@@ -57,6 +59,8 @@ class Feature(Part):
     """Of categories that are hashed: how many codes each column has; then there are no vocabularies."""
     parts: tuple[str, ...] = ()
     """Of dates: what of each date the model sees."""
+    form: str = ""
+    """Of dates: how they are written, as strptime has it; ISO 8601 without it."""
     tokenizer: str = ""
     """Of a text: the tokenizer, as the JSON of the library `tokenizers`; id 0 is padding."""
     tokens: int = 0
@@ -159,8 +163,6 @@ class Statistics(Part):
     """Of a fill by group: the column of a category input whose code chooses among `group_fill`."""
     group_fill: tuple[tuple[float, ...], ...] = ()
     """For each code of `fill_by`: what stands in for a missing value of each column."""
-    indicators: bool = False
-    """Whether a column that is 1 where the value is missing, else 0, follows for each column."""
     log: bool = False
     """Whether sign(x) log(1 + |x|) is taken before shift and scale."""
     knots: tuple[tuple[float, ...], ...] = ()

@@ -7,6 +7,7 @@ import time
 from typing import Any, Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -86,3 +87,23 @@ def print_runs(records: list[dict[str, Any]]) -> None:
         cells = ["" if figure is None else f"{figure:.4f}" for figure in figures]
         table.add_row(str(record.get("name")), str(record.get("created")), *cells, str(record["run"]))
     Console(width=None if sys.stdout.isatty() else UNFOLDED).print(table)
+
+
+def print_profile(profile: dict[str, Any], job: str) -> None:
+    """A table of the columns, what is suspicious about them, and how a job could begin, on stdout."""
+    from dlopt.report.profile import NOTHING, rows
+
+    console = Console(width=None if sys.stdout.isatty() else UNFOLDED, highlight=False)
+    found = rows(profile)
+    titles = ("column", "kind", "missing", "different", "typical", "range", "alone predicts")
+    shown = [index for index in range(len(titles)) if index < 2 or any(row[index] != NOTHING for row in found)]
+    table = Table(box=None, pad_edge=False)
+    for index in shown:
+        table.add_column(titles[index], overflow="fold", justify="left" if index < 2 else "right")
+    for row in found:
+        table.add_row(*(escape(row[index]) for index in shown))
+    console.print(f"{sum(profile['rows'].values()):,} rows, {len(found)} columns")
+    console.print(table)
+    for line in profile["warnings"]:
+        console.print(f"[yellow]![/] {escape(line)}", soft_wrap=True)
+    console.print(f"\nA job could begin like this:\n{escape(job)}", end="", soft_wrap=True)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from functools import cache
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,45 @@ NUMBERS = Signature(
     inputs=(Feature(name="numbers", kind="number", dtype="float32", shape=(3,), columns=("month", "day", "distance")),),
     target=Target(name="late", labels=("no", "yes")),
 )
+FLIGHTS = Signature(
+    inputs=(
+        Feature(name="numbers", kind="number", dtype="float32", shape=(2,), columns=("delay", "distance")),
+        Feature(
+            name="categories",
+            kind="category",
+            dtype="string",
+            shape=(2,),
+            columns=("carrier", "airport"),
+            vocabularies=(("", "AA", "UA"), tuple(f"A{index:03d}" for index in range(300))),
+            missing=(1, 0),
+        ),
+        Feature(name="dates", kind="date", dtype="float32", shape=(2,), columns=("day",), parts=("month", "weekday")),
+    ),
+    target=Target(name="arrival", kind="number", columns=("minutes",)),
+)
+"""A table of every kind of column to one number; the first vocabulary has missing values, the second is a long one."""
+PHOTOS = Signature(
+    inputs=(
+        Feature(name="photo", kind="image", dtype="uint8", shape=(4, 6, 3), columns=("photo",), resize=True),
+        Feature(name="codes", kind="category", dtype="int32", shape=(1,), columns=("camera",), buckets=50),
+    ),
+    target=Target(name="size", kind="number", columns=("height", "width")),
+)
+"""An image and a hashed category to two numbers."""
+SAID = ("please call me now", "thank you so much", "where is my parcel ?")
+
+
+@cache
+def messages() -> Signature:
+    """A text to any of three labels."""
+    from dlopt.data.text import TextInput, train_tokenizer, vocabulary_size
+
+    tokenizer = train_tokenizer(SAID, TextInput(column="message", min_frequency=1))
+    text = {"name": "text", "kind": "text", "dtype": "int32", "shape": (16,), "columns": ("message",)}
+    return Signature(
+        inputs=(Feature(**text, tokenizer=tokenizer, tokens=vocabulary_size(tokenizer)),),
+        target=Target(name="tags", kind="multi_label", labels=("angry", "happy", "urgent")),
+    )
 
 
 class Made(Part):
@@ -40,7 +80,7 @@ class Made(Part):
 
 
 def make_export(home: Path, signature: Signature = IMAGE, hidden: int = 128) -> Artifact:
-    """An export artifact with random weights: fill NaN, scale, and a multilayer perceptron."""
+    """An export artifact with random weights: a multilayer perceptron on all that the inputs say."""
     return once(Stage("export", _make), Made(signature=signature, hidden=hidden), home)
 
 
@@ -54,40 +94,85 @@ def _make(section: Made, out: Path) -> dict[str, Any]:
 
 
 def onnx_model(signature: Signature, hidden: int, seed: int) -> onnx.ModelProto:
-    """Cast, replace NaN, divide by 255, and two layers."""
-    (feature,) = signature.inputs
+    """Every input as a few numbers, side by side, and two layers."""
     generator = np.random.default_rng(seed)
-    scale = 255.0 if feature.kind == "image" else 1.0
+    graph = Graph()
+    parts = [name for feature in signature.inputs for name in graph.numbers_of(feature)]
+    size = graph.width
+    graph.node("Concat", parts, "x", axis=1)
     weights = {
-        "zero": np.float32(0),
-        "scale": np.float32(scale),
-        "w1": generator.normal(0, feature.size**-0.5, (feature.size, hidden)).astype(np.float32),
-        "b1": generator.normal(0, 0.1, hidden).astype(np.float32),
-        "w2": generator.normal(0, hidden**-0.5, (hidden, signature.num_outputs)).astype(np.float32) * 4,
-        "b2": np.zeros(signature.num_outputs, np.float32),
+        "w1": generator.normal(0, size**-0.5, (size, hidden)),
+        "b1": generator.normal(0, 0.1, hidden),
+        "w2": generator.normal(0, hidden**-0.5, (hidden, signature.num_outputs)) * 4,
+        "b2": np.zeros(signature.num_outputs),
     }
-    nodes = [
-        helper.make_node("Cast", [feature.name], ["x"], to=TensorProto.FLOAT),
-        helper.make_node("IsNaN", ["x"], ["nan"]),
-        helper.make_node("Where", ["nan", "zero", "x"], ["filled"]),
-        helper.make_node("Div", ["filled", "scale"], ["scaled"]),
-        helper.make_node("Flatten", ["scaled"], ["flat"]),
-        helper.make_node("Gemm", ["flat", "w1", "b1"], ["h"]),
-        helper.make_node("Relu", ["h"], ["r"]),
-        helper.make_node("Gemm", ["r", "w2", "b2"], ["logits"]),
-        helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
-    ]
-    dtype = TensorProto.UINT8 if feature.dtype == "uint8" else TensorProto.FLOAT
-    graph = helper.make_graph(
-        nodes,
-        "made",
-        [helper.make_tensor_value_info(feature.name, dtype, ["n", *feature.shape])],
-        [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["n", signature.num_outputs])],
-        [numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    onnx.checker.check_model(model)
-    return model
+    graph.constants |= {name: values.astype(np.float32) for name, values in weights.items()}
+    graph.node("Gemm", ["x", "w1", "b1"], "h")
+    graph.node("Relu", ["h"], "r")
+    graph.node("Gemm", ["r", "w2", "b2"], "outputs")
+    last = {"category": ("Softmax", {"axis": 1}), "multi_label": ("Sigmoid", {}), "number": ("Identity", {})}
+    operator, attributes = last[signature.target.kind]
+    graph.node(operator, ["outputs"], signature.target.output, **attributes)
+    return graph.model(signature)
+
+
+TYPES = {"uint8": TensorProto.UINT8, "float32": TensorProto.FLOAT, "int32": TensorProto.INT32, "string": TensorProto.STRING}
+
+
+class Graph:
+    """An ONNX graph in the making."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[str, np.ndarray] = {}
+        self.width = 0
+        """Numbers of a row so far."""
+
+    def node(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        self.nodes.append(helper.make_node(operator, inputs, [output], **attributes))
+        return output
+
+    def constant(self, name: str, value: Any) -> str:
+        self.constants[name] = np.asarray(value)
+        return name
+
+    def numbers_of(self, feature: Feature) -> list[str]:
+        """The names of float tensors (rows, numbers) that an input becomes."""
+        name = feature.name
+        self.width += 1 if feature.kind == "text" else feature.size
+        if feature.dtype == "string":
+            return [self._looked_up(feature, index) for index in range(len(feature.columns))]
+        cast = self.node("Cast", [name], f"{name}.float", to=TensorProto.FLOAT)
+        if feature.kind == "text":  # the sum of the ids, of which padding is 0
+            total = self.node("ReduceSum", [cast, self.constant("last", [1])], f"{name}.sum", keepdims=1)
+            return [self.node("Sin", [total], f"{name}.wave")]
+        if feature.kind == "image":
+            scaled = self.node("Div", [cast, self.constant("byte", np.float32(255))], f"{name}.scaled")
+            return [self.node("Flatten", [scaled], f"{name}.flat")]
+        missing = self.node("IsNaN", [cast], f"{name}.missing")
+        return [self.node("Where", [missing, self.constant("zero", np.float32(0)), cast], f"{name}.filled")]
+
+    def _looked_up(self, feature: Feature, index: int) -> str:
+        """A column's codes: value i of the vocabulary is i + 1, all else 0."""
+        name, known = f"{feature.name}.{index}", feature.vocabularies[index]
+        column = self.node("Gather", [feature.name, self.constant(f"{name}.at", [index])], f"{name}.raw", axis=1)
+        codes = {"keys_strings": list(known), "values_floats": [float(code) for code in range(1, len(known) + 1)], "default_float": 0.0}
+        return self.node("LabelEncoder", [column], f"{name}.codes", domain="ai.onnx.ml", **codes)
+
+    def model(self, signature: Signature) -> onnx.ModelProto:
+        inputs = [
+            helper.make_tensor_value_info(
+                feature.name, TYPES[feature.dtype], ["n", f"{feature.name}.length"] if feature.kind == "text" else ["n", *feature.shape]
+            )
+            for feature in signature.inputs
+        ]
+        outputs = [helper.make_tensor_value_info(signature.target.output, TensorProto.FLOAT, ["n", signature.num_outputs])]
+        constants = [numpy_helper.from_array(value, name) for name, value in self.constants.items()]
+        graph = helper.make_graph(self.nodes, "made", inputs, outputs, constants)
+        opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 2)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+        onnx.checker.check_model(model)
+        return model
 
 
 def free_port() -> int:

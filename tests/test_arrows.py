@@ -29,7 +29,7 @@ LAYERS = [
 RAY = {
     "dlopt.data.prepare",
     "dlopt.data.feed",
-    "dlopt.data.sources",
+    "dlopt.data.sources.reading",
     "dlopt.train.worker",
     "dlopt.train.fit",
     "dlopt.serve.app",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 
 import pytest
+from pydantic import ValidationError
 
-from dlopt.part import DloptError
-from dlopt.train.fit import OVERSUBSCRIBED, _leaving_room, _Seen, _workers, local_cpus
-from dlopt.train.section import Resources
+from dlopt.part import DloptError, Target
+from dlopt.train.fit import OVERSUBSCRIBED, _leaving_room, _refuse_other_target, _Seen, _shown, _workers, local_cpus
+from dlopt.train.section import Resources, Train, refuse_monitor
+from tests.sets import LABELS, NUMBER, THREE, TWO
 
 
 def test_auto_is_every_gpu_or_the_process_of_the_run() -> None:
@@ -45,10 +47,71 @@ def test_elastic_workers_leave_a_cpu_each_for_their_stream() -> None:
 
 
 def test_progress_in_words() -> None:
-    seen = _Seen(3)
+    seen = _Seen(3, "accuracy")
     seen.add([{"step": 1, "epoch": 1, "loss": 0.5}])
     assert str(seen) == "epoch 1/3  loss 0.5000"
     seen.add([{"step": 2, "epoch": 1, "train": {}, "validation": {"accuracy": 0.75}}, {"step": 3, "epoch": 2, "loss": None}])
-    assert (seen.step, str(seen)) == (3, "epoch 2/3  validation 0.7500")
+    assert (seen.step, str(seen)) == (3, "epoch 2/3  validation accuracy 0.75")
+    seen.add([{"step": 4, "epoch": 2, "train": {}, "validation": {"accuracy": None}}])
+    assert str(seen) == "epoch 3/3"
     seen.add([{"step": 6, "epoch": 3, "train": {}, "validation": None}])
     assert str(seen) == "epoch 3/3"
+
+
+@pytest.mark.parametrize(
+    ("target", "monitor", "shown"),
+    [(TWO, "loss", "accuracy"), (TWO, "roc_auc", "roc_auc"), (LABELS, "loss", "accuracy"), (NUMBER, "loss", "r2"), (NUMBER, "mae", "mae")],
+)
+def test_progress_shows_what_decides_or_else_what_says_most(target: Target, monitor: str, shown: str) -> None:
+    assert _shown(Train.model_validate({"monitor": monitor}), target) == shown
+
+
+@pytest.mark.parametrize(
+    ("target", "train", "said"),
+    [
+        (
+            THREE,
+            {"monitor": "roc_auc"},
+            "train.monitor: there is no roc_auc for a target of kind category, which has 3 classes: use one of loss, accuracy, macro_f1",
+        ),
+        (NUMBER, {"monitor": "accuracy"}, "train.monitor: there is no accuracy for a target of kind number: use one of loss, r2, mae, rmse"),
+        (
+            LABELS,
+            {"monitor": "f1"},
+            "train.monitor: there is no f1 for a target of kind multi_label: "
+            "use one of loss, accuracy, subset_accuracy, micro_f1, macro_f1, macro_roc_auc",
+        ),
+        (NUMBER, {"class_weights": "balanced"}, "train.class_weights: a target of kind number has no classes: take it out"),
+        (
+            LABELS,
+            {"sampling": "balanced"},
+            "train.sampling: balanced is for a target of kind category, and it is of kind multi_label: use shuffle",
+        ),
+        (THREE, {"class_weights": {"cat": 2, "cow": 3}}, "train.class_weights: 'cow' is no label of 'label': there are cat, dog, owl"),
+    ],
+)
+def test_what_the_target_has_not_is_refused_before_anything_runs(target: Target, train: dict[str, object], said: str) -> None:
+    with pytest.raises(DloptError) as caught:
+        _refuse_other_target(Train.model_validate(train), target)
+    assert str(caught.value) == said
+
+
+def test_what_the_target_has_is_let_through() -> None:
+    _refuse_other_target(Train(monitor="roc_auc", class_weights={"no": 2.0, "yes": 1}), TWO)
+    _refuse_other_target(Train(monitor="macro_f1", sampling="balanced"), THREE)
+    _refuse_other_target(Train(monitor="macro_roc_auc", class_weights="balanced"), LABELS)
+    _refuse_other_target(Train(monitor="rmse"), NUMBER)
+    refuse_monitor(Train(monitor="roc_auc"), "category")  # as long as nobody knows how many classes there are
+
+
+def test_classes_are_not_balanced_twice() -> None:
+    with pytest.raises(ValidationError, match="class_weights and sampling are both balanced"):
+        Train(class_weights="balanced", sampling="balanced")
+
+
+def test_weights_of_classes_that_are_numbers_survive_json() -> None:
+    train = Train.model_validate({"class_weights": {0: 1, 1: 2.5}})
+    assert train.class_weights == {"0": 1.0, "1": 2.5}
+    assert Train.model_validate_json(train.model_dump_json()) == train
+    with pytest.raises(ValidationError, match="greater than 0"):
+        Train(class_weights={"a": 0})

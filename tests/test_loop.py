@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from dlopt.data.feed import Batch
 from dlopt.part import DloptError
 from dlopt.train.loop import MOST_SKIPPED, Step, steps
-from dlopt.train.objectives import Losses, plain, supervised
+from dlopt.train.objectives import Losses, loss_of, plain, supervised
+from tests.sets import TWO
+
+OBJECTIVE = supervised(loss_of(TWO, nn.Identity()), 0, 0, 1)
 
 
 class Linear(nn.Module):
@@ -42,12 +45,12 @@ def train(
     model: nn.Module, data: Iterable[Batch], rate: Callable[[int], float] = lambda batch: 0.5, clip_norm: float | None = None
 ) -> list[Step]:
     optimizer = torch.optim.SGD(model.parameters(), lr=123.0)
-    return list(steps(model, optimizer, data, supervised(0, 0, 1), plain(1), rate, clip_norm))
+    return list(steps(model, optimizer, data, OBJECTIVE, plain(1), rate, clip_norm))
 
 
 def gradient(model: nn.Module, batch: Batch) -> Tensor:
     model.zero_grad()
-    supervised(0, 0, 1)(model, batch).loss.backward()
+    OBJECTIVE(model, batch).loss.backward()
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
 
 
@@ -71,13 +74,13 @@ def test_a_step_tells_the_loss_and_the_right_answers_before_it_and_is_made_at_th
     model, data = Linear(), batches(5)
     rates = [0.1, 0.0, 1.0, 0.3, 0.2]
     optimizer = torch.optim.SGD(model.parameters(), lr=123.0)
-    stream = steps(model, optimizer, data, supervised(0, 0, 1), plain(1), rates.__getitem__)
+    stream = steps(model, optimizer, data, OBJECTIVE, plain(1), rates.__getitem__)
     for batch, rate in zip(data, rates, strict=True):
         before, expected = weights(model), gradient(model, batch)
-        losses = supervised(0, 0, 1)(model, batch)
+        losses = OBJECTIVE(model, batch)
         step = next(stream)
         torch.testing.assert_close(weights(model), before - rate * expected, rtol=1e-12, atol=1e-15)
-        assert (step.rate, step.loss.item(), step.correct.item()) == (rate, losses.loss.item(), losses.correct.item())
+        assert (step.rate, step.loss.item(), step.correct) == (rate, losses.loss.item(), losses.correct)
         assert step.gradient_norm == pytest.approx(expected.norm().item(), rel=1e-12)
         assert not step.loss.requires_grad
     assert next(stream, None) is None
@@ -118,7 +121,7 @@ def test_too_many_such_steps_in_a_row_end_training_with_one_line() -> None:
     done: list[Step] = []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(DloptError) as caught:
-        done.extend(steps(model, optimizer, data, supervised(0, 0, 1), plain(1), lambda _: 0.1))
+        done.extend(steps(model, optimizer, data, OBJECTIVE, plain(1), lambda _: 0.1))
     assert str(caught.value) == (
         "train: the gradient was not finite for 20 steps in a row: lower train.optimizer.lr or set train.clip_norm"
     )
@@ -139,7 +142,7 @@ def test_training_is_in_training_mode_and_frozen_parameters_stay() -> None:
 
     def objective(model: nn.Module, batch: Batch) -> Losses:
         seen.append(model.training)
-        return supervised(0, 0, 1)(model, batch)
+        return OBJECTIVE(model, batch)
 
     before = weights(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

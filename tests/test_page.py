@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import subprocess
 import sys
 import time
@@ -13,11 +14,12 @@ from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 from websockets.sync.client import ClientConnection, connect
 
 from dlopt.artifact import Artifact
 from tests.conftest import program
-from tests.served import IMAGE, NUMBERS, free_port, make_export
+from tests.served import FLIGHTS, IMAGE, NUMBERS, PHOTOS, SAID, free_port, make_export, messages
 
 KEY = "a-key-of-the-tests"
 NOTHING = "\N{EN DASH}"
@@ -97,6 +99,36 @@ class Browser:
         self.mouse("mousePressed", x, y)
         self.mouse("mouseReleased", x, y)
 
+    def write(self, selector: str, text: str) -> None:
+        """Type into an element as on a keyboard."""
+        self.value(f"document.querySelector({selector!r}).focus()")
+        for character in text:
+            self("Input.dispatchKeyEvent", type="char", text=character)
+
+    def choose(self, selector: str, value: str) -> None:
+        """An option of a select, by what it says."""
+        script = (
+            "(box => { box.selectedIndex = Array.from(box.options, option => option.text).indexOf(%s); %s })(document.querySelector(%s))"
+        )
+        said = "['input', 'change'].forEach(kind => box.dispatchEvent(new Event(kind, {bubbles: true})))"
+        self.value(script % (json.dumps(value), said, json.dumps(selector)))
+
+    def attach(self, selector: str, file: Path) -> None:
+        """A file, as if it had been chosen in the dialog."""
+        root = self("DOM.getDocument")["root"]["nodeId"]
+        node = self("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self("DOM.setFileInputFiles", nodeId=node, files=[str(file)])
+
+    def texts(self, selector: str) -> list[str]:
+        """What all these elements say."""
+        return list(self.value(f"Array.from(document.querySelectorAll({selector!r}), one => one.textContent)"))
+
+    def names(self) -> list[list[str]]:
+        """Role and accessible name of each field and button, as a screen reader has them."""
+        found = [node for node in self("Accessibility.getFullAXTree")["nodes"] if not node["ignored"]]
+        roles = ("textbox", "spinbutton", "combobox", "Date", "button", "image")
+        return [[node["role"]["value"], node["name"]["value"]] for node in found if node["role"]["value"] in roles]
+
     def draw(self, points: list[tuple[float, float]]) -> None:
         """One stroke over the pad; points from (0, 0), its upper left corner, to (1, 1)."""
         box = self.place("#pad")
@@ -164,6 +196,21 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     yield from serving(make_export(tmp_path_factory.mktemp("home"), NUMBERS))
 
 
+@pytest.fixture(scope="module")
+def flights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    yield from serving(make_export(tmp_path_factory.mktemp("home"), FLIGHTS))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    yield from serving(make_export(tmp_path_factory.mktemp("home"), messages()))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    yield from serving(make_export(tmp_path_factory.mktemp("home"), PHOTOS))
+
+
 def shown(browser: Browser) -> tuple[str, list[str]]:
     """The label and the shares that the page shows."""
     shares = browser.value("Array.from(document.querySelectorAll('#classes output'), one => one.textContent)")
@@ -176,12 +223,29 @@ def sent_rows(browser: Browser) -> list[Any]:
     return [json.loads(request["postData"])["instances"][0] for request in posts]
 
 
-def predicted(address: str, row: Any) -> dict[str, Any]:
+def predicted(address: str, row: Any) -> Any:
     """What the endpoint says of a row."""
     reply = httpx.post(
         address.split("?")[0] + "v1/models/digits:predict", json={"instances": [row]}, headers={"x-api-key": KEY}, trust_env=False
     )
-    return dict(reply.raise_for_status().json()["predictions"][0])
+    return reply.raise_for_status().json()["predictions"][0]
+
+
+def number(value: float) -> str:
+    """As the page writes it: six digits, thousands set apart."""
+    return f"{float(f'{value:.6g}'):,}".removesuffix(".0")
+
+
+def wait_for_row(browser: Browser, row: Any) -> None:
+    """Until the page has sent this row last, and shown the answer."""
+    wait_for(lambda: browser.value("asked") and sent_rows(browser)[-1:] == [row])
+    settle(browser)
+
+
+def set_value(browser: Browser, selector: str, value: str) -> None:
+    """Where there are no keys to press: a date, or to take a text back."""
+    script = "(box => { box.value = %s; box.dispatchEvent(new Event('input', {bubbles: true})) })(document.querySelector(%s))"
+    browser.value(script % (json.dumps(value), json.dumps(selector)))
 
 
 def percent(probabilities: list[float]) -> list[str]:
@@ -279,3 +343,128 @@ def test_an_error_of_the_server_is_shown(browser: Browser, table: str) -> None:
     browser.value("document.querySelector('input').value = 1e39")
     browser.click("button.first")
     assert "too large" in wait_for(lambda: browser.value("document.getElementById('error').textContent"))
+
+
+def test_each_kind_of_column_has_a_field_of_its_own(browser: Browser, flights: str) -> None:
+    browser.open(flights)
+    assert browser.texts("label > span") == ["delay", "distance", "carrier", "airport", "day"]
+    kinds = "Array.from(document.querySelectorAll('form label'), one => one.querySelector('input, select').type)"
+    assert browser.value(kinds) == ["number", "number", "select-one", "text", "date"]
+    assert browser.texts("select option") == ["missing", "AA", "UA", "another \N{HORIZONTAL ELLIPSIS}"]
+    hints = browser.value("Array.from(document.querySelector('input[list]').list.options, option => option.value)")
+    assert hints == [f"A{index:03d}" for index in range(300)]
+    assert browser.value("document.getElementById('about').textContent").startswith("predicts minutes \N{MIDDLE DOT} model ")
+
+
+def test_an_empty_form_is_a_row_of_missing_values(browser: Browser, flights: str) -> None:
+    browser.open(flights)
+    browser.requests.clear()
+    browser.click("button.first")
+    settle(browser)
+    row = dict.fromkeys(("delay", "distance", "carrier", "airport", "day"))
+    assert sent_rows(browser) == [row]
+    assert browser.texts("#best") == [number(predicted(flights, row))]
+
+
+def test_the_number_follows_what_is_typed_and_chosen(browser: Browser, flights: str, tmp_path: Path) -> None:
+    browser.open(flights)
+    browser.requests.clear()
+    browser.write("input[type=number]", "-12.5")
+    browser.choose("select", "UA")
+    browser.write("input[list]", "A123")
+    set_value(browser, "[type=date]", "2013-05-31")
+    row = {"delay": -12.5, "distance": None, "carrier": "UA", "airport": "A123", "day": "2013-05-31"}
+    wait_for_row(browser, row)
+    assert browser.texts("#best") == [number(predicted(flights, row))]
+    browser.screenshot(tmp_path / "flights.png")
+
+
+def test_a_category_that_is_not_in_the_list_can_be_typed(browser: Browser, flights: str) -> None:
+    browser.open(flights)
+    browser.requests.clear()
+    assert browser.value("document.querySelector('select + input').checkVisibility()") is False
+    browser.choose("select", "another \N{HORIZONTAL ELLIPSIS}")
+    browser.write("select + input", "ZZ")
+    row = dict.fromkeys(("delay", "distance", "carrier", "airport", "day"))
+    wait_for_row(browser, row | {"carrier": "ZZ"})
+    browser.choose("select", "AA")
+    wait_for_row(browser, row | {"carrier": "AA"})
+
+
+def test_a_screen_reader_hears_what_each_field_is(browser: Browser, flights: str) -> None:
+    browser.open(flights)
+    browser.choose("select", "another \N{HORIZONTAL ELLIPSIS}")
+    found = browser.names()
+    for field in (["spinbutton", "delay"], ["spinbutton", "distance"], ["combobox", "airport"], ["Date", "day"], ["button", "Predict"]):
+        assert field in found
+    assert ["textbox", "carrier, another value"] in found
+
+
+def test_labels_follow_the_text_as_one_types(browser: Browser, texts: str, tmp_path: Path) -> None:
+    browser.open(texts)
+    browser.requests.clear()
+    browser.write("textarea", SAID[0])
+    wait_for_row(browser, {"message": SAID[0]})
+    assert len(sent_rows(browser)) < len(SAID[0])  # not at every key
+    answer = predicted(texts, {"message": SAID[0]})
+    assert shown(browser) == (", ".join(answer["labels"]) or "none", percent(answer["probabilities"]))
+    assert browser.texts("li.best span") == answer["labels"]
+    tracks = browser.value("Array.from(document.querySelectorAll('.track'), one => one.getBoundingClientRect().width)")
+    marks = browser.value(
+        "Array.from(document.querySelectorAll('.mark'), one => one.getBoundingClientRect().x - one.parentElement.getBoundingClientRect().x)"
+    )
+    assert marks == pytest.approx([width / 2 for width in tracks], abs=1)
+    assert browser.texts("#note") == ["A label is given above 50%, where the line stands."]
+    browser.screenshot(tmp_path / "texts.png")
+
+
+def test_a_text_that_is_taken_back_takes_the_answer_with_it(browser: Browser, texts: str) -> None:
+    browser.open(texts)
+    browser.write("textarea", "call")
+    wait_for(lambda: shown(browser)[0] != NOTHING)
+    set_value(browser, "textarea", "")
+    wait_for(lambda: shown(browser) == (NOTHING, [""] * 3))
+
+
+def test_an_image_among_other_columns_is_a_file_and_several_numbers_a_list(browser: Browser, photos: str, tmp_path: Path) -> None:
+    photo = Image.effect_noise((6, 4), 90).convert("RGB")
+    photo.save(tmp_path / "photo.png")
+    browser.open(photos)
+    browser.requests.clear()
+    browser.write("label:nth-of-type(2) input", "X100")
+    time.sleep(0.5)
+    assert browser.value("asked") == 0 and sent_rows(browser) == []  # not before the image is there
+    browser.attach("input[type=file]", tmp_path / "photo.png")
+    row = {"photo": {"b64": base64.b64encode((tmp_path / "photo.png").read_bytes()).decode()}, "camera": "X100"}
+    wait_for_row(browser, row)
+    answer = predicted(photos, row)
+    assert browser.texts("#values dt") == ["height", "width"]
+    assert browser.texts("#values dd") == [number(answer["height"]), number(answer["width"])]
+    size = browser.value("(canvas => [canvas.checkVisibility(), canvas.width, canvas.height])(document.querySelector('.preview'))")
+    assert size == [True, 6, 4]
+    assert ["image", "The chosen image"] in browser.names()
+    browser.screenshot(tmp_path / "photos.png")
+
+
+def test_the_form_is_legible_in_the_dark(browser: Browser, flights: str) -> None:
+    """WCAG's contrast of text on what lies below it is at least 4.5 in both schemes."""
+    for scheme in ("light", "dark"):
+        browser("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        browser.open(flights)
+        for selector in ("select", "input", "textarea, input[list]", "label > span", "#about", "button.first"):
+            assert contrast(browser, selector) >= 4.5, (scheme, selector)
+    browser("Emulation.setEmulatedMedia", features=[])
+
+
+def contrast(browser: Browser, selector: str) -> float:
+    script = """(element => {
+        const own = getComputedStyle(element).color;
+        while (getComputedStyle(element).backgroundColor === "rgba(0, 0, 0, 0)") element = element.parentElement;
+        return [own, getComputedStyle(element).backgroundColor];
+    })(document.querySelector(%s))"""
+    lights = []
+    for colour in browser.value(script % json.dumps(selector)):
+        levels = [int(level) / 255 for level in re.findall(r"\d+", colour)[:3]]
+        linear = [level / 12.92 if level <= 0.04045 else ((level + 0.055) / 1.055) ** 2.4 for level in levels]
+        lights.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
+    return (max(lights) + 0.05) / (min(lights) + 0.05)

@@ -27,8 +27,9 @@ from dlopt.part import DloptError, Feature, Signature, Target
 from dlopt.serve import Replicas, Serve
 from dlopt.serve.auth import Guard, digest, make_key, read_keys
 from dlopt.serve.metrics import DIRECTORY
+from dlopt.serve.protocols import THRESHOLD, Refusal, Request, decisions, predictions
 from dlopt.serve.replica import FLUSH_SECONDS, FRESH_SECONDS, Application, Batcher, Predictor
-from tests.served import IMAGE, NUMBERS, make_export
+from tests.served import FLIGHTS, IMAGE, NUMBERS, PHOTOS, SAID, make_export, messages
 
 KEY = "a-key-of-the-tests"
 PREDICT = "/v1/models/m:predict"
@@ -107,6 +108,78 @@ def test_nan_is_a_missing_number(home: Path) -> None:
     null = ask(app, "POST", PREDICT, content='{"instances": [[1, 2, null]]}')
     assert null.status_code == 200
     assert ask(app, "POST", PREDICT, content='{"instances": [[1, 2, NaN]]}').json() == null.json()
+
+
+ONE = Target(name="price", kind="number", columns=("price",))
+TWO = Target(name="size", kind="number", columns=("height", "width"))
+LABELS = Target(name="tags", kind="multi_label", labels=("a", "b", "c"))
+
+
+def reply_of(target: Target, outputs: np.ndarray, by_column: bool = False) -> Any:
+    body = predictions(Request([None] * len(outputs), by_column), target, outputs, decisions(target, outputs))
+    return json.loads(body)["outputs" if by_column else "predictions"]
+
+
+def test_a_single_number_is_predicted_bare_as_tensorflow_serving_does() -> None:
+    outputs = np.float32([[3.2], [-1e-9], [16777216]])
+    assert reply_of(ONE, outputs) == reply_of(ONE, outputs, by_column=True) == [3.2, -1e-9, 16777216.0]
+
+
+def test_several_numbers_are_an_object_of_the_target_columns() -> None:
+    outputs = np.float32([[1.5, 2], [0.1, -4]])
+    assert reply_of(TWO, outputs) == [{"height": 1.5, "width": 2}, {"height": 0.1, "width": -4}]
+    assert reply_of(TWO, outputs, by_column=True) == {"height": [1.5, 0.1], "width": [2, -4]}
+
+
+def test_a_row_gets_every_label_above_the_threshold() -> None:
+    outputs = np.float32([[np.nextafter(np.float32(THRESHOLD), np.float32(1)), 0.75, 0.25], [0.125, 0.25, THRESHOLD]])
+    rows = reply_of(LABELS, outputs)
+    assert [row["labels"] for row in rows] == [["a", "b"], []]
+    assert [row["probabilities"] for row in rows] == outputs.tolist()
+    assert reply_of(LABELS, outputs, by_column=True) == {"labels": [["a", "b"], []], "probabilities": outputs.tolist()}
+
+
+@pytest.mark.parametrize("target", [ONE, LABELS, Target(name="t", labels=(0, 1, 2))])
+@pytest.mark.parametrize("lost", [np.nan, np.inf])
+def test_what_is_not_finite_is_no_answer(target: Target, lost: float) -> None:
+    outputs = np.full((2, target.size), 0.25, np.float32)
+    assert len(reply_of(target, outputs)) == 2
+    outputs[1, -1] = lost
+    with pytest.raises(Refusal, match="not finite"):
+        reply_of(target, outputs)
+
+
+def test_a_table_of_every_kind_of_column_is_predicted_as_onnxruntime_does(home: Path) -> None:
+    app = application(home, FLIGHTS)
+    rows = [
+        {"delay": 2.5, "distance": 100, "carrier": "UA", "airport": "A007", "day": "2013-05-31"},
+        {"delay": None, "distance": 1, "carrier": None, "airport": "unheard of", "day": None},
+    ]
+    tensors = app._decode(json.dumps({"instances": rows}).encode())[1]
+    assert tensors["categories"].tolist() == [["UA", "A007"], ["", "unheard of"]]
+    session = onnxruntime.InferenceSession(make_export(home, FLIGHTS).path / "model.onnx")
+    (expected,) = session.run(["values"], tensors)
+    found = ask(app, "POST", PREDICT, json={"instances": rows}).json()["predictions"]
+    np.testing.assert_allclose(found, expected[:, 0], rtol=1e-6)
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    assert ask(app, "POST", PREDICT, json={"inputs": columns}).json() == {"outputs": found}
+    assert found[0] != ask(app, "POST", PREDICT, json={"instances": [rows[0] | {"carrier": "AA"}]}).json()["predictions"][0]
+
+
+def test_a_text_may_be_a_bare_string_a_row_or_a_column(home: Path) -> None:
+    app = application(home, messages())
+    found = [ask(app, "POST", PREDICT, json={"instances": [text]}).json()["predictions"][0] for text in SAID]
+    assert len({str(row["probabilities"]) for row in found}) == len(SAID)
+    rows = ask(app, "POST", PREDICT, json={"instances": [{"message": text} for text in SAID]}).json()["predictions"]
+    columns = ask(app, "POST", PREDICT, json={"inputs": {"message": SAID}}).json()["outputs"]
+    for name in ("labels", "probabilities"):
+        assert [row[name] for row in rows] == [row[name] for row in found] == columns[name]
+
+
+def test_an_image_beside_other_columns(home: Path) -> None:
+    photo = np.random.default_rng(5).integers(0, 256, (4, 6, 3)).tolist()
+    reply = ask(application(home, PHOTOS), "POST", PREDICT, json={"instances": [{"photo": photo, "camera": "X100"}]})
+    assert [set(row) for row in reply.json()["predictions"]] == [{"height", "width"}]
 
 
 # Bad requests
@@ -278,6 +351,46 @@ def test_status_and_metadata_say_what_the_model_is(home: Path) -> None:
     assert ask(app, "GET", "/v1/models").json() == {"models": ["m"]}
 
 
+def test_metadata_has_the_types_of_every_kind_of_tensor(home: Path) -> None:
+    def tensors(signature: Signature) -> dict[str, dict[str, tuple[str, list[str]]]]:
+        found = ask(application(home, signature), "GET", "/v1/models/m/metadata").json()
+        given = found["metadata"]["signature_def"]["signature_def"]["serving_default"]
+        return {
+            side: {name: (one["dtype"], [dim["size"] for dim in one["tensor_shape"]["dim"]]) for name, one in given[side].items()}
+            for side in ("inputs", "outputs")
+        }
+
+    assert tensors(FLIGHTS) == {
+        "inputs": {
+            "numbers": ("DT_FLOAT", ["-1", "2"]),
+            "categories": ("DT_STRING", ["-1", "2"]),
+            "dates": ("DT_FLOAT", ["-1", "2"]),
+        },
+        "outputs": {"minutes": ("DT_FLOAT", ["-1"])},
+    }
+    assert tensors(messages()) == {
+        "inputs": {"text": ("DT_INT32", ["-1", "-1"])},
+        "outputs": {"labels": ("DT_STRING", ["-1", "-1"]), "probabilities": ("DT_FLOAT", ["-1", "3"])},
+    }
+    assert tensors(PHOTOS)["inputs"]["codes"] == ("DT_INT32", ["-1", "1"])
+
+
+def test_metadata_leaves_the_tokenizer_out(home: Path) -> None:
+    reply = ask(application(home, messages()), "GET", "/v1/models/m/metadata")
+    (text,) = messages().inputs
+    found = Signature.model_validate(reply.json()["signature"])
+    assert found.inputs == (text.model_copy(update={"tokenizer": ""}),)
+    assert "parcel" in text.tokenizer and "parcel" not in reply.text
+    assert reply.json()["threshold"] == THRESHOLD
+
+
+@pytest.mark.parametrize("signature", [IMAGE, NUMBERS, FLIGHTS, PHOTOS])
+def test_every_model_is_asked_whether_it_is_ready(home: Path, signature: Signature) -> None:
+    app = application(home, signature)
+    app.answered -= FRESH_SECONDS
+    assert ask(app, "GET", "/readyz").json() == {"ready": True}
+
+
 def test_ready_means_that_the_model_answers_now(home: Path) -> None:
     app = application(home)
     app.answered -= FRESH_SECONDS
@@ -370,10 +483,30 @@ def test_metrics_count_what_was_done(home: Path) -> None:
         assert line in lines
 
 
+def test_labels_are_counted_one_by_one_and_numbers_summed_up(home: Path) -> None:
+    app = application(home, messages())
+    found = ask(app, "POST", PREDICT, json={"instances": list(SAID)}).json()["predictions"]
+    lines = ask(app, "GET", "/metrics").text.splitlines()
+    counts = {label: sum(label in row["labels"] for row in found) for label in messages().target.labels}
+    assert sum(counts.values()) != len(SAID)
+    for label, count in counts.items():
+        assert f'dlopt_predictions_total{{label="{label}",model="m"}} {count}.0' in lines
+
+    app = application(home, PHOTOS)
+    row = {"photo": np.zeros((4, 6, 3), int).tolist(), "camera": None}
+    found = ask(app, "POST", PREDICT, json={"instances": [row] * 3}).json()["predictions"]
+    lines = ask(app, "GET", "/metrics").text.splitlines()
+    assert 'dlopt_values_count{column="width",model="m"} 3.0' in lines
+    total = next(float(line.split()[-1]) for line in lines if line.startswith('dlopt_values_sum{column="width",'))
+    assert total == pytest.approx(3 * found[0]["width"])
+    assert not any(line.startswith("dlopt_predictions") for line in lines)
+
+
 COUNT = """
 import sys
 from dlopt.serve.metrics import Metrics
-metrics = Metrics("m", "d", ("a", "b"))
+from dlopt.part import Target
+metrics = Metrics("m", "d", Target(name="t", labels=("a", "b")))
 for _ in range(int(sys.argv[1])):
     metrics.rows.inc()
     metrics.seconds.observe(0.002)
@@ -427,6 +560,27 @@ def test_batches_of_many_requests_do_not_mix_up_answers() -> None:
     asyncio.run(main())
     assert max(sizes) <= 16
     assert len(sizes) < 60
+
+
+def test_texts_of_several_lengths_make_one_batch() -> None:
+    sizes: list[tuple[int, ...]] = []
+
+    def slow(tensors: dict[str, np.ndarray]) -> np.ndarray:
+        sizes.append(tensors["text"].shape)
+        time.sleep(0.01)
+        return tensors["text"].sum(axis=1, keepdims=True) + 1000 * (tensors["name"] == "b")
+
+    async def main() -> None:
+        batcher = Batcher(slow, max_batch=64, observe=lambda rows, seconds: None)
+        batcher.seconds_per_row = 1.0
+        texts = [np.arange(1, 2 * length + 1, dtype=np.int32).reshape(2, length) for length in (3, 7, 1, 12, 5)]
+        names = [np.array([["a"], ["b"]], dtype=object)] * len(texts)
+        found = await asyncio.gather(*(batcher({"text": text, "name": name}) for text, name in zip(texts, names, strict=True)))
+        for text, answer in zip(texts, found, strict=True):
+            np.testing.assert_array_equal(answer, text.sum(axis=1, keepdims=True) + np.array([[0], [1000]]))
+
+    asyncio.run(main())
+    assert sizes == [(10, 12)]
 
 
 def test_one_failing_request_does_not_fail_its_neighbours() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,23 +16,20 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from dlopt.artifact import Artifact, Stage, once
-from dlopt.data.inputs import NumberInput
-from dlopt.data.moments import of
 from dlopt.data.prepared import Split, as_table, write_part
 from dlopt.models import Mlp
 from dlopt.optim.optimizers import Adam, Sgd
 from dlopt.optim.schedules import Cosine, Plateau
-from dlopt.part import DloptError, Feature, Part, Signature, Target
+from dlopt.part import DloptError, Part, Signature, Target
 from dlopt.train import metrics_log, state
 from dlopt.train.evaluate import evaluate
+from dlopt.train.metrics import names
 from dlopt.train.section import EarlyStopping, Fit, Train
 from dlopt.train.worker import Assignment, _Worker, load_network, rates
+from tests import sets
+from tests.test_models import numbers, statistics
 
-COLUMNS = ("a", "b", "c", "d")
-SIGNATURE = Signature(
-    inputs=(Feature(name="numbers", kind="number", dtype="float32", shape=(4,), columns=COLUMNS),),
-    target=Target(name="label", labels=("no", "yes")),
-)
+SIGNATURE = Signature(inputs=(numbers("a", "b", "c", "d"),), target=Target(name="label", labels=("no", "yes")))
 CPU = torch.device("cpu")
 
 
@@ -49,14 +47,13 @@ def write(section: Rows, out: Path) -> dict[str, Any]:
     generator = np.random.default_rng(5)
     for name in ("train", "validation", "test"):
         rows = getattr(section, name)
-        numbers = generator.normal(size=(rows, 4)).astype(np.float32)
-        score = section.signal * numbers.sum(axis=1) + (1 - section.signal) * generator.normal(size=rows)
-        table = as_table(SIGNATURE, {"numbers": numbers, "label": (score > 0).astype(np.int64)})
+        values = generator.normal(size=(rows, 4)).astype(np.float32)
+        score = section.signal * values.sum(axis=1) + (1 - section.signal) * generator.normal(size=rows)
+        table = as_table(SIGNATURE, {"numbers": values, "label": (score > 0).astype(np.int64)})
         if rows:
             write_part(table, SIGNATURE, out / name / "part-00000.parquet")
-        if name == "train":
-            found = of(SIGNATURE.inputs[0], table).statistics(NumberInput(columns=COLUMNS))
-            (out / "statistics.json").write_text(json.dumps({"numbers": found.model_dump()}))
+    found = statistics([0.0] * 4, [0.0] * 4, [1.0] * 4)
+    (out / "statistics.json").write_text(json.dumps({"numbers": found.model_dump()}))
     (out / "signature.json").write_text(SIGNATURE.model_dump_json())
     return {}
 
@@ -106,7 +103,7 @@ def test_the_epoch_line_weighs_every_row_alike(tmp_path: Path) -> None:
     assert line["train"]["loss"] == pytest.approx((299 * first + second) / 300, rel=1e-6)
 
 
-@pytest.mark.parametrize("monitor", ["loss", "accuracy"])
+@pytest.mark.parametrize("monitor", ["loss", "accuracy", "roc_auc", "f1"])
 def test_the_weights_of_the_best_epoch_are_kept(monitor: str, tmp_path: Path) -> None:
     data = prepared(tmp_path, signal=0.3, train=60)
     info = work(section(epochs=30, monitor=monitor, optimizer=Adam(lr=0.05)), data, tmp_path / "out")
@@ -117,7 +114,66 @@ def test_the_weights_of_the_best_epoch_are_kept(monitor: str, tmp_path: Path) ->
     assert info["metrics"]["validation"][monitor] == pytest.approx(best, abs=1e-12)
     network = load_network(section(), data)
     network.load_state_dict(state.load_tensors((tmp_path / "out" / "weights.safetensors").read_bytes()))
-    assert getattr(evaluate(network, Split.open(data, "validation"), CPU), monitor) == pytest.approx(best, abs=1e-12)
+    assert evaluate(network, Split.open(data, "validation"), CPU)[monitor] == pytest.approx(best, abs=1e-12)
+
+
+TARGETS = [sets.TWO, sets.THREE, sets.LABELS, sets.NUMBER, sets.PAIR]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+def test_every_kind_of_target_is_learned_from_every_kind_of_input_and_measured(target: Target, tmp_path: Path) -> None:
+    data = sets.prepared(tmp_path, sets.signature(sets.NUMBERS, sets.CATEGORIES, sets.HASHED, sets.TEXT, target=target), train=1000)
+    fit = section(epochs=20, precision="float64")
+    info = work(fit.model_copy(update={"model": Mlp(hidden=(32,), dropout=0.0)}), data, tmp_path / "out")
+    assert {name: set(found) for name, found in info["metrics"].items()} == dict.fromkeys(
+        ("train", "validation", "test"), set(names(target.kind, target.size))
+    )
+    test = info["metrics"]["test"]
+    assert test[names(target.kind)[1]] > {"category": 0.8, "multi_label": 0.8, "number": 0.7}[target.kind]
+    assert pq.read_table(tmp_path / "out" / "predictions.parquet").num_rows == 80
+    lines = epochs(tmp_path / "out")
+    assert all(set(line["train"]) == ({"loss", "accuracy"} if target.kind == "category" else {"loss"}) for line in lines)
+    assert all(set(line["validation"]) == set(test) for line in lines)
+    assert lines[-1]["train"]["loss"] < 0.5 * lines[0]["train"]["loss"]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+def test_the_train_loss_of_an_epoch_at_rest_is_that_of_the_split(target: Target, tmp_path: Path) -> None:
+    data = sets.prepared(tmp_path, sets.signature(sets.NUMBERS, sets.TEXT, target=target))
+    fit = section(epochs=1, precision="float64", optimizer=Sgd(lr=1e-300), batch_size=77)
+    info = work(fit.model_copy(update={"model": Mlp(dropout=0.0)}), data, tmp_path / "out")
+    (line,) = epochs(tmp_path / "out")
+    assert line["train"]["loss"] == pytest.approx(info["metrics"]["train"]["loss"], rel=1e-6)
+    assert line["train"].get("accuracy", info["metrics"]["train"].get("accuracy")) == info["metrics"]["train"].get("accuracy")
+
+
+@pytest.mark.parametrize(("monitor", "target"), [("mae", sets.NUMBER), ("r2", sets.NUMBER), ("macro_roc_auc", sets.LABELS)])
+def test_what_decides_on_the_best_epoch_has_its_own_direction(monitor: str, target: Target, tmp_path: Path) -> None:
+    data = sets.prepared(tmp_path, sets.signature(sets.NUMBERS, target=target), noise=2.0, train=60)
+    info = work(section(epochs=40, monitor=monitor, optimizer=Adam(lr=0.1)), data, tmp_path / "out")
+    values = [line["validation"][monitor] for line in epochs(tmp_path / "out")]
+    best = min(values) if monitor == "mae" else max(values)
+    assert info["best_epoch"] == values.index(best) + 1
+    assert 1 < info["best_epoch"] < 40
+    assert info["metrics"]["validation"][monitor] == best
+
+
+def test_a_validation_split_that_cannot_tell_what_decides_is_one_line(tmp_path: Path) -> None:
+    data = sets.prepared(tmp_path, sets.signature(sets.NUMBERS), rare=-100.0)
+    assert data.info["labels"]["validation"] == {"no": 0, "yes": 100}
+    with pytest.raises(DloptError, match=r"^train\.monitor: the validation split cannot tell roc_auc .*: use monitor: loss or give "):
+        work(section(monitor="roc_auc"), data, tmp_path / "out")
+
+
+def test_class_weights_raise_the_recall_of_a_rare_class_and_the_loss_stays_of_a_size(tmp_path: Path) -> None:
+    data = sets.prepared(tmp_path, sets.signature(sets.NUMBERS, sets.CATEGORIES), noise=1.0, rare=2.5, train=2000, test=2000)
+    assert data.info["labels"]["train"]["yes"] < 300
+    plain, weighted = work(section(), data, tmp_path / "plain"), work(section(class_weights="balanced"), data, tmp_path / "weighted")
+    assert weighted["metrics"]["test"]["recall"] > plain["metrics"]["test"]["recall"] + 0.2
+    by_hand = work(section(class_weights={"yes": 2000 / data.info["labels"]["train"]["yes"] - 1}), data, tmp_path / "by_hand")
+    assert by_hand["metrics"]["test"] == pytest.approx(weighted["metrics"]["test"], rel=1e-3)
+    first = [next(line["loss"] for line in metrics_log.read(tmp_path / name / metrics_log.NAME) if "loss" in line) for name in ("plain", "weighted")]
+    assert 0.3 < first[1] / first[0] < 3
 
 
 def test_early_stopping_ends_training_after_so_many_epochs_without_improvement(tmp_path: Path) -> None:

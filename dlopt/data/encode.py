@@ -1,18 +1,24 @@
-"""What happens to raw values outside the model's graph: decoding. Both `prepare` and the server's replica use it, so
-that training and serving see the same numbers. Imports neither torch nor Ray."""
+"""What happens to raw values outside the model's graph: decoding, hashing, tokens, parts of dates. Both `prepare` and the server's
+replica use it, so that training and serving see the same numbers. Imports neither torch nor Ray, and pyarrow only for dates."""
 
 from __future__ import annotations
 
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from datetime import date, datetime
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from dlopt.data.counter import string_words
+from dlopt.data.text import join_texts, tokens_of
 from dlopt.part import DloptError, Feature, Signature
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Pillow's name for an image with so many channels."""
@@ -56,17 +62,95 @@ def decode_image(
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 
+def encode_png(pixels: np.ndarray) -> bytes:
+    """Pixels, uint8 (height, width, channels), as a PNG: the way back, without loss."""
+    content = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(content, format="png")
+    return content.getvalue()
+
+
 def _in_bytes(image: Image.Image) -> Image.Image:
     """16-bit grey as 8-bit grey: 65,535 becomes 255."""
     return Image.fromarray(((np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+
+
+def as_text(value: Any) -> str:
+    """The text that stands for a category, whatever type a source or a client gave it: 7, 7.0 and "7" are one; "" is missing."""
+    if value is None or value != value:
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() else repr(value)
+    return value.isoformat() if isinstance(value, (date, datetime)) else str(value)
+
+
+def hashed(values: pa.Array, buckets: int) -> np.ndarray:
+    """The code of each text, int32 (rows,): its hash modulo `buckets`."""
+    codes = values.dictionary_encode()
+    words = string_words(codes.dictionary.to_pylist()) % np.uint64(buckets)
+    return words.astype(np.int32)[codes.indices.to_numpy()]
+
+
+def parse_dates(values: pa.Array, form: str) -> pa.Array:
+    """Dates, timestamps or texts as timestamps of microseconds in UTC. Raises DloptError naming the first value that is none.
+
+    form: how texts are written, as strptime has it; "" for ISO 8601, with or without a time and a zone.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = values.type
+    if pa.types.is_null(kind):
+        return values.cast(pa.timestamp("us"))
+    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+        return (
+            values.cast(pa.timestamp("us", "UTC"), safe=False).cast(pa.timestamp("us"))
+            if getattr(kind, "tz", None)
+            else values.cast(pa.timestamp("us"), safe=False)
+        )
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise DloptError(f"{kind} is not a date")
+    try:
+        if form:
+            return pc.strptime(values, format=form, unit="us")
+        zoned = pc.match_substring_regex(values, r"\d(Z|[+-]\d\d:?\d\d)$")
+        if not pc.any(zoned).as_py():
+            return values.cast(pa.timestamp("us"))
+        local = pc.if_else(zoned, values, pc.binary_join_element_wise(values, "Z", ""))
+        return local.cast(pa.timestamp("us", "UTC")).cast(pa.timestamp("us"))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        first = next((value for value in values.to_pylist() if value is not None), "")
+        like = f"such as {form}" if form else "such as 2026-11-24 or 2026-11-24T08:30:00Z"
+        raise DloptError(f"{first!r:.40} is not a date {like}") from None
+
+
+def date_parts(values: pa.Array, parts: Sequence[str]) -> np.ndarray:
+    """Parts of timestamps, float32 (rows, parts), NaN where missing."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    def part(name: str) -> pa.Array:
+        match name:
+            case "days":
+                return pc.divide(values.cast(pa.int64()).cast(pa.float64()), 86_400e6)
+            case "weekday":
+                return pc.day_of_week(values)
+            case "week":
+                return pc.iso_week(values)
+        return getattr(pc, name)(values)  # one of DatePart's names
+
+    columns = [part(name).cast(pa.float64()).to_numpy(zero_copy_only=False) for name in parts]
+    return np.stack(columns, axis=1).astype(np.float32)
 
 
 def encode_rows(signature: Signature, rows: Sequence[Any]) -> dict[str, np.ndarray]:
     """Raw rows as a client sends them, as the tensors that the model takes: {name: (rows, *shape)}.
 
     A row is an object of columns; when the model has one input tensor, its bare value is a row as well. An image is nested
-    numbers 0-255 of shape (height, width) or (height, width, channels), or {"b64": base64 of an encoded image}. A number may
-    be null (missing). Raises DloptError naming the row and the column.
+    numbers 0-255 of shape (height, width) or (height, width, channels), or {"b64": base64 of an encoded image}. A number, a date
+    (ISO 8601), a category (a string, a number, true or false) and a text may be null (missing). Strings come back as an array of
+    objects. Raises DloptError naming the row and the column.
     """
     return {feature.name: _encode(signature, feature, rows) for feature in signature.inputs}
 
@@ -75,7 +159,59 @@ def _encode(signature: Signature, feature: Feature, rows: Sequence[Any]) -> np.n
     alone = len(signature.inputs) == 1
     if feature.kind == "image":
         return _images(feature, [_value(row, feature.columns[0], index, alone) for index, row in enumerate(rows)])
-    return _numbers(feature, rows, alone)
+    if feature.kind == "number":
+        return _numbers(feature, rows, alone)
+    columns = _columns(feature, rows, alone)
+    if feature.kind == "category":
+        return _categories(feature, columns)
+    if feature.kind == "text":
+        return tokens_of(feature).encode(join_texts([_texts(name, values) for name, values in columns.items()]))
+    return np.concatenate([_dates(feature, name, values) for name, values in columns.items()], axis=1)
+
+
+def _columns(feature: Feature, rows: Sequence[Any], alone: bool) -> dict[str, list[Any]]:
+    """The raw values of each column of an input."""
+    if alone and rows and not isinstance(rows[0], Mapping):
+        if len(feature.columns) == 1:
+            return {feature.columns[0]: [row[0] if isinstance(row, (list, tuple)) and len(row) == 1 else row for row in rows]}
+        if any(not isinstance(row, (list, tuple)) or len(row) != len(feature.columns) for row in rows):
+            raise DloptError(
+                f"rows must be lists of {len(feature.columns)} values or objects with the columns {', '.join(feature.columns)}"
+            )
+        return {name: [row[place] for row in rows] for place, name in enumerate(feature.columns)}
+    return {name: [_value(row, name, index, alone=False) for index, row in enumerate(rows)] for name in feature.columns}
+
+
+def _categories(feature: Feature, columns: dict[str, list[Any]]) -> np.ndarray:
+    """Texts, object (rows, columns), or int32 codes where they are hashed."""
+    found = [[_category(name, index, value) for index, value in enumerate(values)] for name, values in columns.items()]
+    if feature.buckets:
+        return np.stack([(string_words(values) % np.uint64(feature.buckets)).astype(np.int32) for values in found], axis=1)
+    return np.array(found, dtype=object).T.reshape(len(found[0]), len(found))
+
+
+def _category(name: str, index: int, value: Any) -> str:
+    if value is not None and not isinstance(value, (str, int, float)):
+        raise DloptError(f"row {index}: {name}: give a string, a number, true, false or null")
+    return as_text(value)
+
+
+def _texts(name: str, values: list[Any]) -> list[str | None]:
+    for index, value in enumerate(values):
+        if value is not None and not isinstance(value, str):
+            raise DloptError(f"row {index}: {name}: {value!r:.40} is not a text")
+    return values
+
+
+def _dates(feature: Feature, name: str, values: list[Any]) -> np.ndarray:
+    import pyarrow as pa
+
+    for index, value in enumerate(_texts(name, values)):
+        try:
+            parse_dates(pa.array([value or None], pa.string()), feature.form)
+        except DloptError as error:
+            raise DloptError(f"row {index}: {name}: {error}") from None
+    return date_parts(parse_dates(pa.array([value or None for value in values], pa.string()), feature.form), feature.parts)
 
 
 def _value(row: Any, column: str, index: int, alone: bool) -> Any:
@@ -177,4 +313,4 @@ def _numbers(feature: Feature, rows: Sequence[Any], alone: bool) -> np.ndarray:
 
 
 def _empty(feature: Feature) -> np.ndarray:
-    return np.zeros((0, *feature.shape), dtype=feature.dtype)
+    return np.zeros((0, *feature.shape), dtype=feature.stored)

@@ -5,99 +5,108 @@ Merging of means and squared deviations: Chan, Golub, LeVeque 1983, "Algorithms 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 
-from dlopt.data.inputs import NORMALIZATIONS, ImageInput, NumberInput
-from dlopt.data.prepared import feature_array
-from dlopt.part import Feature, Statistics
+from dlopt.part import Statistics
+
+Array = np.ndarray
+
+NORMALIZATIONS: dict[str, Callable[[Array, Array, Array, Array], tuple[Array, Array]]] = {
+    "none": lambda low, high, mean, std: (np.zeros_like(low), np.ones_like(low)),
+    "min_max": lambda low, high, mean, std: (low, 1 / nonzero(high - low)),
+    "symmetric": lambda low, high, mean, std: ((low + high) / 2, 2 / nonzero(high - low)),
+    "max_abs": lambda low, high, mean, std: (np.zeros_like(low), 1 / nonzero(np.maximum(abs(low), abs(high)))),
+    "standard": lambda low, high, mean, std: (mean, 1 / nonzero(std)),
+}
+"""name: least, greatest, mean and deviation of the training split to (shift, scale); the model computes (x - shift) * scale."""
+
+COLUMNS_AT_ONCE = 32
+"""Columns that are summed up together: what they need fits into a processor's cache."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Per channel or column: values, missing ones, extremes, mean and sum of squared deviations of those that are there."""
+    """Per channel or column, float64 or int64 arrays: values, missing ones, extremes, mean and sum of squared deviations of those
+    that are there; without a value, the extremes are infinite and the mean is 0."""
 
     count: int
-    missing: list[int]
-    min: list[float | None]
-    max: list[float | None]
-    mean: list[float]
-    squares: list[float]
+    missing: Array
+    low: Array
+    high: Array
+    mean: Array
+    squares: Array
 
-    def statistics(self, part: ImageInput | NumberInput) -> Statistics:
-        """What the model needs: extremes, mean, deviation, and the fill, shift and scale that the job asks for."""
-        seen = self.count - np.array(self.missing)
-        low, high = _or_zero(self.min), _or_zero(self.max)
-        mean, std = np.array(self.mean), np.sqrt(np.array(self.squares) / np.maximum(seen, 1))
-        shift, scale = NORMALIZATIONS[part.normalize](low, high, mean, std)
-        fill = mean if isinstance(part, ImageInput) or part.fill == "mean" else np.zeros_like(mean)
-        lists = {"min": low, "max": high, "mean": mean, "std": std, "fill": fill, "shift": shift, "scale": scale}
-        return Statistics(count=self.count, missing=tuple(self.missing), **{name: tuple(array.tolist()) for name, array in lists.items()})
+    @property
+    def std(self) -> Array:
+        """Population standard deviation."""
+        return np.sqrt(self.squares / np.maximum(self.count - self.missing, 1))
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of both together."""
+        mine, yours = self.count - self.missing, other.count - other.missing
+        seen = np.maximum(mine + yours, 1)
+        difference = other.mean - self.mean
+        mean = np.where(mine == 0, other.mean, self.mean + difference * yours / seen)
+        return Moments(
+            self.count + other.count,
+            self.missing + other.missing,
+            np.minimum(self.low, other.low),
+            np.maximum(self.high, other.high),
+            mean,
+            self.squares + other.squares + difference**2 * mine * yours / seen,
+        )
+
+    def statistics(self, normalize: str) -> Statistics:
+        """What the model needs to scale like this."""
+        low, high = finite(self.low), finite(self.high)
+        shift, scale = NORMALIZATIONS[normalize](low, high, self.mean, self.std)
+        lists = {"min": low, "max": high, "mean": self.mean, "std": self.std, "fill": self.mean, "shift": shift, "scale": scale}
+        return Statistics(
+            count=self.count,
+            missing=tuple(self.missing.astype(int).tolist()),
+            **{name: tuple(np.asarray(array, dtype=np.float64).tolist()) for name, array in lists.items()},
+        )
 
 
-def of(feature: Feature, table: pa.Table) -> Moments:
-    """Moments of a part of the training split; images are summed as integers, so exactly."""
-    values = feature_array(feature, table)
-    if feature.kind == "image":
-        return _of_pixels(values.reshape(-1, feature.shape[2]))
-    missing = np.isnan(values)
-    seen = np.maximum(len(values) - missing.sum(axis=0), 1)
-    present = np.where(missing, 0.0, values.astype(np.float64))
-    mean = present.sum(axis=0) / seen
-    squares = np.where(missing, 0.0, (present - mean) ** 2).sum(axis=0)
-    low, high = np.where(missing, np.inf, values).min(axis=0), np.where(missing, -np.inf, values).max(axis=0)
-    return Moments(len(values), missing.sum(axis=0).tolist(), _finite(low), _finite(high), mean.tolist(), squares.tolist())
+def of_values(values: np.ndarray) -> Moments:
+    """Of numbers, float32 (rows, columns) with NaN where missing."""
+    blocks = [_of_block(values[:, start : start + COLUMNS_AT_ONCE]) for start in range(0, values.shape[1], COLUMNS_AT_ONCE)]
+    return Moments(len(values), *(np.concatenate(arrays) for arrays in zip(*blocks, strict=True)))
 
 
-def merge(parts: Sequence[Moments]) -> Moments:
-    """Moments of all parts together, added up in the given order."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = _merge_two(total, part)
-    return total
+def _of_block(values: np.ndarray) -> tuple[Array, Array, Array, Array, Array]:
+    columns = np.ascontiguousarray(values.T, dtype=np.float64)
+    absent = np.isnan(columns)
+    missing = absent.sum(axis=1)
+    if not missing.any():
+        mean = columns.mean(axis=1) if columns.shape[1] else np.zeros(len(columns))
+        squares = np.square(columns - mean[:, None]).sum(axis=1)
+        return missing, columns.min(axis=1, initial=np.inf), columns.max(axis=1, initial=-np.inf), mean, squares
+    seen = np.maximum(columns.shape[1] - missing, 1)
+    mean = np.where(absent, 0.0, columns).sum(axis=1) / seen
+    squares = np.square(np.where(absent, mean[:, None], columns) - mean[:, None]).sum(axis=1)
+    low, high = np.where(absent, np.inf, columns).min(axis=1), np.where(absent, -np.inf, columns).max(axis=1)
+    return missing, low, high, mean, squares
 
 
-def _of_pixels(values: np.ndarray) -> Moments:
-    count = len(values)
+def of_pixels(values: np.ndarray) -> Moments:
+    """Of bytes, uint8 (pixels, channels), summed as integers, so exactly."""
+    count, channels = values.shape
     total = values.sum(axis=0, dtype=np.int64)
-    squares = np.array([np.square(values[:, channel], dtype=np.uint32).sum(dtype=np.int64) for channel in range(values.shape[1])])
-    mean = total / count
-    return Moments(
-        count,
-        [0] * values.shape[1],
-        values.min(axis=0).astype(float).tolist(),
-        values.max(axis=0).astype(float).tolist(),
-        mean.tolist(),
-        np.maximum(squares - total * mean, 0.0).tolist(),
-    )
+    squares = np.array([np.square(values[:, channel], dtype=np.uint32).sum(dtype=np.int64) for channel in range(channels)])
+    mean = total / max(count, 1)
+    low, high = values.min(axis=0, initial=255).astype(float), values.max(axis=0, initial=0).astype(float)
+    return Moments(count, np.zeros(channels, np.int64), low, high, mean, np.maximum(squares - total * mean, 0.0))
 
 
-def _merge_two(a: Moments, b: Moments) -> Moments:
-    seen_a, seen_b = a.count - np.array(a.missing), b.count - np.array(b.missing)
-    seen = np.maximum(seen_a + seen_b, 1)
-    difference = np.array(b.mean) - np.array(a.mean)
-    return Moments(
-        a.count + b.count,
-        (np.array(a.missing) + np.array(b.missing)).tolist(),
-        _either(min, a.min, b.min),
-        _either(max, a.max, b.max),
-        np.where(seen_a == 0, b.mean, np.array(a.mean) + difference * seen_b / seen).tolist(),
-        (np.array(a.squares) + np.array(b.squares) + difference**2 * seen_a * seen_b / seen).tolist(),
-    )
+def finite(values: np.ndarray) -> np.ndarray:
+    """0 for the extremes of a column without values."""
+    return np.where(np.isfinite(values), values, 0.0)
 
 
-def _either(choose: object, a: list[float | None], b: list[float | None]) -> list[float | None]:
-    assert callable(choose)
-    return [choose([value for value in pair if value is not None], default=None) for pair in zip(a, b, strict=True)]
-
-
-def _finite(values: np.ndarray) -> list[float | None]:
-    """JSON has no infinity: None stands for a column without values."""
-    return [float(value) if np.isfinite(value) else None for value in values]
-
-
-def _or_zero(values: list[float | None]) -> np.ndarray:
-    return np.array([0.0 if value is None else value for value in values])
+def nonzero(spread: np.ndarray) -> np.ndarray:
+    """A column that never varies is divided by 1."""
+    return np.where(spread > 0, spread, 1.0)

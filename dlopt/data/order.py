@@ -4,36 +4,50 @@ An epoch permutes the chunks (row groups) and cuts the sequence into windows of 
 a batch are shared out over a fixed number of lanes, each lane gets a contiguous run of the permuted chunks, and its rows
 are put into a random order. A worker takes a contiguous run of lanes: it reads only the chunks that it uses, and every
 global batch is the same set of rows in the same order whether one worker computes it or sixty-four.
+
+Balanced, the sequence has each row as often as its class is rarer than others: rows get a length each, and as many equally distant
+points as an epoch has rows fall on them (systematic resampling). All lengths are integers, so that no rounding decides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from dlopt.data.counter import bits
+from dlopt.data.counter import bits, stream
 
 LANES = 64
 """The most workers that a batch can be shared out to; fixed, since it is part of the order."""
 WINDOW_BYTES = 256 * 2**20
 """About how many bytes of rows are shuffled at a time, over all workers together; fixed for the same reason."""
-CHUNKS, ROWS = 1, 2  # purposes of random numbers
+CHUNKS, ROWS, POINTS, PARTNERS = 1, 2, 4, 5  # purposes of random numbers; 3 is augmentation's
+AGAIN = 2**36
+"""A pick is a row and how often it has come before in the epoch, as one integer: row + AGAIN * times."""
+LENGTH = 2**24
+"""About the length of a row, were all classes equally frequent."""
+
+
+def row_of(picks: np.ndarray) -> np.ndarray:
+    """The rows of picks."""
+    return picks % AGAIN
 
 
 @dataclass(frozen=True)
 class Order:
-    """The order of one split. chunk_rows: rows of each chunk; window: batches in a window."""
+    """The order of one split. chunk_rows: rows of each chunk; window: batches in a window; classes: of each row, for a balanced one."""
 
     seed: int
     chunk_rows: tuple[int, ...]
     batch_size: int
     window: int
+    classes: np.ndarray | None = None
 
     @classmethod
-    def of(cls, seed: int, chunk_rows: Sequence[int], batch_size: int, row_bytes: int) -> Order:
-        return cls(seed, tuple(chunk_rows), batch_size, max(1, WINDOW_BYTES // (row_bytes * batch_size)))
+    def of(cls, seed: int, chunk_rows: Sequence[int], batch_size: int, row_bytes: int, classes: np.ndarray | None = None) -> Order:
+        return cls(seed, tuple(chunk_rows), batch_size, max(1, WINDOW_BYTES // (row_bytes * batch_size)), classes)
 
     @property
     def rows(self) -> int:
@@ -41,7 +55,7 @@ class Order:
 
     @property
     def batches(self) -> int:
-        """Batches in an epoch; the last may be smaller, no row is left out."""
+        """Batches in an epoch; the last may be smaller, no place is left out."""
         return -(-self.rows // self.batch_size)
 
     @property
@@ -58,29 +72,80 @@ class Order:
         lanes = self.lane_of_slot
         return int(np.searchsorted(lanes, rank * LANES // world)), int(np.searchsorted(lanes, (rank + 1) * LANES // world))
 
-    def window_rows(self, epoch: int, window: int) -> np.ndarray:
-        """Row numbers of a window of an epoch, batch after batch, slot after slot."""
+    def picks(self, epoch: int, window: int) -> np.ndarray:
+        """The picks of a window of an epoch, batch after batch, slot after slot, int64."""
         start = window * self.window * self.batch_size
         stop = min(start + self.window * self.batch_size, self.rows)
-        rows = self._permuted_chunks(epoch, start, stop)
-        lane = self.lane_of_slot[np.arange(stop - start) % self.batch_size]
+        picks = self._sequence(epoch, start, stop)
+        lane = self._lanes(len(picks))
         by_lane = np.argsort(lane, kind="stable")
-        shuffled = rows[np.lexsort((bits(rows, self.seed, epoch, ROWS), lane[by_lane]))]
-        order = np.empty_like(rows)
+        shuffled = picks[np.lexsort((bits(picks, self.seed, epoch, ROWS), lane[by_lane]))]
+        order = np.empty_like(picks)
         order[by_lane] = shuffled
         return order
 
-    def _permuted_chunks(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        """Row numbers from `start` up to `stop` of the sequence of permuted chunks."""
-        sizes = np.array(self.chunk_rows, dtype=np.int64)
-        first = np.cumsum(sizes) - sizes
-        permutation = np.argsort(bits(np.arange(len(sizes)), self.seed, epoch, CHUNKS), kind="stable")
-        ends = np.cumsum(sizes[permutation])
-        touched = range(int(np.searchsorted(ends, start, side="right")), int(np.searchsorted(ends, stop, side="left")) + 1)
-        parts = []
-        for place in touched:
-            chunk, end = permutation[place], ends[place]
-            begin = end - sizes[chunk]
-            low, high = max(start, begin) - begin, min(stop, end) - begin
-            parts.append(np.arange(first[chunk] + low, first[chunk] + high))
-        return np.concatenate(parts)
+    def partners(self, epoch: int, picks: np.ndarray) -> np.ndarray:
+        """For each pick of a window another one of its lane, by a random permutation without fixed points; its own where the lane
+        has no other. A worker computes whole lanes, so partners are at hand whoever computes them."""
+        lane = self._lanes(len(picks))
+        places = np.lexsort((bits(picks, self.seed, epoch, PARTNERS), lane))
+        first = np.flatnonzero(np.diff(lane[places], prepend=-1))
+        following = np.roll(places, -1)
+        following[np.append(first[1:], len(places)) - 1] = places[first]
+        partners = np.empty_like(picks)
+        partners[places] = picks[following]
+        return partners
+
+    def _lanes(self, rows: int) -> np.ndarray:
+        """The lane of each place of a window, (rows,)."""
+        return self.lane_of_slot[np.arange(rows) % self.batch_size]
+
+    def _sequence(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """Picks from `start` up to `stop` of the sequence of permuted chunks."""
+        permutation = np.argsort(bits(np.arange(len(self.chunk_rows)), self.seed, epoch, CHUNKS), kind="stable")
+        points = np.arange(start, stop)
+        if self.classes is not None:
+            points = points * self._step + int(stream(self.seed, epoch, POINTS) % np.uint64(self._step))
+        ends = np.cumsum(self._chunk_lengths[permutation])
+        touched = range(int(np.searchsorted(ends, points[0], side="right")), int(np.searchsorted(ends, points[-1], side="right")) + 1)
+        parts = np.split(points, np.searchsorted(points, ends[touched.start : touched.stop - 1]))
+        found = []
+        for place, part in zip(touched, parts, strict=True):
+            chunk = int(permutation[place])
+            found.append(self._hit(chunk, part - (ends[place] - self._chunk_lengths[chunk])))
+        return np.concatenate(found)
+
+    def _hit(self, chunk: int, points: np.ndarray) -> np.ndarray:
+        """The picks of a chunk on which points fall. points: how far behind the beginning of the chunk, rising."""
+        first = self._starts[chunk]
+        if self.classes is None:
+            return first + points
+        lengths = self._lengths[self.classes[first : first + self.chunk_rows[chunk]]]
+        ends = np.cumsum(lengths)
+        row = np.searchsorted(ends, points, side="right")
+        times = (points - (ends[row] - lengths[row])) // self._step
+        return first + row + AGAIN * times
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        """The first row of each chunk."""
+        return np.cumsum(self.chunk_rows, dtype=np.int64) - np.array(self.chunk_rows, dtype=np.int64)
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        """The length of a row of each class: in inverse proportion to how many of the class there are."""
+        counts = np.bincount(self.classes if self.classes is not None else [])
+        return LENGTH * self.rows // np.maximum(1, counts * np.count_nonzero(counts))
+
+    @cached_property
+    def _chunk_lengths(self) -> np.ndarray:
+        """The sum of its rows' lengths for each chunk; a row counts 1 where the order is not balanced."""
+        if self.classes is None:
+            return np.array(self.chunk_rows, dtype=np.int64)
+        parts = np.split(self.classes, self._starts[1:])
+        return np.array([self._lengths[part].sum() for part in parts], dtype=np.int64)
+
+    @cached_property
+    def _step(self) -> int:
+        """The distance of two points."""
+        return int(self._chunk_lengths.sum()) // self.rows

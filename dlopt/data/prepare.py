@@ -1,60 +1,110 @@
 """The prepare stage: raw rows to clean, split, encoded rows and statistics of the training split, on Ray Data.
 
-Two passes. The first decodes every row and gives it a 128-bit key, the hash of its content; rows that cannot be read go to
-`bad/` with their reason. The second brings rows of one range of keys together, sorts them, drops duplicates, splits, writes
-parquet and sums statistics. The keys alone decide where a row goes, so the artifact does not depend on blocks or workers.
-A set that makes one range is brought together by one task; more ranges take a shuffle, whose workers are seconds in starting.
+The first pass reads the source, a block at a time: rules, decoding, and pieces of rows in the order of their keys (spill.py). What
+is then decided about rows is a plan (plan.py). The later passes go over ranges of keys (passes.py): look for duplicates where they
+need all rows, for where to cut, for outliers; observe the training rows, all columns in one pass; and write. Keys alone decide where
+a row goes, so the artifact does not depend on files, blocks or workers; and no process ever holds more than a block or a range.
 """
 
 from __future__ import annotations
 
 import json
+import pickle
+import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from dlopt.artifact import Stage, write_atomically
-from dlopt.data import moments
-from dlopt.data.counter import row_keys, string_words
-from dlopt.data.moments import Moments
-from dlopt.data.prepared import columns_of, feature_columns, row_bytes, write_part
+from dlopt.data import passes
+from dlopt.data.clean import DropColumns, ExactDuplicates, NearDuplicates, Outliers
+from dlopt.data.inputs import NumberTarget, TextInput
+from dlopt.data.inputs.number import QUARTILES, Bound
+from dlopt.data.passes import Observed
+from dlopt.data.plan import Origin, Plan
 from dlopt.data.section import Data
 from dlopt.data.sources import Source
-from dlopt.data.split import NAMES, StratifiedSplit, Thresholds
-from dlopt.part import DloptError, Feature, Signature, Target
+from dlopt.data.spill import Piece, Spill, from_json, is_local
+from dlopt.data.split import NAMES, GivenSplit, StratifiedSplit, TimeSplit, cut
+from dlopt.part import DloptError, Feature, Signature, Statistics, Target
 from dlopt.progress import Progress, silent
 from dlopt.session import data_context
 
-if TYPE_CHECKING:
-    from ray.data import Dataset
-
 PART_BYTES = 64 * 2**20
-"""About how many bytes of encoded rows one file gets; their number follows from the rows, not from the cluster."""
+"""About how many bytes of encoded rows one range has; their number follows from the rows, not from the cluster."""
+BUCKET_ROWS = 2**22
+"""About how many rows are compared by one task when duplicates are looked for among all of them."""
 PEEK_ROWS = 64
-LABEL, HIGH, LOW, RANGE = "__label", "__high", "__low", "__range"
-REASON, RAW = "__reason", "__raw"
-"""Why a row is bad, null for a good one, and the row as it was read, as a table of Arrow's stream format."""
+SPILL = "spill"
 
 
-def peek(section: Data) -> tuple[Feature, ...]:
-    """The model's inputs, from the first rows, without Ray. Raises DloptError on missing files and columns."""
-    return _look(section)[0]
+def peek(section: Data) -> Signature:
+    """The model's inputs and outputs as far as the first rows tell, without Ray: vocabularies are empty, and classes stand-ins.
+    Raises DloptError on missing files and columns."""
+    features, _ = _look(section)
+    kind = section.target.kind
+    if isinstance(section.target, NumberTarget):
+        return Signature(inputs=features, target=section.target.target({}))
+    stand_ins = Target(name=section.target.name, kind="multi_label" if kind == "multi_label" else "category", labels=(0, 1), positive=1)
+    return Signature(inputs=features, target=stand_ins)
+
+
+def prepare(section: Data, out: Path, *, progress: Progress = silent) -> dict[str, Any]:
+    """Fill `out` with train/, validation/, test/ and quarantine/ parquet, signature.json and statistics.json; returns the counts."""
+    data_context(preserve_order=True)
+    clock, spill = _Clock(), out / SPILL
+    features, whole = _look(section)
+    progress("prepare", None, "reading")
+    read = {name: _read(name, source, Spill(section, features, whole, str(spill)), progress) for name, source in _sources(section).items()}
+    clock.lap("read")
+    kept = _keep_quarantine(read, out / "quarantine")
+    _refuse_bad(section, read, kept)
+    plan = _plan(section, features, read)
+    over = _Ranges(plan.power, progress)
+    plan = _without_duplicates(plan, spill, over)
+    plan = replace(plan, edges=_edges(plan, over))
+    plan = _without_columns(plan, over)
+    plan = replace(plan, bounds=_bounds(plan, over))
+    clock.lap("plan")
+    seen = over.merged(partial(passes.observe, plan), "summing up")
+    _refuse_dropped(plan, read, seen)
+    _refuse_unlearnable(plan, seen)
+    plan, signature, statistics = _fitted(plan, seen)
+    clock.lap("statistics")
+    written = sum(over.each(partial(passes.write, plan, signature=signature, out=out), "writing"))
+    if written != sum(seen.counts.values()):
+        raise RuntimeError(f"prepare: {written:,} rows were written where {sum(seen.counts.values()):,} had been counted")
+    clock.lap("write")
+    write_atomically(out / "signature.json", signature.model_dump_json(indent=1))
+    write_atomically(out / "statistics.json", json.dumps({name: found.model_dump() for name, found in statistics.items()}, indent=1))
+    shutil.rmtree(spill, ignore_errors=True)
+    return _info(plan, read, seen, clock.seconds)
+
+
+PREPARE = Stage("data", prepare, version=2)
+
+
+def _sources(section: Data) -> dict[str, Source]:
+    """Where rows come from: the main source, and those that are for one split alone."""
+    given = {"source": section.source, "validation": section.validation, "test": section.test}
+    return {name: source for name, source in given.items() if source is not None}
 
 
 def _look(section: Data) -> tuple[tuple[Feature, ...], bool]:
     """The model's inputs, and whether the classes are whole numbers."""
-    first = _first_rows(section, "data.source", section.source)
-    if section.test is not None:
-        _first_rows(section, "data.test", section.test)
+    first, *_ = [_first_rows(section, f"data.{name}", source) for name, source in _sources(section).items()]
+    for clean in section.clean:
+        if isinstance(clean, ExactDuplicates):
+            clean.refuse_unsortable(first)
+    _refuse_foreign_outliers(section)
     return tuple(part.feature(first) for part in section.inputs), section.target.whole(first)
 
 
@@ -71,314 +121,296 @@ def _first_rows(section: Data, where: str, source: Source) -> pa.Table:
     return table
 
 
-def prepare(section: Data, out: Path, *, progress: Progress = silent) -> dict[str, Any]:
-    """Fill `out` with train/, validation/, test/ and bad/ parquet, signature.json and statistics.json; returns the counts."""
-    data_context()
-    clock = _Clock()
-    features, whole = _look(section)
-    progress("prepare", None, "decoding")
-    encoder = _Encoder(section, features, whole)
-    main = _Rows.encode("source", section.source, encoder, out / "bad", progress)
-    test = _Rows.encode("test", section.test, encoder, out / "bad", progress) if section.test else None
-    sources = [rows for rows in (main, test) if rows]
-    clock.lap("decode")
-    _refuse_bad(section, out / "bad", sources)
-    signature = Signature(inputs=features, target=Target(name=section.target.column, labels=main.labels))
-    if test:
-        test.refuse_unknown_labels(main.labels)
-    progress("prepare", None, "splitting and writing")
-    done = main.write(section, signature, _assign(section, main), out, progress)
-    if test:
-        done += test.write(section, signature, dict.fromkeys(main.labels, (0.0, 0.0)), out, progress)
-    clock.lap("write")
-    _refuse_unlearnable(section, signature, done)
-    statistics = {
-        feature.name: moments.merge([part.moments[feature.name] for part in done if feature.name in part.moments]).statistics(source)
-        for feature, source in zip(features, section.inputs, strict=True)
+def _read(name: str, source: Source, spill: Spill, progress: Progress) -> list[Piece]:
+    """The first pass over a source; only what is said of its pieces comes back."""
+    pieces: list[Piece] = []
+    with _saying(f"data.{name}"):
+        found = source.read().map_batches(spill, batch_format="pyarrow", batch_size=None)
+        for row in found.iter_rows():
+            pieces.append(from_json(row["piece"]))
+            progress("prepare", None, f"{sum(piece.read for piece in pieces):,} rows read")
+    if not sum(piece.read for piece in pieces):
+        raise DloptError(f"data.{name}: is empty")
+    return pieces
+
+
+def _keep_quarantine(read: dict[str, list[Piece]], folder: Path) -> Path:
+    """Move what the first pass has set aside to where it stays."""
+    for name, pieces in read.items():
+        for number, path in enumerate(piece.quarantine for piece in pieces if piece.quarantine):
+            folder.mkdir(parents=True, exist_ok=True)
+            Path(path).rename(folder / f"{name}-{number:05d}.parquet")
+    return folder
+
+
+def _plan(section: Data, features: tuple[Feature, ...], read: dict[str, list[Piece]]) -> Plan:
+    labels = sum((piece.labels for piece in read["source"]), Counter[Any]())
+    target = section.target.target(labels)
+    for name, pieces in read.items():
+        strangers = set(sum((piece.labels for piece in pieces), Counter[Any]())) - set(target.labels)
+        if strangers and target.kind != "number":
+            raise DloptError(
+                f"data.{name}: label {min(strangers)!r} is not in data.source, so it cannot be learned: drop it or add rows of it"
+            )
+    forced = {"source": None, "validation": "validation", "test": "test"}
+    origins = tuple(
+        Origin(f"data.{name}", forced[name], tuple(piece.path for piece in pieces if piece.rows)) for name, pieces in read.items()
+    )
+    good = sum(piece.rows for pieces in read.values() for piece in pieces)
+    row_bytes = sum(feature.size * np.dtype(feature.stored).itemsize for feature in features) + 8
+    return Plan(section, section.inputs, features, target, origins, power=(good * row_bytes // PART_BYTES).bit_length())
+
+
+class _Ranges:
+    """Runs a pass over all ranges: here, if there is one, else on the cluster; results come in the order of the ranges."""
+
+    def __init__(self, power: int, progress: Progress) -> None:
+        self.count, self.progress = 2**power, progress
+
+    def each(self, task: Callable[..., Any], doing: str) -> Iterator[Any]:
+        """What a task, a function of a range's number, finds in each range."""
+        if self.count == 1:
+            yield task(number=0)
+            return
+        for done, found in enumerate(on_cluster([partial(task, number=number) for number in range(self.count)]), start=1):
+            self.progress("prepare", done / self.count, f"{doing}: {done} of {self.count} parts")
+            yield found
+
+    def merged(self, task: Callable[..., Any], doing: str) -> Any:
+        """All that is found, merged in the order of the ranges; None when nothing is."""
+        total = None
+        for found in self.each(task, doing):
+            total = found if total is None else total if found is None else total.merge(found)
+        return total
+
+
+def on_cluster(tasks: Sequence[Callable[[], Any]]) -> Iterator[Any]:
+    """Run tasks on Ray Data; results in their order, one at a time."""
+    import ray.data
+
+    rows = [{"task": pickle.dumps(task)} for task in tasks]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(lambda row: {"found": pickle.dumps(pickle.loads(row["task"])())})
+    for row in dataset.iter_rows():
+        yield pickle.loads(row["found"])
+
+
+def _without_duplicates(plan: Plan, spill: Path, over: _Ranges) -> Plan:
+    """Where a part of `clean` compares rows of different ranges, all that compare rows take part, one after the other."""
+    comparing = [place for place, clean in enumerate(plan.section.clean) if isinstance(clean, (ExactDuplicates, NearDuplicates))]
+    if all(is_local(plan.section.clean[place]) for place in comparing):
+        return plan
+    rows = sum(open_rows for open_rows in map(passes.rows_of, plan.pieces))
+    for place in comparing:
+        exact = isinstance(plan.section.clean[place], ExactDuplicates)
+        buckets = -(-rows // BUCKET_ROWS) if exact else 1
+        tasks = [partial(passes.duplicates, plan, place, bucket, buckets, spill) for bucket in range(buckets)]
+        over.progress("prepare", None, f"looking for {plan.section.clean[place].title}")
+        files = list(on_cluster(tasks)) if over.count > 1 else [task() for task in tasks]
+        plan = replace(plan, losers=(*plan.losers, *files))
+    return plan
+
+
+def _edges(plan: Plan, over: _Ranges) -> np.ndarray:
+    """Where the split cuts."""
+    split, fold = plan.section.split, plan.section.fold
+    if isinstance(split, GivenSplit):
+        return np.zeros(0)
+    if isinstance(split, StratifiedSplit):
+        return _stratified(plan, split, over)
+    if isinstance(split, TimeSplit):
+        seen = over.merged(partial(passes.times, plan), "looking at times")
+        return np.array([np.inf if share >= 1 else seen.at(share)[0] for share in cut(split.parts(fold)[0])])
+    return split.edges(fold)
+
+
+def _stratified(plan: Plan, split: StratifiedSplit, over: _Ranges) -> np.ndarray:
+    """(classes, parts - 1): exactly where the wanted rank of each class is, found in two steps, so that no process sees all rows."""
+    fold, bins = plan.section.fold, max(16, passes.BINS // plan.target.size)
+    counts = sum(over.each(partial(passes.binned, plan, bins=bins), "counting"))
+    ranks = [split.wanted(label, int(rows), fold) for label, rows in zip(plan.target.labels, counts.sum(axis=1), strict=True)]
+    below = np.cumsum(counts, axis=1)
+    bin_of = {
+        (code, rank): int(np.searchsorted(below[code], rank, side="right"))
+        for code, some in enumerate(ranks)
+        for rank in some
+        if rank < below[code, -1]
     }
-    write_atomically(out / "signature.json", signature.model_dump_json(indent=1))
-    write_atomically(out / "statistics.json", json.dumps({name: found.model_dump() for name, found in statistics.items()}, indent=1))
-    return _info(signature, sources, done, clock.seconds)
+    wanted = {code: frozenset(place for (other, _), place in bin_of.items() if other == code) for code in range(len(ranks))}
+    found: dict[tuple[int, int], list[np.ndarray]] = {}
+    for part in over.each(partial(passes.within_bins, plan, bins=bins, wanted=wanted), "cutting"):
+        for key, values in part.items():
+            found.setdefault(key, []).append(values)
+
+    def edge(code: int, rank: int) -> float:
+        if (code, rank) not in bin_of:
+            return 1.0
+        place = bin_of[code, rank]
+        before = int(below[code, place - 1]) if place else 0
+        return float(np.sort(np.concatenate(found[code, place]))[rank - before])
+
+    return np.array([[edge(code, rank) for rank in some] for code, some in enumerate(ranks)])
 
 
-PREPARE = Stage("data", prepare)
+def _without_columns(plan: Plan, over: _Ranges) -> Plan:
+    """Leave out columns that are missing in too many training rows."""
+    parts = [part for part in plan.section.clean if isinstance(part, DropColumns)]
+    if not parts:
+        return plan
+    shares = over.merged(partial(passes.absent, plan), "looking for missing values").shares()
+    columns = [column for feature in plan.features if feature.kind in ("number", "category") for column in feature.columns]
+    left_out = [column for column in columns if shares[column] > min(part.share for part in parts)]
+    if len(left_out) > min(part.most for part in parts) * len(columns):
+        raise DloptError(
+            f"data.clean: drop_columns would leave out {len(left_out)} of {len(columns)} columns ({', '.join(left_out[:5])}, ...)"
+        )
+    smaller = plan.without(left_out)
+    if not smaller.parts:
+        raise DloptError("data.clean: drop_columns would leave out every column: raise its share")
+    return smaller
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """A source's rows, encoded, keyed, and held in Ray's object store; and what the driver knows of them."""
+def _bounds(plan: Plan, over: _Ranges) -> dict[str, tuple[int, Bound]]:
+    """Where outliers begin, by what the training rows say before any outlier is dropped."""
+    columns = passes.columns_of_outliers(plan)
+    if not columns:
+        return {}
+    seen = over.merged(partial(passes.spread, plan), "looking for outliers")
+    bounds: dict[str, tuple[int, Bound]] = {}
+    for place, clean in enumerate(plan.section.clean):
+        if isinstance(clean, Outliers):
+            quantiles = (seen.quantiles.at(p) for p in (*QUARTILES, clean.low, clean.high))
+            lower, upper = clean.bounds(seen.moments.mean, seen.moments.std, *quantiles)
+            for column in clean.columns:
+                at = columns.index(column) if column in columns else -1
+                if at >= 0 and np.isfinite(lower[at]) and np.isfinite(upper[at]):
+                    bounds[column] = place, Bound(lower=float(lower[at]), upper=float(upper[at]), action=clean.action)
+    return bounds
 
-    dataset: Dataset
-    rows: int
-    """Bad ones included."""
-    reasons: Counter[str]
-    """Why rows are bad, and how many of them."""
-    labels: tuple[Any, ...]
-    """Classes, sorted."""
-    keys: pa.Table
-    """LABEL, HIGH and LOW of the good rows."""
-    where: str
 
-    @classmethod
-    def encode(cls, name: str, source: Source, encoder: _Encoder, bad: Path, progress: Progress) -> _Rows:
-        where = f"data.{name}"
-        with _saying(where):
-            dataset = source.read().map_batches(encoder, batch_format="pyarrow", batch_size=None).materialize()
-        if (rows := dataset.count()) == 0:
-            raise DloptError(f"{where}: is empty")
-        reasons: Counter[str] = Counter()
-        keys = []
-        columns = dataset.select_columns([LABEL, HIGH, LOW, REASON, RAW])
-        for number, table in enumerate(columns.iter_batches(batch_size=None, batch_format="pyarrow")):
-            wrong = table.filter(pc.is_valid(table[REASON]))
-            if len(wrong):
-                reasons.update(wrong[REASON].to_pylist())
-                _set_aside(wrong, bad / name / f"part-{number:05d}.parquet")
-            keys.append(_good(table).drop_columns([REASON, RAW]))
-        together = pa.concat_tables(keys)
-        progress("prepare", None, f"{rows:,} rows decoded")
-        return cls(dataset, rows, reasons, tuple(sorted(together[LABEL].unique().to_pylist())), together, where)
-
-    @property
-    def bad(self) -> int:
-        return self.reasons.total()
-
-    def positions(self, section: Data) -> dict[int | str, np.ndarray]:
-        """label: where the rows of that class that cleaning leaves stand in [0, 1)."""
-        keys, labels = _keys(self.keys), self.keys[LABEL].to_numpy()
-        order = _cleaned(section, keys)
-        position, labels = section.split.position(keys[order]), labels[order]
-        return {label: position[labels == label] for label in self.labels}
-
-    def refuse_unknown_labels(self, known: tuple[Any, ...]) -> None:
-        for label in self.labels:
-            if label not in known:
-                raise DloptError(f"data.test: label {label!r} is not in data.source, so it cannot be learned: drop it or add rows of it")
-
-    def write(self, section: Data, signature: Signature, thresholds: Thresholds, out: Path, progress: Progress) -> list[_Done]:
-        """Bring each range of keys together and finish it; one _Done a range, in order."""
-        good = self.rows - self.bad
-        power = (good * row_bytes(signature) // PART_BYTES).bit_length()
-        finisher = _Finisher(section, signature, thresholds, str(out))
-        if power == 0:
-            finished = self.dataset.map_batches(finisher, batch_format="pyarrow", batch_size=self.rows)
+def _fitted(plan: Plan, seen: Observed) -> tuple[Plan, Signature, dict[str, Statistics]]:
+    """The signature and the statistics that the training rows make: categories first, since fills may go by them."""
+    assert seen.inputs is not None
+    features: dict[str, Feature] = {}
+    statistics: dict[str, Statistics] = {}
+    order = sorted(range(len(plan.parts)), key=lambda index: plan.parts[index].kind != "category")
+    for index in order:
+        part, feature = plan.parts[index], plan.features[index]
+        if isinstance(part, TextInput):
+            fitted, found = _tokenized(plan, part, feature), None
+        elif part.kind == "number":
+            fitted, found = part.fit(seen.inputs[index], feature, features, plan.caps)
         else:
-            ranged = self.dataset.map_batches(_RangeOf(power), batch_format="pyarrow", batch_size=None)
-            groups = ranged.groupby(RANGE, num_partitions=min(2**power, 256))
-            finished = groups.map_groups(lambda table: finisher(table), batch_format="pyarrow")  # Ray wants a function's __name__
-        done = []
-        for row in finished.iter_rows():
-            done.append(_Done.from_row(row))
-            progress("prepare", len(done) / 2**power, f"{self.where}: {sum(part.rows for part in done):,} rows written")
-        if sum(part.rows + part.duplicates for part in done) != good or len({part.range for part in done}) != len(done):
-            raise RuntimeError(f"{self.where}: {good} rows went in, but not each of them came out once: {done}")
-        return sorted(done, key=lambda part: part.range)
+            fitted, found = part.fit(seen.inputs[index], feature, features)
+        features[feature.name] = fitted
+        if found:
+            statistics[feature.name] = found
+    if seen.target:
+        statistics[plan.target.name] = seen.target.statistics("standard")
+    signature = Signature(inputs=tuple(features[feature.name] for feature in plan.features), target=plan.target)
+    return replace(plan, features=signature.inputs), signature, statistics
 
 
-class _Encoder:
-    """First pass, on a block: encode, and key every row by its content. Bad rows stay, with their reason and their raw values."""
-
-    def __init__(self, section: Data, features: tuple[Feature, ...], whole: bool) -> None:
-        self.section, self.features, self.whole = section, features, whole
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        for column in self.section.columns:
-            if column not in table.column_names:
-                raise DloptError(f"one of the files has no column {column!r}; its columns are {', '.join(table.column_names)}")
-        reasons: dict[int, str] = {}
-        arrays = []
-        for part, feature in zip(self.section.inputs, self.features, strict=True):
-            values, wrong = part.encode(table, feature)
-            arrays.append(values)
-            reasons = wrong | reasons
-        labels, wrong = self.section.target.encode(table, self.whole)
-        reasons = wrong | reasons
-        keys = row_keys([*(_hashable(values) for values in arrays), _label_words(labels)])
-        columns: dict[str, pa.Array] = {}
-        for feature, values in zip(self.features, arrays, strict=True):
-            columns |= feature_columns(feature, values)
-        columns |= {LABEL: labels, HIGH: pa.array(keys[:, 0]), LOW: pa.array(keys[:, 1])}
-        return pa.table(
-            columns | {REASON: _sparse(reasons, len(table), pa.string()), RAW: _sparse(_raw(table, reasons), len(table), pa.binary())}
-        )
+def _tokenized(plan: Plan, part: TextInput, feature: Feature) -> Feature:
+    """Train the tokenizer of a text input, in one task that the texts stream through."""
+    task = partial(passes.tokenizer, plan, part, feature, range(2**plan.power))
+    return task() if plan.power == 0 else next(on_cluster([task]))
 
 
-def _raw(table: pa.Table, rows: Iterable[int]) -> dict[int, bytes]:
-    """Rows as they were read, each a table of its own."""
-    found = {}
-    for row in rows:
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, table.schema) as stream:
-            stream.write_table(table.slice(row, 1))
-        found[row] = sink.getvalue().to_pybytes()
-    return found
-
-
-def _sparse(values: Mapping[int, Any], rows: int, kind: pa.DataType) -> pa.Array:
-    """A column that is null but for a few rows."""
-    column: list[Any] = [None] * rows
-    for row, value in values.items():
-        column[row] = value
-    return pa.array(column, kind)
-
-
-def _set_aside(wrong: pa.Table, path: Path) -> None:
-    """Write bad rows as they were read, with their reason."""
-    raw = pa.concat_tables([pa.ipc.open_stream(value).read_all() for value in wrong[RAW].to_pylist()], promote_options="permissive")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(raw.append_column("reason", wrong[REASON]), path)
-
-
-def _good(table: pa.Table) -> pa.Table:
-    return table.filter(pc.is_null(table[REASON]))
-
-
-def _keys(table: pa.Table) -> np.ndarray:
-    """uint64 of shape (rows, 2)."""
-    return np.stack([table[HIGH].to_numpy(), table[LOW].to_numpy()], axis=1)
-
-
-def _cleaned(section: Data, keys: np.ndarray) -> np.ndarray:
-    """Indices of the rows that cleaning leaves, in the order of their keys."""
-    order = np.lexsort((keys[:, 1], keys[:, 0]))
-    for clean in section.clean:
-        order = order[clean.keep(keys[order])]
-    return order
-
-
-class _RangeOf:
-    """The range of keys that a good row belongs to: the first `power` bits of its key."""
-
-    def __init__(self, power: int) -> None:
-        self.power = power
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        table = _good(table)
-        return table.append_column(RANGE, pa.array((table[HIGH].to_numpy() >> np.uint64(64 - self.power)).astype(np.int64)))
-
-
-@dataclass(frozen=True)
-class _Done:
-    """What the second pass says of one range of keys."""
-
-    range: int
-    duplicates: int
-    labels: dict[str, list[int]]
-    """split to the number of its rows of each class."""
-    moments: dict[str, Moments]
-
-    @property
-    def rows(self) -> int:
-        return sum(sum(counts) for counts in self.labels.values())
-
-    @classmethod
-    def from_row(cls, row: dict[str, Any]) -> _Done:
-        found = json.loads(row["labels"])
-        return cls(row["range"], row["duplicates"], found, {name: Moments(**m) for name, m in json.loads(row["moments"]).items()})
-
-
-class _Finisher:
-    """Second pass, on all rows of a range: sort by key, clean, split, write a file a split, and sum up."""
-
-    def __init__(self, section: Data, signature: Signature, thresholds: Thresholds, out: str) -> None:
-        self.section, self.signature, self.thresholds, self.out = section, signature, thresholds, out
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        table = _good(table)
-        number = table[RANGE][0].as_py() if RANGE in table.column_names else 0
-        keys = _keys(table)
-        order = _cleaned(self.section, keys)
-        duplicates = len(table) - len(order)
-        table, keys = table.take(pa.array(order)), keys[order]
-        codes = pc.index_in(table[LABEL], pa.array(self.signature.target.labels, table[LABEL].type)).combine_chunks().to_numpy()
-        split = self._split(codes, self.section.split.position(keys))
-        inputs = table.select([column for feature in self.signature.inputs for column in columns_of(feature)])
-        table = inputs.append_column(self.signature.target.name, pa.array(codes.astype(np.int64)))
-        labels, found = {}, {}
-        for index, name in enumerate(NAMES):
-            rows = np.flatnonzero(split == index)
-            if len(rows):
-                part = table.take(pa.array(rows))
-                write_part(part, self.signature, Path(self.out) / name / f"part-{number:05d}.parquet")
-                labels[name] = np.bincount(codes[rows], minlength=self.signature.num_outputs).tolist()
-                if name == "train":
-                    found = {feature.name: moments.of(feature, part) for feature in self.signature.inputs}
-        return pa.table(
-            {
-                "range": [number],
-                "duplicates": [duplicates],
-                "labels": [json.dumps(labels)],
-                "moments": [json.dumps({name: m.__dict__ for name, m in found.items()})],
-            }
-        )
-
-    def _split(self, codes: np.ndarray, position: np.ndarray) -> np.ndarray:
-        cuts = np.array([self.thresholds[label] for label in self.signature.target.labels])[codes]
-        return (position >= cuts[:, 0]).astype(np.int64) + (position >= cuts[:, 1])
-
-
-def _assign(section: Data, rows: _Rows) -> Thresholds:
-    if isinstance(section.split, StratifiedSplit):
-        return section.split.thresholds(rows.positions(section))
-    return dict.fromkeys(rows.labels, section.split.cuts)
-
-
-def _refuse_bad(section: Data, bad: Path, sources: list[_Rows]) -> None:
-    for rows in sources:
-        if rows.bad == rows.rows:
-            raise DloptError(f"{rows.where}: none of its {rows.bad:,} rows can be read: {_say(rows.reasons)}; they are in {bad}")
-    total, reasons = sum(rows.rows for rows in sources), _reasons(sources)
-    if (wrong := reasons.total()) > section.most_bad * total:
+def _refuse_bad(section: Data, read: dict[str, list[Piece]], quarantine: Path) -> None:
+    total = wrong = 0
+    for name, pieces in read.items():
+        rows, bad = sum(piece.read for piece in pieces), sum(piece.reasons.total() for piece in pieces)
+        if not sum(piece.rows for piece in pieces):
+            raise DloptError(
+                f"data.{name}: none of its {rows:,} rows can be used: {_say(pieces) or 'cleaning drops all'}; they are in {quarantine}"
+            )
+        total, wrong = total + rows, wrong + bad
+    if wrong > section.most_bad * total:
+        everything = [piece for pieces in read.values() for piece in pieces]
         raise DloptError(
             f"data: {wrong:,} of {total:,} rows cannot be read ({wrong / total:.1%}, data.most_bad allows {section.most_bad:.1%}): "
-            f"{_say(reasons)}; they are in {bad}"
+            f"{_say(everything)}; they are in {quarantine}"
         )
-    labels = sources[0].labels
-    if len(labels) < 2:
-        raise DloptError(f"data.target: column {section.target.column!r} has one class only ({labels[0]!r}): there is nothing to learn")
 
 
-def _refuse_unlearnable(section: Data, signature: Signature, done: list[_Done]) -> None:
+def _refuse_dropped(plan: Plan, read: dict[str, list[Piece]], seen: Observed) -> None:
+    """A part of `clean` that drops a larger share of the rows than it may."""
+    total = sum(piece.read for pieces in read.values() for piece in pieces)
+    for place, dropped in _dropped(plan, read, seen).items():
+        clean = plan.section.clean[place]
+        if dropped > clean.most * total:
+            raise DloptError(
+                f"data.clean.{place}: {clean.title} drops {dropped:,} of {total:,} rows "
+                f"({dropped / total:.1%}, its `most` allows {clean.most:.0%})"
+            )
+
+
+def _refuse_unlearnable(plan: Plan, seen: Observed) -> None:
     """A split that came out empty, or a class that is only in validation or test, is the user's to mend."""
-    counts = _label_counts(signature, done)
-    wanted = {"train": True, "validation": section.split.validation > 0, "test": section.split.test > 0 or section.test is not None}
+    section = plan.section
+    wanted = {
+        "train": True,
+        "validation": section.split.validation > 0 or section.validation is not None or section.fold is not None,
+        "test": section.split.test > 0 or section.test is not None,
+    }
     for name in NAMES:
-        if wanted[name] and not any(counts.get(name, {}).values()):
+        if wanted[name] and not seen.counts[name]:
             raise DloptError(f"data.split: the {name} split is empty: there are too few rows for its share")
     for name in NAMES:
-        for label, count in counts.get(name, {}).items():
-            if count and not counts["train"][label]:
+        for code, count in seen.labels[name].items():
+            if count and not seen.labels["train"][code]:
                 raise DloptError(
-                    f"data: label {label!r} is in the {name} split but not in train: add rows, drop duplicates, or use a stratified split"
+                    f"data: label {plan.target.labels[code]!r} is in the {name} split but not in train: "
+                    "add rows, drop duplicates, or use a stratified split"
                 )
 
 
-def _label_counts(signature: Signature, done: list[_Done]) -> dict[str, dict[str, int]]:
-    """split to class to rows, for the splits that have rows."""
-    totals: dict[str, np.ndarray] = {}
-    for part in done:
-        for name, counts in part.labels.items():
-            totals[name] = totals.get(name, 0) + np.array(counts)
-    return {name: dict(zip(map(str, signature.target.labels), totals[name].tolist(), strict=True)) for name in NAMES if name in totals}
+def _refuse_foreign_outliers(section: Data) -> None:
+    numbers = {column for part in section.inputs if part.kind == "number" for column in part.columns}
+    for place, clean in enumerate(section.clean):
+        for column in clean.columns if isinstance(clean, Outliers) else ():
+            if column not in numbers:
+                raise DloptError(f"data.clean.{place}: outliers are looked for in number inputs, and {column!r} is in none")
 
 
-def _info(signature: Signature, sources: list[_Rows], done: list[_Done], seconds: dict[str, float]) -> dict[str, Any]:
-    labels = _label_counts(signature, done)
-    counts = {
-        "read": sum(rows.rows for rows in sources),
-        "bad": sum(rows.bad for rows in sources),
-        "duplicates": sum(part.duplicates for part in done),
-        **{name: sum(labels.get(name, {}).values()) for name in NAMES},
+def _dropped(plan: Plan, read: dict[str, list[Piece]], seen: Observed) -> Counter[int]:
+    """The rows that each part of `clean` has dropped, by its place; 0 for one that has dropped none."""
+    early = sum((piece.dropped for pieces in read.values() for piece in pieces), Counter[int]())
+    return Counter({place: early[place] + seen.dropped[place] for place in range(len(plan.section.clean))})
+
+
+def _info(plan: Plan, read: dict[str, list[Piece]], seen: Observed, seconds: dict[str, float]) -> dict[str, Any]:
+    everything = [piece for pieces in read.values() for piece in pieces]
+    dropped, reasons = _dropped(plan, read, seen), sum((piece.reasons for piece in everything), Counter[str]())
+    duplicates = sum(rows for place, rows in dropped.items() if isinstance(plan.section.clean[place], (ExactDuplicates, NearDuplicates)))
+    labels = {
+        name: {str(plan.target.labels[code]): rows for code, rows in sorted(seen.labels[name].items())}
+        for name in NAMES
+        if seen.labels[name]
     }
-    return {"counts": counts, "bad_reasons": dict(sorted(_reasons(sources).items())), "labels": labels, "seconds": seconds}
+    return {
+        "counts": {
+            "read": sum(piece.read for piece in everything),
+            "bad": reasons.total(),
+            "dropped": sum(dropped.values()),
+            "duplicates": duplicates,
+            **seen.counts,
+        },
+        "bad_reasons": dict(sorted(reasons.items())),
+        "cleaning": [
+            {"kind": clean.kind, "title": clean.title, "dropped": dropped[place]} for place, clean in enumerate(plan.section.clean)
+        ],
+        "left_out": list(plan.left_out),
+        "across": dict(seen.across),
+        "labels": labels,
+        "warnings": [],
+        "seconds": seconds,
+    }
 
 
-def _reasons(sources: list[_Rows]) -> Counter[str]:
-    return sum((rows.reasons for rows in sources), Counter())
-
-
-def _say(reasons: Counter[str]) -> str:
+def _say(pieces: list[Piece]) -> str:
     """The most frequent reasons, in one line."""
+    reasons = sum((piece.reasons for piece in pieces), Counter[str]())
     return "; ".join(f"{reason} ({count:,})" for reason, count in sorted(reasons.items(), key=lambda pair: (-pair[1], pair[0]))[:3])
 
 
@@ -391,19 +423,6 @@ def _saying(where: str) -> Iterator[None]:
         lines = str(getattr(error, "cause", error)).splitlines()
         place = [line.split(" after ")[0] for line in lines[1:2] if line.startswith("Failed to read")]
         raise DloptError(f"{where}: {'; '.join([*lines[:1], *place])}") from None
-
-
-def _hashable(values: np.ndarray) -> np.ndarray:
-    """All NaNs alike, and no negative zero."""
-    return values if values.dtype == np.uint8 else np.where(np.isnan(values), np.nan, values + 0.0)
-
-
-def _label_words(labels: pa.Array) -> np.ndarray:
-    """A 64-bit word for each label; a bad row, which goes no further, may have none."""
-    if pa.types.is_int64(labels.type):
-        return labels.fill_null(0).to_numpy().reshape(-1, 1)
-    encoded = labels.fill_null("").dictionary_encode()
-    return string_words(encoded.dictionary.to_pylist())[encoded.indices.to_numpy()].reshape(-1, 1)
 
 
 class _Clock:

@@ -12,13 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dlopt.artifact import Artifact
-from dlopt.part import DloptError, Feature, Signature, Target
+from dlopt.part import DloptError, Signature
 
 CHUNK_BYTES = 2**20
 """About how many bytes a row group has."""
-
-WHOLE = ("image", "text")
-"""Kinds of input of which a row is one value on disk, not a column for each number."""
 
 UNREADABLE = (pa.ArrowException, OSError, ValueError, MemoryError)
 """What pyarrow raises on damage, depending on the place."""
@@ -91,17 +88,14 @@ def write_part(table: pa.Table, signature: Signature, path: Path) -> None:
 
 def as_rows(signature: Signature, table: pa.Table) -> Rows:
     """Columns as they lie in parquet, as arrays."""
-    return {feature.name: feature_array(feature, table) for feature in signature.inputs} | {
-        signature.target.name: target_array(signature.target, table)
-    }
+    target = signature.target
+    rows = {feature.name: array_of(table[feature.name], feature.stored, feature.shape) for feature in signature.inputs}
+    return rows | {target.name: array_of(table[target.name], target.stored, target.shape)}
 
 
 def as_table(signature: Signature, rows: Rows) -> pa.Table:
-    """Arrays as columns: the way back from `as_rows`."""
-    columns: dict[str, pa.Array] = {}
-    for feature in signature.inputs:
-        columns |= feature_columns(feature, rows[feature.name])
-    return pa.table(columns | target_columns(signature.target, rows[signature.target.name]))
+    """Arrays as columns: the way back from `as_rows`. Each tensor is one column; a row of it is its bytes."""
+    return pa.table({name: column_of(values) for name, values in rows.items()}).select(list(empty_rows(signature)))
 
 
 def empty_rows(signature: Signature) -> Rows:
@@ -109,51 +103,21 @@ def empty_rows(signature: Signature) -> Rows:
     return rows | {signature.target.name: np.zeros((0, *signature.target.shape), dtype=signature.target.stored)}
 
 
-def columns_of(feature: Feature) -> tuple[str, ...]:
-    """The names of the parquet columns that hold an input."""
-    if feature.kind == "date":
-        return tuple(f"{column}.{part}" for column in feature.columns for part in feature.parts)
-    return (feature.name,) if feature.kind in WHOLE else feature.columns
-
-
-def feature_columns(feature: Feature, values: np.ndarray) -> dict[str, pa.Array]:
-    """One input's values as columns: an image's or a text's bytes together, anything else as a column each."""
-    if feature.kind in WHOLE:
-        return {feature.name: _as_bytes(values.astype(feature.stored, copy=False), feature.size)}
-    return {name: pa.array(values[:, index].astype(feature.stored)) for index, name in enumerate(columns_of(feature))}
-
-
-def feature_array(feature: Feature, table: pa.Table) -> np.ndarray:
-    """One input's values, (rows, *shape)."""
-    if feature.kind in WHOLE:
-        return _from_bytes(table[feature.name], feature.stored, feature.shape)
-    return np.stack([table[name].to_numpy() for name in columns_of(feature)], axis=1)
-
-
-def target_columns(target: Target, values: np.ndarray) -> dict[str, pa.Array]:
-    """The target's values as columns: class indices, labels as a row's bytes, or a column for each number."""
-    if target.kind == "number":
-        return {name: pa.array(values[:, index].astype(target.stored)) for index, name in enumerate(target.columns)}
-    return {target.name: pa.array(values) if target.kind == "category" else _as_bytes(values.astype(target.stored, copy=False), target.size)}
-
-
-def target_array(target: Target, table: pa.Table) -> np.ndarray:
-    """The target's values, (rows, *target.shape)."""
-    if target.kind == "number":
-        return np.stack([table[name].to_numpy() for name in target.columns], axis=1)
-    return table[target.name].to_numpy() if target.kind == "category" else _from_bytes(table[target.name], target.stored, target.shape)
-
-
-def _as_bytes(values: np.ndarray, size: int) -> pa.Array:
-    """Rows of equal length as a column of their bytes. size: numbers in a row."""
+def column_of(values: np.ndarray) -> pa.Array:
+    """Values (rows, ...) as a column: of plain numbers, or of the bytes of each row."""
+    if values.ndim == 1:
+        return pa.array(values)
     buffer = pa.py_buffer(np.ascontiguousarray(values))
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(size * values.itemsize), len(values), [None, buffer])
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(math.prod(values.shape[1:]) * values.itemsize), len(values), [None, buffer])
 
 
-def _from_bytes(column: pa.ChunkedArray, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+def array_of(column: pa.ChunkedArray, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The way back from `column_of`, without a copy where the column is one piece. shape: of one row."""
     array = column.combine_chunks()
+    if not shape:
+        return array.to_numpy(zero_copy_only=False)
     size = math.prod(shape)
-    data = np.frombuffer(array.buffers()[1], dtype=dtype)
+    data = np.frombuffer(array.buffers()[1] or b"", dtype=dtype)
     return data[array.offset * size : (array.offset + len(array)) * size].reshape(len(array), *shape)
 
 

@@ -6,10 +6,11 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from dlopt.data.clean import Clean
-from dlopt.data.inputs import CategoryTarget, Input
+from dlopt.data.clean import Clean, DropColumns, ExactDuplicates, NearDuplicateImages
+from dlopt.data.inputs import AnyTarget, Input
+from dlopt.data.inputs.number import GroupMedian
 from dlopt.data.sources import Source
-from dlopt.data.split import RandomSplit, Split
+from dlopt.data.split import Fold, GivenSplit, RandomSplit, Split, StratifiedSplit, TimeSplit
 from dlopt.part import Part
 
 
@@ -18,37 +19,76 @@ class Data(Part):
 
     source: Source
     """The rows to train on."""
+    validation: Source | None = None
+    """A source of its own for the validation split; then split.validation is 0."""
     test: Source | None = None
-    """A source of its own for the test split; `source` is then shared out between train and validation only."""
+    """A source of its own for the test split; then split.test is 0."""
     clean: tuple[Clean, ...] = ()
-    """Cleaning, in this order."""
+    """Cleaning, in this order; but rules for a single row come before what compares rows, and outliers come last."""
     most_bad: float = Field(0.01, ge=0, le=1)
     """Rows that cannot be read are set aside with their reason; a larger share than this stops the run."""
     inputs: tuple[Input, ...] = Field(min_length=1)
     """What the model sees."""
-    target: CategoryTarget
+    target: AnyTarget
     """What the model predicts."""
     split: Split = RandomSplit()
     """Which rows are for training, validation and test."""
+    fold: Fold | None = None
+    """Of a cross-validation: which of several equal parts is the validation split; train.folds sets it for each in turn."""
 
     @model_validator(mode="after")
-    def test_comes_from_one_place(self) -> Self:
-        if self.test is not None and self.split.test > 0:
-            raise ValueError(f"split.test is {self.split.test:g} but data.test names a source: set split.test to 0 and raise split.train")
+    def each_split_comes_from_one_place(self) -> Self:
+        for name in ("validation", "test"):
+            share = getattr(self.split, name)
+            if getattr(self, name) is not None and share > 0:
+                raise ValueError(f"split.{name} is {share:g} but data.{name} names a source: set split.{name} to 0 and raise split.train")
         return self
 
     @model_validator(mode="after")
     def names_differ(self) -> Self:
-        names = [part.column if part.kind == "image" else part.name for part in self.inputs]
-        names += [column for part in self.inputs if part.kind == "number" for column in part.columns]
+        names = [part.tensor for part in self.inputs]
+        names += [column for part in self.inputs if part.kind in ("number", "category", "date") for column in part.columns]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"inputs: two of them are called {name!r}: give a `name` to one")
-        if self.target.column in names:
-            raise ValueError(f"target.column {self.target.column!r} is among the inputs: take it out")
+        columns = [column for part in self.inputs for column in part.columns]
+        for column in (self.target.name, *self.target.columns):
+            if column in names or column in columns:
+                raise ValueError(f"target.column {column!r} is among the inputs: take it out")
+        return self
+
+    @model_validator(mode="after")
+    def folds_are_cut_by_a_hash(self) -> Self:
+        if self.fold and (isinstance(self.split, (TimeSplit, GivenSplit)) or self.validation is not None):
+            raise ValueError("fold: folds need a split of kind random, stratified or group, and no data.validation")
+        return self
+
+    @model_validator(mode="after")
+    def only_classes_are_stratified(self) -> Self:
+        if isinstance(self.split, StratifiedSplit) and self.target.kind not in ("category", "threshold"):
+            raise ValueError(f"split.kind: stratified needs classes, and target.kind is {self.target.kind}: use random")
+        return self
+
+    @model_validator(mode="after")
+    def groups_are_categories(self) -> Self:
+        categories = {column for part in self.inputs if part.kind == "category" and not part.hash_buckets for column in part.columns}
+        for part in self.inputs:
+            if part.kind == "number" and isinstance(part.fill, GroupMedian) and part.fill.by not in categories:
+                raise ValueError(f"inputs: fill.by {part.fill.by!r} must be a column of a category input that keeps a vocabulary")
         return self
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The raw columns that are read."""
-        return (*(column for part in self.inputs for column in part.columns), self.target.column)
+        """The raw columns that are read, each once."""
+        cleaning = [column for part in self.clean for column in cleaned_columns(part)]
+        all_of_them = [column for part in self.inputs for column in part.columns]
+        return tuple(dict.fromkeys([*all_of_them, *self.target.columns, *self.split.columns, *cleaning]))
+
+
+def cleaned_columns(part: Clean) -> tuple[str, ...]:
+    """The raw columns that a cleaning part looks at."""
+    if isinstance(part, DropColumns):
+        return ()
+    if isinstance(part, NearDuplicateImages):
+        return (part.column,)
+    return (*part.columns, part.order_by) if isinstance(part, ExactDuplicates) and part.order_by else part.columns

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from dlopt.data.order import Order
-from dlopt.data.prepared import Rows, Split, as_table
+from dlopt.data.order import Order, row_of
+from dlopt.data.prepared import UNREADABLE, Rows, Split, _damaged, as_table, column_of
+from dlopt.part import DloptError, Feature, Statistics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +22,17 @@ if TYPE_CHECKING:
 EPOCH, WINDOW = "epoch", "window"
 BLOCK_BYTES = 4 * 2**20
 """About how many bytes a reader hands over at a time."""
+PARTNER, KEPT = "\x1fpartner", "\x1fshare"
+"""Where rows are mixed: the columns of a block with the partner's target and the row's own share. No column of data is called so."""
+
+
+class Picks(NamedTuple):
+    """What a worker computes of a window, batch after batch."""
+
+    mine: np.ndarray
+    """Picks (see `dlopt.data.order`), int64 (n,)."""
+    partners: np.ndarray | None
+    """With what each is mixed, if anything is."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +44,24 @@ class Share:
     rank: int
     world: int
     augmentations: tuple[Augmentation, ...]
+    statistics: Mapping[str, Statistics]
 
     @classmethod
-    def of(cls, split: Split, seed: int, batch_size: int, rank: int, world: int, augmentations: Sequence[Augmentation] = ()) -> Share:
-        order = Order.of(seed, [chunk.rows for chunk in split.chunks], batch_size, split.row_bytes)
-        return cls(split, order, rank, world, tuple(augmentations))
+    def of(
+        cls,
+        split: Split,
+        seed: int,
+        batch_size: int,
+        rank: int,
+        world: int,
+        augmentations: Sequence[Augmentation] = (),
+        sampling: Literal["shuffle", "balanced"] = "shuffle",
+        statistics: Mapping[str, Statistics] | None = None,
+    ) -> Share:
+        """statistics: of the training split's inputs, for noise in units of their deviation. Balanced sampling reads the target once."""
+        classes = _classes(split) if sampling == "balanced" else None
+        order = Order.of(seed, [chunk.rows for chunk in split.chunks], batch_size, split.row_bytes, classes)
+        return cls(split, order, rank, world, tuple(augmentations), statistics or {})
 
     def sizes(self) -> list[tuple[int, int]]:
         """(rows of this worker, rows of all workers) for each batch of an epoch."""
@@ -44,53 +70,116 @@ class Share:
         totals = [min(size, rows - start) for start in range(0, rows, size)]
         return [(min(high, total) - min(low, total), total) for total in totals]
 
-    def rows(self, epoch: int, window: int) -> np.ndarray:
-        """Numbers of this worker's rows in a window, batch after batch."""
-        rows = self.order.window_rows(epoch, window)
+    def picks(self, epoch: int, window: int) -> Picks:
+        """This worker's picks in a window."""
+        picks = self.order.picks(epoch, window)
         low, high = self.order.slots(self.rank, self.world)
-        slot = np.arange(len(rows)) % self.order.batch_size
-        return rows[(slot >= low) & (slot < high)]
-
-    def augmented(self, images: Tensor, rows: np.ndarray, epoch: int) -> Tensor:
-        """uint8 images (rows, height, width, channels) as they look in this epoch."""
-        from dlopt.data.augment import augment
-
-        return augment(images, rows, self.order.seed, epoch, self.augmentations)
+        slot = np.arange(len(picks)) % self.order.batch_size
+        mine = (slot >= low) & (slot < high)
+        return Picks(picks[mine], self.order.partners(epoch, picks)[mine] if self.mixes else None)
 
     @property
-    def augmented_inputs(self) -> list[str]:
-        """Names of the inputs that are augmented: the images, if there is anything to do."""
-        return [feature.name for feature in self.split.signature.inputs if feature.kind == "image"] if self.augmentations else []
+    def mixes(self) -> bool:
+        """Whether rows are mixed with others."""
+        if not self.augmentations:
+            return False
+        from dlopt.data.augment import mixes
+
+        return mixes(self.augmentations)
+
+    def augmented(self, values: Mapping[str, Tensor], picks: np.ndarray, epoch: int) -> dict[str, Tensor]:
+        """Some inputs (name to values (n, *shape)) as they look in this epoch, before they are mixed; the rest of the values stays."""
+        if not self.augmentations:
+            return dict(values)
+        from dlopt.data.augment import augment_rows
+
+        return augment_rows(values, self._features(values), picks, self.order.seed, epoch, self.augmentations, self.statistics)
+
+    def mixed(
+        self, values: Mapping[str, Tensor], partners: Mapping[str, Tensor], picks: np.ndarray, epoch: int
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Augmented inputs mixed with those of partners, and how much of each row is its own, float32 (n,)."""
+        from dlopt.data.augment import mix_rows
+
+        return mix_rows(values, partners, self._features(values), picks, self.order.seed, epoch, self.augmentations)
+
+    def _features(self, values: Mapping[str, Tensor]) -> list[Feature]:
+        return [feature for feature in self.split.signature.inputs if feature.name in values]
 
 
 class Reader:
-    """A task of Ray Data: read the chunks of a window that the share uses, put their rows in order, augment, hand over."""
+    """A task of Ray Data: read the chunks of a window that the share uses, put their rows in order, augment, mix, hand over."""
 
     def __init__(self, share: Share) -> None:
         self.share = share
 
     def __call__(self, task: dict[str, np.ndarray]) -> Iterator[pa.Table]:
         epoch, window = int(task[EPOCH][0]), int(task[WINDOW][0])
-        rows = self.share.rows(epoch, window)
-        split = self.share.split
-        starts = np.array([chunk.start for chunk in split.chunks])
-        chunk_of_row = np.searchsorted(starts, rows, side="right") - 1
-        used = np.unique(chunk_of_row)
-        values = split.read([split.chunks[index] for index in used])
-        sizes = np.array([split.chunks[index].rows for index in used])
-        offset = np.zeros(len(starts), dtype=np.int64)
-        offset[used] = np.cumsum(sizes) - sizes - starts[used]
-        place = rows + offset[chunk_of_row]
-        step = max(1, BLOCK_BYTES // split.row_bytes)
-        for start in range(0, len(rows), step):
+        picks, partners = self.share.picks(epoch, window)
+        values = _Values(self.share.split, row_of(picks))
+        step = max(1, BLOCK_BYTES // self.share.split.row_bytes)
+        for start in range(0, len(picks), step):
             part = slice(start, start + step)
-            yield as_table(split.signature, self._augment({name: array[place[part]] for name, array in values.items()}, rows[part], epoch))
+            yield self._block(values, picks[part], None if partners is None else partners[part], epoch)
 
-    def _augment(self, values: Rows, rows: np.ndarray, epoch: int) -> Rows:
-        if not self.share.augmented_inputs:
-            return values
+    def _block(self, values: _Values, picks: np.ndarray, partners: np.ndarray | None, epoch: int) -> pa.Table:
+        signature = self.share.split.signature
+        rows = values.of(row_of(picks))
+        if not self.share.augmentations:
+            return as_table(signature, rows)
         import torch
 
         torch.set_num_threads(1)  # Ray gave this task one CPU
-        images = {name: self.share.augmented(torch.from_numpy(values[name]), rows, epoch).numpy() for name in self.share.augmented_inputs}
-        return values | images
+        inputs, target = self._inputs(rows, picks, epoch)
+        if partners is None:
+            return as_table(signature, _arrays(inputs) | target)
+        theirs, their_target = self._inputs(values.of(row_of(partners)), partners, epoch)
+        inputs, share = self.share.mixed(inputs, theirs, picks, epoch)
+        table = as_table(signature, _arrays(inputs) | target)
+        return table.append_column(PARTNER, column_of(their_target[signature.target.name])).append_column(KEPT, column_of(share.numpy()))
+
+    def _inputs(self, rows: Rows, picks: np.ndarray, epoch: int) -> tuple[dict[str, Tensor], Rows]:
+        """Augmented inputs, and the target apart."""
+        import torch
+
+        name = self.share.split.signature.target.name
+        inputs = {feature.name: torch.from_numpy(rows[feature.name]) for feature in self.share.split.signature.inputs}
+        return self.share.augmented(inputs, picks, epoch), {name: rows[name]}
+
+
+class _Values:
+    """The chunks in which some rows lie, read."""
+
+    def __init__(self, split: Split, rows: np.ndarray) -> None:
+        self.starts = np.array([chunk.start for chunk in split.chunks])
+        used = np.unique(self._chunk(rows))
+        self.values = split.read([split.chunks[index] for index in used])
+        sizes = np.array([split.chunks[index].rows for index in used])
+        self.shift = np.zeros(len(self.starts), dtype=np.int64)
+        self.shift[used] = np.cumsum(sizes) - sizes - self.starts[used]
+
+    def of(self, rows: np.ndarray) -> Rows:
+        """These rows of the split, copied."""
+        place = rows + self.shift[self._chunk(rows)]
+        return {name: values[place] for name, values in self.values.items()}
+
+    def _chunk(self, rows: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self.starts, rows, side="right") - 1
+
+
+def _arrays(tensors: Mapping[str, Tensor]) -> Rows:
+    return {name: values.numpy() for name, values in tensors.items()}
+
+
+def _classes(split: Split) -> np.ndarray:
+    """The class of every row of a split, in the smallest type that holds it. Reads nothing else."""
+    target = split.signature.target
+    if target.kind != "category":
+        raise DloptError(f"train.sampling: balanced needs a target of classes; {target.name!r} is of kind {target.kind}")
+    found = [np.zeros(0, dtype=np.min_scalar_type(max(0, target.size - 1)))]
+    for file in dict.fromkeys(chunk.file for chunk in split.chunks):
+        try:
+            found.append(pq.read_table(file, columns=[target.name], page_checksum_verification=True)[target.name].to_numpy())
+        except UNREADABLE as error:
+            raise _damaged(file, error) from None
+    return np.concatenate([values.astype(found[0].dtype) for values in found])

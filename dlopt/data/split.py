@@ -1,6 +1,7 @@
-"""Splits as pure functions of a row's stable hash: independent of the order of rows, of blocks and of workers.
+"""Splits as pure functions of a row: independent of the order of rows, of blocks and of workers.
 
-Equal rows have equal hashes, so they never fall into two splits.
+A split gives every row a position: by a hash of its content or of its group, where equal ones never fall into two splits, or by time.
+Edges cut the positions into parts, and each part belongs to a split.
 """
 
 from __future__ import annotations
@@ -8,19 +9,34 @@ from __future__ import annotations
 from typing import Annotated, Literal, Self
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
-from dlopt.data.counter import mix, stream
+from dlopt.data.counter import mix, stream, string_words
+from dlopt.data.inputs.values import Reasons, dates, doubles, is_text, plain, texts
 from dlopt.part import DloptError, Part
 
 NAMES = ("train", "validation", "test")
 
-Thresholds = dict[int | str, tuple[float, float]]
-"""label: the positions in [0, 1) below which a row of that class is for training, and for training or validation."""
+
+class Fold(Part):
+    """One of several equal parts of what is not for testing, which is the validation split while the others are for training."""
+
+    index: int = Field(ge=0)
+    """Which one, from 0."""
+    of: int = Field(ge=2)
+    """How many there are."""
+
+    @model_validator(mode="after")
+    def index_is_below(self) -> Self:
+        if self.index >= self.of:
+            raise ValueError(f"index {self.index} must be less than of, {self.of}")
+        return self
 
 
 class Shares(Part):
-    """What all splits have in common."""
+    """What most splits have in common."""
 
     train: float = Field(0.8, gt=0, le=1)
     """Share of the rows to train on."""
@@ -28,8 +44,11 @@ class Shares(Part):
     """Share to choose the best epoch by."""
     test: float = Field(0.1, ge=0, lt=1)
     """Share to measure the final result on; 0 when `data.test` names a source of its own."""
-    seed: int = Field(0, ge=0)
-    """Another seed, another split; apart from the job's seed, so that repeated trainings compare on the same rows."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The raw columns that decide."""
+        return ()
 
     @model_validator(mode="after")
     def shares_sum_to_one(self) -> Self:
@@ -38,41 +57,138 @@ class Shares(Part):
             raise ValueError(f"train, validation and test sum to {total:g}: make them sum to 1")
         return self
 
-    def position(self, keys: np.ndarray) -> np.ndarray:
-        """Where each row stands in [0, 1). keys: uint64 of shape (rows, 2)."""
-        return (mix(keys[:, 0] ^ stream(17, self.seed)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    def parts(self, fold: Fold | None) -> tuple[tuple[float, ...], tuple[str, ...]]:
+        """The share of each part, and the split that it belongs to."""
+        if fold is None:
+            return (self.train, self.validation, self.test), NAMES
+        names = ["validation" if index == fold.index else "train" for index in range(fold.of)]
+        return ((1 - self.test) / fold.of,) * fold.of + (self.test,), (*names, "test")
 
-    @property
-    def cuts(self) -> tuple[float, float]:
-        return self.train, 1.0 if self.test == 0 else self.train + self.validation
+
+class Hashed(Shares):
+    """By a hash."""
+
+    seed: int = Field(0, ge=0)
+    """Another seed, another split; apart from the job's seed, so that repeated trainings compare on the same rows."""
+
+    def position(self, words: np.ndarray) -> np.ndarray:
+        """Where each row stands in [0, 1). words: uint64 (rows,), a hash of the row or of its group."""
+        return (mix(words ^ stream(17, self.seed)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+    def edges(self, fold: Fold | None) -> np.ndarray:
+        return cut(self.parts(fold)[0])
 
 
-class RandomSplit(Shares):
+class RandomSplit(Hashed):
     """Each row by its own hash: a row stays in its split whatever other rows come or go; sizes vary by chance."""
 
     kind: Literal["random"] = "random"
 
 
-class StratifiedSplit(Shares):
+class GroupSplit(Hashed):
+    """Each row by the hash of a column's value: rows of one patient, one user or one document stay together."""
+
+    kind: Literal["group"] = "group"
+    column: str
+    """The column that names the group; its values are compared as texts."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.column,)
+
+    def side(self, table: pa.Table) -> tuple[pa.Array, Reasons]:
+        """The hash of each row's group, and the reason for each row that has none."""
+        values = texts(table[self.column]).dictionary_encode()
+        known = values.dictionary.to_pylist()
+        words = string_words(known)[values.indices.to_numpy()]
+        missing = np.flatnonzero(np.array([name == "" for name in known], dtype=bool)[values.indices.to_numpy()])
+        return pa.array(words), dict.fromkeys(missing.tolist(), f"{self.column}: no group to split by")
+
+
+class StratifiedSplit(Hashed):
     """Exact shares of every class: its rows in the order of their hashes, cut at the rounded counts."""
 
     kind: Literal["stratified"] = "stratified"
 
-    def thresholds(self, positions: dict[int | str, np.ndarray]) -> Thresholds:
-        """Cut every class. positions: label to the positions of its rows. Raises DloptError on a class that is too small."""
-        return {label: self._cut(label, np.sort(values)) for label, values in positions.items()}
-
-    def _cut(self, label: int | str, ordered: np.ndarray) -> tuple[float, float]:
-        wanted = sum(share > 0 for share in (self.train, self.validation, self.test))
-        if len(ordered) < wanted:
+    def wanted(self, label: object, rows: int, fold: Fold | None) -> list[int]:
+        """At which ranks a class with so many rows is cut. Raises DloptError when it is too small."""
+        shares = self.parts(fold)[0]
+        wanted = sum(share > 0 for share in shares)
+        if rows < wanted:
             raise DloptError(
-                f"data.split: class {label!r} has {len(ordered)} row(s), too few for {wanted} stratified splits: "
+                f"data.split: class {label!r} has {rows} row(s), too few for {wanted} stratified splits: "
                 "add rows, drop the class, or use kind: random"
             )
-        counts = shares_of(len(ordered), (self.train, self.validation, self.test))
-        first, second = counts[0], counts[0] + counts[1]
-        bounds = np.append(ordered, 1.0)
-        return float(bounds[first]), float(bounds[second])
+        return np.cumsum(shares_of(rows, shares))[:-1].tolist()
+
+
+class TimeSplit(Shares):
+    """The earliest rows for training, later ones for validation, the latest for testing; rows of one moment stay together."""
+
+    kind: Literal["time"] = "time"
+    column: str
+    """The column of dates, times or numbers that rise with time."""
+    form: str = ""
+    """How dates are written, for other texts than ISO 8601, as strptime has it."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.column,)
+
+    def side(self, table: pa.Table) -> tuple[pa.Array, Reasons]:
+        """When each row was, in seconds since 1970 or in the column's own numbers, and the reason for each row without."""
+        column = plain(table[self.column])
+        if is_text(column.type) or pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
+            found, reasons = dates(column, self.form)
+            values = pc.divide(found.cast(pa.int64()).cast(pa.float64()), 1e6).to_numpy(zero_copy_only=False)
+        else:
+            values, reasons = doubles(column)
+        missing = dict.fromkeys(np.flatnonzero(np.isnan(values)).tolist(), "no time to split by")
+        return pa.array(np.nan_to_num(values)), {row: f"{self.column}: {why}" for row, why in (missing | reasons).items()}
+
+
+class GivenSplit(Part):
+    """A column says which split each row is in."""
+
+    kind: Literal["given"] = "given"
+    column: str
+    """The column."""
+    names: dict[str, Literal["train", "validation", "test"]] = {"train": "train", "validation": "validation", "test": "test"}
+    """Which of its values mean which split; rows with another value are set aside."""
+
+    def parts(self, fold: Fold | None) -> tuple[tuple[float, ...], tuple[str, ...]]:
+        return (), NAMES
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.column,)
+
+    def side(self, table: pa.Table) -> tuple[pa.Array, Reasons]:
+        """The index of each row's split, and the reason for each row that has none."""
+        values = texts(table[self.column]).dictionary_encode()
+        known = values.dictionary.to_pylist()
+        index = np.array([NAMES.index(self.names[name]) if name in self.names else -1 for name in known], dtype=np.float64)
+        found = index[values.indices.to_numpy()]
+        wrong = np.flatnonzero(found < 0).tolist()
+        said = values.indices.to_numpy()
+        return pa.array(found), {row: f"{self.column}: {known[said[row]]!r:.40} names no split" for row in wrong}
+
+    @property
+    def validation(self) -> float:
+        """Whether there is a validation split: more than 0."""
+        return float("validation" in self.names.values())
+
+    @property
+    def test(self) -> float:
+        return float("test" in self.names.values())
+
+
+Split = Annotated[RandomSplit | StratifiedSplit | GroupSplit | TimeSplit | GivenSplit, Field(discriminator="kind")]
+
+
+def cut(shares: tuple[float, ...]) -> np.ndarray:
+    """Where parts of these shares begin, but for the first: a part without a share begins at the end."""
+    return np.array([1.0 if sum(shares[place:]) == 0 else sum(shares[:place]) for place in range(1, len(shares))])
 
 
 def shares_of(rows: int, shares: tuple[float, ...]) -> list[int]:
@@ -81,6 +197,3 @@ def shares_of(rows: int, shares: tuple[float, ...]) -> list[int]:
     largest = counts.index(max(counts))
     counts[largest] += rows - sum(counts)
     return counts
-
-
-Split = Annotated[RandomSplit | StratifiedSplit, Field(discriminator="kind")]

@@ -10,11 +10,12 @@ from dlopt.part import Part
 
 
 class Onnx(Part):
-    """One self-contained ONNX file: preprocessing, model and softmax in one graph, any number of rows."""
+    """One self-contained ONNX file: lookup of categories, preprocessing, model and probabilities in one graph, any number of rows."""
 
     kind: Literal["onnx"] = "onnx"
     tolerance: float = Field(1e-5, gt=0)
-    """The export is refused when a probability differs by more than this from torch's, on any row of the test split."""
+    """The export is refused when an output differs by more than this from torch's on any row of the test split: a probability, or a
+    number in standard deviations of the training rows (beyond what the rounding of float32 is)."""
 
 
 Format = Onnx

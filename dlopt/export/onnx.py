@@ -1,4 +1,7 @@
-"""The export stage: the trained network as one ONNX file, proven equal to it on the whole test split."""
+"""The export stage: the trained network as one ONNX file, proven equal to it on the whole test split.
+
+Categories are strings in the graph: nodes LabelEncoder (of the operators ai.onnx.ml) before the traced network turn them into codes.
+"""
 
 from __future__ import annotations
 
@@ -11,44 +14,50 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from onnx import TensorProto, helper
 from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from dlopt.artifact import Artifact, Stage, write_atomically
-from dlopt.data.prepared import Split
+from dlopt.data.prepared import Rows, Split
 from dlopt.export import Onnx
-from dlopt.models import Network
-from dlopt.part import OUTPUT, DloptError, Signature
+from dlopt.models import Network, Units
+from dlopt.part import DloptError, Feature, Signature
 from dlopt.progress import Progress, silent
-from dlopt.train.evaluate import probabilities
+from dlopt.train.evaluate import predict
+from dlopt.train.metrics import activated
 from dlopt.train.section import Fit
 from dlopt.train.worker import load_network
 
-MODEL, OPSET = "model.onnx", 18
+MODEL, OPSET, ML_OPSET = "model.onnx", 18, 2
 LARGEST = 2**31 - 1
 """An ONNX file is one protobuf message, which cannot have more bytes."""
 TIE = 1e-6
 """Two classes whose probabilities in torch are as close as float32 rounds: either is the label, as the order of a sum has it."""
+UNKNOWN = "?"
+"""Stands for a string that is in no vocabulary; doubled until it is in none."""
 
 
 def export(section: Onnx, out: Path, model: Artifact, data: Artifact, *, progress: Progress = silent) -> dict[str, Any]:
-    """Write model.onnx and signature.json; returns the largest difference from torch, in probability.
+    """Write model.onnx and signature.json; returns the largest difference from torch: of a probability, or of a number in standard
+    deviations.
 
     Raises RuntimeError when the file's outputs differ from torch's by more than the tolerance, are not finite, or give another
-    label on a row that is no tie.
+    class on a row that is no tie.
     """
     progress("export", None, "writing ONNX")
     signature = Signature.model_validate_json(model.read("signature.json"))
     network = trained_network(model, data)
     name, split = next((name, split) for name in ("test", "validation", "train") if len(split := Split.open(data, name)))
-    expected, _ = probabilities(network, split, torch.device("cpu"))
+    expected = predict(network, split, torch.device("cpu"))[0].numpy()
     content = _graph(network.float(), signature, model.manifest.digest)
     progress("export", None, f"comparing {len(expected):,} rows with torch")
-    largest, other_labels = compare(content, signature, split, expected.numpy())
+    largest, other_labels = compare(content, signature, split, expected, _unit(network))
     if other_labels or not largest <= section.tolerance:
+        other = f" and gives another label on {other_labels} of {len(expected)} rows" if signature.target.kind == "category" else ""
         raise RuntimeError(
             f"export refused: on the {name} split the ONNX file differs from torch by up to {largest:.2g} (export.tolerance is "
-            f"{section.tolerance:g}) and gives another label on {other_labels} of {len(expected)} rows"
+            f"{section.tolerance:g}){other}"
         )
     write_atomically(out / MODEL, content)
     write_atomically(out / "signature.json", model.read("signature.json"))
@@ -71,21 +80,33 @@ def trained_network(model: Artifact, data: Artifact) -> Network:
     return network.eval()
 
 
-def compare(content: bytes, signature: Signature, split: Split, expected: np.ndarray) -> tuple[float, int]:
-    """Run the file on a split: the largest difference in probability, NaN when an output is, and how many rows get another label.
+def _unit(network: Network) -> np.ndarray:
+    """What a difference is measured in, (outputs,) or (): a number's standard deviation; probabilities are what they are."""
+    return network.output.std.double().numpy() if isinstance(network.output, Units) else np.ones(())
 
-    expected: torch's probabilities, float64 (rows, classes).
+
+def compare(content: bytes, signature: Signature, split: Split, expected: np.ndarray, unit: np.ndarray) -> tuple[float, int]:
+    """Run the file on a split: the largest difference in units, NaN when an output is, and how many rows get another class.
+
+    expected: torch's probabilities or numbers, float64 (rows, outputs).
     """
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     largest, other_labels, start = 0.0, 0, 0
     for chunk in split.chunks:
-        rows = split.read([chunk])
-        (found,) = session.run([OUTPUT], {feature.name: rows[feature.name] for feature in signature.inputs})
+        (found,) = session.run([signature.target.output], fed(signature, split.read([chunk])))
         part = expected[start : start + len(found)]
-        largest = float(np.maximum(largest, np.abs(found - part).max()))  # Python's max would lose a NaN
-        other_labels += _other_labels(found, part)
+        largest = float(np.maximum(largest, _differences(found, part, signature, unit).max()))  # Python's max would lose a NaN
+        other_labels += _other_labels(found, part) if signature.target.kind == "category" else 0
         start += len(found)
     return largest, other_labels
+
+
+def _differences(found: np.ndarray, expected: np.ndarray, signature: Signature, unit: np.ndarray) -> np.ndarray:
+    """In units; of numbers, whose size has nothing to do with their spread, what is beyond the two last places of float32."""
+    difference = np.abs(found - expected)
+    if signature.target.kind == "number":
+        difference = np.maximum(difference - 2 * np.spacing(np.abs(expected).astype(np.float32)), 0)
+    return np.asarray(difference / unit)
 
 
 def _other_labels(found: np.ndarray, expected: np.ndarray) -> int:
@@ -94,38 +115,101 @@ def _other_labels(found: np.ndarray, expected: np.ndarray) -> int:
     return int((expected.max(axis=1) - given > TIE).sum())
 
 
+def fed(signature: Signature, rows: Rows) -> Rows:
+    """Prepared rows as the graph takes them: codes of categories as strings again, and texts as long as the longest of them."""
+    return {feature.name: _fed(feature, rows[feature.name]) for feature in signature.inputs}
+
+
+def _fed(feature: Feature, values: np.ndarray) -> np.ndarray:
+    if feature.dtype == "string":
+        return _strings(feature, values)
+    return values[:, : max(1, int(np.count_nonzero(values, axis=1).max()))] if feature.kind == "text" else values
+
+
+def _strings(feature: Feature, codes: np.ndarray) -> np.ndarray:
+    """Codes (rows, columns) to strings that have them: of the code that stands for missing values, "" in every second row."""
+    columns = []
+    for column, (known, missing) in enumerate(zip(feature.vocabularies, feature.missing, strict=True)):
+        unknown = UNKNOWN
+        while unknown in known:
+            unknown += UNKNOWN
+        strings = np.array([unknown, *known], dtype=object)[codes[:, column]]
+        strings[(codes[:, column] == missing) & (np.arange(len(codes)) % 2 == 0)] = ""
+        columns.append(strings)
+    return np.stack(columns, axis=1)
+
+
 class _Graph(nn.Module):
-    """Tensors in the order of the signature to probabilities, as the file has them."""
+    """Tensors in the order of the signature to probabilities or numbers, as the file has them."""
 
     def __init__(self, network: Network, signature: Signature) -> None:
         super().__init__()
-        self.network, self.names = network, [feature.name for feature in signature.inputs]
+        self.network, self.names, self.target = network, [feature.name for feature in signature.inputs], signature.target
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        logits: Tensor = self.network(dict(zip(self.names, inputs, strict=True)))
-        return logits.softmax(dim=1)
+        return activated(self.target, self.network(dict(zip(self.names, inputs, strict=True))))
 
 
 def _graph(network: Network, signature: Signature, digest: str) -> bytes:
-    """The network as an ONNX file, by tracing: the exporter that goes through torch.export takes seconds for the same graph."""
+    """The network as an ONNX file: traced, then with the lookup of categories before it."""
     _refuse_too_large(network)
-    names, file = [feature.name for feature in signature.inputs], io.BytesIO()
+    model = onnx.load_from_string(_traced(network, signature))
+    for index, feature in enumerate(signature.inputs):
+        if feature.dtype == "string":
+            _look_up(model, index, feature)
+    helper.set_model_props(model, {"signature": signature.model_dump_json(), "model_digest": digest})
+    onnx.checker.check_model(model)
+    return bytes(model.SerializeToString())
+
+
+def _traced(network: Network, signature: Signature) -> bytes:
+    """By tracing: the exporter that goes through torch.export takes seconds for the same graph."""
+    names, output, file = [feature.name for feature in signature.inputs], signature.target.output, io.BytesIO()
+    lengths = {feature.name: {0: "rows", 1: f"{feature.name} length"} for feature in signature.inputs if feature.kind == "text"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tracing being deprecated; what a trace could get wrong, `compare` sees
         torch.onnx.export(
             _Graph(network, signature).eval(),
-            tuple(torch.zeros(2, *feature.shape, dtype=getattr(torch, feature.dtype)) for feature in signature.inputs),
+            tuple(torch.zeros(2, *feature.shape, dtype=getattr(torch, feature.stored)) for feature in signature.inputs),
             file,  # type: ignore[arg-type]  # a buffer will do when tracing
             input_names=names,
-            output_names=[OUTPUT],
-            dynamic_axes={name: {0: "rows"} for name in (*names, OUTPUT)},
+            output_names=[output],
+            dynamic_axes={name: {0: "rows"} for name in (*names, output)} | lengths,
             opset_version=OPSET,
             dynamo=False,
         )
-    model = onnx.load_from_string(file.getvalue())
-    onnx.helper.set_model_props(model, {"signature": signature.model_dump_json(), "model_digest": digest})
-    onnx.checker.check_model(model)
-    return bytes(model.SerializeToString())
+    return file.getvalue()
+
+
+def _look_up(model: onnx.ModelProto, index: int, feature: Feature) -> None:
+    """Make the graph's input `index`, of codes, one of strings (rows, columns): each column through a LabelEncoder of its vocabulary."""
+    graph, name = model.graph, feature.name
+    codes = f"{name} codes"
+    for node in graph.node:
+        for place, given in enumerate(node.input):
+            if given == name:
+                node.input[place] = codes
+    graph.input[index].CopyFrom(helper.make_tensor_value_info(name, TensorProto.STRING, ["rows", len(feature.columns)]))
+    columns = [f"{codes} {column}" for column in range(len(feature.columns))]
+    nodes = [helper.make_node("Split", [name], [f"{column} string" for column in columns], axis=1, num_outputs=len(columns))]
+    for column, known, missing in zip(columns, feature.vocabularies, feature.missing, strict=True):
+        nodes.append(_encoder(f"{column} string", column, known, missing))
+    nodes.append(helper.make_node("Concat", columns, [f"{codes} int64"], axis=1))
+    nodes.append(helper.make_node("Cast", [f"{codes} int64"], [codes], to=TensorProto.INT32))
+    kept = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*nodes, *kept])
+    if all(opset.domain != "ai.onnx.ml" for opset in model.opset_import):
+        model.opset_import.append(helper.make_opsetid("ai.onnx.ml", ML_OPSET))
+
+
+def _encoder(strings: str, codes: str, known: tuple[str, ...], missing: int) -> onnx.NodeProto:
+    """Value i of a vocabulary to i + 1, "" to the code of missing values, anything else to 0."""
+    table = {value: code for code, value in enumerate(known, start=1)} | {"": missing}
+    keys, values = list(table), list(table.values())
+    return helper.make_node(
+        "LabelEncoder", [strings], [codes], domain="ai.onnx.ml", keys_strings=keys, values_int64s=values, default_int64=0
+    )
 
 
 def _refuse_too_large(network: nn.Module) -> None:

@@ -18,15 +18,32 @@ Model = Annotated[Mlp | Cnn, Field(discriminator="kind")]
 
 
 class Network(nn.Module):
-    """Preprocessing and model: raw tensors, {name: (rows, *shape)}, to logits, (rows, classes)."""
+    """Preprocessing, model and output: raw tensors, {name: (rows, *shape)}, to logits of classes or labels, or numbers in the data's
+    units, (rows, outputs)."""
 
-    def __init__(self, preprocess: Preprocess, body: nn.Module) -> None:
+    def __init__(self, preprocess: Preprocess, body: nn.Module, output: Units | nn.Identity) -> None:
         super().__init__()
-        self.preprocess, self.body = preprocess, body
+        self.preprocess, self.body, self.output = preprocess, body, output
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        logits: Tensor = self.body(self.preprocess(inputs))
-        return logits
+        outputs: Tensor = self.output(self.body(self.preprocess(inputs)))
+        return outputs
+
+
+class Units(nn.Module):
+    """Standardised outputs to numbers in the data's units: values * std + mean, by the target's training rows."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, statistics: Statistics) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(statistics.mean, dtype=torch.float64))
+        std = torch.tensor(statistics.std, dtype=torch.float64)
+        self.register_buffer("std", torch.where(std > 0, std, 1.0))  # of a number that is always the same
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values * self.std + self.mean
 
 
 def build_network(
@@ -35,5 +52,6 @@ def build_network(
     """The network of a job; the same seed gives the same weights, whatever was drawn before. Sizes come from the signature."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = Network(Preprocess(signature, statistics), model.build(signature))
+        output = Units(statistics[signature.target.name]) if signature.target.kind == "number" else nn.Identity()
+        network = Network(Preprocess(signature, statistics), model.build(signature), output)
     return network.to(dtype)

@@ -29,11 +29,18 @@ INITS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+EMBEDDING_STD = 0.05
+"""How embeddings start: normal with this deviation, whatever rule is named for the weights, since their fans mean nothing."""
+
+
 def initialize(module: nn.Module, init: Init) -> None:
-    """Fill every weight by the named rule and every bias with zeros."""
+    """Fill every weight by the named rule, every bias with zeros, and every embedding with small normal numbers."""
     with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.dim() > 1:
-                INITS[init](parameter)
-            else:
-                parameter.zero_()
+        for layer in module.modules():
+            for parameter in layer.parameters(recurse=False):
+                if isinstance(layer, nn.Embedding):
+                    nn.init.normal_(parameter, std=EMBEDDING_STD)
+                elif parameter.dim() > 1:
+                    INITS[init](parameter)
+                else:
+                    parameter.zero_()

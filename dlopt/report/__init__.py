@@ -5,6 +5,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from markupsafe import Markup
+
+
+class Figure(NamedTuple):
+    """A plot, its title and what it shows in words."""
+
+    title: str
+    svg: Markup
+    alt: str
 
 
 class Samples(NamedTuple):

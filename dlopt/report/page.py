@@ -1,138 +1,120 @@
 """The report's page: what the manifests and files of a run's artifacts say, in one self-contained HTML file.
 
-It has no script and asks for nothing outside of it; the same artifacts give the same bytes.
+It has no script and asks for nothing outside of it; the same artifacts give the same bytes. The part on the test split is a template
+for each kind of target, named after it.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from markupsafe import Markup
 
 from dlopt.artifact import Artifact, write_atomically
-from dlopt.data.prepared import Rows, Split
-from dlopt.part import Signature
-from dlopt.report import Samples, plots
+from dlopt.part import Signature, Target
+from dlopt.report import Figure, Samples, plots, words
+from dlopt.report.results import Results, read_results
+from dlopt.report.rows import MOST_COLUMNS, cells, columns, examples, pictures, read_rows
 from dlopt.train import metrics_log
 
-PREDICTIONS = "predictions.parquet"
 WORST = 24
 """Mistakes that are shown."""
-MOST_CELLS = 30
-"""A confusion matrix of more classes is no longer legible: its largest cells are listed instead, so many of them."""
-MOST_COLUMNS = 40
-"""Columns of numbers that are shown of a mistake."""
 MOST_REASONS = 20
 """Reasons for bad rows that are shown."""
+MOST_CURVES = 4
 Z95 = 1.959964
+PROFILE = "profile.json"
+SPLITS = ("train", "validation", "test")
+FIRST = {"category": "accuracy", "multi_label": "micro_f1", "number": "r2"}
+"""The metric that the page begins with, by the kind of the target."""
+MORE = {
+    "category": ("roc_auc", "f1", "macro_f1"),
+    "multi_label": ("macro_f1", "subset_accuracy", "macro_roc_auc"),
+    "number": ("mae", "rmse"),
+}
+"""Those that follow, as far as there are any: two classes have their own, and at most two are shown."""
+LOSSES = {
+    "category": "cross-entropy, nats a row",
+    "multi_label": "binary cross-entropy, nats a label",
+    "number": "mean squared error, in squares of the training rows' standard deviation",
+}
+EXPLAINED = {
+    "r2": "share of the variance that is explained: 1 is perfect, 0 is no better than the mean",
+    "micro_f1": "of all labels of all rows together",
+    "macro_f1": "mean of all {what}, each counting alike",
+    "macro_roc_auc": "mean of all labels: how often a row with the label ranks above one without",
+    "subset_accuracy": "share of rows that have all labels right",
+    "roc_auc": "how often a row of {positive} ranks above another",
+    "f1": "of {positive}: the harmonic mean of precision and recall",
+    "mae": "mean absolute error, in units of the data",
+    "rmse": "root of the mean squared error, in units of the data",
+}
 
 
-class Figure(NamedTuple):
-    """A plot, its title and what it shows in words."""
+class Card(NamedTuple):
+    """One of the figures that the page begins with."""
 
     title: str
-    svg: Markup
-    alt: str
-
-
-class Cell(NamedTuple):
-    """Test rows of class `label` that were called `predicted`, and their share of the class."""
-
-    label: Any
-    predicted: Any
-    rows: int
-    share: float
-
-
-class Class(NamedTuple):
-    """A class in the test split: its rows, the share of them that was found, and the share of what was given it that is of it."""
-
-    label: Any
-    rows: int
-    recall: float | None
-    precision: float | None
+    value: str
+    note: str
 
 
 class Mistake(NamedTuple):
-    """A test row that was given the wrong class."""
+    """A test row that the model was wrong on."""
 
     row: int
-    label: Any
-    predicted: Any
-    probability: float
-    loss: float
-    pictures: tuple[str, ...]
-    values: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What the model says of each test row: class indices, and the most probable class's probability; (rows,) each."""
-
-    label: np.ndarray
-    predicted: np.ndarray
-    probability: np.ndarray
-    loss: np.ndarray
-
-    @classmethod
-    def read(cls, model: Artifact) -> Predictions | None:
-        """None without a test split. Raises DloptError when the file is damaged."""
-        if PREDICTIONS not in model.manifest.files:
-            return None
-        table = pq.read_table(pa.BufferReader(model.read(PREDICTIONS)))
-        return cls(*(table[name].to_numpy() for name in ("label", "predicted", "probability", "loss")))
-
-    @property
-    def wrong(self) -> np.ndarray:
-        """Rows that were given the wrong class, highest loss first; a loss that is not a number is the highest."""
-        rows = np.flatnonzero(self.label != self.predicted)
-        return rows[np.argsort(-np.nan_to_num(self.loss[rows], nan=np.inf), kind="stable")]
-
-    def cells(self, labels: Sequence[Any], rows: np.ndarray | None = None) -> list[Cell]:
-        """The cells of the confusion matrix that have any (of these) rows, fullest first."""
-        chosen = np.arange(len(self.label)) if rows is None else rows
-        pairs, counts = np.unique(np.stack([self.label[chosen], self.predicted[chosen]], axis=1), axis=0, return_counts=True)
-        of_class = np.bincount(self.label, minlength=len(labels))
-        return [
-            Cell(labels[label], labels[predicted], count, count / of_class[label])
-            for (label, predicted), count in sorted(zip(pairs.tolist(), counts.tolist(), strict=True), key=lambda found: -found[1])
-        ]
-
-    def classes(self, labels: Sequence[Any]) -> list[Class]:
-        """How well each class is told from the others; None where there is nothing to take a share of."""
-        of_class, given = (np.bincount(values, minlength=len(labels)) for values in (self.label, self.predicted))
-        right = np.bincount(self.label[self.label == self.predicted], minlength=len(labels))
-        return [
-            Class(label, int(there), _share(found, there), _share(found, called))
-            for label, there, called, found in zip(labels, of_class, given, right, strict=True)
-        ]
+    label: str
+    predicted: str
+    facts: dict[str, str]
+    pictures: list[str]
+    cells: list[str]
 
 
 def write(
-    path: Path, *, name: str, job_yaml: str, data: Artifact, model: Artifact, exports: Mapping[str, Artifact], samples: Samples | None
+    path: Path,
+    *,
+    name: str,
+    job_yaml: str,
+    data: Artifact,
+    model: Artifact,
+    exports: Mapping[str, Artifact],
+    samples: Samples | None,
+    folds: Sequence[Mapping[str, float | None]] | None = None,
 ) -> None:
-    """Write the report of a run. `exports` has an artifact a format. Raises DloptError when a file of an artifact is damaged."""
+    """Write the report of a run. Raises DloptError when a file of an artifact is damaged.
+
+    exports: an artifact a format. folds: of a cross-validation, each fold's metrics on the rows that it was not trained on.
+    """
     signature = Signature.model_validate_json(model.read("signature.json"))
     lines = list(metrics_log.read(model.check(metrics_log.NAME)))
-    predictions = Predictions.read(model)
+    section, results = model.manifest.section, read_results(model, signature.target)
     context = {
         "name": name,
         "signature": signature,
-        "section": model.manifest.section,
-        "headline": _headline(data, model, [data, model, *exports.values()]),
-        "curves": _curves([line for line in lines if "train" in line], model.info["best_epoch"]),
-        "steps": _steps([line for line in lines if "loss" in line], model.manifest.section["train"]["clip_norm"]),
-        "test": _test(predictions, data, signature) if predictions else None,
+        "target": signature.target,
+        "section": section,
+        "headline": _headline(signature.target, data, model, [data, model, *exports.values()]),
+        "curves": _curves([line for line in lines if "train" in line], model.info["best_epoch"], _watched(signature.target, section)),
+        "steps": _steps([line for line in lines if "loss" in line], section["train"]["clip_norm"]),
+        "metrics": list(dict.fromkeys(key for found in model.info["metrics"].values() for key in found)),
+        "folds": _folds(folds) if folds else None,
+        "test": results,
+        "mistakes": _mistakes(results, data, signature) if results else None,
+        "columns": columns(signature)[:MOST_COLUMNS],
+        "all_columns": len(columns(signature)),
         "samples": _sample_rows(samples),
+        "examples": examples(data, signature),
         "bad_reasons": sorted(data.info["bad_reasons"].items(), key=lambda found: (-found[1], found[0]))[:MOST_REASONS],
+        "cleaning": [_cleaned(found) for found in data.info.get("cleaning", ())],
+        "warnings": data.info.get("warnings", ()),
+        "profile": _profile(data),
+        "splits": SPLITS,
         "data": data,
         "model": model,
         "exports": exports,
@@ -148,26 +130,56 @@ def wilson(right: int, rows: int) -> tuple[float, float]:
     return max(0.0, (middle - half) / (1 + z2)), min(1.0, (middle + half) / (1 + z2))
 
 
-def _headline(data: Artifact, model: Artifact, artifacts: Sequence[Artifact]) -> dict[str, Any]:
+def _headline(target: Target, data: Artifact, model: Artifact, artifacts: Sequence[Artifact]) -> dict[str, Any]:
     """The figures to see first: of the test split, or of the next best split that there is."""
-    split = next(name for name in ("test", "validation", "train") if name in model.info["metrics"])
+    split = next(name for name in reversed(SPLITS) if name in model.info["metrics"])
     metrics, rows = model.info["metrics"][split], data.info["counts"][split]
-    right = round(metrics["accuracy"] * rows)
-    seconds = sum(artifact.manifest.seconds for artifact in artifacts)
-    return {"split": split, "right": right, "rows": rows, "interval": wilson(right, rows), "seconds": seconds, **metrics}
+    more = [key for key in MORE[target.kind] if key in metrics][:2]
+    first, *others = (_card(f"{split} ", key, metrics[key], target, rows) for key in (FIRST[target.kind], *more))
+    others.append(Card(f"{split} loss", words.metric("loss", metrics["loss"]), LOSSES[target.kind]))
+    return {"split": split, "first": first, "others": others, "seconds": sum(artifact.manifest.seconds for artifact in artifacts)}
 
 
-def _curves(lines: list[dict[str, Any]], best: int) -> list[Figure]:
-    """Loss and accuracy over the epochs, of training and, where there is one, of the validation split."""
+def _card(split: str, key: str, value: float | None, target: Target, rows: int) -> Card:
+    title = split + words.metric_name(key)
+    if key == "accuracy" and value is not None:
+        right = round(value * rows)
+        low, high = (words.percent(end) for end in wilson(right, rows))
+        return Card(title, words.percent(value, 2), f"95 % interval {low} to {high} · {right:,} of {rows:,} rows right")
+    what = {"what": "classes" if target.kind == "category" else "labels", "positive": _positive(target)}
+    return Card(title, words.metric(key, value), EXPLAINED.get(key, "").format(**what))
+
+
+def _positive(target: Target) -> Any:
+    """The class that metrics of two classes are of."""
+    return target.positive if target.positive is not None or not target.labels else target.labels[-1]
+
+
+def _watched(target: Target, section: dict[str, Any]) -> list[str]:
+    """The metrics whose curves are drawn: the loss, the one that decides, and those that the page begins with."""
+    wanted = ("loss", section["train"]["monitor"], FIRST[target.kind], *MORE[target.kind])
+    return list(dict.fromkeys(wanted))
+
+
+def _curves(lines: list[dict[str, Any]], best: int, watched: Sequence[str]) -> list[Figure]:
+    """Metrics over the epochs, of training, which knows few of them, and of the validation split, where there is one."""
     epochs = [line["epoch"] for line in lines]
-    splits = [name for name in ("train", "validation") if any(line[name] for line in lines)]
     figures = []
-    for title, key, form in (("Loss", "loss", "{:.3g}"), ("Accuracy", "accuracy", "{:.1%}")):
-        series = {name: _floats((line[name] or {}).get(key) for line in lines) for name in splits}
+    for key in watched:
+        series = {name: _floats((line[name] or {}).get(key) for line in lines) for name in ("train", "validation") if _has(lines, name, key)}
+        if not series or len(figures) == MOST_CURVES:
+            continue
+        percent, title = key in words.SHARES, words.metric_name(key)
+        title = title[:1].upper() + title[1:]
+        form = "{:.1%}" if percent else "{:.3g}"
         said = "; ".join(f"{name} from {form.format(values[0])} to {form.format(values[-1])}" for name, values in series.items())
-        svg = plots.by_epoch(title, epochs, series, best, percent=key == "accuracy")
+        svg = plots.by_epoch(title, epochs, series, best, percent=percent, logarithmic=key in ("loss", "mae", "rmse"))
         figures.append(Figure(title, svg, f"{title} by epoch, {epochs[0]} to {epochs[-1]}: {said}. Best epoch: {best}."))
     return figures
+
+
+def _has(lines: list[dict[str, Any]], split: str, key: str) -> bool:
+    return any(key in (line[split] or {}) for line in lines)
 
 
 def _steps(lines: list[dict[str, Any]], clip_norm: float | None) -> list[Figure]:
@@ -185,58 +197,39 @@ def _steps(lines: list[dict[str, Any]], clip_norm: float | None) -> list[Figure]
     return figures
 
 
-def _test(predictions: Predictions, data: Artifact, signature: Signature) -> dict[str, Any]:
-    """The confusion matrix (or its largest cells off the diagonal), how each class fares, and the worst mistakes."""
-    labels, wrong = signature.target.labels, predictions.wrong
-    confused = predictions.cells(labels, wrong)
-    matrix = {(cell.label, cell.predicted): cell for cell in predictions.cells(labels)} if len(labels) <= MOST_CELLS else None
-    mistakes = _mistakes(predictions, wrong[:WORST], data, signature)
-    columns = [column for feature in signature.inputs if feature.kind == "number" for column in feature.columns]
-    return {
-        "rows": len(predictions.label),
-        "wrong": len(wrong),
-        "matrix": matrix,
-        "pairs": len(confused),
-        "confused": confused[:MOST_CELLS],
-        "classes": predictions.classes(labels),
-        "mistakes": mistakes,
-        "columns": columns[:MOST_COLUMNS],
-        "more_columns": len(columns[MOST_COLUMNS:]),
-    }
+def _folds(folds: Sequence[Mapping[str, float | None]]) -> dict[str, Any]:
+    """A line a fold, and the mean and standard deviation (of the sample) of each metric over the folds that have it."""
+    names = list(folds[0])
+    values = {name: [found for fold in folds if (found := fold[name]) is not None] for name in names}
+    means = {name: statistics.fmean(found) if found else None for name, found in values.items()}
+    spreads = {name: statistics.stdev(found) if len(found) > 1 else None for name, found in values.items()}
+    return {"names": names, "lines": folds, "means": means, "spreads": spreads}
 
 
-def _mistakes(predictions: Predictions, rows: np.ndarray, data: Artifact, signature: Signature) -> list[Mistake]:
-    labels = signature.target.labels
-    found = _test_rows(data, rows)
-    images = [found[feature.name] for feature in signature.inputs if feature.kind == "image"]
-    numbers = [found[feature.name] for feature in signature.inputs if feature.kind == "number"]
-    return [
-        Mistake(
-            int(row),
-            labels[predictions.label[row]],
-            labels[predictions.predicted[row]],
-            float(predictions.probability[row]),
-            float(predictions.loss[row]),
-            tuple(plots.picture(values[index]) for values in images),
-            tuple(float(value) for values in numbers for value in values[index])[:MOST_COLUMNS],
-        )
-        for index, row in enumerate(rows)
-    ]
+def _mistakes(results: Results, data: Artifact, signature: Signature) -> list[Mistake]:
+    rows = results.wrong[:WORST]
+    found = read_rows(data, "test", rows)
+    shown = zip(rows.tolist(), pictures(signature, found), cells(signature, found), strict=True)
+    return [Mistake(row, *results.said(row), results.facts(row), images, there[:MOST_COLUMNS]) for row, images, there in shown]
 
 
-def _test_rows(data: Artifact, rows: np.ndarray) -> Rows:
-    """These rows of the test split, in this order; only the chunks that have them are read, from files checked against their seal."""
-    split = Split.open(data, "test")
-    chunk_of_row = np.searchsorted([chunk.start for chunk in split.chunks], rows, side="right") - 1
-    used = [split.chunks[index] for index in np.unique(chunk_of_row)]
-    for file in {chunk.file for chunk in used}:
-        data.check(str(Path(file).relative_to(data.path.resolve())))
-    numbers = np.concatenate([np.arange(chunk.start, chunk.start + chunk.rows) for chunk in used] or [rows])
-    return {name: values[np.searchsorted(numbers, rows)] for name, values in split.read(used).items()}
+def _cleaned(found: Mapping[str, Any]) -> tuple[str, int, str]:
+    """What a rule of cleaning is, how many rows it dropped, and what else it says."""
+    rest = {name: value for name, value in found.items() if name not in ("kind", "dropped")}
+    return found["kind"], found["dropped"], ", ".join(f"{name.replace('_', ' ')} {_plain(value)}" for name, value in rest.items())
 
 
-def _share(part: np.integer, whole: np.integer) -> float | None:
-    return float(part / whole) if whole else None
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_plain(inner)}" for name, inner in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_plain(inner) for inner in value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _profile(data: Artifact) -> Any:
+    """What `prepare` has found in the columns, if it has looked."""
+    return json.loads(data.read(PROFILE)) if PROFILE in data.manifest.files else None
 
 
 def _sample_rows(samples: Samples | None) -> list[tuple[str, list[str]]]:
@@ -261,21 +254,6 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"whole": _whole, "percent": _percent, "figure": _figure, "seconds": _seconds}
+    environment.filters |= {"whole": words.whole, "percent": words.percent, "figure": words.figure, "seconds": words.seconds}
+    environment.globals |= {"metric": words.metric, "metric_name": words.metric_name}
     return environment.get_template("page.html")
-
-
-def _whole(value: float) -> str:
-    return f"{value:,.0f}"
-
-
-def _percent(value: float | None, digits: int = 1) -> str:
-    return "-" if value is None else f"{100 * value:.{digits}f} %"
-
-
-def _figure(value: float | None, digits: int = 4) -> str:
-    return "not finite" if value is None or not math.isfinite(value) else f"{value:.{digits}g}"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:,.1f} s"

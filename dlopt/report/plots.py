@@ -23,6 +23,7 @@ from PIL import Image
 INK, QUIET, LINE, ALARM, FIRST, SECOND = (f"#0d1a{number:02x}" for number in range(6))
 """Stand-ins, which the SVG's text has until they become the page's own colours."""
 COLOURS = {INK: "ink", QUIET: "quiet", LINE: "line", ALARM: "alarm", FIRST: "accent", SECOND: "second"}
+OF_SPLIT = {"train": FIRST, "validation": SECOND}
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "font.size": 9,
@@ -49,26 +50,35 @@ Layout = tuple[tuple[float, float], tuple[float, float, float, float]]
 """Width and height of a figure in inches; left, bottom, width and height of its axes, as shares of the figure."""
 WIDE: Layout = (5.4, 2.7), (0.09, 0.15, 0.76, 0.77)
 NARROW: Layout = (3.7, 2.2), (0.13, 0.18, 0.83, 0.78)
+SQUARE: Layout = (3.7, 3.4), (0.16, 0.14, 0.8, 0.83)
 BUCKETS = 80
 """A noisy series of more points is drawn as the mean of so many groups, in a band from the lowest to the highest."""
 POINTS = 500
 """A smooth series of more points is drawn by so many of them."""
+DOTS, CELLS = 1000, 36
+"""Of more points than DOTS, how many lie in each cell of a grid of CELLS by CELLS is drawn."""
+BARS = 40
 SMALL, THUMBNAIL = 64, 96
 """Images of up to SMALL pixels a side are shown exactly, larger ones as thumbnails of so many."""
 
 
-def by_epoch(name: str, epochs: Sequence[int], series: Mapping[str, np.ndarray], best: int, percent: bool = False) -> Markup:
-    """A curve for each of at most two series (values, NaN where there is none) over the epochs, with the best epoch marked."""
+def by_epoch(
+    name: str, epochs: Sequence[int], series: Mapping[str, np.ndarray], best: int, percent: bool = False, logarithmic: bool = False
+) -> Markup:
+    """A curve for each split (values, NaN where there is none) over the epochs, with the best epoch marked.
+
+    percent: values are shares. logarithmic: so may the axis be, where values span more than a factor of ten.
+    """
 
     def draw(axes: Axes) -> None:
-        for values, colour in zip(series.values(), (FIRST, SECOND), strict=False):
-            axes.plot(epochs, values, color=colour, marker="o", markersize=3 if len(epochs) < 40 else 0)
+        for split, values in series.items():
+            axes.plot(epochs, values, color=OF_SPLIT[split], marker="o", markersize=3 if len(epochs) < 40 else 0)
         axes.axvline(best, color=QUIET, linewidth=1, linestyle=(0, (3, 3)))
         axes.annotate(f"best epoch {best}", (best, 1.02), xycoords=("data", "axes fraction"), color=QUIET, ha="center", va="bottom")
         axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlabel("epoch")
-        _scale(axes, np.concatenate(list(series.values())), logarithmic=not percent)
+        _scale(axes, np.concatenate(list(series.values())), logarithmic=logarithmic)
         if percent:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
         _label_ends(axes, epochs, series)
@@ -104,6 +114,69 @@ def by_step(name: str, steps: np.ndarray, values: np.ndarray, smooth: bool = Fal
             axes.set_ylim(bottom=0)
 
     return _drawn(name, NARROW, draw)
+
+
+def curve(
+    name: str,
+    x: np.ndarray,
+    y: np.ndarray,
+    titles: tuple[str, str],
+    diagonal: bool = False,
+    level: float | None = None,
+    steps: bool = False,
+) -> Markup:
+    """A curve in the unit square, filled below. A diagonal or a level show what chance would give. steps: it falls at once."""
+
+    def draw(axes: Axes) -> None:
+        kept = np.unique(np.linspace(0, len(x) - 1, min(len(x), POINTS)).astype(int))
+        style: Any = "steps-pre" if steps else "default"
+        axes.plot(x[kept], y[kept], color=FIRST, drawstyle=style)
+        axes.fill_between(x[kept], y[kept], step="pre" if steps else None, color=FIRST, alpha=0.15, linewidth=0)
+        if diagonal or level is not None:
+            axes.plot([0, 1], [0, 1] if level is None else [level] * 2, color=QUIET, linewidth=1, linestyle=(0, (3, 3)))
+        axes.set(xlim=(0, 1.01), ylim=(0, 1.01), xlabel=titles[0], ylabel=titles[1])
+
+    return _drawn(name, SQUARE, draw)
+
+
+def scatter(name: str, x: np.ndarray, y: np.ndarray) -> Markup:
+    """Predicted by true values, with the line where both are equal: a dot each, or of many points how many lie in each cell."""
+
+    def draw(axes: Axes) -> None:
+        low, high = min(x.min(), y.min()), max(x.max(), y.max())
+        edge = (high - low or abs(high) or 1.0) / 30
+        low, high = low - edge, high + edge
+        axes.plot([low, high], [low, high], color=QUIET, linewidth=1, linestyle=(0, (3, 3)))
+        axes.set(xlim=(low, high), ylim=(low, high), xlabel="true", ylabel="predicted")
+        if len(x) <= DOTS:
+            axes.plot(x, y, ".", color=FIRST, alpha=0.5, markeredgewidth=0, markersize=5)
+            return
+        counts, edges, _ = np.histogram2d(x, y, bins=CELLS, range=[[low, high]] * 2)
+        rows, columns = np.nonzero(counts)
+        middle = (edges[1:] + edges[:-1]) / 2
+        shade = 0.15 + 0.85 * np.sqrt(counts[rows, columns] / counts.max())
+        side = 72 * SQUARE[0][0] * SQUARE[1][2] / CELLS
+        axes.scatter(middle[rows], middle[columns], s=side**2, marker="s", color=FIRST, alpha=shade.round(2), linewidth=0)
+
+    return _drawn(name, SQUARE, draw)
+
+
+def histogram(name: str, values: np.ndarray, title: str) -> Markup:
+    """How often values occur; those beyond the middle 99 % are counted in the outermost bars. A line stands at 0."""
+
+    def draw(axes: Axes) -> None:
+        low, high = np.quantile(values, (0.005, 0.995))
+        if low == high:
+            low, high = low - 0.5, high + 0.5
+        counts, edges = np.histogram(np.clip(values, low, high), bins=BARS, range=(low, high))
+        axes.stairs(counts, edges, fill=True, color=FIRST, alpha=0.75)
+        axes.axvline(0, color=QUIET, linewidth=1, linestyle=(0, (3, 3)))
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.set(xlabel=title, ylabel="rows")
+
+    return _drawn(name, SQUARE, draw)
 
 
 def picture(image: np.ndarray) -> str:
@@ -149,10 +222,10 @@ def _label_ends(axes: Axes, epochs: Sequence[int], series: Mapping[str, np.ndarr
     to_axes = axes.transData + axes.transAxes.inverted()
     axes.get_ylim()  # settles the limits, which the transformation asks for
     ends = []
-    for (name, values), colour in zip(series.items(), (FIRST, SECOND), strict=False):
+    for name, values in series.items():
         there = np.flatnonzero(np.isfinite(values))
         if len(there):
-            ends.append((to_axes.transform((epochs[there[-1]], values[there[-1]]))[1], name, colour))
+            ends.append((to_axes.transform((epochs[there[-1]], values[there[-1]]))[1], name, OF_SPLIT[name]))
     lowest = -np.inf
     for height, name, colour in sorted(ends):
         lowest = max(height, lowest + 0.08)

@@ -15,12 +15,23 @@ IMAGES, VERSIONS = 8, 4
 
 
 def samples(data: Artifact, fit: Fit) -> Samples | None:
-    """The first training images as they are and in the first epochs; None without augmentation."""
+    """The first training images as they are and in the first epochs, mixed, if they are, with the next of them; None where
+    augmentation leaves images as they are."""
     split = Split.open(data, "train")
     share = Share.of(split, fit.seed, fit.train.batch_size, 0, 1, fit.augment)
-    if not share.augmented_inputs:
+    names = [feature.name for feature in split.signature.inputs if feature.kind == "image"]
+    if not names or not any("image" in part.of for part in fit.augment):
         return None
-    images = split.read(split.chunks[:1])[share.augmented_inputs[0]][:IMAGES]
-    rows = np.arange(len(images))
-    versions = [share.augmented(torch.from_numpy(images.copy()), rows, epoch).numpy() for epoch in range(1, VERSIONS + 1)]
+    images = split.read(split.chunks[:1])[names[0]][:IMAGES]
+    versions = [_version(share, names[0], images, epoch) for epoch in range(1, VERSIONS + 1)]
     return Samples(original=images, augmented=np.stack(versions))
+
+
+def _version(share: Share, name: str, images: np.ndarray, epoch: int) -> np.ndarray:
+    """The images as they look in an epoch."""
+    picks = np.arange(len(images))
+    found = share.augmented({name: torch.from_numpy(images.copy())}, picks, epoch)
+    if share.mixes:
+        partners = {name: found[name].roll(-1, dims=0)}
+        found, _ = share.mixed(found, partners, picks, epoch)
+    return found[name].numpy()

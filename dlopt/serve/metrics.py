@@ -9,12 +9,17 @@ asked. Without the variable, as in tests, the counts are this process's.
 from __future__ import annotations
 
 import os
+from collections import Counter as Counts
 from collections.abc import Sequence
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
+import numpy as np
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, Summary, generate_latest, values
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+from dlopt.part import Target
 
 DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -24,21 +29,36 @@ SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1
 class Metrics:
     """The metrics of one model in this process."""
 
-    def __init__(self, model: str, digest: str, labels: Sequence[int | str]) -> None:
+    def __init__(self, model: str, digest: str, target: Target) -> None:
         if directory := os.environ.get(DIRECTORY):
             Path(directory).mkdir(parents=True, exist_ok=True)
             _ask_for_the_process_once()
         self.registry = CollectorRegistry()
         self.model = model
         requests = self._counter("dlopt_requests", "Requests to predict, by HTTP status", ("model", "code"))
-        predictions = self._counter("dlopt_predictions", "Rows predicted, by the label they got", ("model", "label"))
         self.rows = self._counter("dlopt_rows", "Rows predicted").labels(model)
         self.seconds = self._histogram("dlopt_request_seconds", "Time of a request in the replica, from its headers to its reply", SECONDS)
         self.batch_seconds = self._histogram("dlopt_batch_seconds", "Time of one run of the model; rows / runs is the mean batch", SECONDS)
         self.in_flight = self._gauge("dlopt_in_flight", "Requests in work", ("model",), "livesum").labels(model)
         self._gauge("dlopt_model_info", "Digest of the model that is served", ("model", "digest"), "livemax").labels(model, digest).set(1)
         self.request = cache(lambda code: requests.labels(model, str(code)))  # labels() costs more than inc()
-        self.predicted = [predictions.labels(model, str(label)) for label in labels]
+        self.predicted: list[Counter] = []
+        self.values: list[Summary] = []
+        if target.kind == "number":
+            numbers = Summary("dlopt_values", "Numbers predicted; sum / count is their mean", ("model", "column"), registry=self.registry)
+            self.values = [numbers.labels(model, column) for column in target.columns]
+        else:
+            predictions = self._counter("dlopt_predictions", "Rows predicted, by the label they got", ("model", "label"))
+            self.predicted = [predictions.labels(model, str(label)) for label in target.labels]
+
+    def count(self, outputs: np.ndarray, decided: Sequence[Sequence[int]]) -> None:
+        """Note rows that were predicted: outputs (rows, target.size), and the indices of the labels that each row got."""
+        self.rows.inc(len(outputs))
+        for index, rows in Counts(chain.from_iterable(decided)).items():
+            self.predicted[index].inc(rows)
+        for summary, column in zip(self.values, outputs.T.tolist(), strict=False):
+            for value in column:
+                summary.observe(value)
 
     def exposition(self) -> bytes:
         """The text that Prometheus reads."""

@@ -1,5 +1,16 @@
 """What clients say and hear: TensorFlow Serving's REST dialect, as pure functions from requests to rows and from
-probabilities to replies. A model name's status also carries the keys that KServe's v1 client reads."""
+outputs to replies. A model name's status also carries the keys that KServe's v1 client reads.
+
+| target | a row's prediction | the reply to columns |
+|---|---|---|
+| category | {"label": "b", "probabilities": [0.1, 0.9]} | {"label": [...], "probabilities": [...]} |
+| multi_label | {"labels": ["a", "c"], "probabilities": [0.7, 0.2, 0.5]} | {"labels": [...], "probabilities": [...]} |
+| number, one | 3.2 | [3.2, ...] |
+| number, several | {"height": 3.2, "width": 1.0} | {"height": [...], "width": [...]} |
+
+Probabilities stand in the order of the signature's labels; of multi_label each is of its own, and a row gets the labels with
+more than THRESHOLD.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +22,15 @@ from typing import Any, Literal
 import numpy as np
 from pydantic_core import from_json, to_json
 
-from dlopt.part import Feature, Signature
+from dlopt.part import Feature, Signature, Target
 
 VERSION = "1"
 """A run's model never changes, so there is one version; the digest says which model it is."""
 SIGNATURE_NAME = "serving_default"
 MODEL_PATH = re.compile(r"/v1/models/(?P<name>[^/:]+)(?:/versions/(?P<version>[0-9]+))?(?P<rest>|:predict|/metadata)")
-DTYPES = {"uint8": "DT_UINT8", "float32": "DT_FLOAT"}
+DTYPES = {"uint8": "DT_UINT8", "float32": "DT_FLOAT", "int32": "DT_INT32", "string": "DT_STRING"}
+THRESHOLD = 0.5
+"""A row gets every label of a multi_label target that is more probable, in the metrics as in the replies."""
 
 Json = dict[str, Any]
 
@@ -87,18 +100,38 @@ def _rows_of(inputs: Any, signature: Signature) -> Any:
     return [dict(zip(inputs, values, strict=True)) for values in zip(*inputs.values(), strict=True)]
 
 
-def predictions(request: Request, probabilities: np.ndarray, best: Sequence[int], labels: Sequence[int | str]) -> bytes:
-    """The reply's body for probabilities (rows, classes) and the best class of each row. Raises Refusal when they are not finite."""
-    if not np.isfinite(probabilities).all():
+def decisions(target: Target, outputs: np.ndarray) -> list[list[int]]:
+    """The labels that each row of outputs gets, by their indices: one of classes, any number of labels, and of numbers none."""
+    if target.kind == "category":
+        return [[best] for best in outputs.argmax(axis=1).tolist()]
+    if target.kind == "multi_label":
+        return [np.flatnonzero(row).tolist() for row in outputs > THRESHOLD]
+    return [[] for _ in outputs]
+
+
+def predictions(request: Request, target: Target, outputs: np.ndarray, decided: Sequence[Sequence[int]]) -> bytes:
+    """The reply's body for outputs (rows, target.size) and what was decided on each row. Raises Refusal when they are not finite."""
+    if not np.isfinite(outputs).all():
         raise Refusal(500, "the model's output is not finite for this input")
-    given = [labels[index] for index in best]
-    values = probabilities.tolist()
-    reply: Json
-    if request.by_column:
-        reply = {"outputs": {"label": given, "probabilities": values}}
+    columns = _columns(target, outputs, decided)
+    if len(columns) == 1:
+        (found,) = columns.values()
+    elif request.by_column:
+        return to_json({"outputs": columns})
     else:
-        reply = {"predictions": [{"label": label, "probabilities": row} for label, row in zip(given, values, strict=True)]}
-    return to_json(reply)
+        found = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return to_json({"outputs" if request.by_column else "predictions": found})
+
+
+def _columns(target: Target, outputs: np.ndarray, decided: Sequence[Sequence[int]]) -> dict[str, list[Any]]:
+    """What the reply says, a list over the rows for each name."""
+    labels = target.labels
+    if target.kind == "category":
+        return {"label": [labels[best] for (best,) in decided], "probabilities": outputs.tolist()}
+    if target.kind == "multi_label":
+        return {"labels": [[labels[index] for index in row] for row in decided], "probabilities": outputs.tolist()}
+    shortest = outputs.T.astype(str).astype(np.float64)  # 3.2 and not 3.200000047683716, which is the same float32
+    return dict(zip(target.columns, shortest.tolist(), strict=True))
 
 
 def status(model: str, digest: str) -> Json:
@@ -108,33 +141,38 @@ def status(model: str, digest: str) -> Json:
 
 
 def metadata(model: str, digest: str, signature: Signature) -> Json:
-    """GET /v1/models/{name}/metadata: TensorFlow Serving's, and the signature that the page draws its form from."""
-    outputs = {
-        "label": _tensor("label", _label_type(signature), []),
-        "probabilities": _tensor("probabilities", "DT_FLOAT", [signature.num_outputs]),
-    }
+    """GET /v1/models/{name}/metadata: TensorFlow Serving's, and the signature that the page draws its form from.
+
+    Tokenizers are left out: they are large, and clients send text.
+    """
     signature_def = {
         "inputs": {feature.name: _tensor_of(feature) for feature in signature.inputs},
-        "outputs": outputs,
+        "outputs": _outputs_of(signature.target),
         "method_name": "tensorflow/serving/predict",
     }
     return {
         "model_spec": {"name": model, "signature_name": "", "version": VERSION},
         "metadata": {"signature_def": {"signature_def": {SIGNATURE_NAME: signature_def}}},
-        "signature": signature.model_dump(mode="json"),
+        "signature": signature.model_dump(mode="json", exclude={"inputs": {"__all__": {"tokenizer"}}}),
+        "threshold": THRESHOLD if signature.target.kind == "multi_label" else None,
         "digest": digest,
     }
 
 
 def _tensor_of(feature: Feature) -> Json:
-    return _tensor(feature.name, DTYPES[feature.dtype], feature.shape)
+    return _tensor(feature.name, DTYPES[feature.dtype], (-1,) if feature.kind == "text" else feature.shape)
 
 
-def _label_type(signature: Signature) -> str:
-    return "DT_STRING" if isinstance(signature.target.labels[0], str) else "DT_INT64"
+def _outputs_of(target: Target) -> Json:
+    """The tensors of a reply, by name. Labels of a row, of which there may be any number, are a dimension of -1."""
+    if target.kind == "number":
+        return {column: _tensor(column, "DT_FLOAT", ()) for column in target.columns}
+    kind = "DT_STRING" if isinstance(target.labels[0], str) else "DT_INT64"
+    label = _tensor("label", kind, ()) if target.kind == "category" else _tensor("labels", kind, (-1,))
+    return {label["name"]: label, "probabilities": _tensor("probabilities", "DT_FLOAT", (target.size,))}
 
 
 def _tensor(name: str, dtype: str, shape: Sequence[int]) -> Json:
-    """A tensor in protobuf's JSON, where 64-bit integers are strings and -1 is any number of rows."""
+    """A tensor in protobuf's JSON, where 64-bit integers are strings and -1 is any number of rows (or tokens, or labels)."""
     dimensions = [{"size": str(size), "name": ""} for size in (-1, *shape)]
     return {"name": name, "dtype": dtype, "tensor_shape": {"dim": dimensions, "unknown_rank": False}}

@@ -18,7 +18,7 @@ import onnxruntime
 
 from dlopt.artifact import Artifact
 from dlopt.data.encode import encode_rows
-from dlopt.part import OUTPUT, DloptError, Signature
+from dlopt.part import DloptError, Feature, Signature
 from dlopt.serve import Serve, metrics, protocols
 from dlopt.serve.auth import Guard, Headers, token_of
 from dlopt.serve.protocols import Refusal
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 
 class Predictor:
-    """Tensors to probabilities, `max_batch` rows at a time, so that a large request needs no more memory than a small one."""
+    """Tensors to outputs, `max_batch` rows at a time, so that a large request needs no more memory than a small one."""
 
     def __init__(self, content: bytes, signature: Signature, threads: int = 1, max_batch: int = 64) -> None:
         options = onnxruntime.SessionOptions()
@@ -53,7 +53,8 @@ class Predictor:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning threads starve the other replicas
         self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         self.signature, self.max_batch = signature, max_batch
-        self.blank = {feature.name: np.zeros((1, *feature.shape), feature.dtype) for feature in signature.inputs}
+        self.output = [signature.target.output]
+        self.blank = {feature.name: _blank(feature) for feature in signature.inputs}
         """A row that every model takes, to see whether it answers."""
         self(self.blank)
 
@@ -64,13 +65,13 @@ class Predictor:
         return cls(export.read("model.onnx"), signature, section.threads, section.max_batch)
 
     def __call__(self, tensors: Tensors) -> np.ndarray:
-        """Probabilities (rows, classes) of encoded rows."""
+        """Outputs (rows, target.size) of encoded rows: probabilities, or numbers."""
         rows = _rows(tensors)
         if rows <= self.max_batch:
-            return self.session.run([OUTPUT], tensors)[0]
+            return self.session.run(self.output, tensors)[0]
         starts = range(0, rows, self.max_batch)
         parts = ({name: values[start : start + self.max_batch] for name, values in tensors.items()} for start in starts)
-        return np.concatenate([self.session.run([OUTPUT], part)[0] for part in parts])
+        return np.concatenate([self.session.run(self.output, part)[0] for part in parts])
 
 
 class Waiting(NamedTuple):
@@ -121,7 +122,7 @@ class Batcher:
 
     async def _answer(self, batch: list[Waiting]) -> None:
         try:
-            probabilities = await asyncio.to_thread(self._timed, _joined(batch))
+            outputs = await asyncio.to_thread(self._timed, _joined(batch))
         except Exception as error:
             if len(batch) > 1:  # one request's failure is not its neighbours'
                 for request in batch:
@@ -130,17 +131,17 @@ class Batcher:
                 batch[0].answer.set_exception(error)
             return
         ends = np.cumsum([request.rows for request in batch])
-        for request, part in zip(batch, np.split(probabilities, ends[:-1]), strict=True):
+        for request, part in zip(batch, np.split(outputs, ends[:-1]), strict=True):
             if not request.answer.done():
                 request.answer.set_result(part)
 
     def _timed(self, tensors: Tensors) -> np.ndarray:
         start = time.perf_counter()
-        probabilities = self.run(tensors)
+        outputs = self.run(tensors)
         seconds, rows = time.perf_counter() - start, _rows(tensors)
         self.seconds_per_row += 0.1 * (seconds / rows - self.seconds_per_row)
         self.observe(rows, seconds)
-        return probabilities
+        return outputs
 
 
 class Reply(NamedTuple):
@@ -163,7 +164,7 @@ class Application:
         self.predictor = Predictor.load(export, section)
         self.signature = self.predictor.signature
         self.name, self.digest, self.section, self.guard = name, export.manifest.digest, section, guard
-        self.metrics = metrics.Metrics(name, self.digest, self.signature.target.labels)
+        self.metrics = metrics.Metrics(name, self.digest, self.signature.target)
         self.batcher = Batcher(self.predictor, section.max_batch, self._observe)
         self.digest_header = ((b"x-model-digest", self.digest.encode()),)
         self.page = files("dlopt.serve").joinpath("page.html").read_bytes()
@@ -243,14 +244,12 @@ class Application:
         try:
             body = await read_body(headers, receive, self.section)
             request, tensors = await asyncio.to_thread(self._decode, body) if len(body) >= LARGE else self._decode(body)
-            probabilities = await self.batcher(tensors)
-            best = probabilities.argmax(axis=1).tolist()
-            reply = protocols.predictions(request, probabilities, best, self.signature.target.labels)
+            outputs = await self.batcher(tensors)
+            decided = protocols.decisions(self.signature.target, outputs)
+            reply = protocols.predictions(request, self.signature.target, outputs, decided)
         finally:
             self.in_flight -= 1
-        self.metrics.rows.inc(len(best))
-        for index in set(best):
-            self.metrics.predicted[index].inc(best.count(index))
+        self.metrics.count(outputs, decided)
         return Reply(200, reply, headers=self.digest_header)
 
     def _flush_in_flight(self) -> None:
@@ -316,7 +315,23 @@ def _rows(tensors: Tensors) -> int:
 def _joined(batch: list[Waiting]) -> Tensors:
     if len(batch) == 1:
         return batch[0].tensors
-    return {name: np.concatenate([request.tensors[name] for request in batch]) for name in batch[0].tensors}
+    return {name: _stacked([request.tensors[name] for request in batch]) for name in batch[0].tensors}
+
+
+def _stacked(parts: list[np.ndarray]) -> np.ndarray:
+    """Rows of all parts. Texts, which are as long as their request's longest one, are filled up with 0, which is padding."""
+    lengths = {part.shape[1] for part in parts}
+    if len(lengths) > 1:
+        longest = max(lengths)
+        parts = [np.pad(part, ((0, 0), (0, longest - part.shape[1]))) for part in parts]
+    return np.concatenate(parts)
+
+
+def _blank(feature: Feature) -> np.ndarray:
+    """One row of zeros, or of missing categories."""
+    if feature.dtype == "string":
+        return np.full((1, *feature.shape), "", dtype=object)
+    return np.zeros((1, *feature.shape), feature.dtype)
 
 
 def _needs_get(method: str) -> None:

@@ -1,56 +1,128 @@
-"""Metrics of a split, exact however many workers share it out."""
+"""A trained network over a split: its metrics, and what it says of every row.
+
+predictions.parquet, in the order of the test split's rows, has of each row
+    row (int64)       its place in the split
+    loss (float32)    its loss, without class weights
+and, by the kind of the target,
+    category       label, predicted (int64)            indices of classes among the target's labels
+                   probability (float32)               of the predicted class
+                   score (float32)                     of two classes: the probability of the positive one
+    multi_label    labels, predicted (list<int64>)     indices of the labels that the row has, and that it is given
+                   probabilities (fixed list<float32>) of every label; more than a half gives the label
+    number         target.{column} (float32)           of each number, in the data's units
+                   predicted.{column} (float32)
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from dlopt.data.prepared import Chunk, Split
+from dlopt.models import Network
+from dlopt.part import Target
+from dlopt.train.metrics import Metrics, Tally, activated, positive_index, tally
+from dlopt.train.objectives import loss_of
 
 BATCH_BYTES = 2**22
 
 
-class Metrics(NamedTuple):
-    """Means over the rows of a split."""
-
-    loss: float
-    """Cross-entropy, in nats."""
-    accuracy: float
-    """Share of rows whose most probable class is the right one."""
-
-
-def evaluate(model: nn.Module, split: Split, device: torch.device, rank: int = 0, world: int = 1) -> Metrics:
-    """Loss and accuracy over a split; each worker computes its part of the chunks and the sums are added up."""
-    total = torch.zeros(2, dtype=torch.float64, device=device)
-    for logits, target in _outputs(model, split, device, split.chunks[rank::world]):
-        total[0] += F.cross_entropy(logits, target, reduction="sum")
-        total[1] += (logits.argmax(dim=1) == target).sum()
+def evaluate(network: Network, split: Split, device: torch.device, rank: int = 0, world: int = 1) -> Metrics:
+    """Metrics of a split that has rows; each worker computes its part of the chunks, and all of them get the whole."""
+    found = tally(split.signature.target, network.output, device)
+    loss = loss_of(split.signature.target, network.output)
+    for outputs, target in _outputs(network, split, device, split.chunks[rank::world]):
+        found.add(outputs, target, loss(outputs, target, "none"))
     if world > 1:
-        dist.all_reduce(total)
-    loss, correct = (total / len(split)).tolist()
-    return Metrics(loss, correct)
+        _gather(found, split, world)
+    return found.metrics(len(split))
 
 
-def probabilities(model: nn.Module, split: Split, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Softmax outputs float64 (rows, classes) and target classes (rows,) of a whole split, in row order."""
-    found = [(logits.double().softmax(dim=1).cpu(), target.cpu()) for logits, target in _outputs(model, split, device, split.chunks)]
-    return torch.cat([output for output, _ in found]), torch.cat([target for _, target in found])
+def predict(network: Network, split: Split, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Probabilities or numbers, float64 (rows, outputs), and the targets of a whole split, in row order."""
+    target = split.signature.target
+    found = [(activated(target, outputs).cpu(), wanted.cpu()) for outputs, wanted in _outputs(network, split, device, split.chunks)]
+    return torch.cat([outputs for outputs, _ in found]), torch.cat([wanted for _, wanted in found])
+
+
+def write_predictions(path: Path, network: Network, split: Split, device: torch.device) -> Metrics:
+    """A parquet file of what the network says of every row, as above, a batch at a time; returns the split's metrics."""
+    signature, start = split.signature.target, 0
+    found, loss = tally(signature, network.output, device), loss_of(signature, network.output)
+    tables = []
+    for outputs, target in _outputs(network, split, device, split.chunks):
+        losses = loss(outputs, target, "none")
+        found.add(outputs, target, losses)
+        rows = {"row": pa.array(range(start, start + len(target)), pa.int64())}
+        columns = _columns(signature, activated(signature, outputs).cpu(), target.cpu())
+        tables.append(pa.table(rows | columns | {"loss": losses.float().cpu().numpy()}))
+        start += len(target)
+    pq.write_table(pa.concat_tables(tables), path)
+    return found.metrics(len(split))
+
+
+def _columns(target: Target, outputs: Tensor, wanted: Tensor) -> dict[str, pa.Array]:
+    """What the model says of some rows, beside what is so."""
+    if target.kind == "category":
+        probability, predicted = outputs.max(dim=1)
+        columns = {"label": wanted, "predicted": predicted, "probability": probability.float()}
+        columns |= {"score": outputs[:, positive_index(target)].float()} if target.size == 2 else {}
+        return {name: pa.array(values.numpy()) for name, values in columns.items()}
+    if target.kind == "multi_label":
+        flat = pa.array(outputs.float().numpy().reshape(-1))
+        probabilities = pa.FixedSizeListArray.from_arrays(flat, target.size)
+        return {"labels": _indices(wanted > 0), "predicted": _indices(outputs > 0.5), "probabilities": probabilities}
+    columns = {}
+    for index, name in enumerate(target.columns):
+        columns |= {f"target.{name}": wanted[:, index], f"predicted.{name}": outputs[:, index].float()}
+    return {name: pa.array(values.numpy()) for name, values in columns.items()}
+
+
+def _indices(chosen: Tensor) -> pa.Array:
+    """bool (rows, labels) as lists of the indices that are true."""
+    ends = np.concatenate([[0], chosen.sum(dim=1).cumsum(0).numpy()])
+    return pa.ListArray.from_arrays(pa.array(ends.astype(np.int32)), pa.array(chosen.nonzero()[:, 1].numpy()))
+
+
+def _gather(found: Tally, split: Split, world: int) -> None:
+    """Add up the sums of all workers, and put their scores one after the other."""
+    dist.all_reduce(found.sums)
+    mine = torch.cat(found.scores)
+    if not mine.shape[2]:
+        return
+    sizes = [sum(chunk.rows for chunk in split.chunks[rank::world]) for rank in range(world)]
+    padded = torch.zeros(max(sizes), *mine.shape[1:], device=mine.device)
+    padded[: len(mine)] = mine
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    found.scores = [part[:size] for part, size in zip(parts, sizes, strict=True)]
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, split: Split, device: torch.device, chunks: tuple[Chunk, ...]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits and targets, a chunk at a time; the model is put back into the mode it was in."""
-    training = model.training
-    model.eval()
+def _outputs(network: Network, split: Split, device: torch.device, chunks: tuple[Chunk, ...]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Outputs as float64 and targets, a batch at a time; the network is put back into the mode it was in."""
+    training = network.training
+    network.eval()
     size = max(1, min(1024, BATCH_BYTES // split.row_bytes))
+    texts = [feature.name for feature in split.signature.inputs if feature.kind == "text"]
     for chunk in chunks:
         rows = {name: torch.from_numpy(values.copy()).to(device) for name, values in split.read([chunk]).items()}
         target = rows.pop(split.signature.target.name)
         for start in range(0, len(target), size):
-            yield model({name: values[start : start + size] for name, values in rows.items()}), target[start : start + size]
-    model.train(training)
+            part = {name: values[start : start + size] for name, values in rows.items()}
+            part |= {name: _cut(part[name]) for name in texts}
+            yield network(part).double(), target[start : start + size]
+    network.train(training)
+
+
+def _cut(tokens: Tensor) -> Tensor:
+    """Ids (rows, length) without what is padding in all rows."""
+    used = (tokens != 0).any(dim=0).nonzero()
+    return tokens[:, : int(used[-1]) + 1 if len(used) else 1]

@@ -16,10 +16,11 @@ from typing import Any
 
 from dlopt.artifact import Artifact, Stage
 from dlopt.data.prepared import Split
-from dlopt.part import DloptError
+from dlopt.part import DloptError, Target
 from dlopt.progress import Progress, silent
 from dlopt.train import metrics_log
-from dlopt.train.section import Fit, Resources, needs_validation
+from dlopt.train.metrics import names
+from dlopt.train.section import Fit, Resources, Train, needs_validation, refuse_balance, refuse_labels, refuse_monitor
 from dlopt.train.state import CHECKPOINTS, newest
 
 COLLECTIVE_SECONDS = 300
@@ -43,6 +44,7 @@ def fit(section: Fit, out: Path, data: Artifact, *, resources: Resources, progre
     """Train on Ray Train until the last epoch or early stopping; returns the info of the model's manifest."""
     _refuse_no_validation(section, data)
     train = Split.open(data, "train")
+    _refuse_other_target(section.train, train.signature.target)
     cluster = _cluster()
     workers = _workers(resources, cluster)
     feed = _feed(resources, train, workers, cluster)
@@ -56,7 +58,7 @@ def fit(section: Fit, out: Path, data: Artifact, *, resources: Resources, progre
         "feed": feed,
         "threads": max(1, int(resources.cpus_per_worker)) if workers else None,
     }
-    with _watched(out, section, len(train), progress):
+    with _watched(out, section, train, progress):
         return _run(config, workers, resources, cluster, out)
 
 
@@ -163,6 +165,13 @@ def _leaving_room(workers: Workers, resources: Resources, cluster: dict[str, flo
     return workers[0], max(workers[0], min(workers[1], int(cluster.get("CPU", 0) // (resources.cpus_per_worker + 1))))
 
 
+def _refuse_other_target(train: Train, target: Target) -> None:
+    """Raises DloptError when the section asks for what the target has not."""
+    refuse_monitor(train, target.kind, target.size)
+    refuse_balance(train, target.kind)
+    refuse_labels(train, target)
+
+
 def _refuse_no_validation(section: Fit, data: Artifact) -> None:
     who = needs_validation(section.train)
     if who and not data.info["counts"]["validation"]:
@@ -170,13 +179,13 @@ def _refuse_no_validation(section: Fit, data: Artifact) -> None:
 
 
 @contextmanager
-def _watched(out: Path, section: Fit, rows: int, progress: Progress) -> Iterator[None]:
+def _watched(out: Path, section: Fit, split: Split, progress: Progress) -> Iterator[None]:
     """Follow metrics.jsonl while workers, wherever they are, write it."""
     done = threading.Event()
 
     def follow() -> None:
-        tail, seen = metrics_log.Tail(out / metrics_log.NAME), _Seen(section.train.epochs)
-        steps = section.train.epochs * -(-rows // section.train.batch_size)
+        tail, seen = metrics_log.Tail(out / metrics_log.NAME), _Seen(section.train.epochs, _shown(section.train, split.signature.target))
+        steps = section.train.epochs * -(-len(split) // section.train.batch_size)
         while not done.wait(0.25):
             if lines := tail.new():
                 seen.add(lines)
@@ -196,6 +205,8 @@ class _Seen:
     """What the lines of metrics.jsonl say so far, in a few words."""
 
     epochs: int
+    metric: str
+    """Which one of the validation split to say."""
     step: int = 0
     epoch: int = 1
     loss: float | None = None
@@ -206,14 +217,19 @@ class _Seen:
             self.step = line["step"]
             if "train" in line:
                 self.epoch = min(line["epoch"] + 1, self.epochs)
-                self.validation = (line["validation"] or {}).get("accuracy")
+                self.validation = (line["validation"] or {}).get(self.metric)
             else:
                 self.epoch, self.loss = line["epoch"], line["loss"]
 
     def __str__(self) -> str:
         text = f"epoch {self.epoch}/{self.epochs}"
         text += "" if self.loss is None else f"  loss {self.loss:.4f}"
-        return text + ("" if self.validation is None else f"  validation {self.validation:.4f}")
+        return text + ("" if self.validation is None else f"  validation {self.metric} {self.validation:.4g}")
+
+
+def _shown(train: Train, target: Target) -> str:
+    """The metric that decides, or if that is the loss, which is shown anyhow, the one that says most to people."""
+    return train.monitor if train.monitor != "loss" else names(target.kind)[1]
 
 
 def _most(workers: Workers) -> int:

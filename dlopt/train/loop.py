@@ -22,7 +22,7 @@ class Step(NamedTuple):
 
     loss: Tensor
     """This worker's part of the loss."""
-    correct: Tensor
+    correct: Tensor | None
     rate: float
     gradient_norm: float
     """Of the whole batch's gradient, before clipping; the same on every worker."""

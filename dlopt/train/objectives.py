@@ -1,15 +1,17 @@
-"""What a step minimises, and how gradients of it come about."""
+"""What a step minimises, by the kind of the target, and how gradients of it come about."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dlopt.data.feed import Batch
+from dlopt.models import Units
+from dlopt.part import Target
 
 
 class Losses(NamedTuple):
@@ -17,25 +19,102 @@ class Losses(NamedTuple):
 
     loss: Tensor
     """To be minimised: sum of the rows' losses over the rows of the whole batch, and this worker's part of the penalties."""
-    correct: Tensor
-    """How many of this worker's rows got the right class."""
+    correct: Tensor | None
+    """Of classes: how many of this worker's rows got the right one; of a mixed row, the share of it that did."""
 
 
+Loss = Callable[[Tensor, Tensor, str], Tensor]
+"""Outputs (rows, outputs), targets and "none" or "sum" to the losses of the rows (rows,), or their sum."""
 Objective = Callable[[nn.Module, Batch], Losses]
 Gradient = Callable[[Objective, nn.Module, Batch], Losses]
 
 
-def supervised(l1: float, l2: float, world: int) -> Objective:
-    """Cross-entropy, plus l1 times the sum of |w| and l2 times the sum of w^2 over all weights but biases."""
+def loss_of(target: Target, output: nn.Module, weights: Tensor | None = None) -> Loss:
+    """The loss of a row: cross-entropy of its class; the mean over the labels of binary cross-entropy; or the mean over the numbers of
+    the squared error in standard deviations. output: the network's output layer. weights: as `class_weights` gives them."""
+    if target.kind == "category":
+        return lambda outputs, wanted, reduction: F.cross_entropy(outputs, wanted, weights, reduction=reduction)
+    if target.kind == "multi_label":
+        return _binary(weights)
+    assert isinstance(output, Units)
+    return lambda outputs, wanted, reduction: _reduced(((outputs - wanted) / output.std).square(), reduction)
+
+
+def _binary(weights: Tensor | None) -> Loss:
+    absent, ratio = (None, None) if weights is None else (weights[0], weights[1] / weights[0])
+
+    def loss(outputs: Tensor, wanted: Tensor, reduction: str) -> Tensor:
+        found = F.binary_cross_entropy_with_logits(outputs, wanted.to(outputs.dtype), absent, pos_weight=ratio, reduction="none")
+        return _reduced(found, reduction)
+
+    return loss
+
+
+def _reduced(losses: Tensor, reduction: str) -> Tensor:
+    """(rows, outputs) to the mean of each row, or the sum of these means."""
+    return losses.mean(dim=1) if reduction == "none" else losses.sum() / losses.shape[1]
+
+
+def supervised(loss: Loss, l1: float, l2: float, world: int) -> Objective:
+    """The loss of the rows, plus l1 times the sum of |w| and l2 times the sum of w^2 over all weights but biases.
+
+    A row that is mixed of two has share * loss(first target) + (1 - share) * loss(second target).
+    """
 
     def objective(model: nn.Module, batch: Batch) -> Losses:
-        logits = model(batch.inputs)
-        loss = F.cross_entropy(logits, batch.target, reduction="sum") / batch.total
+        outputs = model(batch.inputs)
+        found = (_mixed(loss, outputs, batch) if batch.mixed else loss(outputs, batch.target, "sum")) / batch.total
         if l1 or l2:
-            loss = loss + penalty(model, l1, l2) / world
-        return Losses(loss, (logits.detach().argmax(dim=1) == batch.target).sum())
+            found = found + penalty(model, l1, l2) / world
+        return Losses(found, _correct(outputs.detach(), batch))
 
     return objective
+
+
+def _mixed(loss: Loss, outputs: Tensor, batch: Batch) -> Tensor:
+    assert batch.mixed
+    share = batch.mixed.share.to(outputs.dtype)
+    return (share * loss(outputs, batch.target, "none") + (1 - share) * loss(outputs, batch.mixed.target, "none")).sum()
+
+
+def _correct(outputs: Tensor, batch: Batch) -> Tensor | None:
+    """Only classes are one number a row."""
+    if batch.target.dim() > 1:
+        return None
+    given = outputs.argmax(dim=1)
+    right = given == batch.target
+    if not batch.mixed:
+        return right.sum()
+    return (batch.mixed.share * right + (1 - batch.mixed.share) * (given == batch.mixed.target)).sum()
+
+
+def class_weights(given: Any, target: Target, rows: Mapping[str, int], total: int, balanced_rows: bool = False) -> Tensor | None:
+    """Weights of a row's loss by its class, float64 (classes,); of labels (2, labels), of those it has not and those it has.
+
+    given: `balanced`, which makes the rows of each class weigh as much in all, or a weight by label, 1 for those left out, or nothing.
+    rows: how many of the `total` training rows have each label. Weights are divided by their mean over the training rows (over
+    the classes where `balanced_rows` are drawn), a constant: the mean loss keeps its size, and as no batch is divided by its own weights,
+    the parts of a batch add up however it is shared out.
+    """
+    if given is None:
+        return None
+    counts = torch.tensor([rows[str(label)] for label in target.labels], dtype=torch.float64)
+    if target.kind == "multi_label":
+        return _label_weights(given, target, counts, total)
+    found = total / (target.size * counts.clamp_min(1)) if given == "balanced" else _as_said(given, target)
+    shares = (counts > 0) / (counts > 0).sum() if balanced_rows else counts / counts.sum()
+    return found / (found @ shares.double())
+
+
+def _label_weights(given: Any, target: Target, counts: Tensor, total: int) -> Tensor:
+    """A label's weight is that of having it, against 1 for not having it."""
+    present = (total - counts).clamp_min(1) / counts.clamp_min(1) if given == "balanced" else _as_said(given, target)
+    mean = (counts * present + total - counts) / total
+    return torch.stack([1 / mean, present / mean])
+
+
+def _as_said(given: Mapping[str, float], target: Target) -> Tensor:
+    return torch.tensor([given.get(str(label), 1.0) for label in target.labels], dtype=torch.float64)
 
 
 def penalty(model: nn.Module, l1: float, l2: float) -> Tensor:

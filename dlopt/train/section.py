@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from dlopt.data.augment import Augmentation
 from dlopt.data.order import LANES
 from dlopt.models import Model
 from dlopt.optim.optimizers import Adam, Optimizer
 from dlopt.optim.schedules import Constant, Plateau, Schedule
-from dlopt.part import Part
+from dlopt.part import DloptError, Part, Target
+from dlopt.train.metrics import names
+
+Monitor = Literal[
+    "loss",
+    "accuracy",
+    "precision",
+    "recall",
+    "f1",
+    "macro_f1",
+    "micro_f1",
+    "subset_accuracy",
+    "roc_auc",
+    "macro_roc_auc",
+    "average_precision",
+    "mae",
+    "rmse",
+    "r2",
+]
+Label = Annotated[str, BeforeValidator(str)]
+"""A label as a key, which JSON writes as a text be it a number or not."""
 
 
 class EarlyStopping(Part):
@@ -42,8 +62,15 @@ class Train(Part):
     """Largest norm of the gradient of a step; a larger one is scaled down to it."""
     early_stopping: EarlyStopping | None = None
     """When to end before the last epoch."""
-    monitor: Literal["loss", "accuracy"] = "loss"
-    """What of the validation split decides on the best epoch, whose weights are kept, and on early stopping."""
+    monitor: Monitor = "loss"
+    """What of the validation split decides on the best epoch, whose weights are kept, and on early stopping. Classes have loss, accuracy
+    and macro_f1, two of them also precision, recall, f1, roc_auc and average_precision; labels have loss, accuracy, subset_accuracy,
+    micro_f1, macro_f1 and macro_roc_auc; numbers have loss, mae, rmse and r2."""
+    class_weights: Literal["balanced"] | dict[Label, Annotated[float, Field(gt=0)]] | None = None
+    """What a row counts for in the loss, by its label: `balanced` makes the rows of all classes weigh the same together, and for
+    labels those with and those without each; a mapping gives each label its weight, 1 where it is left out."""
+    sampling: Literal["shuffle", "balanced"] = "shuffle"
+    """Which rows an epoch has: each of them once, or as many, drawn so that all classes come equally often."""
     precision: Literal["float32", "float64"] = "float32"
     """Numbers that training computes with."""
     log_every: int = Field(10, ge=1)
@@ -54,6 +81,12 @@ class Train(Part):
         warmup = self.schedule.warmup_epochs
         if warmup > self.epochs:
             raise ValueError(f"schedule.warmup_epochs {warmup:g} is more than epochs {self.epochs}: lower it or raise epochs")
+        return self
+
+    @model_validator(mode="after")
+    def classes_are_balanced_once(self) -> Self:
+        if self.class_weights == "balanced" and self.sampling == "balanced":
+            raise ValueError("class_weights and sampling are both balanced, which would turn the imbalance around: keep one of them")
         return self
 
 
@@ -100,3 +133,28 @@ def needs_validation(train: Train) -> str | None:
     if train.early_stopping:
         return "train.early_stopping"
     return "train.schedule" if isinstance(train.schedule, Plateau) else None
+
+
+def refuse_monitor(train: Train, kind: str, classes: int | None = None) -> None:
+    """Raises DloptError when a target has not the metric that decides. classes: how many there are, where that is known."""
+    there = names(kind, classes)
+    if train.monitor not in there:
+        what = f"{kind}, which has {classes} classes" if kind == "category" and classes else kind
+        raise DloptError(f"train.monitor: there is no {train.monitor} for a target of kind {what}: use one of {', '.join(there)}")
+
+
+def refuse_balance(train: Train, kind: str) -> None:
+    """Raises DloptError when classes are to be balanced that a target has not."""
+    if train.class_weights is not None and kind == "number":
+        raise DloptError("train.class_weights: a target of kind number has no classes: take it out")
+    if train.sampling == "balanced" and kind != "category":
+        raise DloptError(f"train.sampling: balanced is for a target of kind category, and it is of kind {kind}: use shuffle")
+
+
+def refuse_labels(train: Train, target: Target) -> None:
+    """Raises DloptError when a weight is given to a label that is none."""
+    known = [str(label) for label in target.labels]
+    for label in train.class_weights if isinstance(train.class_weights, dict) else ():
+        if label not in known:
+            few = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
+            raise DloptError(f"train.class_weights: {label!r} is no label of {target.name!r}: there are {few}")

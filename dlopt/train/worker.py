@@ -10,13 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dlopt.artifact import Artifact, write_atomically
 from dlopt.data.counter import stream
@@ -25,16 +22,17 @@ from dlopt.data.prepared import Split
 from dlopt.data.share import Share
 from dlopt.models import Network, build_network
 from dlopt.optim.schedules import Plateau
-from dlopt.part import Part, Signature, Statistics
+from dlopt.part import DloptError, Part, Signature, Statistics
 from dlopt.train import state as checkpoints
-from dlopt.train.evaluate import Metrics, evaluate, probabilities
+from dlopt.train.evaluate import evaluate, write_predictions
 from dlopt.train.loop import Step, steps
+from dlopt.train.metrics import SMALLER_IS_BETTER, Metrics
 from dlopt.train.metrics_log import MetricsLog
-from dlopt.train.objectives import plain, supervised
+from dlopt.train.objectives import Objective, class_weights, loss_of, plain, supervised
 from dlopt.train.section import Fit, Train
 from dlopt.train.state import Record, State
 
-STARTS = "starts.jsonl"
+STARTS, PREDICTIONS = "starts.jsonl", "predictions.parquet"
 PURPOSE = 5  # of the random numbers that dropout draws
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -116,26 +114,42 @@ class _Worker:
         model: nn.Module = state.model
         if self.world > 1:
             model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
-        share = Share.of(splits["train"], fit.seed, fit.train.batch_size, self.rank, self.world, fit.augment)
-        feed = self._feed(share, record.epoch + 1)
+        share = self._share(splits["train"])
+        feed, objective = self._feed(share, record.epoch + 1), self._objective(state.model, splits["train"])
         while record.epoch < fit.train.epochs and not record.stopped:
-            self._epoch(state, model, feed, share, splits["validation"], log)
+            self._epoch(state, model, feed, share, objective, splits["validation"], log)
             self._refuse_drift(state.model)
             if self.rank == 0:
                 checkpoints.save(state, self.assignment.out / checkpoints.CHECKPOINTS)
+
+    def _share(self, split: Split) -> Share:
+        fit, statistics = self.assignment.fit, read_statistics(Artifact.open(self.assignment.data))
+        size, sampling = fit.train.batch_size, fit.train.sampling
+        return Share.of(split, fit.seed, size, self.rank, self.world, fit.augment, sampling=sampling, statistics=statistics)
+
+    def _objective(self, network: Network, split: Split) -> Objective:
+        train, target, info = self.assignment.fit.train, split.signature.target, Artifact.open(self.assignment.data).info
+        weights = None
+        if train.class_weights is not None:
+            labels = info["labels"]["train"]
+            weights = class_weights(train.class_weights, target, labels, len(split), train.sampling == "balanced")
+            weights = weights.to(self.device, DTYPES[train.precision])
+        return supervised(loss_of(target, network.output, weights), train.l1, train.l2, self.world)
 
     def _feed(self, share: Share, first: int) -> Feed:
         if self.assignment.feed == "stream":
             return Stream(share, first, self.assignment.fit.train.epochs, self.device)
         return Resident(share, self.device)
 
-    def _epoch(self, state: State, model: nn.Module, feed: Feed, share: Share, validation: Split, log: MetricsLog | None) -> None:
+    def _epoch(
+        self, state: State, model: nn.Module, feed: Feed, share: Share, objective: Objective, validation: Split, log: MetricsLog | None
+    ) -> None:
         fit, record, train = self.assignment.fit, state.record, self.assignment.fit.train
         began, epoch = time.monotonic(), record.epoch + 1
         torch.manual_seed(int(stream(fit.seed, epoch, self.rank, PURPOSE)))
         sums = _Sums(self.device)
         sizes, rows_before = share.sizes(), record.rows
-        objective, gradient = supervised(train.l1, train.l2, self.world), plain(self.world)
+        gradient = plain(self.world)
         rate = rates(train, record.epoch, share.order.batches, record.validation_losses)
         for index, step in enumerate(steps(model, state.optimizer, feed.epoch(epoch), objective, gradient, rate, train.clip_norm)):
             sums.add(step, sizes[index][1])
@@ -146,7 +160,7 @@ class _Worker:
         total = sums.total()
         if self.world > 1:
             dist.all_reduce(total)
-        loss, correct = (total / (record.rows - rows_before)).tolist()
+        means = (total / (record.rows - rows_before)).tolist()
         found = evaluate(state.model, validation, self.device, self.rank, self.world) if len(validation) else None
         record.epoch = epoch
         record.seconds += time.monotonic() - began
@@ -155,8 +169,8 @@ class _Worker:
             log.write(
                 epoch=epoch,
                 step=record.step,
-                train={"loss": loss, "accuracy": correct},
-                validation=found._asdict() if found else None,
+                train=dict(zip(("loss", "accuracy"), means, strict=False)),
+                validation=found,
                 seconds=round(time.monotonic() - began, 4),
             )
             log.flush()
@@ -191,9 +205,9 @@ class _Worker:
     def _finish(self, network: Network, splits: dict[str, Split], record: Record) -> dict[str, Any]:
         """Write the artifact's files from the best epoch's weights, and measure them on every split."""
         out = self.assignment.out
-        metrics = {name: evaluate(network, split, self.device)._asdict() for name, split in splits.items() if len(split) and name != "test"}
+        metrics = {name: evaluate(network, split, self.device) for name, split in splits.items() if len(split) and name != "test"}
         if len(splits["test"]):
-            metrics["test"] = _write_predictions(out, *probabilities(network, splits["test"], self.device))._asdict()
+            metrics["test"] = write_predictions(out / PREDICTIONS, network, splits["test"], self.device)
         tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
         write_atomically(out / "weights.safetensors", save_tensors(tensors))
         for name in ("signature.json", "statistics.json"):
@@ -212,8 +226,12 @@ class _Worker:
 def load_network(fit: Fit, data: Artifact) -> Network:
     """The network of a job as it starts, its sizes and preprocessing from the prepared data."""
     signature = Signature.model_validate_json(data.read("signature.json"))
-    statistics = {name: Statistics.model_validate(found) for name, found in json.loads(data.read("statistics.json")).items()}
-    return build_network(fit.model, signature, statistics, fit.seed, DTYPES[fit.train.precision])
+    return build_network(fit.model, signature, read_statistics(data), fit.seed, DTYPES[fit.train.precision])
+
+
+def read_statistics(data: Artifact) -> dict[str, Statistics]:
+    """Of a prepared set, by the name of the input or the target."""
+    return {name: Statistics.model_validate(found) for name, found in json.loads(data.read("statistics.json")).items()}
 
 
 def rates(train: Train, epoch: int, batches: int, validation_losses: list[float]) -> Callable[[int], float]:
@@ -226,7 +244,7 @@ def rates(train: Train, epoch: int, batches: int, validation_losses: list[float]
 
 
 class _Sums:
-    """Loss and right answers of an epoch, added up many steps at a time: after each step it would cost several per cent."""
+    """Loss and, of classes, right answers of an epoch, added up many steps at a time: after each step it would cost several per cent."""
 
     STEPS = 1000
 
@@ -235,6 +253,7 @@ class _Sums:
         self.sum = torch.zeros(2, dtype=torch.float64, device=device)
         self.steps: list[Step] = []
         self.rows: list[int] = []
+        self.counted = True
 
     def add(self, step: Step, rows: int) -> None:
         """rows: of the whole batch, over all workers."""
@@ -244,13 +263,16 @@ class _Sums:
             self.total()
 
     def total(self) -> Tensor:
-        """(sum of the rows' losses, right answers) of this worker so far, float64."""
+        """(sum of the rows' losses, right answers) of this worker so far, float64; without the latter where nothing is right or wrong."""
         if self.steps:
             rows = torch.tensor(self.rows, dtype=torch.float64, device=self.device)
-            losses = torch.stack([step.loss for step in self.steps]).double()
-            self.sum += torch.stack((losses @ rows, torch.stack([step.correct for step in self.steps]).sum().double()))
+            self.sum[0] += torch.stack([step.loss for step in self.steps]).double() @ rows
+            correct = [step.correct for step in self.steps if step.correct is not None]
+            self.counted = bool(correct)
+            if self.counted:
+                self.sum[1] += torch.stack(correct).sum()
             self.steps, self.rows = [], []
-        return self.sum
+        return self.sum[: 1 + self.counted]
 
 
 def _judge(state: State, train: Train, found: Metrics | None) -> None:
@@ -260,9 +282,9 @@ def _judge(state: State, train: Train, found: Metrics | None) -> None:
         record.best_epoch = record.epoch
         state.keep_best()
         return
-    record.validation_losses.append(found.loss)
-    value = found.loss if train.monitor == "loss" else -found.accuracy
-    value = math.inf if math.isnan(value) else value
+    loss = found["loss"]
+    record.validation_losses.append(math.nan if loss is None else loss)
+    value = _monitored(train, found)
     if record.best_value is None or value < record.best_value:
         record.best_value, record.best_epoch = value, record.epoch
         state.keep_best()
@@ -273,16 +295,20 @@ def _judge(state: State, train: Train, found: Metrics | None) -> None:
         record.stopped = True
 
 
-def _write_predictions(out: Path, outputs: Tensor, target: Tensor) -> Metrics:
-    """predictions.parquet: what the model says of every test row, in row order."""
-    probability, predicted = outputs.max(dim=1)
-    loss = F.nll_loss(outputs.clamp_min(1e-300).log(), target, reduction="none")
-    columns = {"label": target, "predicted": predicted, "probability": probability.float(), "loss": loss.float()}
-    table = pa.table(
-        {"row": pa.array(range(len(target)), pa.int64())} | {name: pa.array(values.numpy()) for name, values in columns.items()}
-    )
-    pq.write_table(table, out / "predictions.parquet")
-    return Metrics(loss.mean().item(), (predicted == target).double().mean().item())
+def _monitored(train: Train, found: Metrics) -> float:
+    """The value that decides, the smaller the better; infinite when the model's outputs are not finite.
+
+    Raises DloptError when the split cannot tell it, which is no fault of the model.
+    """
+    value = found[train.monitor]
+    if value is not None:
+        return value if train.monitor in SMALLER_IS_BETTER else -value
+    if found["loss"] is not None:
+        raise DloptError(
+            f"train.monitor: the validation split cannot tell {train.monitor} (it has too few rows or no row of a class): "
+            "use monitor: loss or give data.split.validation a larger share"
+        )
+    return math.inf
 
 
 def _sum_of_bits(values: Tensor) -> Tensor:

@@ -1,0 +1,235 @@
+"""Numbers: what is missing, what is an outlier, and how they are scaled; all of it is fitted here and computed in the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field, field_validator
+
+from dlopt.data import moments
+from dlopt.data.inputs.values import Reasons, floats
+from dlopt.data.moments import Moments, nonzero
+from dlopt.data.prepared import array_of, column_of
+from dlopt.data.quantiles import Quantiles
+from dlopt.part import DloptError, Feature, Part, Statistics
+
+Normalization = Literal["min_max", "symmetric", "standard", "robust", "max_abs", "log", "quantile", "none"]
+KNOTS = 64
+"""Steps of the quantile normalization."""
+MEDIAN, QUARTILES = 0.5, (0.25, 0.75)
+
+
+class GroupMedian(Part):
+    """The median of the training rows that have the same value in another column; over all rows for a value without any."""
+
+    kind: Literal["group_median"] = "group_median"
+    by: str
+    """A column of a category input."""
+
+
+class Bound(Part):
+    """Where the outliers of a column begin."""
+
+    lower: float
+    upper: float
+    action: Literal["drop", "cap", "missing"]
+
+    def apply(self, values: np.ndarray) -> np.ndarray:
+        """What the model makes of values, float32: it never sees those that are dropped."""
+        if self.action == "missing":
+            return np.where((values < self.lower) | (values > self.upper), np.float32(np.nan), values)
+        return values.clip(np.float32(self.lower), np.float32(self.upper)) if self.action == "cap" else values
+
+
+class NumberInput(Part):
+    """Columns of numbers, put together as one input of the model."""
+
+    kind: Literal["number"] = "number"
+    columns: tuple[str, ...] = Field(min_length=1)
+    """The columns."""
+    name: str = "numbers"
+    """The name of the model's input."""
+    fill: Literal["mean", "median", "most_frequent", "zero"] | float | GroupMedian = "mean"
+    """What the model puts in place of a missing value: a statistic of the training split, a number, or {kind: group_median, by: column}."""
+    indicators: bool = False
+    """Whether the model also sees, for each column, whether the value is missing."""
+    normalize: Normalization = "standard"
+    """How the model scales each column, by statistics of the training split: min_max to [0, 1], symmetric to [-1, 1], standard to mean 0
+    and deviation 1, robust by median and quartiles, max_abs by the greatest magnitude, log: standard of sign(x) log(1 + |x|), quantile:
+    its place among the values, in [0, 1]."""
+    clip: float | None = Field(None, gt=0)
+    """Scaled values are cut off at this, on both sides."""
+
+    @field_validator("columns")
+    @classmethod
+    def columns_differ(cls, columns: tuple[str, ...]) -> tuple[str, ...]:
+        return no_column_twice(columns)
+
+    @property
+    def tensor(self) -> str:
+        """The name of the model's input."""
+        return self.name
+
+    def feature(self, table: pa.Table) -> Feature:
+        return Feature(
+            name=self.name, kind="number", dtype="float32", shape=(len(self.columns),), columns=self.columns, indicators=self.indicators
+        )
+
+    def read(self, table: pa.Table, feature: Feature) -> tuple[dict[str, pa.Array], Reasons]:
+        """A float32 matrix with NaN where missing, and the reason for every row that has something else than numbers."""
+        values = np.empty((len(table), len(feature.columns)), dtype=np.float32)
+        reasons: Reasons = {}
+        for index, name in enumerate(feature.columns):
+            values[:, index], wrong = floats(table[name])
+            reasons.update({row: f"{name}: {why}" for row, why in wrong.items() if row not in reasons})
+        return {feature.name: column_of(values)}, reasons
+
+    def observe(self, table: pa.Table, feature: Feature, bounds: Mapping[str, Bound]) -> Numbers:
+        """What training rows say of each column."""
+        values = bounded(array_of(table[feature.name], "float32", feature.shape), feature, bounds)
+        wanted = [MEDIAN] if self.fill == "median" else []
+        wanted += [MEDIAN, *QUARTILES] if self.normalize == "robust" else []
+        wanted += [step / KNOTS for step in range(KNOTS + 1)] if self.normalize == "quantile" else []
+        groups = isinstance(self.fill, GroupMedian)
+        return Numbers(
+            moments.of_values(values),
+            moments.of_values(np.sign(values) * np.log1p(np.abs(values))) if self.normalize == "log" else None,
+            Quantiles.of(values, wanted) if wanted or groups else None,
+            _counts(values) if self.fill == "most_frequent" else None,
+            _by_group(values, group_column(table, self.fill.by)) if isinstance(self.fill, GroupMedian) else None,
+        )
+
+    def fit(
+        self, seen: Numbers, feature: Feature, features: dict[str, Feature], bounds: Mapping[str, Bound] = {}
+    ) -> tuple[Feature, Statistics]:
+        """The statistics that the model's first layer is made of."""
+        base = seen.moments.statistics("none" if self.normalize in ("robust", "log", "quantile") else self.normalize)
+        changed: dict[str, Any] = {"fill": self._fill(seen).tolist(), "clip": self.clip}
+        if self.normalize == "robust" and seen.quantiles:
+            low, high = (seen.quantiles.at(p) for p in QUARTILES)
+            changed |= {"shift": seen.quantiles.at(MEDIAN).tolist(), "scale": (1 / nonzero(high - low)).tolist()}
+        elif self.normalize == "log" and seen.log:
+            logs = seen.log.statistics("standard")
+            changed |= {"log": True, "shift": logs.shift, "scale": logs.scale}
+        elif self.normalize == "quantile" and seen.quantiles:
+            knots = np.stack([seen.quantiles.at(step / KNOTS) for step in range(KNOTS + 1)], axis=1)
+            changed |= {"knots": knots.tolist()}
+        changed |= _as_statistics(feature, bounds)
+        if isinstance(self.fill, GroupMedian):
+            changed |= self._group_fill(seen, self.fill.by, features)
+        return feature, Statistics.model_validate(base.model_dump() | changed)
+
+    def finish(self, table: pa.Table, feature: Feature) -> np.ndarray:
+        """The matrix, float32 (rows, columns)."""
+        return array_of(table[feature.name], "float32", feature.shape)
+
+    def _fill(self, seen: Numbers) -> np.ndarray:
+        if isinstance(self.fill, float):
+            return np.full_like(seen.moments.mean, self.fill)
+        if self.fill == "zero":
+            return np.zeros_like(seen.moments.mean)
+        if self.fill == "most_frequent" and seen.counts:
+            return np.array([min(counts, key=lambda value: (-counts[value], value)) if counts else 0.0 for counts in seen.counts])
+        return seen.quantiles.at(MEDIAN) if seen.quantiles and self.fill != "mean" else seen.moments.mean
+
+    def _group_fill(self, seen: Numbers, by: str, features: dict[str, Feature]) -> dict[str, Any]:
+        """A row of fills for each code of the grouping column."""
+        category = next(feature for feature in features.values() if feature.kind == "category" and by in feature.columns)
+        place, default = category.columns.index(by), self._fill(seen)
+        fills = np.tile(default, (category.codes[place], 1))
+        known = category.vocabularies[place]
+        for value, quantiles in (seen.groups or {}).items():
+            code = category.missing[place] if value == "" else known.index(value) + 1 if value in known else 0
+            if code:
+                there = np.array([len(values) > 0 for values in quantiles.values])
+                fills[code] = np.where(there, quantiles.at(MEDIAN), default)
+        return {"fill_by": by, "group_fill": fills.tolist()}
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What some training rows say of the columns of a number input: only what its settings ask for."""
+
+    moments: Moments
+    log: Moments | None
+    quantiles: Quantiles | None
+    counts: list[dict[float, int]] | None
+    groups: dict[str, Quantiles] | None
+
+    def merge(self, other: Numbers) -> Numbers:
+        return Numbers(
+            self.moments.merge(other.moments),
+            self.log.merge(other.log) if self.log and other.log else None,
+            self.quantiles.merge(other.quantiles) if self.quantiles and other.quantiles else None,
+            [_sum(mine, yours) for mine, yours in zip(self.counts, other.counts, strict=True)] if self.counts and other.counts else None,
+            _merged_groups(self.groups, other.groups) if self.groups is not None and other.groups is not None else None,
+        )
+
+
+def bounded(values: np.ndarray, feature: Feature, bounds: Mapping[str, Bound]) -> np.ndarray:
+    """Values (rows, columns) as the model sees them, outliers capped or missing."""
+    if not any(column in bounds for column in feature.columns):
+        return values
+    columns = [
+        bounds[column].apply(values[:, index]) if column in bounds else values[:, index] for index, column in enumerate(feature.columns)
+    ]
+    return np.stack(columns, axis=1)
+
+
+def no_column_twice(columns: tuple[str, ...]) -> tuple[str, ...]:
+    """Raises ValueError, as a pydantic validator does."""
+    twice = [column for column in columns if columns.count(column) > 1]
+    if twice:
+        raise ValueError(f"column {twice[0]!r} is named twice")
+    return columns
+
+
+def group_column(table: pa.Table, by: str) -> pa.Array:
+    """The column of categories called `by` among rows on their way through prepare."""
+    names = [name for name in table.column_names if name.endswith(f"/{by}")]
+    if not names:
+        raise DloptError(f"data.inputs: fill.by {by!r} is not a column of a category input")
+    return table[names[0]].combine_chunks()
+
+
+def _as_statistics(feature: Feature, bounds: Mapping[str, Bound]) -> dict[str, Any]:
+    mine = [bounds.get(column) for column in feature.columns]
+    kept = [bound for bound in mine if bound and bound.action != "drop"]
+    if not kept:
+        return {}
+    lower = [bound.lower if bound and bound.action != "drop" else None for bound in mine]
+    upper = [bound.upper if bound and bound.action != "drop" else None for bound in mine]
+    return {"lower": lower, "upper": upper, "outside": kept[0].action}
+
+
+def _counts(values: np.ndarray) -> list[dict[float, int]]:
+    found = []
+    for column in range(values.shape[1]):
+        there = values[:, column][~np.isnan(values[:, column])]
+        distinct, counts = np.unique(there, return_counts=True)
+        found.append(dict(zip(distinct.astype(float).tolist(), counts.tolist(), strict=True)))
+    return found
+
+
+def _sum(mine: dict[float, int], yours: dict[float, int]) -> dict[float, int]:
+    return {value: mine.get(value, 0) + yours.get(value, 0) for value in mine.keys() | yours.keys()}
+
+
+def _by_group(values: np.ndarray, groups: pa.Array) -> dict[str, Quantiles]:
+    encoded = groups.dictionary_encode()
+    codes = encoded.indices.to_numpy()
+    order = np.argsort(codes, kind="stable")
+    ends = np.searchsorted(codes[order], np.arange(len(encoded.dictionary) + 1))
+    return {
+        str(encoded.dictionary[code].as_py()): Quantiles.of(values[order[ends[code] : ends[code + 1]]], [MEDIAN])
+        for code in range(len(encoded.dictionary))
+    }
+
+
+def _merged_groups(mine: dict[str, Quantiles], yours: dict[str, Quantiles]) -> dict[str, Quantiles]:
+    both = {name: quantiles.merge(yours[name]) if name in yours else quantiles for name, quantiles in mine.items()}
+    return both | {name: quantiles for name, quantiles in yours.items() if name not in mine}

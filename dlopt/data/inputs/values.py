@@ -1,0 +1,101 @@
+"""Raw columns, whatever type a source gave them, as plain values. What cannot be read gets a reason instead of stopping the rest."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dlopt.data.encode import as_text, parse_dates
+from dlopt.part import DloptError
+
+MISSING = ("", "NA", "N/A", "n/a", "#N/A", "NaN", "nan", "NULL", "null", "None")
+"""How a text file says that a number or a date is missing."""
+TRUTH = {"true": 1, "false": 0}
+
+Reasons = dict[int, str]
+"""Row number within the table to why it cannot be used."""
+
+
+def plain(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """One array without a dictionary."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+
+
+def is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def without_markers(array: pa.Array) -> pa.Array:
+    """Text with null for each way of saying that a value is missing."""
+    return pc.if_else(pc.is_in(array, pa.array(MISSING, array.type)), None, array) if is_text(array.type) else array
+
+
+def floats(column: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, Reasons]:
+    """Values as float32, which is what the model sees, with NaN where missing; and the reason for each row that is no number."""
+    values, reasons = doubles(column)
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float32)
+    infinite = np.isinf(values)
+    if not infinite.any():
+        return values, reasons
+    return np.where(infinite, np.float32(np.nan), values), reasons | {int(row): "a number is too large" for row in np.flatnonzero(infinite)}
+
+
+def doubles(column: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, Reasons]:
+    """Values as float64 with NaN where missing, and the reason for each row that is no number."""
+    array = without_markers(plain(column))
+    try:
+        return array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False), {}
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return _doubles_by_row(array)
+
+
+def _doubles_by_row(column: pa.Array) -> tuple[np.ndarray, Reasons]:
+    values, reasons = np.full(len(column), np.nan), {}
+    for row, value in enumerate(column.to_pylist()):
+        if value is None:
+            continue
+        try:
+            values[row] = float(TRUTH.get(str(value).lower(), value))
+        except OverflowError:
+            values[row] = np.inf
+        except (TypeError, ValueError):
+            reasons[row] = f"{value!r:.40} is not a number"
+    return values, reasons
+
+
+def texts(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """Every value as the text that stands for it (see encode.as_text), "" where it is missing; never null."""
+    array = plain(column)
+    if is_text(array.type):
+        return array.cast(pa.string()).fill_null("")
+    codes = array.dictionary_encode()  # so that each value is looked at once
+    known = pa.array([*map(as_text, codes.dictionary.to_pylist()), ""], pa.string())
+    return known.take(codes.indices.fill_null(len(known) - 1))
+
+
+def dates(column: pa.ChunkedArray | pa.Array, form: str) -> tuple[pa.Array, Reasons]:
+    """Values as timestamps of microseconds, null where missing, and the reason for each row that is no date.
+
+    form: how dates are written, as strptime has it; "" for ISO 8601.
+    """
+    array = without_markers(plain(column))
+    try:
+        return parse_dates(array, form), {}
+    except DloptError:
+        pass
+    codes = array.dictionary_encode()
+    found: list[object] = []
+    wrong: dict[int, str] = {}
+    for index in range(len(codes.dictionary)):
+        try:
+            found.append(parse_dates(codes.dictionary.slice(index, 1), form)[0].as_py())
+        except DloptError as error:
+            found.append(None)
+            wrong[index] = str(error)
+    parsed = pa.array([*found, None], pa.timestamp("us"))
+    indices = codes.indices.fill_null(len(found))
+    rows = indices.to_numpy()
+    return parsed.take(indices), {int(row): wrong[int(rows[row])] for row in np.flatnonzero(np.isin(rows, list(wrong)))}

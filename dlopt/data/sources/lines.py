@@ -1,0 +1,318 @@
+"""Text files of records: csv and JSON lines. A large file is cut at the ends of records, and several workers make values of the text."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+from pydantic import Field, field_validator, model_validator
+
+from dlopt.data.sources import records
+from dlopt.data.sources.places import COMPRESSED, Place, reading
+from dlopt.data.sources.reading import Files, Named, Piece, block_bytes, conform, dataset, wanted
+from dlopt.data.sources.records import Chunk
+from dlopt.part import DloptError
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+PEEK_ROWS = 1000
+"""How many rows are looked at for the names of columns that not every row has."""
+EXPANSION = 5
+"""About how much larger a compressed text is than its file."""
+
+
+class Lines(Files):
+    """What csv and JSON lines have in common."""
+
+    compressed: ClassVar[bool] = True
+
+    encoding: str = "utf-8"
+    """How letters are written in the files: utf-8, latin-1, cp1252, utf-16, ..."""
+
+    @field_validator("encoding")
+    @classmethod
+    def encoding_is_known(cls, encoding: str) -> str:
+        try:
+            codecs.lookup(encoding)
+        except LookupError:
+            raise ValueError(f"{encoding!r} is not known: utf-8, latin-1, cp1252, utf-16, ...") from None
+        return encoding
+
+    def pieces(self) -> tuple[Place, list[Piece]]:
+        place, pieces = super().pieces()
+        larger = [EXPANSION if piece.name.lower().endswith(COMPRESSED) else 1 for piece in pieces]
+        return place, [Piece(piece.name, piece.path, bytes=piece.bytes * more) for piece, more in zip(pieces, larger, strict=True)]
+
+    def load(self, place: Place | None, pieces: Sequence[Piece]) -> Iterator[Named]:
+        for chunk in self._chunks(place, pieces, block_bytes(pieces)):
+            yield chunk.name, self.parse(chunk, as_text=False)
+
+    def read(self, columns: Sequence[str] | None = None) -> Dataset:
+        place, pieces = self.pieces()
+        block, schema = block_bytes(pieces), wanted(self.types(), columns)
+
+        def parsed(chunks: Iterable[Chunk]) -> Iterator[Named]:
+            return ((chunk.name, self.parse(chunk, as_text=True, schema=schema)) for chunk in chunks)
+
+        large = [piece for piece in pieces if piece.bytes > 2 * block]
+        small = [piece for piece in pieces if piece.bytes <= 2 * block]
+        found = []
+        if small:
+            found.append(dataset(lambda some: parsed(self._chunks(place, some, block)), small, schema))
+        if large:
+            texts = dataset(lambda some: ((c.name, c.as_table()) for c in self._chunks(place, some, block)), large, None)
+            texts.context.target_max_block_size = block
+            found.append(
+                texts.map_batches(
+                    lambda table: (conform(name, rows, schema) for name, rows in parsed(Chunk.of_table(table))),
+                    batch_size=None,
+                    batch_format="pyarrow",
+                )
+            )
+        return found[0] if len(found) == 1 else found[0].union(found[1])
+
+    def parse(self, chunk: Chunk, as_text: bool, schema: pa.Schema | None = None) -> pa.Table:
+        """The rows of a chunk, for a look or `as_text`, for columns of a schema. Raises DloptError that names the line."""
+        raise NotImplementedError
+
+    def chunks_of(self, texts: Iterator[bytes], name: str, size: int) -> Iterator[Chunk]:
+        """The chunks of one file, at least one."""
+        raise NotImplementedError
+
+    def _chunks(self, place: Place | None, pieces: Sequence[Piece], size: int) -> Iterator[Chunk]:
+        assert place is not None
+        for piece in pieces:
+            with reading(piece.name), place.stream(piece.path) as stream:
+                yield from self.chunks_of(records.utf8(stream, piece.name, self.encoding), piece.name, size)
+
+
+class Csv(Lines):
+    """Comma-separated files. All values are read as text and made numbers where a job asks for them, since a file's first rows
+    do not tell what comes later."""
+
+    endings: ClassVar[tuple[str, ...]] = (".csv", ".tsv")
+
+    kind: Literal["csv"] = "csv"
+    delimiter: str = Field(",", min_length=1, max_length=1)
+    """What stands between two values: one letter; "\\t" is a tab."""
+    quote: str | None = Field('"', min_length=1, max_length=1)
+    """What stands around values that hold delimiters or line ends, doubled where it is meant itself; null: quotes are letters as others."""
+    header: bool = True
+    """Whether the first line of each file names the columns."""
+    columns: tuple[str, ...] = ()
+    """Names of the columns of files without a header line."""
+
+    @field_validator("delimiter", "quote")
+    @classmethod
+    def is_one_byte(cls, letter: str | None) -> str | None:
+        if letter is not None and (not letter.isascii() or letter in "\r\n"):
+            raise ValueError(f"{letter!r} cannot be used: take an ASCII letter that ends no line")
+        return letter
+
+    @model_validator(mode="after")
+    def columns_have_one_name(self) -> Self:
+        if self.header and self.columns:
+            raise ValueError("columns: the header line names them already: set header: false, or take columns out")
+        if not self.header and not self.columns:
+            raise ValueError("columns: name the columns of files without a header line")
+        if len(set(self.columns)) < len(self.columns):
+            raise ValueError("columns: two of them have the same name")
+        return self
+
+    def chunks_of(self, texts: Iterator[bytes], name: str, size: int) -> Iterator[Chunk]:
+        columns: tuple[str, ...] = self.columns
+        for chunk in records.chunks(texts, name, size, self.delimiter, self.quote):
+            if not columns:
+                chunk, columns = self._without_header(chunk)
+            yield Chunk(chunk.name, chunk.line, chunk.content, columns)
+        if not columns:
+            raise DloptError(f"{name}: cannot be read: it is empty, and has no header line")
+        if self.columns == columns:
+            yield Chunk(name, 1, b"", columns)
+
+    def types(self) -> pa.Schema:
+        return pa.schema([(column, pa.string()) for column in self.peek(1).column_names])
+
+    def parse(self, chunk: Chunk, as_text: bool, schema: pa.Schema | None = None) -> pa.Table:
+        types = pa.schema([(column, pa.string()) for column in chunk.columns])
+        if not chunk.content.strip(b"\r\n"):
+            return types.empty_table()
+        wrong: list[pa.csv.InvalidRow] = []
+        try:
+            return pa.csv.read_csv(
+                pa.BufferReader(chunk.content),
+                pa.csv.ReadOptions(use_threads=False, column_names=chunk.columns, block_size=len(chunk.content) + 1),
+                self._options(wrong),
+                pa.csv.ConvertOptions(
+                    column_types=types if as_text else None,
+                    include_columns=[name for name in chunk.columns if schema is None or name in schema.names],
+                ),
+            )
+        except pa.ArrowInvalid as error:
+            raise DloptError(f"{chunk.name}: cannot be read: {self._why(chunk, wrong, error)}") from None
+
+    def _options(self, wrong: list[pa.csv.InvalidRow]) -> pa.csv.ParseOptions:
+        def refuse(row: pa.csv.InvalidRow) -> str:
+            wrong.append(row)
+            return "error"
+
+        quoted = self.quote is not None
+        return pa.csv.ParseOptions(
+            delimiter=self.delimiter, quote_char=self.quote or False, newlines_in_values=quoted, invalid_row_handler=refuse
+        )
+
+    def _without_header(self, chunk: Chunk) -> tuple[Chunk, tuple[str, ...]]:
+        """The rest of a file's first chunk, and the names in its first line."""
+        blank = len(chunk.content) - len(chunk.content.lstrip(b"\r\n"))
+        content = chunk.content[blank:]
+        found = records.ends(content, self.delimiter, self.quote)
+        end = int(found[0]) if len(found) else len(content)
+        with _text(chunk):
+            header = content[:end].decode().rstrip("\r\n")
+        style = {"quoting": csv.QUOTE_NONE} if self.quote is None else {"quotechar": self.quote}
+        columns = tuple(next(csv.reader([header], delimiter=self.delimiter, **style), ()))  # type: ignore[arg-type]
+        _refuse_twice(columns, chunk.name)
+        return Chunk(chunk.name, 1 + chunk.content.count(b"\n", 0, blank + end), content[end:]), columns
+
+    def _why(self, chunk: Chunk, wrong: list[pa.csv.InvalidRow], error: pa.ArrowInvalid) -> str:
+        """What is wrong with a chunk, with its line."""
+        if wrong:
+            line = self._line(chunk, wrong[0].number)
+            return f"line {line} has {wrong[0].actual_columns} values where {wrong[0].expected_columns} are expected"
+        with _text(chunk):
+            chunk.content.decode()
+        return f"{str(error).splitlines()[0]}, after line {chunk.line}"
+
+    def _line(self, chunk: Chunk, number: int) -> int:
+        """The line of a chunk's record, counted from 1 as pyarrow does, which passes over empty lines."""
+        start, seen = 0, 0
+        for end in [*records.ends(chunk.content, self.delimiter, self.quote).tolist(), len(chunk.content)]:
+            seen += bool(chunk.content[start:end].strip(b"\r\n"))
+            if seen == number:
+                break
+            start = end
+        return chunk.line + chunk.content.count(b"\n", 0, start)
+
+
+class JsonLines(Lines):
+    """JSON lines: one object a line, whose keys are the columns; a file that holds one array of objects is read as well. Numbers
+    are made of their text where a job asks for them, as with csv, so a value of another type than the rest stops nobody."""
+
+    endings: ClassVar[tuple[str, ...]] = (".jsonl", ".ndjson", ".json")
+
+    kind: Literal["json"] = "json"
+
+    def peek(self, rows: int) -> pa.Table:
+        table = super().peek(rows)
+        if not table.column_names:
+            raise DloptError(f"{self.files()[0]}: cannot be read: it holds no row")
+        return table
+
+    def types(self) -> pa.Schema:
+        """The columns of the first rows; single values are text, lists and objects have the type that they have there."""
+        return pa.schema([(f.name, f.type if pa.types.is_nested(f.type) else pa.string()) for f in self.peek(PEEK_ROWS).schema])
+
+    def chunks_of(self, texts: Iterator[bytes], name: str, size: int) -> Iterator[Chunk]:
+        first = next(texts, b"")
+        texts = itertools.chain([first], texts)
+        if first.lstrip()[:1] == b"[":
+            yield _of_array(b"".join(texts), name)
+        else:
+            yield from records.chunks(texts, name, size)
+            if not first:
+                yield Chunk(name, 1, b"")
+
+    def parse(self, chunk: Chunk, as_text: bool, schema: pa.Schema | None = None) -> pa.Table:
+        try:
+            table = _parse_fast(chunk.content) if chunk.content.strip() else pa.table({})
+        except (pa.ArrowException, ValueError, AttributeError):
+            table = _parse_lines(chunk)
+        for name in schema.names if schema is not None else ():
+            if name not in table.column_names:
+                table = table.append_column(name, pa.nulls(len(table)))
+            elif as_text and schema is not None and schema.field(name).type == pa.string() and pa.types.is_nested(table[name].type):
+                table = table.set_column(table.column_names.index(name), name, _as_json(table[name].to_pylist()))
+        return table
+
+
+def _parse_fast(content: bytes) -> pa.Table:
+    """Strings stay strings, also where they look like times."""
+    strings = [key for key, value in json.loads(content.lstrip().split(b"\n", 1)[0]).items() if isinstance(value, str)]
+    table = _parse_as(content, strings)
+    times = [field.name for field in table.schema if pa.types.is_temporal(field.type)]
+    return _parse_as(content, [*strings, *times]) if times else table
+
+
+def _parse_as(content: bytes, strings: Sequence[str]) -> pa.Table:
+    return pa.json.read_json(
+        pa.BufferReader(content),
+        pa.json.ReadOptions(use_threads=False, block_size=len(content) + 1),
+        pa.json.ParseOptions(explicit_schema=pa.schema([(name, pa.string()) for name in strings]), newlines_in_values=False),
+    )
+
+
+def _parse_lines(chunk: Chunk) -> pa.Table:
+    """The same line by line, for values of several types, and to find the line that is wrong."""
+    rows = []
+    for number, line in enumerate(chunk.content.split(b"\n"), chunk.line):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except UnicodeDecodeError:
+            raise DloptError(f"{chunk.name}: line {number} is not UTF-8: set encoding, for example to latin-1") from None
+        except ValueError as error:
+            raise DloptError(f"{chunk.name}: line {number} is not JSON: {error}") from None
+        if not isinstance(rows[-1], dict):
+            raise DloptError(f"{chunk.name}: line {number} is not a JSON object, {{column: value, ...}}")
+    return of_rows(rows)
+
+
+def of_rows(rows: Sequence[dict[str, Any]]) -> pa.Table:
+    """A table of dictionaries, with nulls where a row has no such key; values of several types become text."""
+    return pa.table({name: _column([row.get(name) for row in rows]) for name in dict.fromkeys(key for row in rows for key in row)})
+
+
+def _column(values: list[Any]) -> pa.Array:
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, OverflowError):
+        return _as_json(values)
+
+
+def _as_json(values: list[Any]) -> pa.Array:
+    return pa.array([value if value is None or isinstance(value, str) else json.dumps(value) for value in values], pa.string())
+
+
+def _of_array(text: bytes, name: str) -> Chunk:
+    """An array of objects as lines."""
+    try:
+        rows = json.loads(text)
+    except ValueError as error:
+        raise DloptError(f"{name}: is not JSON: {error}") from None
+    return Chunk(name, 1, b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+
+
+def _refuse_twice(columns: Sequence[str], where: str) -> None:
+    twice = [column for column in columns if columns.count(column) > 1]
+    if twice:
+        raise DloptError(f"{where}: names the column {twice[0]!r} twice")
+
+
+@contextmanager
+def _text(chunk: Chunk) -> Iterator[None]:
+    """Says which line of a chunk is not UTF-8."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        line = chunk.line + chunk.content.count(b"\n", 0, error.start)
+        raise DloptError(f"{chunk.name}: line {line} is not UTF-8: set encoding, for example to latin-1") from None

@@ -1,0 +1,95 @@
+"""Data that a Python program holds, as a source: written to a file once, so that the job is as reproducible as one made of files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dlopt.data.sources.lines import of_rows
+from dlopt.data.sources.reading import MAX_BLOCK
+from dlopt.data.sources.tables import Parquet
+from dlopt.part import DloptError
+
+
+def from_data(data: Any, folder: str | Path) -> Parquet:
+    """A source of what is in memory: a pyarrow Table, a pandas DataFrame, a dict of numpy arrays (images as uint8 of shape (rows, height,
+    width, channels)), or a list of dicts.
+
+    It is written to `folder`, in a file named by its content's digest; the same content again finds the same file. Every node must
+    see the folder. Raises DloptError for what makes no table.
+    """
+    table = _table(data).replace_schema_metadata(None).combine_chunks()
+    if not table.column_names:
+        raise DloptError("from_data: the data has no columns")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    rows = max(1, len(table) * MAX_BLOCK // max(table.nbytes, MAX_BLOCK))
+    handle, name = tempfile.mkstemp(dir=folder)
+    os.close(handle)
+    try:
+        pq.write_table(table, name, row_group_size=rows, compression="zstd")
+        with open(name, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        path = Path(folder).resolve() / f"{digest[:32]}.parquet"
+        if not path.is_file():
+            Path(name).replace(path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+    return Parquet(path=str(path))
+
+
+def of_frame(frame: Any) -> pa.Table:
+    """A pandas DataFrame without its index; a column of values of several types becomes text."""
+    columns = {str(name): _of_series(frame.iloc[:, place]) for place, name in enumerate(frame.columns)}
+    if len(columns) < len(frame.columns):
+        raise DloptError("from_data: two columns of the DataFrame have the same name")
+    return pa.table(columns)
+
+
+def _table(data: Any) -> pa.Table:
+    if isinstance(data, pa.Table):
+        return data
+    if isinstance(data, Mapping):
+        return _of_arrays(data)
+    if isinstance(data, Sequence) and not isinstance(data, (str, bytes)) and all(isinstance(row, Mapping) for row in data):
+        return of_rows(data)
+    if type(data).__module__.partition(".")[0] == "pandas" and hasattr(data, "iloc") and hasattr(data, "columns"):
+        return of_frame(data)
+    raise DloptError(f"from_data: a {type(data).__name__} is no table: give a Table, a DataFrame, a dict of arrays or a list of dicts")
+
+
+def _of_series(series: Any) -> pa.Array:
+    try:
+        found = pa.Array.from_pandas(series)
+    except (pa.ArrowException, OverflowError):
+        found = pa.Array.from_pandas(series.astype(str).where(series.notna(), None))
+    found = found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
+    return found.dictionary_decode() if pa.types.is_dictionary(found.type) else found
+
+
+def _of_arrays(data: Mapping[str, Any]) -> pa.Table:
+    columns = {str(name): _of_array(str(name), np.asarray(values)) for name, values in data.items()}
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise DloptError(f"from_data: the arrays have different lengths: {', '.join(f'{name} {rows:,}' for name, rows in lengths.items())}")
+    return pa.table(columns)
+
+
+def _of_array(name: str, values: np.ndarray) -> pa.Array:
+    """(rows, a, b, ...) as lists of fixed sizes within each other."""
+    if values.ndim == 0:
+        raise DloptError(f"from_data: {name!r} is one value, not an array of rows")
+    try:
+        found = pa.array(np.ascontiguousarray(values).reshape(-1).tolist() if values.dtype == object else values.reshape(-1))
+    except (pa.ArrowException, OverflowError) as error:
+        raise DloptError(f"from_data: {name!r} makes no column: {str(error).splitlines()[0]}") from None
+    for size in reversed(values.shape[1:]):
+        found = pa.FixedSizeListArray.from_arrays(found, size)
+    return found

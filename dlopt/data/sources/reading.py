@@ -1,0 +1,196 @@
+"""What all sources have in common: pieces that are read one by one, here for a look, and by Ray's workers for all of them.
+
+The rows of a source do not depend on how it is cut into pieces; the sizes only decide how well the work spreads.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pyarrow as pa
+from pydantic import field_validator
+
+from dlopt.data.sources.kinds import infer_kind
+from dlopt.data.sources.places import File, Place, matching
+from dlopt.part import DloptError, Part
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+MIN_BLOCK, MAX_BLOCK = 2**20, 32 * 2**20
+"""Bytes of rows that one task gets, about: small enough that a few megabytes keep several cores busy, large enough that the start of a
+task does not count."""
+BLOCKS = 16
+"""How many blocks a set is cut into that is neither small nor large."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one call of `load` reads at once: a file, or a part of it."""
+
+    name: str = ""
+    """The file as it is said to the user."""
+    path: str = ""
+    """The file within its place."""
+    start: int = 0
+    """First of the parts that the file has (row groups, batches, rows), and one after the last; stop 0 stands for all."""
+    stop: int = 0
+    bytes: int = 0
+    """About how much its rows take in memory."""
+
+
+Named = tuple[str, pa.Table]
+"""Rows, and the file that they are from, as it is said to the user."""
+Load = Callable[[Sequence[Piece]], Iterator[Named]]
+
+
+class Rows(Part):
+    """A source: `pieces` says what there is to read, `load` reads it."""
+
+    def found(self) -> Any:
+        """What the artifact's digest depends on beside the job, as JSON."""
+        raise NotImplementedError
+
+    def pieces(self) -> tuple[Place | None, list[Piece]]:
+        """What `load` is to read, in order, and where it lies, for sources that are made of files."""
+        raise NotImplementedError
+
+    def load(self, place: Place | None, pieces: Sequence[Piece]) -> Iterator[Named]:
+        """The rows of pieces, at least one table, which may have no rows. Raises DloptError."""
+        raise NotImplementedError
+
+    def peek(self, rows: int) -> pa.Table:
+        """The first rows, without Ray. Raises DloptError."""
+        place, pieces = self.pieces()
+        return first_rows(self.load(place, pieces), rows)
+
+    def infer(self, rows: int = 1000) -> dict[str, str]:
+        """What each column seems to be, from the first rows: see `infer_kind`."""
+        table = self.peek(rows)
+        return {column: infer_kind(table, column) for column in table.column_names}
+
+    def types(self) -> pa.Schema:
+        """Names and types of the columns that `read` gives."""
+        return self.peek(1).schema
+
+    def read(self, columns: Sequence[str] | None = None) -> Dataset:
+        """All rows, in no particular order, read by Ray's workers: the columns that are asked for, or those of the first file.
+        Each file must have them; other columns are left out."""
+        place, pieces = self.pieces()
+        return dataset(lambda some: self.load(place, some), pieces, wanted(self.types(), columns))
+
+
+class Files(Rows):
+    """What the sources made of files have in common."""
+
+    endings: ClassVar[tuple[str, ...]]
+    compressed: ClassVar[bool] = False
+    """Whether files may be compressed: .gz, .bz2, .zst, .lz4."""
+
+    path: str | tuple[str, ...]
+    """A file, a folder or a glob (`data/*.parquet`), or a list of them; on disks that every node of the cluster sees, or
+    behind s3://, gs://, abfs://, http:// or https:// (single files)."""
+
+    @field_validator("path")
+    @classmethod
+    def path_names_something(cls, path: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not path or not all(path):
+            raise ValueError("names no file")
+        return path
+
+    def located(self) -> tuple[Place, list[File]]:
+        """The files, sorted; raises DloptError when there are none."""
+        return matching(self.path, self.endings, self.compressed)
+
+    def files(self) -> list[str]:
+        """Their names."""
+        return [file.name for file in self.located()[1]]
+
+    def found(self) -> Any:
+        """Names, sizes and times of the files: changed files are new data, so they make a new artifact."""
+        return [[file.name, file.size, file.changed] for file in self.located()[1]]
+
+    def pieces(self) -> tuple[Place, list[Piece]]:
+        place, files = self.located()
+        return place, [Piece(file.name, file.path, bytes=file.size) for file in files]
+
+
+def first_rows(tables: Iterator[Named], rows: int) -> pa.Table:
+    """The first rows of the first table that has any."""
+    for _, table in tables:
+        if len(table):
+            break
+    return table.slice(0, rows)
+
+
+def wanted(schema: pa.Schema, columns: Sequence[str] | None) -> pa.Schema:
+    """The part of a schema that is asked for; a dictionary is the reader's own affair."""
+    names = schema.names if columns is None else [name for name in dict.fromkeys(columns) if name in schema.names]
+    kinds = [schema.field(name).type for name in names]
+    plain = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in kinds]
+    return pa.schema(list(zip(names, plain, strict=True)))
+
+
+def conform(name: str, table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The columns of a schema, in its order and of its types; raises DloptError that names the file and the column."""
+    columns = []
+    for field in schema:
+        if field.name not in table.column_names:
+            raise DloptError(f"{name}: has no column {field.name!r}; its columns are {', '.join(table.column_names)}")
+        column = table[field.name]
+        try:
+            columns.append(column if column.type == field.type else column.cast(field.type))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError):
+            raise DloptError(
+                f"{name}: column {field.name!r} is {column.type}, where it is {field.type} in the first of the files"
+            ) from None
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def block_bytes(pieces: Sequence[Piece]) -> int:
+    """How large a block should be, for pieces of this size together."""
+    return max(MIN_BLOCK, min(MAX_BLOCK, sum(piece.bytes for piece in pieces) // BLOCKS))
+
+
+def dataset(load: Load, pieces: Sequence[Piece], schema: pa.Schema | None) -> Dataset:
+    """The rows of pieces, in blocks of `block_bytes`. Where there are few pieces, what comes after reading gets tasks of its own,
+    so that a single file keeps more than one core busy."""
+    import ray.data
+
+    def read(tasks: pa.Table) -> Iterator[pa.Table]:
+        for name, table in load([Piece(**row) for row in tasks.to_pylist()]):
+            yield table if schema is None else conform(name, table, schema)
+
+    block = block_bytes(pieces)
+    tasks = [_as_table(some) for some in grouped(pieces, block)]
+    alone = len(tasks) if len(tasks) < BLOCKS else None  # Ray runs two maps as one task unless their concurrency differs
+    rows = ray.data.from_arrow(tasks).map_batches(read, batch_size=None, batch_format="pyarrow", concurrency=alone)
+    rows.context.target_max_block_size = block  # of this dataset and those made of it
+    return rows
+
+
+def from_table(table: pa.Table) -> Dataset:
+    """The rows of a table that this process holds."""
+    import ray.data
+
+    rows = max(1, len(table) * block_bytes([Piece(bytes=table.nbytes)]) // max(table.nbytes, 1))
+    return ray.data.from_arrow([table.slice(start, rows) for start in range(0, max(len(table), 1), rows)])
+
+
+def grouped(pieces: Sequence[Piece], block: int) -> Iterator[list[Piece]]:
+    """Pieces one after the other in groups of about `block` bytes."""
+    ends = itertools.accumulate(piece.bytes for piece in pieces)
+    places = [(end - piece.bytes) // block for end, piece in zip(ends, pieces, strict=True)]
+    for _, some in itertools.groupby(zip(places, pieces, strict=True), key=lambda pair: pair[0]):
+        yield [piece for _, piece in some]
+
+
+def _as_table(pieces: Sequence[Piece]) -> pa.Table:
+    return pa.Table.from_pylist([asdict(piece) for piece in pieces])
+
+
+def missing_package(what: str, extra: str) -> DloptError:
+    return DloptError(f"{what} needs another package: pip install 'dlopt[{extra}]'")
