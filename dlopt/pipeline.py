@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ import yaml
 from pydantic import BaseModel
 
 from dlopt.artifact import Artifact, Stage, digest_of, is_sealed, once, place, write_atomically
+from dlopt.data.split import Fold
 from dlopt.part import DloptError
 from dlopt.progress import Progress, silent
 from dlopt.runs import JOB, REPORT, RUN, Run
@@ -27,18 +29,53 @@ from dlopt.spec import Job
 def check(job: Job) -> None:
     """What can be said of a job without Ray: its files and columns are there, and the model can be built on them."""
     from dlopt.data.prepare import peek
-    from dlopt.part import Signature, Target
 
-    signature = Signature(inputs=peek(job.data), target=Target(name=job.data.target.column, labels=(0, 1)))
-    job.model.build(signature)
+    job.model.build(peek(job.data))
+
+
+def prepare(job: Job, home: Path, address: str | None = None, progress: Progress = silent) -> Artifact:
+    """The first stage alone: clean, split, encoded rows. Raises DloptError."""
+    with _steps(job, home, address, progress) as steps:
+        return _prepared(job, steps, None)
 
 
 def run(job: Job, home: Path, address: str | None = None, progress: Progress = silent) -> Run:
     """Make what the job asks for and is not there yet. Ray is started only if a stage needs it. Raises DloptError."""
-    from dlopt.data.prepare import PREPARE
-    from dlopt.train.fit import FIT, local_cpus
+    from dlopt.train.fit import FIT
 
     began = time.monotonic()
+    home = home.resolve()
+    with _steps(job, home, address, progress) as steps:
+        data = _prepared(job, steps, None)
+        model = steps.ray(FIT, job.fit, data, resources=job.resources)
+        folds = [_fold(job, steps, index) for index in range(job.train.folds)]
+    exports = {part.kind: steps.local(_exporter(part), part, model, data) for part in job.export}
+    made = steps.made
+    folder = home / f"{job.name}-{digest_of([job.name, data.path.name, model.path.name, [fold.path.name for fold in folds]])[:8]}"
+    if made or not is_run(folder) or (folder / JOB).read_text() != _as_yaml(job):
+        progress("report", None, "drawing")
+        named = {"data": data, "model": model} | {f"export.{kind}": found for kind, found in exports.items()}
+        _write_run(folder, job, named, folds, made)
+    return Run(folder, job.name, model.info["metrics"], round(time.monotonic() - began, 3), tuple(made), spread(folds))
+
+
+def spread(folds: Sequence[Artifact]) -> dict[str, dict[str, dict[str, float]]]:
+    """Of the folds' models: split to metric to its mean and standard deviation (ddof 1) over the folds."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for split in ("validation", "test"):
+        each = [fold.info["metrics"][split] for fold in folds if split in fold.info["metrics"]]
+        for name in each[0] if each else ():
+            values = [metrics[name] for metrics in each if metrics.get(name) is not None]
+            if len(values) > 1:
+                found.setdefault(split, {})[name] = {"mean": statistics.mean(values), "std": statistics.stdev(values)}
+    return found
+
+
+@contextmanager
+def _steps(job: Job, home: Path, address: str | None, progress: Progress) -> Iterator[_Steps]:
+    """What runs stages in a home, with Ray from the first time that one needs it."""
+    from dlopt.train.fit import local_cpus
+
     home = home.resolve()
     _refuse_unwritable(home)
     with ExitStack() as stack:
@@ -48,17 +85,22 @@ def run(job: Job, home: Path, address: str | None = None, progress: Progress = s
             progress("ray", None, f"joining {address_of(address)}" if address_of(address) else "starting on this machine")
             stack.enter_context(connected(address, local_cpus(job.resources)))
 
-        steps = _Steps(home, progress, need_ray)
-        data = steps.ray(PREPARE, job.data, found=_found(job))
-        model = steps.ray(FIT, job.fit, data, resources=job.resources)
-    exports = {part.kind: steps.local(_exporter(part), part, model, data) for part in job.export}
-    made = steps.made
-    folder = home / f"{job.name}-{digest_of([job.name, data.path.name, model.path.name])[:8]}"
-    if made or not is_run(folder) or (folder / JOB).read_text() != _as_yaml(job):
-        progress("report", None, "drawing")
-        _write_run(folder, job, {"data": data, "model": model, **{f"export.{kind}": found for kind, found in exports.items()}}, made)
-    metrics = model.info["metrics"]
-    return Run(folder, job.name, metrics, round(time.monotonic() - began, 3), tuple(made))
+        yield _Steps(home, progress, need_ray)
+
+
+def _prepared(job: Job, steps: _Steps, fold: Fold | None) -> Artifact:
+    from dlopt.data.prepare import PREPARE
+
+    return steps.ray(PREPARE, job.data.model_copy(update={"fold": fold or job.data.fold}), found=_found(job))
+
+
+def _fold(job: Job, steps: _Steps, index: int) -> Artifact:
+    """The model that is validated on one of the folds."""
+    from dlopt.train.fit import FIT
+
+    said = f"fold {index + 1} of {job.train.folds}"
+    within = replace(steps, progress=lambda stage, share, text: steps.progress(stage, share, f"{said}: {text}"), suffix=f".{said}")
+    return within.ray(FIT, job.fit, _prepared(job, within, Fold(index=index, of=job.train.folds)), resources=job.resources)
 
 
 @dataclass
@@ -68,9 +110,9 @@ class _Steps:
     home: Path
     progress: Progress
     need_ray: Callable[[], None]
-
-    def __post_init__(self) -> None:
-        self.made: dict[str, float] = {}
+    suffix: str = ""
+    """Tells the stages of a fold from those of the job's own split."""
+    made: dict[str, float] = field(default_factory=dict)
 
     def ray(self, stage: Stage, section: BaseModel, *parents: Artifact, found: Any = None, **context: Any) -> Artifact:
         """A stage that computes on Ray, which is started now if there is something to compute."""
@@ -82,7 +124,7 @@ class _Steps:
         before = is_sealed(place(stage, section, self.home, parents, found))
         artifact = once(stage, section, self.home, *parents, found=found, progress=self.progress, **context)
         if not before:
-            self.made[stage.name] = artifact.manifest.seconds
+            self.made[stage.name + self.suffix] = artifact.manifest.seconds
             self.progress(stage.make.__name__, 1.0, f"done in {artifact.manifest.seconds:.1f} s")
         return artifact
 
@@ -95,7 +137,9 @@ def _exporter(part: BaseModel) -> Stage:
 
 def _found(job: Job) -> Any:
     """What the data stage depends on beside its section: the state of the source's files."""
-    return [job.data.source.found(), job.data.test.found() if job.data.test else None]
+    from dlopt.data.prepare import sources
+
+    return {name: source.found() for name, source in sources(job.data).items()}
 
 
 def is_run(folder: Path) -> bool:
@@ -107,7 +151,7 @@ def _as_yaml(job: Job) -> str:
     return yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _write_run(folder: Path, job: Job, artifacts: dict[str, Artifact], made: dict[str, float]) -> None:
+def _write_run(folder: Path, job: Job, artifacts: dict[str, Artifact], folds: list[Artifact], made: dict[str, float]) -> None:
     """job.yaml, report.html and run.json, which makes it a run, last."""
     from dlopt.report import page
     from dlopt.report.samples import samples
@@ -123,12 +167,15 @@ def _write_run(folder: Path, job: Job, artifacts: dict[str, Artifact], made: dic
         model=artifacts["model"],
         exports={name.removeprefix("export."): found for name, found in artifacts.items() if name.startswith("export.")},
         samples=samples(artifacts["data"], job.fit),
+        folds=[fold.info["metrics"]["validation"] for fold in folds],
     )
     record = {
         "name": job.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "artifacts": {name: os.path.relpath(found.path, folder) for name, found in artifacts.items()},
         "metrics": artifacts["model"].info["metrics"],
+        "folds": [{"model": os.path.relpath(fold.path, folder), "metrics": fold.info["metrics"]} for fold in folds],
+        "spread": spread(folds),
         "seconds": made,
     }
     write_atomically(folder / RUN, json.dumps(record, indent=1))

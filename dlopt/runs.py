@@ -20,10 +20,12 @@ class Run:
 
     folder: Path
     name: str
-    metrics: dict[str, dict[str, float]]
+    metrics: dict[str, dict[str, float | None]]
     seconds: float
     made: tuple[str, ...]
     """The stages that had anything to do."""
+    spread: dict[str, dict[str, dict[str, float]]]
+    """Of a cross-validation: split to metric to {mean, std} over the folds; empty without one."""
 
 
 def listing(home: Path) -> list[dict[str, Any]]:

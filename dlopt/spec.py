@@ -15,11 +15,12 @@ from pydantic_core import ErrorDetails
 
 from dlopt.data.augment import Augmentation
 from dlopt.data.section import Data
+from dlopt.data.split import GivenSplit, TimeSplit
 from dlopt.export import Format, Onnx
 from dlopt.models import Model
-from dlopt.part import OUTPUT, DloptError, Part
+from dlopt.part import PROBABILITIES, VALUES, DloptError, Part
 from dlopt.serve import Serve
-from dlopt.train.section import Fit, Resources, Train, needs_validation
+from dlopt.train.section import Fit, Resources, Train, needs_validation, refuse_balance, refuse_monitor
 
 
 class Job(Part):
@@ -32,7 +33,7 @@ class Job(Part):
     data: Data
     """Where the rows come from, and what their columns mean."""
     augment: tuple[Augmentation, ...] = ()
-    """What is done to images in training, in this order."""
+    """What is done to rows in training, in this order."""
     model: Model
     """What is trained."""
     train: Train = Train()
@@ -47,25 +48,45 @@ class Job(Part):
     @property
     def fit(self) -> Fit:
         """The section of the fit stage."""
-        return Fit(seed=self.seed, model=self.model, augment=self.augment, train=self.train)
+        train = self.train.model_copy(update={"folds": 0})  # more models, but the same one
+        return Fit(seed=self.seed, model=self.model, augment=self.augment, train=train)
 
     @model_validator(mode="after")
     def validation_is_there_when_needed(self) -> Self:
         who = needs_validation(self.train)
-        if who and self.data.split.validation == 0:
+        if who and self.data.split.validation == 0 and self.data.validation is None and self.data.fold is None:
             raise ValueError(f"{who} looks at the validation split: give data.split.validation a share")
         return self
 
     @model_validator(mode="after")
-    def augmentation_has_images(self) -> Self:
-        if self.augment and all(part.kind != "image" for part in self.data.inputs):
-            raise ValueError("augment: there is no image among data.inputs to augment")
+    def folds_can_be_cut(self) -> Self:
+        if self.train.folds and (isinstance(self.data.split, TimeSplit | GivenSplit) or self.data.validation or self.data.fold):
+            raise ValueError("train.folds: folds need data.split of kind random, stratified or group, no data.validation and no data.fold")
+        return self
+
+    @model_validator(mode="after")
+    def augmentation_has_inputs(self) -> Self:
+        kinds = {part.kind for part in self.data.inputs}
+        for place, part in enumerate(self.augment):
+            if not kinds & set(part.of):
+                raise ValueError(f"augment.{place}: there is no {' or '.join(part.of)} among data.inputs for {part.kind}")
+        return self
+
+    @model_validator(mode="after")
+    def target_can_be_trained_on(self) -> Self:
+        kind = "category" if self.data.target.kind == "threshold" else self.data.target.kind
+        try:
+            refuse_monitor(self.train, kind)
+            refuse_balance(self.train, kind)
+        except DloptError as error:
+            raise ValueError(str(error)) from None
         return self
 
     @model_validator(mode="after")
     def no_input_is_called_as_the_output(self) -> Self:
-        if any((part.column if part.kind == "image" else part.name) == OUTPUT for part in self.data.inputs):
-            raise ValueError(f"data.inputs: {OUTPUT!r} is the name of the model's output: call the input something else")
+        for part in self.data.inputs:
+            if part.tensor in (PROBABILITIES, VALUES):
+                raise ValueError(f"data.inputs: {part.tensor!r} is the name of the model's output: call the input something else")
         return self
 
     @model_validator(mode="after")

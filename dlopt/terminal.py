@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any, Self
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from dlopt.artifact import Artifact
 from dlopt.runs import REPORT, Run
 
 UNFOLDED = 10_000
@@ -72,9 +74,32 @@ class Terminal:
         self._finish()
         self.bars.stop()
         done = f"done in {run.seconds:.1f} s" if run.made else "all is done already"
-        figures = "   ".join(f"{split} accuracy {found['accuracy']:.4f}" for split, found in run.metrics.items())
+        figures = "   ".join(f"{split} {_headline(found)}" for split, found in run.metrics.items())
         self.console.print(f"{run.name}: {done}   {figures}", highlight=False, soft_wrap=True)
+        for split, found in run.spread.items():
+            said = "   ".join(f"{name} {figure['mean']:.4f} ± {figure['std']:.4f}" for name, figure in found.items())
+            self.console.print(f"over the folds, {split}: {said}", highlight=False, soft_wrap=True)
         self.console.print(f"report: {run.folder / REPORT}   try it: dlopt serve {run.folder}", highlight=False, soft_wrap=True)
+
+    def prepared(self, name: str, data: Artifact) -> None:
+        """What the first stage found, in a few lines."""
+        self._finish()
+        self.bars.stop()
+        counts = "   ".join(f"{split} {rows:,}" for split, rows in data.info["counts"].items())
+        self.console.print(f"{name}: {counts}", highlight=False, soft_wrap=True)
+        for found in data.info["cleaning"]:
+            self.console.print(f"  {found['title']}: {found['dropped']:,} rows", highlight=False, soft_wrap=True, markup=False)
+        for line in data.info["warnings"]:
+            self.console.print(f"[yellow]![/] {escape(line)}", highlight=False, soft_wrap=True)
+
+
+HEADLINES = ("roc_auc", "accuracy", "subset_accuracy", "micro_f1", "r2", "mae")
+"""Metrics that tell most in few words, two of which are said of a split."""
+
+
+def _headline(metrics: Mapping[str, float | None]) -> str:
+    chosen = sorted((name for name in HEADLINES if metrics.get(name) is not None), key=("accuracy", *HEADLINES).index)[:2]
+    return ", ".join(f"{name} {metrics[name]:.4f}" for name in chosen)
 
 
 def print_runs(records: list[dict[str, Any]]) -> None:
@@ -83,8 +108,7 @@ def print_runs(records: list[dict[str, Any]]) -> None:
     for title in ("name", "created", "validation", "test", "run"):
         table.add_column(title, no_wrap=title != "run", overflow="fold")
     for record in records:
-        figures = [record.get("metrics", {}).get(split, {}).get("accuracy") for split in ("validation", "test")]
-        cells = ["" if figure is None else f"{figure:.4f}" for figure in figures]
+        cells = [_headline(record.get("metrics", {}).get(split, {})) for split in ("validation", "test")]
         table.add_row(str(record.get("name")), str(record.get("created")), *cells, str(record["run"]))
     Console(width=None if sys.stdout.isatty() else UNFOLDED).print(table)
 

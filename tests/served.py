@@ -51,10 +51,12 @@ PHOTOS = Signature(
     inputs=(
         Feature(name="photo", kind="image", dtype="uint8", shape=(4, 6, 3), columns=("photo",), resize=True),
         Feature(name="codes", kind="category", dtype="int32", shape=(1,), columns=("camera",), buckets=50),
+        Feature(name="taken", kind="date", dtype="float32", shape=(1,), columns=("taken",), parts=("hour",)),
+        Feature(name="printed", kind="date", dtype="float32", shape=(1,), columns=("printed",), parts=("month",), form="%d.%m.%Y"),
     ),
     target=Target(name="size", kind="number", columns=("height", "width")),
 )
-"""An image and a hashed category to two numbers."""
+"""An image, a hashed category, a time and a date as it is written in Germany to two numbers."""
 SAID = ("please call me now", "thank you so much", "where is my parcel ?")
 
 

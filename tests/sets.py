@@ -93,7 +93,7 @@ def _score(feature: Feature, values: np.ndarray, outputs: int) -> np.ndarray:
         table = generator.normal(size=(max(feature.codes, default=feature.tokens), outputs))
         return table[values].mean(axis=1) * np.sqrt(values.shape[1])
     middle, std = (127.5, 74) if feature.kind == "image" else (50, 20)
-    flat = np.nan_to_num((values.reshape(len(values), -1) - middle) / std)
+    flat = np.nan_to_num((values.reshape(len(values), feature.size) - middle) / std)
     return flat @ generator.normal(size=(flat.shape[1], outputs)) / np.sqrt(flat.shape[1])
 
 

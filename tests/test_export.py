@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,80 +10,31 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import nn
 
 from dlopt.artifact import Artifact, Stage, digest_of, once
-from dlopt.data.prepared import Split, as_table, write_part
+from dlopt.data.prepared import Split
 from dlopt.export import Onnx
-from dlopt.export.onnx import EXPORT, LARGEST, MODEL, TIE, _graph, _other_labels, _refuse_too_large, compare, trained_network
-from dlopt.models import Cnn, Mlp, Network, build_network
-from dlopt.part import OUTPUT, DloptError, Feature, Part, Signature, Statistics, Target
-from dlopt.train.evaluate import evaluate, probabilities
+from dlopt.export.onnx import EXPORT, LARGEST, MODEL, TIE, _graph, _other_labels, _refuse_too_large, _unit, compare, fed, trained_network
+from dlopt.models import Cnn, Mlp, Network, Units
+from dlopt.models.text import TextBag, TextCnn
+from dlopt.part import DloptError, Signature, Target
+from dlopt.train.evaluate import predict
+from dlopt.train.metrics import activated
 from dlopt.train.section import Fit, Train
-from tests.test_models import image, numbers, statistics
+from tests import sets
+from tests.sets import CATEGORIES, DATES, EVERYTHING, HASHED, LABELS, NUMBER, ONE, PAIR, TEXT, THREE, TWO, inputs_of, trained
+from tests.test_models import image, numbers
 
-IMAGES = Signature(inputs=(image(12, 10, 3),), target=Target(name="label", labels=("cat", "dog", "owl")))
-NUMBERS = Signature(inputs=(numbers("a", "b", "c"),), target=Target(name="late", labels=(0, 1)))
-BOTH = Signature(inputs=(numbers("a.b", name="items"), image(8, 8, name="the picture")), target=IMAGES.target)
-ROWS = {"train": 40, "validation": 20, "test": 3000}
-
-
-def rows_of(signature: Signature, rows: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random rows; a fifth of all numbers is missing."""
-    generator = np.random.default_rng(seed)
-    return {feature.name: _values(feature, rows, generator) for feature in signature.inputs}
+IMAGES = Signature(inputs=(image(12, 10, 3),), target=THREE)
+FEW = Signature(inputs=(numbers("a", "b", "c"),), target=Target(name="late", labels=(0, 1)))
+BOTH = Signature(inputs=(numbers("a.b", name="items"), image(8, 8, name="the picture")), target=THREE)
+STRINGS = Signature(inputs=(CATEGORIES, ONE, numbers("a")), target=TWO)
 
 
-def _values(feature: Feature, rows: int, generator: np.random.Generator) -> np.ndarray:
-    if feature.kind == "image":
-        return generator.integers(0, 256, (rows, *feature.shape), dtype=np.uint8)
-    values = generator.normal(50, 20, (rows, *feature.shape)).astype(np.float32)
-    values[generator.random(values.shape) < 0.2] = np.nan
-    return values
-
-
-def fitted(feature: Feature) -> Statistics:
-    columns = feature.shape[-1]
-    if feature.kind == "image":
-        return statistics([128.0] * columns, [128.0] * columns, [1 / 74.0] * columns)
-    return statistics([51.0 + column for column in range(columns)], [50.0] * columns, [0.05] * columns)
-
-
-class Made(Part):
-    signature: Signature
-    rows: dict[str, int] = ROWS
-
-
-def _write_data(section: Made, out: Path) -> dict[str, Any]:
-    signature = section.signature
-    (out / "signature.json").write_text(signature.model_dump_json())
-    (out / "statistics.json").write_text(json.dumps({feature.name: fitted(feature).model_dump() for feature in signature.inputs}))
-    for seed, (name, rows) in enumerate(section.rows.items()):
-        target = np.arange(rows, dtype=np.int64) % signature.num_outputs
-        table = as_table(signature, rows_of(signature, rows, seed) | {signature.target.name: target})
-        for part, start in enumerate(range(0, rows, 1024)):
-            write_part(table.slice(start, 1024), signature, out / name / f"{part:05d}.parquet")
-    return {"counts": section.rows}
-
-
-def _write_model(section: Fit, out: Path, data: Artifact) -> dict[str, Any]:
-    signature = Signature.model_validate_json(data.read("signature.json"))
-    found = {feature.name: fitted(feature) for feature in signature.inputs}
-    dtype = torch.float64 if section.train.precision == "float64" else torch.float32
-    network = build_network(section.model, signature, found, section.seed, dtype)
-    (out / "weights.safetensors").write_bytes(save(network.state_dict()))
-    for name in ("signature.json", "statistics.json"):
-        (out / name).write_bytes(data.read(name))
-    return {"metrics": {}}
-
-
-def prepared(home: Path, signature: Signature, **rows: int) -> Artifact:
-    return once(Stage("data", _write_data), Made(signature=signature, rows=ROWS | rows), home)
-
-
-def trained(home: Path, data: Artifact, model: Mlp | Cnn, precision: Any = "float32") -> Artifact:
-    return once(Stage("model", _write_model), Fit(seed=3, model=model, augment=(), train=Train(precision=precision)), home, data)
+def prepared(home: Path, found: Signature, **rows: int) -> Artifact:
+    return sets.prepared(home, found, **{"train": 40, "validation": 20, "test": 3000} | rows)
 
 
 def exported(home: Path, model: Artifact, data: Artifact, **section: Any) -> Artifact:
@@ -93,78 +43,145 @@ def exported(home: Path, model: Artifact, data: Artifact, **section: Any) -> Art
 
 def run(export: Artifact, rows: dict[str, np.ndarray]) -> np.ndarray:
     session = onnxruntime.InferenceSession(export.path / MODEL)
-    (found,) = session.run([OUTPUT], rows)
+    (output,) = session.get_outputs()
+    (found,) = session.run([output.name], rows)
     return np.asarray(found)
 
 
-def torchs(network: Network, rows: dict[str, np.ndarray]) -> np.ndarray:
+def torchs(network: Network, rows: dict[str, np.ndarray], target: Target) -> np.ndarray:
     with torch.no_grad():
-        return network({name: torch.from_numpy(values) for name, values in rows.items()}).double().softmax(dim=1).numpy()
+        return activated(target, network({name: torch.from_numpy(values) for name, values in rows.items()}).double()).numpy()
 
 
 CASES = [
     pytest.param(IMAGES, Mlp(hidden=(32,), init="normal"), "float32", id="mlp"),
     pytest.param(IMAGES, Cnn(channels=(4, 8), hidden=16), "float32", id="cnn"),
-    pytest.param(NUMBERS, Mlp(hidden=(16, 16), activation="gelu"), "float32", id="numbers"),
+    pytest.param(FEW, Mlp(hidden=(16, 16), activation="gelu"), "float32", id="numbers"),
     pytest.param(BOTH, Mlp(hidden=(16,), activation="silu"), "float32", id="both"),
     pytest.param(IMAGES, Cnn(channels=(4,), hidden=16, activation="leaky_relu"), "float64", id="float64"),
-    pytest.param(NUMBERS, Mlp(hidden=()), "float64", id="linear"),
+    pytest.param(FEW, Mlp(hidden=()), "float64", id="linear"),
+    pytest.param(STRINGS, Mlp(hidden=(16,)), "float32", id="strings"),
+    pytest.param(Signature(inputs=(HASHED, DATES), target=LABELS), Mlp(hidden=(16,)), "float32", id="hashed and dates to labels"),
+    pytest.param(Signature(inputs=(TEXT,), target=PAIR), TextCnn(channels=8, embedding=6), "float32", id="text to numbers"),
+    pytest.param(Signature(inputs=EVERYTHING, target=NUMBER), Mlp(hidden=(16,)), "float32", id="everything to a number"),
+    pytest.param(Signature(inputs=EVERYTHING, target=LABELS), Mlp(hidden=(16,)), "float64", id="everything to labels"),
 ]
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_metrics_of_a_split_are_means_over_its_rows_without_dropout_and_the_mode_stays(tmp_path: Path, training: bool) -> None:
-    data = prepared(tmp_path, IMAGES)
-    network = trained_network(trained(tmp_path, data, Mlp(dropout=0.5)), data).train(training)
-    test = Split.open(data, "test")
-    found = evaluate(network, test, torch.device("cpu"))
-    outputs, target = probabilities(network, test, torch.device("cpu"))
-    assert network.training is training
-    rows = test.read()
-    expected = torchs(network.eval(), {"image": rows["image"]})
-    np.testing.assert_allclose(outputs.numpy(), expected, atol=1e-6)
-    np.testing.assert_array_equal(target.numpy(), rows["label"])
-    assert found.loss == pytest.approx(-np.log(expected[np.arange(3000), rows["label"]]).mean(), rel=1e-6)
-    assert found.accuracy == (expected.argmax(axis=1) == rows["label"]).mean()
-
-
 @pytest.mark.parametrize(("signature", "model", "precision"), CASES)
-def test_the_file_says_what_torch_says_on_any_number_of_rows(
-    tmp_path: Path, signature: Signature, model: Mlp | Cnn, precision: str
-) -> None:
+def test_the_file_says_what_torch_says_on_any_number_of_rows(tmp_path: Path, signature: Signature, model: Any, precision: str) -> None:
     data = prepared(tmp_path, signature)
     weights = trained(tmp_path, data, model, precision)
     export = exported(tmp_path, weights, data)
-    network = trained_network(weights, data)
+    network, target = trained_network(weights, data), signature.target
+    scale = network.output.std.double().numpy() if isinstance(network.output, Units) else 1.0
     for rows in (0, 1, 2, 7, 1000):
-        some = rows_of(signature, rows, seed=rows + 10)
-        found, expected = run(export, some), torchs(network, some)
+        some = inputs_of(signature, rows, seed=rows + 10)
+        found, expected = run(export, strings(signature, some)), torchs(network, some, target)
         assert (found.dtype, found.shape) == (np.float32, (rows, signature.num_outputs))
-        np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
-        np.testing.assert_array_equal(found.argmax(axis=1), expected.argmax(axis=1))
-    assert expected.std() > 0.01  # there was something to tell apart
+        np.testing.assert_allclose(found / scale, expected / scale, atol=1e-5, rtol=0)
+        if target.kind == "category":
+            np.testing.assert_array_equal(found.argmax(axis=1), expected.argmax(axis=1))
+    assert (expected / scale).std() > 0.01  # there was something to tell apart
 
 
 @pytest.mark.parametrize(("signature", "model", "precision"), CASES)
 def test_the_manifest_has_the_largest_difference_over_the_whole_test_split(
-    tmp_path: Path, signature: Signature, model: Mlp | Cnn, precision: str
+    tmp_path: Path, signature: Signature, model: Any, precision: str
 ) -> None:
     data = prepared(tmp_path, signature)
     weights = trained(tmp_path, data, model, precision)
     export = exported(tmp_path, weights, data)
     test = Split.open(data, "test")
-    expected, _ = probabilities(trained_network(weights, data), test, torch.device("cpu"))
-    found = np.concatenate(
-        [
-            run(export, {name: values for name, values in test.read([chunk]).items() if name != signature.target.name})
-            for chunk in test.chunks
-        ]
-    )
-    assert len(test.chunks) > 1
+    expected = predict(trained_network(weights, data), test, torch.device("cpu"))[0].numpy()
+    found = np.concatenate([run(export, fed(signature, test.read([chunk]))) for chunk in test.chunks])
     assert export.info["rows"] == len(test) == 3000
     assert export.info["split"] == "test"
-    assert export.info["largest_difference"] == np.abs(found - expected.numpy()).max()
-    assert 0 < export.info["largest_difference"] < 1e-5
+    if signature.target.kind != "number":
+        assert export.info["largest_difference"] == np.abs(found - expected).max()
+        assert 0 < export.info["largest_difference"] < 1e-5
+    assert export.info["largest_difference"] < 1e-5
+
+
+def strings(signature: Signature, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Codes of categories as strings, by the vocabulary alone: of an unknown value, one that is nowhere."""
+    found = dict(rows)
+    for feature in signature.inputs:
+        if feature.dtype == "string":
+            tables = [["no such value", *known] for known in feature.vocabularies]
+            values = [[tables[column][code] for column, code in enumerate(row)] for row in rows[feature.name]]
+            found[feature.name] = np.array(values, dtype=object).reshape(-1, len(tables))
+    return found
+
+
+def test_strings_are_looked_up_in_the_graph_missing_and_unknown_ones_too(tmp_path: Path) -> None:
+    """ "" has the code of missing values, be it that of the value that fills them, one of its own, or that of the unknown."""
+    data = prepared(tmp_path, STRINGS)
+    weights = trained(tmp_path, data, Mlp(hidden=(16,)))
+    export, network = exported(tmp_path, weights, data), trained_network(weights, data)
+    given = {
+        ("AA", "EWR", "x"): (1, 2, 1),
+        ("UA", "JFK", "y"): (2, 3, 2),
+        ("Ü", "LGA", "z"): (3, 4, 0),
+        ("", "", ""): (2, 1, 0),
+        ("aa", "?", " x"): (0, 5, 0),
+        ("??", "never seen", "Ü"): (0, 0, 0),
+    }
+    words, codes = np.array(list(given), dtype=object), np.array(list(given.values()), dtype=np.int32)
+    number = {"numbers": np.full((len(given), 1), 60, dtype=np.float32)}
+    found = run(export, {CATEGORIES.name: words[:, :2], ONE.name: words[:, 2:]} | number)
+    expected = torchs(network, {CATEGORIES.name: codes[:, :2], ONE.name: codes[:, 2:]} | number, TWO)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert len({tuple(row) for row in expected.round(5)}) == len(given)
+
+
+def test_the_rows_that_are_compared_have_unknown_missing_and_known_strings() -> None:
+    rows = inputs_of(STRINGS, 200)
+    carrier, origin = fed(STRINGS, rows)[CATEGORIES.name].T
+    codes = rows[CATEGORIES.name]
+    assert set(carrier) == {"?", "AA", "UA", "Ü", ""}
+    assert set(carrier[codes[:, 0] == 2]) == {"UA", ""}
+    assert set(origin) == {"??", "", "EWR", "JFK", "LGA", "?"}  # "?" is a value, so another one stands for the unknown
+    assert set(origin[codes[:, 1] == 1]) == {""}
+    tail = fed(STRINGS, rows)[ONE.name][:, 0]
+    assert set(tail[rows[ONE.name][:, 0] == 0]) == {"?", ""}
+
+
+@pytest.mark.parametrize("length", [1, 4, 9, 30])
+def test_a_text_may_be_of_any_length_and_padding_changes_nothing(tmp_path: Path, length: int) -> None:
+    found = Signature(inputs=(TEXT,), target=TWO)
+    data = prepared(tmp_path, found)
+    weights = trained(tmp_path, data, TextBag(ngrams=2, buckets=50, embedding=8))
+    export, network = exported(tmp_path, weights, data), trained_network(weights, data)
+    ids = np.zeros((5, 30), dtype=np.int32)
+    ids[:, :length] = np.random.default_rng(0).integers(1, 20, (5, length))
+    expected = torchs(network, {"title": ids}, TWO)
+    np.testing.assert_allclose(run(export, {"title": ids[:, :length]}), expected, atol=1e-6)
+    np.testing.assert_allclose(run(export, {"title": ids}), expected, atol=1e-6)
+
+
+def test_the_graph_of_everything_takes_raw_tensors_in_the_order_of_the_signature(tmp_path: Path) -> None:
+    data = prepared(tmp_path, Signature(inputs=EVERYTHING, target=NUMBER))
+    model = onnx.load_from_string(exported(tmp_path, trained(tmp_path, data, Mlp()), data).read(MODEL))
+    onnx.checker.check_model(model, full_check=True)
+    assert described(model) == [
+        ("numbers", onnx.TensorProto.FLOAT, ["rows", 3]),
+        ("carrier, origin", onnx.TensorProto.STRING, ["rows", 2]),
+        ("tail", onnx.TensorProto.STRING, ["rows", 1]),
+        ("flight", onnx.TensorProto.INT32, ["rows", 1]),
+        ("day", onnx.TensorProto.FLOAT, ["rows", 2]),
+        ("title", onnx.TensorProto.INT32, ["rows", "title length"]),
+        ("image", onnx.TensorProto.UINT8, ["rows", 4, 5, 3]),
+        ("values", onnx.TensorProto.FLOAT, ["rows", 1]),
+    ]
+
+
+def described(model: onnx.ModelProto) -> list[tuple[str, int, list[int | str]]]:
+    """Name, type and shape of inputs and outputs."""
+    return [
+        (value.name, value.type.tensor_type.elem_type, [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim])
+        for value in (*model.graph.input, *model.graph.output)
+    ]
 
 
 def test_one_file_holds_everything_and_tells_where_it_is_from(tmp_path: Path) -> None:
@@ -179,11 +196,7 @@ def test_one_file_holds_everything_and_tells_where_it_is_from(tmp_path: Path) ->
     assert not any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer)
     assert export.info["bytes"] == len(content) > 4 * 65 * 128
     assert export.info["opset"] == model.opset_import[0].version
-    described = [
-        (value.name, value.type.tensor_type.elem_type, [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim])
-        for value in (*model.graph.input, *model.graph.output)
-    ]
-    assert described == [
+    assert described(model) == [
         ("items", onnx.TensorProto.FLOAT, ["rows", 1]),
         ("the picture", onnx.TensorProto.UINT8, ["rows", 8, 8, 1]),
         ("probabilities", onnx.TensorProto.FLOAT, ["rows", 3]),
@@ -195,7 +208,7 @@ def test_one_file_holds_everything_and_tells_where_it_is_from(tmp_path: Path) ->
 
 
 def test_without_a_test_split_the_validation_split_decides_and_the_manifest_says_so(tmp_path: Path) -> None:
-    data = prepared(tmp_path, NUMBERS, test=0)
+    data = prepared(tmp_path, FEW, test=0)
     export = exported(tmp_path, trained(tmp_path, data, Mlp()), data)
     assert (export.info["split"], export.info["rows"]) == ("validation", 20)
 
@@ -224,12 +237,9 @@ def test_weights_that_are_not_what_was_sealed_are_one_line(tmp_path: Path) -> No
 
 
 def _write_nan(section: Fit, out: Path, data: Artifact) -> dict[str, Any]:
-    info = _write_model(section, out, data)
-    signature = Signature.model_validate_json(data.read("signature.json"))
-    network = build_network(section.model, signature, {feature.name: fitted(feature) for feature in signature.inputs}, 0)
-    with torch.no_grad():
-        network.body[-1].weight.fill_(torch.nan)
-    (out / "weights.safetensors").write_bytes(save(network.state_dict()))
+    info = sets._write_model(section, out, data)
+    weights = load((out / "weights.safetensors").read_bytes())
+    (out / "weights.safetensors").write_bytes(save(weights | {"body.4.bias": weights["body.4.bias"] * torch.nan}))
     return info
 
 
@@ -254,7 +264,7 @@ def test_comparing_sees_a_small_difference_another_label_and_a_nan_whatever_come
     data = prepared(tmp_path, IMAGES)
     weights = trained(tmp_path, data, Mlp(hidden=()))
     network, test = trained_network(weights, data), Split.open(data, "test")
-    expected = probabilities(network, test, torch.device("cpu"))[0].numpy()
+    expected = predict(network, test, torch.device("cpu"))[0].numpy()
     content = _graph(network, IMAGES, "x")
     largest, other = compare(content, IMAGES, test, expected)
     assert largest < 1e-6 and other == 0
@@ -266,6 +276,42 @@ def test_comparing_sees_a_small_difference_another_label_and_a_nan_whatever_come
     assert np.isnan(largest)
     expected[3] = np.nan  # in the first chunk
     assert np.isnan(compare(content, IMAGES, test, expected)[0])
+
+
+def test_a_lookup_that_was_tampered_with_is_seen(tmp_path: Path) -> None:
+    data = prepared(tmp_path, STRINGS)
+    network, test = trained_network(trained(tmp_path, data, Mlp(hidden=())), data), Split.open(data, "test")
+    expected = predict(network, test, torch.device("cpu"))[0].numpy()
+    content = _graph(network, STRINGS, "x")
+    assert compare(content, STRINGS, test, expected)[0] < 1e-6
+    for column in range(2):
+        for change in ({"default_int64": 1}, {"values_int64s": "swapped"}, {"keys_strings": "other"}):
+            model = onnx.load_from_string(content)
+            node = [node for node in model.graph.node if node.op_type == "LabelEncoder"][column]
+            (attribute,) = [attribute for attribute in node.attribute if attribute.name in change]
+            if attribute.name == "default_int64":
+                attribute.i = 1
+            elif attribute.name == "values_int64s":
+                attribute.ints[0], attribute.ints[2] = attribute.ints[2], attribute.ints[0]
+            else:
+                attribute.strings[1] = b"no such value"
+            assert compare(bytes(model.SerializeToString()), STRINGS, test, expected)[0] > 1e-3
+
+
+def test_numbers_are_compared_in_standard_deviations_and_not_finer_than_float32_rounds(tmp_path: Path) -> None:
+    found = Signature(inputs=(numbers("a", "b"),), target=PAIR)
+    data = prepared(tmp_path, found)
+    network, test = trained_network(trained(tmp_path, data, Mlp(hidden=())), data), Split.open(data, "test")
+    with torch.no_grad():
+        network.output.mean += 1e6  # the last place of these numbers is 0.06
+    expected = predict(network, test, torch.device("cpu"))[0].numpy()
+    content, unit = _graph(network, found, "x"), _unit(network)
+    assert unit == pytest.approx(network.output.std.numpy())
+    assert compare(content, found, test, expected, unit) == (0.0, 0)
+    for by in (0.5, 3.0):
+        largest, other = compare(content, found, test, expected + np.array([0.0, by]), unit)
+        assert largest == pytest.approx(by / unit[1], rel=0.7)
+        assert other == 0
 
 
 def test_another_label_counts_unless_torch_has_the_two_as_close_as_float32_rounds() -> None:
@@ -284,7 +330,7 @@ def test_a_model_that_no_file_can_hold_is_one_line() -> None:
 
 
 def test_the_export_of_another_model_or_tolerance_is_another_artifact(tmp_path: Path) -> None:
-    data = prepared(tmp_path, NUMBERS)
+    data = prepared(tmp_path, FEW)
     one, other = trained(tmp_path, data, Mlp()), trained(tmp_path, data, Mlp(hidden=(4,)))
     digests = {exported(tmp_path, model, data, tolerance=tolerance).path.name for model in (one, other) for tolerance in (1e-5, 1e-4)}
     assert len(digests) == 4

@@ -2,80 +2,140 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
+from torch import Tensor
 
 from dlopt.artifact import Artifact, Stage, once
-from dlopt.data.augment import RandomCrop, RandomHorizontalFlip, RandomRotation
-from dlopt.data.feed import Batch, Feed, Resident, Stream
-from dlopt.data.order import Order
-from dlopt.data.prepared import Split, feature_columns, write_part
+from dlopt.data.augment import (
+    Augmentation,
+    CutMix,
+    FeatureDropout,
+    FeatureNoise,
+    GaussianBlur,
+    MixUp,
+    RandAugment,
+    RandomCrop,
+    RandomErasing,
+    RandomHorizontalFlip,
+    RandomInsertion,
+    RandomReplacement,
+    RandomRotation,
+)
+from dlopt.data.feed import Batch, Feed, Mixed, Resident, Stream, shortened
+from dlopt.data.prepared import Split, as_table, write_part
 from dlopt.data.share import Share
-from dlopt.part import DloptError, Feature, Part, Signature, Target
+from dlopt.part import DloptError, Feature, Part, Signature, Statistics, Target
 
 CPU = torch.device("cpu")
-SIGNATURE = Signature(
-    inputs=(
-        Feature(name="image", kind="image", dtype="uint8", shape=(10, 9, 3), columns=("image",)),
-        Feature(name="numbers", kind="number", dtype="float32", shape=(2,), columns=("a", "b")),
-    ),
-    target=Target(name="label", labels=(0, 1, 2)),
+WIDTH = 9
+INPUTS = (
+    Feature(name="image", kind="image", dtype="uint8", shape=(10, 9, 3), columns=("image",)),
+    Feature(name="numbers", kind="number", dtype="float32", shape=(2,), columns=("a", "b")),
+    Feature(name="codes", kind="category", dtype="string", shape=(1,), columns=("c",), vocabularies=(("x", "y"),)),
+    Feature(name="text", kind="text", dtype="int32", shape=(WIDTH,), columns=("text",), tokens=30),
 )
-AUGMENT = (RandomCrop(padding=2), RandomHorizontalFlip(), RandomRotation(degrees=15))
+TARGETS = {
+    "category": Target(name="label", labels=(0, 1, 2)),
+    "multi_label": Target(name="label", kind="multi_label", labels=("u", "v", "w")),
+    "number": Target(name="label", kind="number", columns=("y", "z")),
+}
+STATISTICS = {
+    "numbers": Statistics(count=1, missing=(0, 0), min=(0, 0), max=(0, 0), mean=(0, 0), std=(2.0, 0.0), shift=(0, 0), scale=(1, 1)),
+}
+AUGMENT = (
+    RandomCrop(padding=2),
+    RandomHorizontalFlip(),
+    RandomRotation(degrees=15),
+    RandAugment(),
+    RandomErasing(),
+    GaussianBlur(),
+    RandomInsertion(p=0.2),
+    RandomReplacement(p=0.2),
+    FeatureNoise(),
+)
+MIX = (MixUp(alpha=0.5), CutMix(p=0.5))
 
 
 class Rows(Part):
     """Rows of each file of a random training split."""
 
     files: tuple[int, ...]
+    target: Literal["category", "multi_label", "number"] = "category"
 
 
-def columns(rows: int, start: int) -> dict[str, pa.Array]:
+def values(rows: int, start: int, target: str) -> dict[str, np.ndarray]:
+    """The second number tells rows apart, and so do targets of numbers; classes 0, 1 and 2 are as frequent as 6 : 3 : 1."""
     random = np.random.default_rng(start)
-    images = random.integers(0, 256, (rows, 10, 9, 3), dtype=np.uint8)
     numbers = random.normal(size=(rows, 2)).astype(np.float32)
-    numbers[:, 1] = np.arange(start, start + rows)  # tells rows apart
+    numbers[:, 1] = np.arange(start, start + rows)
     numbers[::5, 0] = np.nan
-    return (
-        feature_columns(SIGNATURE.inputs[0], images)
-        | feature_columns(SIGNATURE.inputs[1], numbers)
-        | {"label": pa.array(np.arange(rows) % 3)}
-    )
+    length = np.where(np.arange(rows) % 4 == 0, WIDTH, 3)[:, None]
+    text = np.where(np.arange(WIDTH) < length, random.integers(1, 30, (rows, WIDTH)), 0)
+    targets = {
+        "category": np.searchsorted([6, 9], np.arange(start, start + rows) * 7 % 10, side="right").astype(np.int64),
+        "multi_label": random.integers(0, 2, (rows, 3), dtype=np.uint8),
+        "number": np.stack((numbers[:, 1], -numbers[:, 1]), axis=1),
+    }
+    images = random.integers(0, 256, (rows, 10, 9, 3), dtype=np.uint8)
+    codes = random.integers(0, 3, (rows, 1), dtype=np.int32)
+    return {"image": images, "numbers": numbers, "codes": codes, "text": text.astype(np.int32), "label": targets[target]}
 
 
 def make(section: Rows, out: Path) -> dict[str, Any]:
+    signature = Signature(inputs=INPUTS, target=TARGETS[section.target])
     starts = np.cumsum(section.files) - section.files
     for number, (rows, start) in enumerate(zip(section.files, starts.tolist(), strict=True)):
-        write_part(pa.table(columns(rows, start)), SIGNATURE, out / "train" / f"part-{number:05d}.parquet")
-    (out / "signature.json").write_text(SIGNATURE.model_dump_json())
+        table = as_table(signature, values(rows, start, section.target))
+        write_part(table, signature, out / "train" / f"part-{number:05d}.parquet")
+    (out / "signature.json").write_text(signature.model_dump_json())
     return {}
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Artifact:
-    return once(Stage("data", make), Rows(files=(3700, 700, 3)), tmp_path)
+    return made(tmp_path)
 
 
-def share(data: Artifact, rank: int = 0, world: int = 1, batch_size: int = 96, augment: bool = True, window: int = 23) -> Share:
+def made(
+    home: Path, target: Literal["category", "multi_label", "number"] = "category", files: tuple[int, ...] = (3700, 700, 3)
+) -> Artifact:
+    return once(Stage("data", make), Rows(files=files, target=target), home)
+
+
+def share(
+    data: Artifact,
+    rank: int = 0,
+    world: int = 1,
+    batch_size: int = 96,
+    parts: tuple[Augmentation, ...] = AUGMENT,
+    window: int = 23,
+    sampling: Literal["shuffle", "balanced"] = "shuffle",
+) -> Share:
     """A share whose order has several windows, as a large set's has."""
-    found = Share.of(Split.open(data, "train"), 7, batch_size, rank, world, AUGMENT if augment else ())
-    order = Order(found.order.seed, found.order.chunk_rows, batch_size, window)
-    return Share(found.split, order, rank, world, found.augmentations)
+    found = Share.of(Split.open(data, "train"), 7, batch_size, rank, world, parts, sampling, STATISTICS)
+    return replace(found, order=replace(found.order, window=window))
+
+
+def tensors(batch: Batch) -> dict[str, Tensor]:
+    """All that a batch holds, NaN replaced."""
+    mixed = {} if batch.mixed is None else {"mixed target": batch.mixed.target, "share": batch.mixed.share}
+    return {name: value.nan_to_num(-1) for name, value in (batch.inputs | {"target": batch.target} | mixed).items()}
 
 
 def same(one: list[Batch], two: list[Batch]) -> bool:
     assert len(one) == len(two)
     for a, b in zip(one, two, strict=True):
-        assert a.total == b.total and a.inputs.keys() == b.inputs.keys()
-        assert torch.equal(a.target, b.target)
-        for name in a.inputs:
-            assert a.inputs[name].dtype == b.inputs[name].dtype
-            assert torch.equal(a.inputs[name].nan_to_num(-1), b.inputs[name].nan_to_num(-1))
+        assert a.total == b.total
+        of_a, of_b = tensors(a), tensors(b)
+        assert of_a.keys() == of_b.keys()
+        for name in of_a:
+            assert of_a[name].dtype == of_b[name].dtype and torch.equal(of_a[name], of_b[name]), name
     return True
 
 
@@ -95,48 +155,165 @@ def test_every_row_comes_once_an_epoch_in_batches_of_the_size_asked_for(data: Ar
     assert sorted(torch.cat([batch.inputs["numbers"][:, 1] for batch in batches]).tolist()) == list(range(4403))
 
 
+@pytest.mark.parametrize("sampling", ["shuffle", "balanced"])
 @pytest.mark.parametrize("world", [2, 3, 5])
-def test_the_batches_of_one_worker_are_shared_out_to_several_to_the_bit(world: int, data: Artifact) -> None:
-    whole = Resident(share(data), CPU)
-    parts = [Resident(share(data, rank, world), CPU) for rank in range(world)]
+def test_the_batches_of_one_worker_are_shared_out_to_several_to_the_bit(
+    world: int, sampling: Literal["shuffle", "balanced"], data: Artifact
+) -> None:
+    parts = AUGMENT + MIX
+    whole = Resident(share(data, parts=parts, sampling=sampling), CPU)
+    others = [Resident(share(data, rank, world, parts=parts, sampling=sampling), CPU) for rank in range(world)]
     for epoch in (1, 2):
-        for one, *pieces in zip(whole.epoch(epoch), *(part.epoch(epoch) for part in parts), strict=True):
+        for one, *pieces in zip(whole.epoch(epoch), *(other.epoch(epoch) for other in others), strict=True):
             assert all(piece.total == one.total == len(one.target) for piece in pieces)
-            for name in one.inputs:
-                together = torch.cat([piece.inputs[name] for piece in pieces])
-                assert torch.equal(together.nan_to_num(-1), one.inputs[name].nan_to_num(-1))
-            assert torch.equal(torch.cat([piece.target for piece in pieces]), one.target)
+            width = one.inputs["text"].shape[1]
+            for name, value in tensors(one).items():
+                mine = [tensors(piece)[name] for piece in pieces]
+                if name == "text":
+                    mine = [torch.nn.functional.pad(text, (0, width - text.shape[1])) for text in mine]
+                assert torch.equal(torch.cat(mine), value), name
 
 
 def test_a_batch_of_fewer_rows_than_workers_leaves_some_without_any(data: Artifact) -> None:
-    sizes = [share(data, rank, 64, batch_size=4402).sizes()[-1] for rank in range(64)]
+    shares = [share(data, rank, 64, batch_size=4402, parts=AUGMENT + MIX) for rank in range(64)]
+    sizes = [found.sizes()[-1] for found in shares]
     assert all(total == 1 for _, total in sizes) and sorted(mine for mine, _ in sizes) == [0] * 63 + [1]
+    empty = list(Resident(shares[63], CPU).epoch(1))[-1]
+    assert {name: tuple(value.shape) for name, value in tensors(empty).items()} == {
+        "image": (0, 10, 9, 3),
+        "numbers": (0, 2),
+        "codes": (0, 1),
+        "text": (0, 1),
+        "target": (0,),
+        "mixed target": (0,),
+        "share": (0,),
+    }
 
 
-def test_images_change_with_the_epoch_and_the_rest_of_the_row_stays(data: Artifact) -> None:
+def in_order(batches: list[Batch]) -> dict[str, Tensor]:
+    """All rows of an epoch in the order of the split, texts at their full width."""
+    order = torch.cat([batch.inputs["numbers"][:, 1] for batch in batches]).argsort()
+    found = [tensors(batch) for batch in batches]
+    for batch in found:
+        batch["text"] = torch.nn.functional.pad(batch["text"], (0, WIDTH - batch["text"].shape[1]))
+    return {name: torch.cat([batch[name] for batch in found])[order] for name in found[0]}
+
+
+def test_images_texts_and_noisy_numbers_change_with_the_epoch_and_the_rest_of_the_row_stays(data: Artifact) -> None:
     feed = Resident(share(data), CPU)
-    found = []
+    one, two = (in_order(list(feed.epoch(epoch))) for epoch in (1, 2))
+    given = Split.open(data, "train").read()
+    for name, least in (("image", 0.95), ("text", 0.7), ("numbers", 0.79)):
+        assert (one[name] != two[name]).flatten(1).any(dim=1).float().mean() > least, name
+    assert torch.equal(one["numbers"][::5, 0], two["numbers"][::5, 0])  # missing
+    for found in (one, two):
+        assert np.array_equal(found["target"], given["label"]) and np.array_equal(found["codes"], given["codes"])
+
+
+def test_without_augmentation_rows_are_those_of_the_split(data: Artifact) -> None:
+    found = in_order(list(Resident(share(data, parts=()), CPU).epoch(1)))
+    given = Split.open(data, "train").read()
+    assert all(np.array_equal(found[name], np.nan_to_num(given[name], nan=-1)) for name in ("image", "numbers", "codes", "text"))
+
+
+def test_texts_are_as_wide_as_the_longest_of_a_batch(data: Artifact) -> None:
+    batches = list(Resident(share(data, parts=(), batch_size=3), CPU).epoch(1))
+    widths = [batch.inputs["text"].shape[1] for batch in batches]
+    longest = [max(1, int((batch.inputs["text"] != 0).sum(dim=1).max())) for batch in batches]
+    assert widths == longest and set(widths) == {3, WIDTH}
+    empty = shortened({"text": torch.zeros((4, WIDTH), dtype=torch.int32)}, INPUTS[3:])
+    assert empty["text"].shape == (4, 1)
+
+
+@pytest.mark.parametrize("target", ["category", "multi_label", "number"])
+def test_a_mixed_row_has_a_second_target_of_another_row_and_its_share(
+    target: Literal["category", "multi_label", "number"], tmp_path: Path
+) -> None:
+    data = made(tmp_path, target, (700,))
+    plain, feed = (Resident(share(data, parts=parts, window=1000), CPU) for parts in ((), (MixUp(alpha=1),)))
+    type_of = {"category": torch.int64, "multi_label": torch.uint8, "number": torch.float32}[target]
+    before, after = list(plain.epoch(1)), list(feed.epoch(1))
+    assert all(batch.mixed is None for batch in before)
+    firsts, seconds = [], []
+    for one, two in zip(before, after, strict=True):
+        assert isinstance(two.mixed, Mixed) and two.mixed.target.shape == two.target.shape and two.target.dtype == type_of
+        assert two.mixed.target.dtype == type_of and two.mixed.share.dtype == torch.float32
+        assert torch.equal(one.target, two.target)
+        mine, mixed, weight = one.inputs["numbers"][:, 1], two.inputs["numbers"][:, 1], two.mixed.share
+        firsts += mine.tolist()
+        other = (mixed - weight * mine) / (1 - weight)
+        seconds += torch.where(weight < 0.99, other, torch.nan).tolist()
+        if target == "number":  # the second target is that of the row that was mixed in
+            expected = weight * two.target[:, 0] + (1 - weight) * two.mixed.target[:, 0]
+            assert torch.allclose(mixed, expected, atol=1e-2)
+    known = np.array(seconds)[~np.isnan(seconds)]
+    assert len(known) > 600 and len(np.unique(np.rint(known))) > 0.9 * len(known)  # a permutation, but for rounding
+    assert (np.abs(np.rint(seconds) - np.array(firsts))[~np.isnan(seconds)] >= 1).all()
+
+
+def test_partners_look_as_they_do_in_their_own_place(tmp_path: Path) -> None:
+    """With all weight on the partner, an epoch is the same augmented images in another order."""
+    data = made(tmp_path, files=(700,))
+    parts = (RandomRotation(degrees=40), CutMix(alpha=100))
+    whole = share(data, parts=parts)
+    picks, partners = whole.picks(1, 0)
+    assert partners is not None
+    given = {"image": torch.from_numpy(Split.open(data, "train").read()["image"])}
+    mine, theirs = (whole.augmented({"image": given["image"][rows]}, rows, 1) for rows in (picks, partners))
+    place = {pick: index for index, pick in enumerate(picks.tolist())}
+    assert torch.equal(theirs["image"], mine["image"][[place[partner] for partner in partners.tolist()]])
+    batch = torch.cat([batch.inputs["image"] for batch in Resident(whole, CPU).epoch(1)])
+    assert torch.equal(batch, whole.mixed(mine, theirs, picks, 1)[0]["image"])
+
+
+def test_balanced_batches_have_each_class_equally_often_and_repeated_rows_look_different(data: Artifact) -> None:
+    feed = Resident(share(data, parts=(RandomRotation(degrees=90),), sampling="balanced"), CPU)
     for epoch in (1, 2):
         batches = list(feed.epoch(epoch))
-        order = torch.cat([batch.inputs["numbers"][:, 1] for batch in batches]).argsort()
-        found.append([torch.cat([batch.inputs[name] for batch in batches])[order] for name in ("image", "numbers")])
-    assert (found[0][0] != found[1][0]).flatten(1).any(dim=1).float().mean() > 0.95
-    assert torch.equal(found[0][1].nan_to_num(-1), found[1][1].nan_to_num(-1))
+        assert sum(len(batch.target) for batch in batches) == 4403
+        counts = torch.bincount(torch.cat([batch.target for batch in batches]))
+        assert (counts - 4403 / 3).abs().max() < 100
+        rows = torch.cat([batch.inputs["numbers"][:, 1] for batch in batches])
+        images = torch.cat([batch.inputs["image"] for batch in batches]).flatten(1)
+        rare, often = rows.unique(return_counts=True)
+        again = images[rows == rare[often.argmax()]]
+        assert len(again) >= 3 and len(again.unique(dim=0)) == len(again)
+
+
+def test_balanced_sampling_is_of_classes(tmp_path: Path) -> None:
+    with pytest.raises(DloptError, match=r"^train\.sampling: balanced needs a target of classes; 'label' is of kind number$"):
+        share(made(tmp_path, "number", (70,)), sampling="balanced")
+
+
+def test_parts_that_are_one_resampling_with_different_fills_are_refused_before_training(data: Artifact) -> None:
+    with pytest.raises(DloptError, match="same fill"):
+        share(data, parts=(RandomCrop(fill=3), RandomRotation()))
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_stream_gives_the_resident_batches_to_the_bit(world: int, data: Artifact, ray_cluster: None) -> None:
+    parts, sampling = ((*AUGMENT, FeatureDropout(), *MIX), "balanced") if world == 1 else (AUGMENT, "shuffle")
     for rank in range(world):
-        feeds: list[Feed] = [Resident(share(data, rank, world), CPU), Stream(share(data, rank, world), 1, 2, CPU)]
+        shares = [share(data, rank, world, parts=parts, sampling=sampling) for _ in range(2)]
+        feeds: list[Feed] = [Resident(shares[0], CPU), Stream(shares[1], 1, 2, CPU)]
         for epoch in (1, 2):
             assert same(*(list(feed.epoch(epoch)) for feed in feeds))
 
 
-def test_a_stream_goes_on_from_any_epoch(data: Artifact, ray_cluster: None) -> None:
-    stream = Stream(share(data, augment=False), 4, 4, CPU)
-    assert same(list(stream.epoch(4)), list(Resident(share(data, augment=False), CPU).epoch(4)))
+@pytest.mark.parametrize("target", ["multi_label", "number"])
+def test_a_stream_goes_on_from_any_epoch(target: Literal["multi_label", "number"], tmp_path: Path, ray_cluster: None) -> None:
+    data = made(tmp_path, target)
+    stream = Stream(share(data, parts=MIX), 4, 4, CPU)
+    assert same(list(stream.epoch(4)), list(Resident(share(data, parts=MIX), CPU).epoch(4)))
     with pytest.raises(ValueError, match="in order"):
         next(stream.epoch(4))
+
+
+def test_balanced_sampling_refuses_damage_by_name(data: Artifact) -> None:
+    path = data.path / "train/part-00001.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DloptError, match=r"^\S+part-00001\.parquet: damaged \(.+\): delete the folder \S+ and run the job again$"):
+        share(data, sampling="balanced")
 
 
 def flip(path: Path, position: int) -> None:

@@ -74,7 +74,11 @@ def test_progress_shows_what_decides_or_else_what_says_most(target: Target, moni
             {"monitor": "roc_auc"},
             "train.monitor: there is no roc_auc for a target of kind category, which has 3 classes: use one of loss, accuracy, macro_f1",
         ),
-        (NUMBER, {"monitor": "accuracy"}, "train.monitor: there is no accuracy for a target of kind number: use one of loss, r2, mae, rmse"),
+        (
+            NUMBER,
+            {"monitor": "accuracy"},
+            "train.monitor: there is no accuracy for a target of kind number: use one of loss, r2, mae, rmse",
+        ),
         (
             LABELS,
             {"monitor": "f1"},

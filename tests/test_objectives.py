@@ -183,18 +183,15 @@ COUNTS = {"cat": 100, "dog": 60, "owl": 40}
 
 def test_balanced_weights_make_the_rows_of_each_class_weigh_the_same_and_the_mean_row_1() -> None:
     weights = class_weights("balanced", THREE, COUNTS, 200)
-    assert weights is not None
     assert weights.tolist() == pytest.approx([200 / (3 * 100), 200 / (3 * 60), 200 / (3 * 40)])  # as scikit-learn
     assert sum(weights[index] * rows for index, rows in enumerate(COUNTS.values())).item() == pytest.approx(200)
 
 
 def test_given_weights_keep_their_ratios_those_left_out_are_1_and_the_mean_row_weighs_1() -> None:
     weights = class_weights({"owl": 5.0}, THREE, COUNTS, 200)
-    assert weights is not None
     mean = (100 + 60 + 5 * 40) / 200
     assert weights.tolist() == pytest.approx([1 / mean, 1 / mean, 5 / mean])
     drawn_equally = class_weights({"owl": 5.0}, THREE, COUNTS, 200, balanced_rows=True)
-    assert drawn_equally is not None
     assert drawn_equally.tolist() == pytest.approx([3 / 7, 3 / 7, 15 / 7])
 
 
@@ -202,25 +199,18 @@ def test_a_class_that_has_no_training_row_spoils_no_weight() -> None:
     for given in ("balanced", {"cat": 3.0}):
         for equally in (False, True):
             weights = class_weights(given, THREE, COUNTS | {"dog": 0}, 140, equally)
-            assert weights is not None
             assert weights.isfinite().all()
             shares = [0.5, 0.5] if equally else [100 / 140, 40 / 140]
             assert shares[0] * weights[0] + shares[1] * weights[2] == pytest.approx(1)
 
 
-def test_no_weights_are_none() -> None:
-    assert class_weights(None, THREE, COUNTS, 200) is None
-
-
 def test_balanced_weights_of_labels_make_those_with_and_those_without_weigh_the_same() -> None:
     rows = {"art": 10, "law": 100, "sea": 0, "war": 200}
     weights = class_weights("balanced", LABELS, rows, 200)
-    assert weights is not None
     assert weights[:, 0].tolist() == pytest.approx([200 / (2 * 190), 200 / (2 * 10)])
     assert weights[:, 1].tolist() == pytest.approx([1, 1])
     assert weights.isfinite().all() and (weights > 0).all()
     given = class_weights({"art": 19.0}, LABELS, rows, 200)
-    assert given is not None
     torch.testing.assert_close(given[:, 0], weights[:, 0])
     assert given[1, 1].item() == 1
 
@@ -228,7 +218,6 @@ def test_balanced_weights_of_labels_make_those_with_and_those_without_weigh_the_
 @pytest.mark.parametrize(("target", "rows"), [(THREE, COUNTS), (LABELS, {"art": 30, "law": 100, "sea": 7, "war": 150})])
 def test_weighted_losses_are_their_formula(target: Target, rows: dict[str, int]) -> None:
     weights = class_weights("balanced", target, rows, 200)
-    assert weights is not None
     outputs, wanted = drawn(target)
     found = loss_of(target, nn.Identity(), weights)
     expected = by_hand(target, outputs, wanted, weights)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dlopt.data.counter import bits, mix, row_keys, stream, string_words, uniform
-from dlopt.data.order import Order
+from dlopt.data.order import AGAIN, Order, row_of
 
 CHUNKS = [40, 25, 40, 7, 33]
 
@@ -18,7 +18,7 @@ def order(batch_size: int, window: int = 1, chunks: list[int] = CHUNKS, seed: in
 
 
 def epoch_of(order: Order, epoch: int) -> np.ndarray:
-    return np.concatenate([order.window_rows(epoch, window) for window in range(order.windows)])
+    return np.concatenate([order.picks(epoch, window) for window in range(order.windows)])
 
 
 def test_mixing_is_the_finalizer_of_splitmix64() -> None:
@@ -141,7 +141,7 @@ def test_large_batches_are_shared_out_evenly(world: int) -> None:
 def test_a_worker_touches_only_its_part_of_the_chunks(world: int) -> None:
     found = order(64, window=100, chunks=[100] * 64)
     slot = np.arange(6400) % 64
-    rows = found.window_rows(1, 0)
+    rows = found.picks(1, 0)
     for rank in range(world):
         low, high = found.slots(rank, world)
         touched = np.unique(rows[(slot >= low) & (slot < high)] // 100)
@@ -149,7 +149,7 @@ def test_a_worker_touches_only_its_part_of_the_chunks(world: int) -> None:
 
 
 def test_rows_of_a_window_are_mixed() -> None:
-    rows = order(64, window=1000, chunks=[6400]).window_rows(1, 0)
+    rows = order(64, window=1000, chunks=[6400]).picks(1, 0)
     means = rows.reshape(-1, 64).mean(axis=1)
     assert means.std() < 100  # batches look alike: each holds rows from all over the window
     assert abs(np.corrcoef(np.arange(100), rows.reshape(-1, 64)[:, 0])[0, 1]) < 0.4
@@ -158,3 +158,117 @@ def test_rows_of_a_window_are_mixed() -> None:
 def test_a_window_is_about_256_mib() -> None:
     assert Order.of(0, [1000], 128, 792).window == 256 * 2**20 // (792 * 128)
     assert Order.of(0, [1000], 128, 2**30).window == 1
+
+
+def balanced(batch_size: int, window: int, classes: np.ndarray, chunks: list[int] = CHUNKS, seed: int = 7) -> Order:
+    return Order(seed, tuple(chunks), batch_size, window, classes)
+
+
+def few(rows: int, *counts: int) -> np.ndarray:
+    """A class for each row: so many of 0, of 1, ..., in a random order."""
+    assert sum(counts) == rows
+    return np.random.default_rng(3).permutation(np.repeat(np.arange(len(counts)), counts)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("batch_size", [10, 64, 145])
+@pytest.mark.parametrize("window", [1, 3, 1000])
+def test_a_balanced_epoch_has_as_many_rows_and_each_class_as_often(batch_size: int, window: int) -> None:
+    classes = few(145, 100, 40, 5)
+    for epoch in (1, 2, 3):
+        picks = epoch_of(balanced(batch_size, window, classes), epoch)
+        rows = row_of(picks)
+        assert len(picks) == 145 and rows.min() >= 0 and rows.max() < 145
+        counts = np.bincount(classes[rows], minlength=3)
+        assert np.abs(counts - 145 / 3).max() < 15
+        often = np.bincount(rows, minlength=145)
+        for label, expected in enumerate((145 / 300, 145 / 120, 145 / 15)):  # the nearest whole numbers
+            assert set(often[classes == label]) <= {int(expected), int(expected) + 1}
+
+
+def test_classes_are_equally_likely_over_many_epochs_and_every_row_of_a_class() -> None:
+    classes = few(145, 100, 40, 5)
+    order = balanced(16, 3, classes)
+    often = np.zeros(145)
+    for epoch in range(1, 401):
+        often += np.bincount(row_of(epoch_of(order, epoch)), minlength=145)
+    counts = np.bincount(classes, weights=often) / 400
+    assert np.abs(counts - 145 / 3).max() < 0.6
+    for label, size in enumerate((100, 40, 5)):
+        expected = 400 * 145 / 3 / size
+        assert np.abs(often[classes == label] - expected).max() < 5 * np.sqrt(400 * 0.25)
+
+
+@pytest.mark.parametrize("window", [1, 3, 1000])
+def test_a_row_that_comes_again_is_another_pick(window: int) -> None:
+    picks = epoch_of(balanced(16, window, few(145, 100, 40, 5)), 2)
+    assert len(np.unique(picks)) == 145
+    for row in np.unique(row_of(picks)):
+        assert sorted(picks[row_of(picks) == row] // AGAIN) == list(range(np.count_nonzero(row_of(picks) == row)))
+
+
+def test_a_large_balanced_epoch_is_close_to_even_and_mixed() -> None:
+    classes = few(6400, 6000, 390, 10)
+    picks = balanced(64, 1000, classes, chunks=[100] * 64).picks(1, 0)
+    of_batch = np.stack([np.bincount(batch, minlength=3) for batch in classes[row_of(picks)].reshape(-1, 64)])
+    assert np.abs(of_batch.sum(axis=0) - 6400 / 3).max() < 200
+    assert of_batch.std(axis=0).max() < 10  # no batch is all of one class
+
+
+def test_a_class_of_the_target_without_rows_is_no_class() -> None:
+    classes = few(145, 100, 0, 45)
+    counts = np.bincount(classes[row_of(epoch_of(balanced(16, 3, classes), 1))], minlength=3)
+    assert counts[1] == 0 and np.abs(counts[[0, 2]] - 72.5).max() < 15
+
+
+def test_an_even_set_is_balanced_as_it_is() -> None:
+    classes = few(144, 48, 48, 48)
+    rows = epoch_of(balanced(16, 3, classes, chunks=[40, 25, 40, 7, 32]), 1)
+    assert sorted(rows.tolist()) == list(range(144))
+
+
+def test_the_balanced_order_is_what_it_was() -> None:
+    picks = epoch_of(balanced(8, 4, np.array([0] * 14 + [1] * 6, dtype=np.uint8), chunks=[5, 9, 6]), 1)
+    assert [(int(row_of(pick)), int(pick // AGAIN)) for pick in picks] == [
+        (2, 0),
+        (15, 0),
+        (16, 0),
+        (19, 0),
+        (5, 0),
+        (8, 0),
+        (9, 0),
+        (13, 0),
+        (1, 0),
+        (14, 0),
+        (17, 0),
+        (17, 1),
+        (19, 1),
+        (6, 0),
+        (11, 0),
+        (12, 0),
+        (4, 0),
+        (14, 1),
+        (16, 1),
+        (18, 0),
+    ]
+
+
+@pytest.mark.parametrize("batch_size", [10, 64, 128, 145])
+def test_partners_are_a_permutation_within_the_lane_and_nobodys_own(batch_size: int) -> None:
+    found = order(batch_size, window=1000)
+    picks = found.picks(1, 0)
+    partners = found.partners(1, picks)
+    lane = found.lane_of_slot[np.arange(145) % batch_size]
+    assert sorted(partners.tolist()) == sorted(picks.tolist())
+    lane_of = dict(zip(picks.tolist(), lane.tolist(), strict=True))
+    assert [lane_of[partner] for partner in partners.tolist()] == lane.tolist()
+    alone = np.bincount(lane, minlength=64)[lane] == 1
+    assert ((partners == picks) == alone).all()
+
+
+def test_partners_follow_no_pattern() -> None:
+    found = order(64, window=1000, chunks=[6400])
+    picks = found.picks(1, 0)
+    partners = found.partners(1, picks)
+    assert (found.partners(2, picks) != partners).mean() > 0.95
+    place = np.argsort(picks)[np.searchsorted(np.sort(picks), partners)]
+    assert abs(np.corrcoef(np.arange(6400) // 64, place // 64)[0, 1]) < 0.05

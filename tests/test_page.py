@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from decimal import ROUND_HALF_UP, Context
 from pathlib import Path
 from typing import Any
 
@@ -232,8 +233,9 @@ def predicted(address: str, row: Any) -> Any:
 
 
 def number(value: float) -> str:
-    """As the page writes it: six digits, thousands set apart."""
-    return f"{float(f'{value:.6g}'):,}".removesuffix(".0")
+    """As the page writes it: six digits, a five rounded up as browsers do, thousands set apart."""
+    rounded = Context(prec=6, rounding=ROUND_HALF_UP).create_decimal(repr(value))
+    return f"{float(rounded):,}".removesuffix(".0")
 
 
 def wait_for_row(browser: Browser, row: Any) -> None:
@@ -434,8 +436,11 @@ def test_an_image_among_other_columns_is_a_file_and_several_numbers_a_list(brows
     browser.write("label:nth-of-type(2) input", "X100")
     time.sleep(0.5)
     assert browser.value("asked") == 0 and sent_rows(browser) == []  # not before the image is there
+    set_value(browser, "[type=datetime-local]", "2013-05-31T10:30")
+    browser.write("[placeholder='%d.%m.%Y']", "31.12.2013")
     browser.attach("input[type=file]", tmp_path / "photo.png")
     row = {"photo": {"b64": base64.b64encode((tmp_path / "photo.png").read_bytes()).decode()}, "camera": "X100"}
+    row |= {"taken": "2013-05-31T10:30", "printed": "31.12.2013"}
     wait_for_row(browser, row)
     answer = predicted(photos, row)
     assert browser.texts("#values dt") == ["height", "width"]

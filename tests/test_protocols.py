@@ -19,16 +19,22 @@ import httpx
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from dlopt.artifact import Artifact
+from dlopt.artifact import Artifact, once
+from dlopt.data.counter import string_words
+from dlopt.export import Onnx
+from dlopt.export.onnx import EXPORT, trained_network
+from dlopt.models import Mlp
 from dlopt.part import DloptError, Feature, Signature, Target
 from dlopt.serve import Replicas, Serve
 from dlopt.serve.auth import Guard, digest, make_key, read_keys
 from dlopt.serve.metrics import DIRECTORY
 from dlopt.serve.protocols import THRESHOLD, Refusal, Request, decisions, predictions
 from dlopt.serve.replica import FLUSH_SECONDS, FRESH_SECONDS, Application, Batcher, Predictor
+from tests import sets
 from tests.served import FLIGHTS, IMAGE, NUMBERS, PHOTOS, SAID, make_export, messages
 
 KEY = "a-key-of-the-tests"
@@ -176,10 +182,38 @@ def test_a_text_may_be_a_bare_string_a_row_or_a_column(home: Path) -> None:
         assert [row[name] for row in rows] == [row[name] for row in found] == columns[name]
 
 
+def test_the_server_says_of_raw_rows_what_torch_says_of_prepared_ones(tmp_path: Path) -> None:
+    """A real export: strings that are known, unknown and missing, a hashed value, a date, and numbers of which one is missing."""
+    data = sets.prepared(tmp_path, sets.signature(sets.NUMBERS, sets.CATEGORIES, sets.HASHED, sets.DATES, target=sets.LABELS))
+    model = sets.trained(tmp_path, data, Mlp(hidden=(16,)))
+    raw = [
+        {"a": 1.5, "b": None, "c": -3, "carrier": "Ü", "origin": "LGA", "flight": 12, "day": "2013-05-31"},
+        {"a": 1.5, "b": 2, "c": 1e6, "carrier": None, "origin": None, "flight": None, "day": None},
+        {"a": 0, "b": 0, "c": 0, "carrier": "ZZ", "origin": "?", "flight": "x", "day": "1999-01-04T23:59:59Z"},
+    ]
+    codes = [int(string_words([text])[0] % np.uint64(7)) for text in ("12", "", "x")]
+    tensors = {
+        "numbers": [[1.5, math.nan, -3], [1.5, 2, 1e6], [0, 0, 0]],
+        "carrier, origin": np.int32([[3, 4], [2, 1], [0, 5]]),
+        "flight": np.int32(codes)[:, None],
+        "day": [[5, 4], [math.nan, math.nan], [1, 0]],
+    }
+    network = trained_network(model, data)
+    with torch.no_grad():
+        expected = network({name: torch.tensor(values) for name, values in tensors.items()}).sigmoid().numpy()
+    app = Application(once(EXPORT, Onnx(), tmp_path, model, data), "m", Serve(), Guard(()))
+    reply = ask(app, "POST", PREDICT, json={"instances": raw})
+    assert reply.status_code == 200, reply.text
+    np.testing.assert_allclose([row["probabilities"] for row in reply.json()["predictions"]], expected, atol=1e-6)
+
+
 def test_an_image_beside_other_columns(home: Path) -> None:
     photo = np.random.default_rng(5).integers(0, 256, (4, 6, 3)).tolist()
-    reply = ask(application(home, PHOTOS), "POST", PREDICT, json={"instances": [{"photo": photo, "camera": "X100"}]})
+    row = {"photo": photo, "camera": "X100", "taken": "2013-05-31T10:30:00Z", "printed": "31.12.2013"}
+    reply = ask(application(home, PHOTOS), "POST", PREDICT, json={"instances": [row]})
     assert [set(row) for row in reply.json()["predictions"]] == [{"height", "width"}]
+    wrong = ask(application(home, PHOTOS), "POST", PREDICT, json={"instances": [row, row | {"printed": "2013-12-31"}]})
+    assert (wrong.status_code, error_of(wrong)) == (400, "row 1: printed: '2013-12-31' is not a date such as %d.%m.%Y")
 
 
 # Bad requests
@@ -493,7 +527,7 @@ def test_labels_are_counted_one_by_one_and_numbers_summed_up(home: Path) -> None
         assert f'dlopt_predictions_total{{label="{label}",model="m"}} {count}.0' in lines
 
     app = application(home, PHOTOS)
-    row = {"photo": np.zeros((4, 6, 3), int).tolist(), "camera": None}
+    row = {"photo": np.zeros((4, 6, 3), int).tolist(), "camera": None, "taken": None, "printed": None}
     found = ask(app, "POST", PREDICT, json={"instances": [row] * 3}).json()["predictions"]
     lines = ask(app, "GET", "/metrics").text.splitlines()
     assert 'dlopt_values_count{column="width",model="m"} 3.0' in lines

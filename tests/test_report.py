@@ -18,11 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
 
 from dlopt.artifact import Artifact, Stage, once
-from dlopt.data.augment import RandomCrop, augment
+from dlopt.data.augment import RandomCrop
 from dlopt.data.prepared import Rows, Split, as_table, write_part
 from dlopt.models.mlp import Mlp
 from dlopt.part import DloptError, Feature, Part, Signature, Target
@@ -54,26 +53,35 @@ def make(home: Path, stage: str, info: dict[str, Any], files: dict[str, bytes], 
     return once(Stage(stage, fill), section or Made(), home)
 
 
-def make_data(home: Path, signature: Signature, splits: dict[str, Rows], bad_reasons: dict[str, int] | None = None) -> Artifact:
+def make_data(
+    home: Path, signature: Signature, splits: dict[str, Rows], bad_reasons: dict[str, int] | None = None, profile: Any = None, **info: Any
+) -> Artifact:
     """A data artifact as `prepare` leaves it, its splits of these rows, each in two files."""
     target, labels = signature.target, {}
     files = {"signature.json": signature.model_dump_json().encode()}
+    if profile:
+        files["profile.json"] = json.dumps(profile).encode()
     for split, rows in splits.items():
-        codes = rows[target.name]
-        labels[split] = dict(zip(map(str, target.labels), np.bincount(codes, minlength=len(target.labels)).tolist(), strict=True))
-        for number, part in enumerate(np.array_split(np.arange(len(codes)), 2)):
+        found = rows[target.name]
+        if target.labels:
+            counts = np.bincount(found, minlength=target.size) if target.kind == "category" else found.sum(axis=0, dtype=int)
+            labels[split] = {str(label): rows for label, rows in zip(target.labels, counts.tolist(), strict=True) if rows}
+        for number, part in enumerate(np.array_split(np.arange(len(found)), 2)):
             path = home / "part.parquet"
             write_part(as_table(signature, {name: values[part] for name, values in rows.items()}), signature, path)
             files[f"{split}/part-{number:05d}.parquet"] = path.read_bytes()
     bad_reasons = bad_reasons or {}
-    counts = {name: sum(labels.get(name, {}).values()) for name in ("train", "validation", "test")}
-    counts = {"read": sum(counts.values()) + 3 + sum(bad_reasons.values()), "bad": sum(bad_reasons.values()), "duplicates": 3} | counts
+    counts = {name: len(splits.get(name, {target.name: ()})[target.name]) for name in ("train", "validation", "test")}
+    bad = sum(bad_reasons.values())
+    counts = {"read": sum(counts.values()) + 4 + bad, "bad": bad, "dropped": 4, "duplicates": 3} | counts
     seconds = {"decode": 1.25, "write": 2.5}
-    return make(home, "data", {"counts": counts, "bad_reasons": bad_reasons, "labels": labels, "seconds": seconds}, files)
+    info = {"cleaning": [], "left_out": [], "warnings": []} | info
+    info |= {"counts": counts, "bad_reasons": bad_reasons, "labels": labels, "seconds": seconds}
+    return make(home, "data", info, files)
 
 
 def fit_of(**train: Any) -> Fit:
-    return Fit(seed=7, model=Mlp(), augment=(RandomCrop(),), train=Train(**train))
+    return Fit(seed=7, model=Mlp(), augment=(RandomCrop(padding=2),), train=Train(**train))
 
 
 def make_model(
@@ -92,8 +100,9 @@ def make_model(
     }
     if predictions:
         path = home / "predictions.parquet"
-        types = {"row": pa.int64(), "label": pa.int64(), "predicted": pa.int64(), "probability": pa.float32(), "loss": pa.float32()}
-        pq.write_table(pa.table({name: pa.array(predictions[name], type) for name, type in types.items()}), path)
+        types = {"row": pa.int64(), "label": pa.int64(), "labels": pa.list_(pa.int64())}
+        types["predicted"] = pa.list_(pa.int64()) if "labels" in predictions else pa.int64()
+        pq.write_table(pa.table({name: pa.array(found, types.get(name, pa.float32())) for name, found in predictions.items()}), path)
         files[path.name] = path.read_bytes()
     epochs = max(line["epoch"] for line in lines)
     info = {"metrics": metrics, "best_epoch": best_epoch, "epochs": epochs, "steps": 62 * epochs, "stopped": "finished", "restarts": 1}
@@ -177,12 +186,13 @@ class Run:
     samples: Samples | None = None
     job: str = "name: digits\n"
 
-    def write(self, path: Path) -> Read:
-        page.write(path, name="digits", job_yaml=self.job, data=self.data, model=self.model, exports=self.exports, samples=self.samples)
+    def write(self, path: Path, folds: Any = None) -> Read:
+        made = {"data": self.data, "model": self.model, "exports": self.exports, "samples": self.samples}
+        page.write(path, name="digits", job_yaml=self.job, folds=folds, **made)
         return Read(path)
 
 
-METRICS = {split: {"loss": 0.25, "accuracy": 0.9} for split in ("train", "validation", "test")}
+METRICS = {split: {"loss": 0.25, "accuracy": 0.9, "macro_f1": 0.875} for split in ("train", "validation", "test")}
 LINES = [line for epoch in range(1, 4) for line in (step_line(62 * epoch), epoch_line(epoch, validation={"loss": 0.6, "accuracy": 0.7}))]
 
 
@@ -193,7 +203,8 @@ def predict(label: np.ndarray, wrong: dict[int, int], loss: dict[int, float], cl
         predicted[row] = (label[row] + by) % classes
     for row, value in loss.items():
         losses[row] = value
-    return {"row": np.arange(len(label)), "label": label, "predicted": predicted, "probability": np.exp(-losses), "loss": losses}
+    found = {"row": np.arange(len(label)), "label": label, "predicted": predicted, "probability": np.exp(-losses), "loss": losses}
+    return found | ({"score": np.where(predicted == 1, np.exp(-losses), 1 - np.exp(-losses))} if classes == 2 else {})
 
 
 @pytest.fixture
@@ -230,13 +241,14 @@ def test_the_page_says_first_how_good_the_model_is(digits: Run, tmp_path: Path) 
     assert "test loss 0.25" in headline
     assert "best epoch 2 of 3 trained" in headline
     assert "training speed 41,234 rows/s" in headline
+    assert "test macro F1 0.875 mean of all classes, each counting alike" in headline
     seconds = sum(artifact.manifest.seconds for artifact in (digits.data, digits.model, *digits.exports.values()))
     assert f"time {seconds:.1f} s" in headline
 
 
 def test_the_page_counts_the_rows_that_were_read_and_set_aside(digits: Run, tmp_path: Path) -> None:
     found = digits.write(tmp_path / "report.html")
-    assert "Rows read 909 Bad 6 Duplicates 3 Train 600 Validation 100 Test 200" in found.text
+    assert "rows read 910 bad 6 dropped by cleaning 4 duplicates among them 3 Train 600 Validation 100 Test 200" in found.text
     assert ["image: no image", "4"] in found.tables["reasons"]
     assert found.tables["classes"][0] == ["label", "train", "validation", "test"]
     assert found.tables["classes"][4] == ["3", "60", "10", "20"]
@@ -256,7 +268,8 @@ def test_recall_and_precision_are_those_of_each_class(digits: Run, tmp_path: Pat
     table = digits.write(tmp_path / "report.html").tables["by-class"]
     label, predicted = digits.predictions["label"], digits.predictions["predicted"]
     right = ((label == 7) & (predicted == 7)).sum()
-    assert table[8] == ["7", "20", f"{100 * right / 20:.1f} %", f"{100 * right / (predicted == 7).sum():.1f} %"]
+    given = (predicted == 7).sum()
+    assert table[8] == ["7", "20", *(f"{100 * share:.1f} %" for share in (right / 20, right / given, 2 * right / (20 + given)))]
 
 
 def test_the_worst_mistakes_come_first_with_their_own_images(digits: Run, tmp_path: Path) -> None:
@@ -347,6 +360,7 @@ def test_a_run_without_a_test_split_shows_validation_and_says_so(tmp_path: Path)
 
 def test_what_a_run_does_not_have_is_left_out(tmp_path: Path) -> None:
     text = numbers(tmp_path, ("no", "yes"), {}, {}, split="train").write(tmp_path / "report.html").text
+    assert not {"Thresholds", "Folds", "Cleaning", "Warnings", "Examples"} & set(text.split())
     assert "train accuracy 90.00 %" in text
     assert "There is no validation split" in text
     assert "No step was logged: there were 62, and train.log_every is 10." in text
@@ -356,7 +370,7 @@ def test_what_a_run_does_not_have_is_left_out(tmp_path: Path) -> None:
 def test_values_that_are_not_finite_do_not_stop_the_page(digits: Run, tmp_path: Path) -> None:
     lost = [step_line(step, *((None, None) if step in (3, 4) else (1.0, 2.0))) for step in range(1, 8)]
     lines = [*lost, epoch_line(1, None, {"loss": math.nan, "accuracy": 0.1}), epoch_line(2, None, {"loss": None, "accuracy": 0.1})]
-    metrics = METRICS | {"test": {"loss": None, "accuracy": 0.5}}
+    metrics = METRICS | {"test": {"loss": None, "accuracy": 0.5, "macro_f1": None}}
     signature = Signature(inputs=(IMAGE,), target=DIGITS)
     run = replace(digits, model=make_model(tmp_path, signature, metrics, lines, digits.predictions, fit=fit_of(clip_norm=1.0)))
     found = run.write(tmp_path / "report.html")
@@ -442,11 +456,13 @@ def test_samples_are_the_rows_as_training_sees_them(digits: Run) -> None:
     found = samples(digits.data, fit)
     assert found is not None
     assert found.original.shape == (8, 28, 28, 1)
-    split = Split.open(digits.data, "train")
-    images = split.read()["image"]
+    images = Split.open(digits.data, "train").read()["image"]
     assert np.array_equal(found.original, images[:8])
-    expected = augment(torch.from_numpy(images.copy()), np.arange(len(images)), fit.seed, 3, fit.augment).numpy()
-    assert np.array_equal(found.augmented[2], expected[:8])
+    for index, original in enumerate(found.original):  # a crop of the image with a black frame of two pixels
+        framed = np.pad(original, ((2, 2), (2, 2), (0, 0)))
+        crops = [framed[y : y + 28, x : x + 28] for y in range(5) for x in range(5)]
+        assert all(any(np.array_equal(crop, seen[index]) for crop in crops) for seen in found.augmented)
+    assert len({seen.tobytes() for seen in found.augmented}) == 4
     assert samples(digits.data, fit.model_copy(update={"augment": ()})) is None
 
 

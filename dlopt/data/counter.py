@@ -13,6 +13,8 @@ import numpy as np
 
 GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _M1, _M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+CACHED = 2**17
+"""Bytes of rows that are hashed at a time, so that what is in between stays in the processor's cache."""
 _S27, _S30, _S31, _S11 = np.uint64(27), np.uint64(30), np.uint64(31), np.uint64(11)
 
 
@@ -51,13 +53,17 @@ def row_keys(columns: Sequence[np.ndarray]) -> np.ndarray:
     Each 64-bit word is mixed with a key of its position and added up, twice with other keys, so equal rows have equal keys
     and others collide with a probability of about rows squared over 2^129.
     """
-    words = np.concatenate([_words(column) for column in columns], axis=1)
-    keys = np.empty((len(words), 2), dtype=np.uint64)
-    position = np.arange(words.shape[1])
-    for lane in range(2):
-        with np.errstate(over="ignore"):
-            total = mix(words + bits(position, 11, lane)).sum(axis=1, dtype=np.uint64)
-        keys[:, lane] = mix(total ^ stream(13, lane, words.shape[1]))
+    words = [_words(column) for column in columns]
+    width, rows = sum(word.shape[1] for word in words), len(words[0])
+    place = np.arange(width)
+    keys = np.empty((rows, 2), dtype=np.uint64)
+    step = max(1, CACHED // (8 * max(width, 1)))
+    for start in range(0, rows, step):
+        part = np.concatenate([word[start : start + step] for word in words], axis=1)
+        for lane in range(2):
+            with np.errstate(over="ignore"):
+                total = mix(part + bits(place, 11, lane)).sum(axis=1, dtype=np.uint64)
+            keys[start : start + step, lane] = mix(total ^ stream(13, lane, width))
     return keys
 
 

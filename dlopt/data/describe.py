@@ -81,7 +81,7 @@ def _figures(column: Column) -> dict[str, Any]:
 
 
 def _alone(score: guard.Alone | None) -> dict[str, Any] | None:
-    return score and {"measure": score.measure, "score": round(score.score, 6), "base": round(score.base, 6)}
+    return None if score is None else {"measure": score.measure, "score": round(score.score, 6), "base": round(score.base, 6)}
 
 
 def _frequent(first: Column, splits: Mapping[str, Column]) -> dict[str, Any] | None:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from datetime import date, datetime
+from datetime import UTC, date, datetime
+from decimal import Decimal
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,8 @@ def as_text(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, float):
         return str(int(value)) if value.is_integer() else repr(value)
+    if isinstance(value, Decimal):
+        return f"{value.normalize():f}"
     return value.isoformat() if isinstance(value, (date, datetime)) else str(value)
 
 
@@ -113,16 +116,40 @@ def parse_dates(values: pa.Array, form: str) -> pa.Array:
         raise DloptError(f"{kind} is not a date")
     try:
         if form:
-            return pc.strptime(values, format=form, unit="us")
+            return _of_form(values, form)
         zoned = pc.match_substring_regex(values, r"\d(Z|[+-]\d\d:?\d\d)$")
         if not pc.any(zoned).as_py():
             return values.cast(pa.timestamp("us"))
-        local = pc.if_else(zoned, values, pc.binary_join_element_wise(values, "Z", ""))
+        day = pc.equal(pc.utf8_length(values), len("2026-11-24"))  # which takes no zone without a time
+        local = pc.if_else(zoned, values, pc.binary_join_element_wise(values, pc.if_else(day, "T00:00:00Z", "Z"), ""))
         return local.cast(pa.timestamp("us", "UTC")).cast(pa.timestamp("us"))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         first = next((value for value in values.to_pylist() if value is not None), "")
         like = f"such as {form}" if form else "such as 2026-11-24 or 2026-11-24T08:30:00Z"
         raise DloptError(f"{first!r:.40} is not a date {like}") from None
+
+
+def _of_form(values: pa.Array, form: str) -> pa.Array:
+    """Arrow takes 31.2. for 3.3., so whatever may be such a day is looked at again. Raises pyarrow.ArrowInvalid."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    found = pc.strptime(values, format=form, unit="us").cast(pa.timestamp("us"))
+    for text in pc.unique(values if "%z" in form else values.filter(pc.less_equal(pc.day(found), 3))).drop_null().to_pylist():
+        try:
+            datetime.strptime(text.strip(), form)
+        except ValueError as error:
+            raise pa.ArrowInvalid(str(error)) from None
+    return found
+
+
+def known_form(form: str) -> str:
+    """The form, if it is one that dates can be written in and read again. Raises ValueError, as a pydantic validator does."""
+    try:
+        datetime.strptime(datetime(2026, 11, 24, 8, 30, tzinfo=UTC).strftime(form), form)
+    except ValueError as error:
+        raise ValueError(f"{form!r} is no form of dates: {error}") from None
+    return form
 
 
 def date_parts(values: pa.Array, parts: Sequence[str]) -> np.ndarray:

@@ -8,7 +8,7 @@ It is meant to be silent on sound data: a figure must be large in itself and bey
 | copies the target | one column leaves less than LEAK of the error that the target's most frequent class or its mean makes | see LEAK |
 | constant, mostly missing | one value at most; more than MOST_MISSING without a value | |
 | drifts | population stability index above DRIFT and above chance; or new values in NEW of the rows | Siddiqi 2006; Yurdakul 2020 |
-| imbalanced | a class has less than RARE of an equal share | Google's ML course: a minority of 1 to 20 % is "moderate", below it "extreme" |
+| imbalanced | a class has less than RARE of an equal share | Google's ML course: a minority of 1 to 20 % is moderate, below extreme |
 | duplicates across splits | any | |
 """
 
@@ -51,7 +51,8 @@ BINS = (16, 256)
 """Into so many quantiles a number is cut to predict the target; the better one counts."""
 MOST_CLASSES = 256
 """Classes of a target that are told apart."""
-TRAIN = "train"
+TRAIN, WHOLE = "train", "all"
+"""The split that the others are compared with, and the name of a data set that has no splits."""
 
 
 class Finding(NamedTuple):
@@ -204,23 +205,20 @@ def _leak(name: str, score: Alone, targets: Sequence[str]) -> Finding | None:
 
 
 def _constant(name: str, column: Column, split: str) -> Finding | None:
-    if column.kind in ("image", "multi_label") or not column.rows or column.distinct > 1:
+    if column.kind in ("image", "multi_label") or column.rows < EACH or column.distinct > 1:
         return None
     if not column.seen:
-        return Finding("constant", name, f"{name}: none of its {column.rows:,} rows has a value in {split}: take it out")
-    value = shown(column.frequent(1)[0][0])
-    return Finding(
-        "constant",
-        name,
-        f"{name}: constant, {value} in all {column.rows - column.missing:,} rows of {split} that have a value: take it out",
-    )
+        return Finding("constant", name, f"{name}: none of {column.rows:,} rows{_of(split)} has a value: take it out")
+    value, rows = shown(column.frequent(1)[0][0], column.kind), column.rows - column.missing
+    text = f"{name}: constant, {value} in all {rows:,} rows{_of(split)} that have a value: take it out"
+    return Finding("constant", name, text)
 
 
 def _missing(name: str, column: Column, split: str) -> Finding | None:
     share = column.missing / max(column.rows, 1)
     if share <= MOST_MISSING or column.missing == column.rows:
         return None
-    text = f"{name}: {share:.1%} of the rows of {split} have no value: take it out, or set `indicators` so that the model sees which"
+    text = f"{name}: {share:.1%} of the rows{_of(split)} have no value: take it out, or set `indicators` so that the model sees which"
     return Finding("missing", name, text)
 
 
@@ -255,7 +253,7 @@ def _imbalance(name: str, column: Column, split: str) -> Finding | None:
     value, count = classes[-1]
     if count * len(classes) >= RARE * column.seen:
         return None
-    text = f"{name}: imbalanced, class {value} has {count:,} of {column.seen:,} rows of {split} ({count / column.seen:.2%})"
+    text = f"{name}: imbalanced, class {value} has {count:,} of {column.seen:,} rows{_of(split)} ({count / column.seen:.2%})"
     return Finding("imbalance", name, f"{text}: weigh the classes or sample them evenly, and judge by F1 or ROC AUC, not by accuracy")
 
 
@@ -271,7 +269,14 @@ def _about(column: Column) -> str:
     return f"{column.distinct:,}" if column.exact else f"about {column.distinct:,}"
 
 
-def shown(value: Any) -> str:
+def _of(split: str) -> str:
+    return "" if split == WHOLE else f" of {split}"
+
+
+def shown(value: Any, kind: str) -> str:
+    """A value as a line of text has it."""
+    if kind == "date":
+        return str(np.datetime64(int(value), "s"))
     return f"{value:.6g}" if isinstance(value, float) else repr(value)
 
 

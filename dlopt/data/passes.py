@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dlopt.data import moments
+from dlopt.data import moments, profile
 from dlopt.data.clean import ExactDuplicates, NearDuplicates, NearDuplicateTexts, Outliers
 from dlopt.data.encode import encode_png
 from dlopt.data.inputs import NumberTarget, TextInput
@@ -22,6 +22,7 @@ from dlopt.data.inputs.number import QUARTILES
 from dlopt.data.moments import Moments
 from dlopt.data.plan import KEEP, Plan, Selected, lost_rows, open_piece, write_losers
 from dlopt.data.prepared import array_of, as_table, write_part
+from dlopt.data.profile import Summary
 from dlopt.data.quantiles import Quantiles
 from dlopt.data.spill import HIGH, LOW, SIDE, TARGET, identity_column, is_local, order_column
 from dlopt.data.split import NAMES, Hashed
@@ -47,6 +48,8 @@ class Observed:
     """What the training rows say of each input; None without training rows."""
     target: Moments | None
     """And of a target of numbers."""
+    profile: dict[str, Summary]
+    """What each split that has rows looks like, for the profile and the warnings."""
 
     def merge(self, other: Observed) -> Observed:
         """Both together; in a fixed order, so that sums are the same to the last bit."""
@@ -58,15 +61,22 @@ class Observed:
             self.across + other.across,
             tuple(mine.merge(yours) for mine, yours in pairs) or self.inputs or other.inputs,
             self.target.merge(other.target) if self.target and other.target else self.target or other.target,
+            {
+                name: self.profile[name].merge(other.profile[name])
+                if name in self.profile and name in other.profile
+                else self.profile.get(name) or other.profile[name]
+                for name in NAMES
+                if name in self.profile or name in other.profile
+            },
         )
 
 
 def observe(plan: Plan, number: int) -> Observed:
     """Look at a range: count, and sum up what the training rows say of every column."""
     found = plan.select(number, [*_columns(plan), TARGET])
-    train = found.of(0)
+    splits = {name: rows for index, name in enumerate(NAMES) if len(rows := found.of(index))}
     inputs = target = None
-    if len(train):
+    if (train := splits.get("train")) is not None:
         caps = plan.caps
         inputs = tuple(part.observe(train, feature, caps) for part, feature in zip(plan.parts, plan.features, strict=True))
         target = plan.section.target.observe(train[TARGET]) if isinstance(plan.section.target, NumberTarget) else None
@@ -78,7 +88,14 @@ def observe(plan: Plan, number: int) -> Observed:
         Counter(found.across),
         inputs,
         target,
+        {name: _summary(plan, rows, name == "train") for name, rows in splits.items()},
     )
+
+
+def _summary(plan: Plan, rows: pa.Table, is_train: bool) -> Summary:
+    """What some rows of a split look like; those of training are also asked what each column says of the target."""
+    columns, kinds, targets = profile.prepared_columns(plan.features, plan.target, rows, rows[TARGET])
+    return profile.summarise(columns, kinds, targets if is_train else ())
 
 
 def columns_of_outliers(plan: Plan) -> list[str]:

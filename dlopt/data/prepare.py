@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,7 @@ import pyarrow as pa
 from dlopt.artifact import Stage, write_atomically
 from dlopt.data import passes
 from dlopt.data.clean import DropColumns, ExactDuplicates, NearDuplicates, Outliers
+from dlopt.data.describe import describe
 from dlopt.data.inputs import NumberTarget, TextInput
 from dlopt.data.inputs.number import QUARTILES, Bound
 from dlopt.data.passes import Observed
@@ -45,6 +46,9 @@ BUCKET_ROWS = 2**22
 PEEK_ROWS = 64
 SPILL = "spill"
 
+Run = Callable[[Sequence[Callable[[], Any]]], Iterator[Any]]
+"""Works on tasks and gives what each has found, in their order."""
+
 
 def peek(section: Data) -> Signature:
     """The model's inputs and outputs as far as the first rows tell, without Ray: vocabularies are empty, and classes stand-ins.
@@ -58,17 +62,27 @@ def peek(section: Data) -> Signature:
 
 
 def prepare(section: Data, out: Path, *, progress: Progress = silent) -> dict[str, Any]:
-    """Fill `out` with train/, validation/, test/ and quarantine/ parquet, signature.json and statistics.json; returns the counts."""
+    """Fill `out` with train/, validation/, test/ and quarantine/ parquet, signature.json, statistics.json and profile.json;
+    returns the counts."""
     data_context(preserve_order=True)
     clock, spill = _Clock(), out / SPILL
     features, whole = _look(section)
     progress("prepare", None, "reading")
-    read = {name: _read(name, source, Spill(section, features, whole, str(spill)), progress) for name, source in _sources(section).items()}
+    read = {name: _read(name, source, Spill(section, features, whole, str(spill)), progress) for name, source in sources(section).items()}
     clock.lap("read")
+    info = arrange(section, features, read, out, run=on_cluster, progress=progress)
+    return info | {"seconds": clock.seconds | info["seconds"]}
+
+
+def arrange(
+    section: Data, features: tuple[Feature, ...], read: dict[str, list[Piece]], out: Path, *, run: Run, progress: Progress = silent
+) -> dict[str, Any]:
+    """All that follows when the rows lie in pieces, in `out`/spill. run: works on tasks, wherever that may be."""
+    clock, spill = _Clock(), out / SPILL
     kept = _keep_quarantine(read, out / "quarantine")
     _refuse_bad(section, read, kept)
     plan = _plan(section, features, read)
-    over = _Ranges(plan.power, progress)
+    over = _Ranges(plan.power, run, progress)
     plan = _without_duplicates(plan, spill, over)
     plan = replace(plan, edges=_edges(plan, over))
     plan = _without_columns(plan, over)
@@ -77,7 +91,7 @@ def prepare(section: Data, out: Path, *, progress: Progress = silent) -> dict[st
     seen = over.merged(partial(passes.observe, plan), "summing up")
     _refuse_dropped(plan, read, seen)
     _refuse_unlearnable(plan, seen)
-    plan, signature, statistics = _fitted(plan, seen)
+    plan, signature, statistics = _fitted(plan, seen, over)
     clock.lap("statistics")
     written = sum(over.each(partial(passes.write, plan, signature=signature, out=out), "writing"))
     if written != sum(seen.counts.values()):
@@ -85,14 +99,16 @@ def prepare(section: Data, out: Path, *, progress: Progress = silent) -> dict[st
     clock.lap("write")
     write_atomically(out / "signature.json", signature.model_dump_json(indent=1))
     write_atomically(out / "statistics.json", json.dumps({name: found.model_dump() for name, found in statistics.items()}, indent=1))
+    described = describe(seen.profile, _target_columns(plan.target), seen.across, section.split.columns)
+    write_atomically(out / "profile.json", json.dumps(described))
     shutil.rmtree(spill, ignore_errors=True)
-    return _info(plan, read, seen, clock.seconds)
+    return _info(plan, read, seen, described["warnings"], clock.seconds)
 
 
 PREPARE = Stage("data", prepare, version=2)
 
 
-def _sources(section: Data) -> dict[str, Source]:
+def sources(section: Data) -> dict[str, Source]:
     """Where rows come from: the main source, and those that are for one split alone."""
     given = {"source": section.source, "validation": section.validation, "test": section.test}
     return {name: source for name, source in given.items() if source is not None}
@@ -100,7 +116,7 @@ def _sources(section: Data) -> dict[str, Source]:
 
 def _look(section: Data) -> tuple[tuple[Feature, ...], bool]:
     """The model's inputs, and whether the classes are whole numbers."""
-    first, *_ = [_first_rows(section, f"data.{name}", source) for name, source in _sources(section).items()]
+    first, *_ = [_first_rows(section, f"data.{name}", source) for name, source in sources(section).items()]
     for clean in section.clean:
         if isinstance(clean, ExactDuplicates):
             clean.refuse_unsortable(first)
@@ -162,18 +178,17 @@ def _plan(section: Data, features: tuple[Feature, ...], read: dict[str, list[Pie
 
 
 class _Ranges:
-    """Runs a pass over all ranges: here, if there is one, else on the cluster; results come in the order of the ranges."""
+    """Runs a pass over all ranges: in this process, if there is one, else wherever `run` does; results come in the order of the ranges."""
 
-    def __init__(self, power: int, progress: Progress) -> None:
+    def __init__(self, power: int, run: Run, progress: Progress) -> None:
         self.count, self.progress = 2**power, progress
+        self.run: Run = run if power else _one_by_one
 
     def each(self, task: Callable[..., Any], doing: str) -> Iterator[Any]:
         """What a task, a function of a range's number, finds in each range."""
-        if self.count == 1:
-            yield task(number=0)
-            return
-        for done, found in enumerate(on_cluster([partial(task, number=number) for number in range(self.count)]), start=1):
-            self.progress("prepare", done / self.count, f"{doing}: {done} of {self.count} parts")
+        for done, found in enumerate(self.run([partial(task, number=number) for number in range(self.count)]), start=1):
+            if self.count > 1:
+                self.progress("prepare", done / self.count, f"{doing}: {done} of {self.count} parts")
             yield found
 
     def merged(self, task: Callable[..., Any], doing: str) -> Any:
@@ -182,6 +197,11 @@ class _Ranges:
         for found in self.each(task, doing):
             total = found if total is None else total if found is None else total.merge(found)
         return total
+
+
+def _one_by_one(tasks: Sequence[Callable[[], Any]]) -> Iterator[Any]:
+    """Run tasks in this process."""
+    return (task() for task in tasks)
 
 
 def on_cluster(tasks: Sequence[Callable[[], Any]]) -> Iterator[Any]:
@@ -205,8 +225,7 @@ def _without_duplicates(plan: Plan, spill: Path, over: _Ranges) -> Plan:
         buckets = -(-rows // BUCKET_ROWS) if exact else 1
         tasks = [partial(passes.duplicates, plan, place, bucket, buckets, spill) for bucket in range(buckets)]
         over.progress("prepare", None, f"looking for {plan.section.clean[place].title}")
-        files = list(on_cluster(tasks)) if over.count > 1 else [task() for task in tasks]
-        plan = replace(plan, losers=(*plan.losers, *files))
+        plan = replace(plan, losers=(*plan.losers, *over.run(tasks)))
     return plan
 
 
@@ -287,7 +306,7 @@ def _bounds(plan: Plan, over: _Ranges) -> dict[str, tuple[int, Bound]]:
     return bounds
 
 
-def _fitted(plan: Plan, seen: Observed) -> tuple[Plan, Signature, dict[str, Statistics]]:
+def _fitted(plan: Plan, seen: Observed, over: _Ranges) -> tuple[Plan, Signature, dict[str, Statistics]]:
     """The signature and the statistics that the training rows make: categories first, since fills may go by them."""
     assert seen.inputs is not None
     features: dict[str, Feature] = {}
@@ -296,7 +315,7 @@ def _fitted(plan: Plan, seen: Observed) -> tuple[Plan, Signature, dict[str, Stat
     for index in order:
         part, feature = plan.parts[index], plan.features[index]
         if isinstance(part, TextInput):
-            fitted, found = _tokenized(plan, part, feature), None
+            fitted, found = _tokenized(plan, part, feature, over), None
         elif part.kind == "number":
             fitted, found = part.fit(seen.inputs[index], feature, features, plan.caps)
         else:
@@ -310,10 +329,10 @@ def _fitted(plan: Plan, seen: Observed) -> tuple[Plan, Signature, dict[str, Stat
     return replace(plan, features=signature.inputs), signature, statistics
 
 
-def _tokenized(plan: Plan, part: TextInput, feature: Feature) -> Feature:
+def _tokenized(plan: Plan, part: TextInput, feature: Feature, over: _Ranges) -> Feature:
     """Train the tokenizer of a text input, in one task that the texts stream through."""
-    task = partial(passes.tokenizer, plan, part, feature, range(2**plan.power))
-    return task() if plan.power == 0 else next(on_cluster([task]))
+    (found,) = over.run([partial(passes.tokenizer, plan, part, feature, range(over.count))])
+    return cast(Feature, found)
 
 
 def _refuse_bad(section: Data, read: dict[str, list[Piece]], quarantine: Path) -> None:
@@ -379,7 +398,12 @@ def _dropped(plan: Plan, read: dict[str, list[Piece]], seen: Observed) -> Counte
     return Counter({place: early[place] + seen.dropped[place] for place in range(len(plan.section.clean))})
 
 
-def _info(plan: Plan, read: dict[str, list[Piece]], seen: Observed, seconds: dict[str, float]) -> dict[str, Any]:
+def _target_columns(target: Target) -> tuple[str, ...]:
+    """What the profile calls the target."""
+    return target.columns if target.kind == "number" else (target.name,)
+
+
+def _info(plan: Plan, read: dict[str, list[Piece]], seen: Observed, warnings: list[str], seconds: dict[str, float]) -> dict[str, Any]:
     everything = [piece for pieces in read.values() for piece in pieces]
     dropped, reasons = _dropped(plan, read, seen), sum((piece.reasons for piece in everything), Counter[str]())
     duplicates = sum(rows for place, rows in dropped.items() if isinstance(plan.section.clean[place], (ExactDuplicates, NearDuplicates)))
@@ -403,7 +427,7 @@ def _info(plan: Plan, read: dict[str, list[Piece]], seen: Observed, seconds: dic
         "left_out": list(plan.left_out),
         "across": dict(seen.across),
         "labels": labels,
-        "warnings": [],
+        "warnings": warnings,
         "seconds": seconds,
     }
 

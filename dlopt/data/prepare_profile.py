@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -14,8 +15,8 @@ from dlopt.part import DloptError
 from dlopt.progress import Progress, silent
 from dlopt.session import data_context
 
-WHOLE = "all"
-"""The name of the one part that a source without splits has."""
+EVERY = 2.0
+"""Seconds between two words on how far it is."""
 
 
 def profile_source(
@@ -23,14 +24,16 @@ def profile_source(
 ) -> Summary:
     """Summary of all rows of a source, or of the first `rows`. Raises DloptError when there are none, or a file cannot be read."""
     data_context(preserve_order=True)
-    found, done = [], 0
+    found, done, said = [], 0, time.monotonic()
     progress("profile", None, "reading")
     with _saying():
         dataset = source.read() if rows is None else source.read().limit(rows)
         for row in dataset.map_batches(_Summarise(kinds, targets), batch_format="pyarrow", batch_size=None).iter_rows():
             found.append(Summary.from_json(row["summary"]))
             done += found[-1].rows
-            progress("profile", None, f"{done:,} rows")
+            if time.monotonic() - said > EVERY:
+                said = time.monotonic()
+                progress("profile", None, f"{done:,} rows")
     if not done:
         raise DloptError(f"{name_of(source)}: is empty")
     return merge(*(part for part in found if part.rows))

@@ -284,13 +284,8 @@ def _images(column: Any, step: int, points: int) -> Column:
 
 
 def _labels(column: Any, step: int, points: int) -> Column:
-    """Of a target of several labels: a column of lists, or of texts that a job splits; a row without any is not missing."""
-    if isinstance(column, np.ndarray):
-        array = pa.array([np.flatnonzero(row) for row in column[::step]], pa.list_(pa.int64()))
-    else:
-        array = plain(column)[::step]
-    if not pa.types.is_list(array.type) and not pa.types.is_large_list(array.type):
-        return replace(_strings("category", column, step)[0], kind="multi_label")
+    """Of a target of several labels, a column of lists; a row without any is not missing."""
+    array = plain(column)[::step]
     found = _strings("multi_label", array.flatten(), 1)[0]
     return replace(found, rows=len(column), missing=array.null_count, seen=len(array) - array.null_count)
 
@@ -543,8 +538,8 @@ def _codes(column: Any, kind: str) -> np.ndarray:
 
 
 def _text_codes(column: Any) -> np.ndarray:
-    array = pa.array(column) if isinstance(column, np.ndarray) and column.ndim == 1 else column
-    if isinstance(array, np.ndarray) or pa.types.is_nested(array.type):
+    array = pa.array(column) if isinstance(column, np.ndarray) else column
+    if pa.types.is_nested(array.type):
         return np.zeros(len(array), np.uint32)  # several labels are not compared
     coded = texts(array).dictionary_encode()
     words = (string_hashes(coded.dictionary) >> np.uint64(32)).astype(np.uint32) | np.uint32(1)

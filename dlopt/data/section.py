@@ -6,7 +6,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from dlopt.data.clean import Clean, DropColumns, ExactDuplicates, NearDuplicateImages
+from dlopt.data.clean import Clean, DropColumns, ExactDuplicates, NearDuplicateImages, Outliers
 from dlopt.data.inputs import AnyTarget, Input
 from dlopt.data.inputs.number import GroupMedian
 from dlopt.data.sources import Source
@@ -75,6 +75,21 @@ class Data(Part):
         for part in self.inputs:
             if part.kind == "number" and isinstance(part.fill, GroupMedian) and part.fill.by not in categories:
                 raise ValueError(f"inputs: fill.by {part.fill.by!r} must be a column of a category input that keeps a vocabulary")
+        return self
+
+    @model_validator(mode="after")
+    def each_column_has_one_kind_of_outliers(self) -> Self:
+        parts = [part for part in self.clean if isinstance(part, Outliers)]
+        named = [column for part in parts for column in part.columns]
+        for column in named:
+            if named.count(column) > 1:
+                raise ValueError(f"clean: outliers are looked for in {column!r} twice: name it in one of them")
+        for number in self.inputs:
+            actions = {part.action for part in parts if set(part.columns) & set(number.columns)} if number.kind == "number" else set()
+            if {"cap", "missing"} <= actions:
+                raise ValueError(
+                    f"clean: outliers of the input {number.tensor!r} are both capped and missing: make two inputs of its columns"
+                )
         return self
 
     @property

@@ -58,7 +58,12 @@ class Share:
         sampling: Literal["shuffle", "balanced"] = "shuffle",
         statistics: Mapping[str, Statistics] | None = None,
     ) -> Share:
-        """statistics: of the training split's inputs, for noise in units of their deviation. Balanced sampling reads the target once."""
+        """statistics: of the training split's inputs, for noise in units of their deviation. Balanced sampling reads the target once.
+        Raises DloptError where augmentations contradict each other or balancing has no classes."""
+        if augmentations:
+            from dlopt.data.augment import fill_of
+
+            fill_of(augmentations)
         classes = _classes(split) if sampling == "balanced" else None
         order = Order.of(seed, [chunk.rows for chunk in split.chunks], batch_size, split.row_bytes, classes)
         return cls(split, order, rank, world, tuple(augmentations), statistics or {})

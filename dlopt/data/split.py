@@ -11,9 +11,10 @@ from typing import Annotated, Literal, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dlopt.data.counter import mix, stream, string_words
+from dlopt.data.encode import known_form
 from dlopt.data.inputs.values import Reasons, dates, doubles, is_text, plain, texts
 from dlopt.part import DloptError, Part
 
@@ -130,6 +131,11 @@ class TimeSplit(Shares):
     """The column of dates, times or numbers that rise with time."""
     form: str = ""
     """How dates are written, for other texts than ISO 8601, as strptime has it."""
+
+    @field_validator("form")
+    @classmethod
+    def form_is_known(cls, form: str) -> str:
+        return known_form(form)
 
     @property
     def columns(self) -> tuple[str, ...]:

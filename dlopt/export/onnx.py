@@ -80,12 +80,12 @@ def trained_network(model: Artifact, data: Artifact) -> Network:
     return network.eval()
 
 
-def _unit(network: Network) -> np.ndarray:
-    """What a difference is measured in, (outputs,) or (): a number's standard deviation; probabilities are what they are."""
-    return network.output.std.double().numpy() if isinstance(network.output, Units) else np.ones(())
+def _unit(network: Network) -> np.ndarray | float:
+    """What a difference is measured in: each number's standard deviation, (outputs,); probabilities are what they are."""
+    return network.output.std.double().numpy() if isinstance(network.output, Units) else 1.0
 
 
-def compare(content: bytes, signature: Signature, split: Split, expected: np.ndarray, unit: np.ndarray) -> tuple[float, int]:
+def compare(content: bytes, signature: Signature, split: Split, expected: np.ndarray, unit: np.ndarray | float = 1.0) -> tuple[float, int]:
     """Run the file on a split: the largest difference in units, NaN when an output is, and how many rows get another class.
 
     expected: torch's probabilities or numbers, float64 (rows, outputs).
@@ -101,7 +101,7 @@ def compare(content: bytes, signature: Signature, split: Split, expected: np.nda
     return largest, other_labels
 
 
-def _differences(found: np.ndarray, expected: np.ndarray, signature: Signature, unit: np.ndarray) -> np.ndarray:
+def _differences(found: np.ndarray, expected: np.ndarray, signature: Signature, unit: np.ndarray | float) -> np.ndarray:
     """In units; of numbers, whose size has nothing to do with their spread, what is beyond the two last places of float32."""
     difference = np.abs(found - expected)
     if signature.target.kind == "number":

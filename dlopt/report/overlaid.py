@@ -62,8 +62,18 @@ def _name_splits(axes: Axes, names: Sequence[str]) -> None:
     """The names of the series above the figure, in their colours."""
     right = 0.0
     for name, colour in reversed(list(zip(names, SPLITS, strict=False))):
-        place = {"xytext": (-right, 3), "textcoords": "offset points"}
-        axes.annotate(name, (1, 1), xycoords="axes fraction", **place, color=colour, ha="right", va="bottom", fontweight="bold", parse_math=False)
+        axes.annotate(
+            name,
+            (1, 1),
+            xycoords="axes fraction",
+            xytext=(-right, 3),
+            textcoords="offset points",
+            color=colour,
+            ha="right",
+            va="bottom",
+            fontweight="bold",
+            parse_math=False,
+        )
         right += 6.0 * len(name) + 6
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from dlopt.artifact import Artifact, write_atomically
 from dlopt.part import Signature, Target
-from dlopt.report import Figure, Samples, plots, words
+from dlopt.report import Figure, Samples, plots, profile, words
 from dlopt.report.results import Results, read_results
 from dlopt.report.rows import MOST_COLUMNS, cells, columns, examples, pictures, read_rows
 from dlopt.train import metrics_log
@@ -27,7 +27,7 @@ WORST = 24
 """Mistakes that are shown."""
 MOST_REASONS = 20
 """Reasons for bad rows that are shown."""
-MOST_CURVES = 4
+MOST_CURVES = 3
 Z95 = 1.959964
 PROFILE = "profile.json"
 SPLITS = ("train", "validation", "test")
@@ -111,8 +111,8 @@ def write(
         "samples": _sample_rows(samples),
         "examples": examples(data, signature),
         "bad_reasons": sorted(data.info["bad_reasons"].items(), key=lambda found: (-found[1], found[0]))[:MOST_REASONS],
-        "cleaning": [_cleaned(found) for found in data.info.get("cleaning", ())],
-        "warnings": data.info.get("warnings", ()),
+        "cleaning": [_cleaned(found) for found in data.info["cleaning"]],
+        "warnings": data.info["warnings"],
         "profile": _profile(data),
         "splits": SPLITS,
         "data": data,
@@ -164,9 +164,11 @@ def _watched(target: Target, section: dict[str, Any]) -> list[str]:
 def _curves(lines: list[dict[str, Any]], best: int, watched: Sequence[str]) -> list[Figure]:
     """Metrics over the epochs, of training, which knows few of them, and of the validation split, where there is one."""
     epochs = [line["epoch"] for line in lines]
-    figures = []
+    figures: list[Figure] = []
     for key in watched:
-        series = {name: _floats((line[name] or {}).get(key) for line in lines) for name in ("train", "validation") if _has(lines, name, key)}
+        series = {
+            name: _floats((line[name] or {}).get(key) for line in lines) for name in ("train", "validation") if _has(lines, name, key)
+        }
         if not series or len(figures) == MOST_CURVES:
             continue
         percent, title = key in words.SHARES, words.metric_name(key)
@@ -214,9 +216,9 @@ def _mistakes(results: Results, data: Artifact, signature: Signature) -> list[Mi
 
 
 def _cleaned(found: Mapping[str, Any]) -> tuple[str, int, str]:
-    """What a rule of cleaning is, how many rows it dropped, and what else it says."""
-    rest = {name: value for name, value in found.items() if name not in ("kind", "dropped")}
-    return found["kind"], found["dropped"], ", ".join(f"{name.replace('_', ' ')} {_plain(value)}" for name, value in rest.items())
+    """What a rule of cleaning is called, how many rows it dropped, and what else it says."""
+    rest = {name: value for name, value in found.items() if name not in ("kind", "title", "dropped")}
+    return found["title"], found["dropped"], ", ".join(f"{name.replace('_', ' ')} {_plain(value)}" for name, value in rest.items())
 
 
 def _plain(value: Any) -> str:
@@ -229,7 +231,7 @@ def _plain(value: Any) -> str:
 
 def _profile(data: Artifact) -> Any:
     """What `prepare` has found in the columns, if it has looked."""
-    return json.loads(data.read(PROFILE)) if PROFILE in data.manifest.files else None
+    return profile.context(json.loads(data.read(PROFILE))) if PROFILE in data.manifest.files else None
 
 
 def _sample_rows(samples: Samples | None) -> list[tuple[str, list[str]]]:

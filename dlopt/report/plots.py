@@ -161,7 +161,7 @@ def scatter(name: str, x: np.ndarray, y: np.ndarray) -> Markup:
     return _drawn(name, SQUARE, draw)
 
 
-def histogram(name: str, values: np.ndarray, title: str) -> Markup:
+def errors(name: str, values: np.ndarray, title: str) -> Markup:
     """How often values occur; those beyond the middle 99 % are counted in the outermost bars. A line stands at 0."""
 
     def draw(axes: Axes) -> None:

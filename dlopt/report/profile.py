@@ -15,7 +15,7 @@ MOST_FIGURES = 40
 """Columns that are drawn, those that drift most first; all of them are in the table."""
 MOST_BARS = 30
 """Columns with missing values that are drawn, those with most first."""
-NOTHING = "–"
+NOTHING = "\N{EN DASH}"
 
 
 class Figure(NamedTuple):
@@ -56,7 +56,11 @@ def figures(profile: Mapping[str, Any]) -> list[Figure]:
 def page(profile: Mapping[str, Any], title: str = "data", job: str = "") -> str:
     """A self-contained HTML page. job: a suggestion for the `data` section of a job."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("dlopt.report", ""), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("dlopt.report", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return environment.get_template("profile.html").render(title=title, job=job, profile=context(profile))
 

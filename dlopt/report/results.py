@@ -89,6 +89,8 @@ class Threshold(NamedTuple):
 class Categories(Results):
     """One of several classes."""
 
+    most = MOST_CELLS
+
     def __init__(self, target: Target, table: pa.Table) -> None:
         super().__init__(target, table)
         self.label, self.predicted, self.probability = (table[name].to_numpy() for name in ("label", "predicted", "probability"))
@@ -279,10 +281,12 @@ class Numbers(Results):
         true, predicted = true[finite], predicted[finite]
         low, middle, high = np.quantile(predicted - true, (0.05, 0.5, 0.95))
         said = f"{name}: predicted by true value of {finite.sum():,} rows, from {true.min():.4g} to {true.max():.4g}."
-        told = f"{name}: histogram of predicted less true; nine rows in ten are between {low:.4g} and {high:.4g}, the middle is {middle:.4g}."
+        told = (
+            f"{name}: histogram of predicted less true; nine rows in ten are between {low:.4g} and {high:.4g}, the middle is {middle:.4g}."
+        )
         return [
             Figure(f"{name}: predicted by true", plots.scatter(f"{name} scatter", true, predicted), said),
-            Figure(f"{name}: errors", plots.histogram(f"{name} errors", predicted - true, "predicted less true"), told),
+            Figure(f"{name}: errors", plots.errors(f"{name} errors", predicted - true, "predicted less true"), told),
         ]
 
     def _written(self, values: np.ndarray) -> str:

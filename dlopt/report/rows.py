@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,9 +35,16 @@ def read_rows(data: Artifact, name: str, rows: np.ndarray) -> Rows:
     return {name: values[np.searchsorted(numbers, rows)] for name, values in split.read(used).items()}
 
 
-def columns(signature: Signature) -> list[str]:
-    """What the cells of a row are called; images are pictures and no cells."""
-    return [name for feature in signature.inputs for name in _columns(feature)]
+class Column(NamedTuple):
+    """What a cell of a row is called, and whether a number stands in it."""
+
+    name: str
+    number: bool
+
+
+def columns(signature: Signature) -> list[Column]:
+    """The columns of `cells`; images are pictures and no cells."""
+    return [Column(name, feature.kind in ("number", "date")) for feature in signature.inputs for name in _columns(feature)]
 
 
 def cells(signature: Signature, rows: Rows) -> list[list[str]]:
@@ -103,7 +111,7 @@ def _texts(feature: Feature, ids: np.ndarray) -> list[list[str]]:
     except DloptError:
         return [[_cut(" ".join(str(word) for word in row if word))] for row in ids.tolist()]
     pieces = type(tokenizer.pre_tokenizer).__name__
-    written = [[tokenizer.id_to_token(word) for word in row if word] for row in ids.tolist()]
+    written = [[tokenizer.id_to_token(word) or "" for word in row if word] for row in ids.tolist()]
     return [[_cut(JOINED.get(pieces, " ".join)(row))] for row in written]
 
 
@@ -126,4 +134,4 @@ CELLS: dict[str, Callable[[Feature, np.ndarray], list[list[str]]]] = {
 
 def _cut(text: str) -> str:
     text = re.sub(r"\s+", " ", text).strip()
-    return text if len(text) <= MOST_LETTERS else f"{text[:MOST_LETTERS]}…"
+    return text if len(text) <= MOST_LETTERS else f"{text[:MOST_LETTERS].rstrip()}…"

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dlopt.data.feed import shortened
 from dlopt.data.prepared import Chunk, Split
 from dlopt.models import Network
 from dlopt.part import Target
@@ -111,18 +112,10 @@ def _outputs(network: Network, split: Split, device: torch.device, chunks: tuple
     training = network.training
     network.eval()
     size = max(1, min(1024, BATCH_BYTES // split.row_bytes))
-    texts = [feature.name for feature in split.signature.inputs if feature.kind == "text"]
     for chunk in chunks:
         rows = {name: torch.from_numpy(values.copy()).to(device) for name, values in split.read([chunk]).items()}
         target = rows.pop(split.signature.target.name)
         for start in range(0, len(target), size):
             part = {name: values[start : start + size] for name, values in rows.items()}
-            part |= {name: _cut(part[name]) for name in texts}
-            yield network(part).double(), target[start : start + size]
+            yield network(shortened(part, split.signature.inputs)).double(), target[start : start + size]
     network.train(training)
-
-
-def _cut(tokens: Tensor) -> Tensor:
-    """Ids (rows, length) without what is padding in all rows."""
-    used = (tokens != 0).any(dim=0).nonzero()
-    return tokens[:, : int(used[-1]) + 1 if len(used) else 1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ Loss = Callable[[Tensor, Tensor, str], Tensor]
 """Outputs (rows, outputs), targets and "none" or "sum" to the losses of the rows (rows,), or their sum."""
 Objective = Callable[[nn.Module, Batch], Losses]
 Gradient = Callable[[Objective, nn.Module, Batch], Losses]
+Given = Literal["balanced"] | Mapping[str, float]
+"""Class weights as a job has them."""
 
 
 def loss_of(target: Target, output: nn.Module, weights: Tensor | None = None) -> Loss:
@@ -88,17 +90,15 @@ def _correct(outputs: Tensor, batch: Batch) -> Tensor | None:
     return (batch.mixed.share * right + (1 - batch.mixed.share) * (given == batch.mixed.target)).sum()
 
 
-def class_weights(given: Any, target: Target, rows: Mapping[str, int], total: int, balanced_rows: bool = False) -> Tensor | None:
+def class_weights(given: Given, target: Target, rows: Mapping[str, int], total: int, balanced_rows: bool = False) -> Tensor:
     """Weights of a row's loss by its class, float64 (classes,); of labels (2, labels), of those it has not and those it has.
 
-    given: `balanced`, which makes the rows of each class weigh as much in all, or a weight by label, 1 for those left out, or nothing.
-    rows: how many of the `total` training rows have each label. Weights are divided by their mean over the training rows (over
-    the classes where `balanced_rows` are drawn), a constant: the mean loss keeps its size, and as no batch is divided by its own weights,
-    the parts of a batch add up however it is shared out.
+    given: `balanced`, which makes the rows of each class weigh as much in all, or a weight by label, 1 for those left out.
+    rows: how many of the `total` training rows have each label, 0 for those left out.
+    Weights are divided by their mean over the training rows (over the classes where `balanced_rows` are drawn), a constant: the mean
+    loss keeps its size, and as no batch is divided by its own weights, its parts add up however it is shared out.
     """
-    if given is None:
-        return None
-    counts = torch.tensor([rows[str(label)] for label in target.labels], dtype=torch.float64)
+    counts = torch.tensor([rows.get(str(label), 0) for label in target.labels], dtype=torch.float64)
     if target.kind == "multi_label":
         return _label_weights(given, target, counts, total)
     found = total / (target.size * counts.clamp_min(1)) if given == "balanced" else _as_said(given, target)
@@ -106,7 +106,7 @@ def class_weights(given: Any, target: Target, rows: Mapping[str, int], total: in
     return found / (found @ shares.double())
 
 
-def _label_weights(given: Any, target: Target, counts: Tensor, total: int) -> Tensor:
+def _label_weights(given: Given, target: Target, counts: Tensor, total: int) -> Tensor:
     """A label's weight is that of having it, against 1 for not having it."""
     present = (total - counts).clamp_min(1) / counts.clamp_min(1) if given == "balanced" else _as_said(given, target)
     mean = (counts * present + total - counts) / total

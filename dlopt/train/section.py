@@ -71,6 +71,9 @@ class Train(Part):
     labels those with and those without each; a mapping gives each label its weight, 1 where it is left out."""
     sampling: Literal["shuffle", "balanced"] = "shuffle"
     """Which rows an epoch has: each of them once, or as many, drawn so that all classes come equally often."""
+    folds: int = Field(0, ge=0)
+    """Cross-validation beside the job's own split: so many models more, each validated on another part of what is not for testing, and
+    the mean and spread of their metrics in the report; 0 without."""
     precision: Literal["float32", "float64"] = "float32"
     """Numbers that training computes with."""
     log_every: int = Field(10, ge=1)
@@ -81,6 +84,12 @@ class Train(Part):
         warmup = self.schedule.warmup_epochs
         if warmup > self.epochs:
             raise ValueError(f"schedule.warmup_epochs {warmup:g} is more than epochs {self.epochs}: lower it or raise epochs")
+        return self
+
+    @model_validator(mode="after")
+    def one_fold_is_none(self) -> Self:
+        if self.folds == 1:
+            raise ValueError("folds must be 2 or more, or 0 for none")
         return self
 
     @model_validator(mode="after")
@@ -98,7 +107,7 @@ class Fit(Part):
     model: Model
     """What is trained."""
     augment: tuple[Augmentation, ...]
-    """What is done to images, in this order."""
+    """What is done to rows, in this order."""
     train: Train
     """How."""
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -57,6 +57,18 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
     if assignment.threads:
         torch.set_num_threads(assignment.threads)
     return _Worker(assignment, context.get_world_rank(), context.get_world_size(), get_device()).run()
+
+
+class _Setup(NamedTuple):
+    """What stays from epoch to epoch."""
+
+    network: Network
+    model: nn.Module
+    """The network, or that which synchronises its gradients with other workers."""
+    feed: Feed
+    share: Share
+    objective: Objective
+    validation: Split
 
 
 @dataclass
@@ -110,15 +122,17 @@ class _Worker:
                 file.write(json.dumps({"epoch": record.epoch, "workers": self.world, "damaged": damaged}) + "\n")
 
     def _train(self, state: State, splits: dict[str, Split], log: MetricsLog | None) -> None:
-        fit, record = self.assignment.fit, state.record
-        model: nn.Module = state.model
+        fit, record, network = self.assignment.fit, state.record, state.model
+        assert isinstance(network, Network)
+        model: nn.Module = network
         if self.world > 1:
             model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
         share = self._share(splits["train"])
-        feed, objective = self._feed(share, record.epoch + 1), self._objective(state.model, splits["train"])
+        feed, objective = self._feed(share, record.epoch + 1), self._objective(network, splits["train"])
+        setup = _Setup(network, model, feed, share, objective, splits["validation"])
         while record.epoch < fit.train.epochs and not record.stopped:
-            self._epoch(state, model, feed, share, objective, splits["validation"], log)
-            self._refuse_drift(state.model)
+            self._epoch(state, setup, log)
+            self._refuse_drift(network)
             if self.rank == 0:
                 checkpoints.save(state, self.assignment.out / checkpoints.CHECKPOINTS)
 
@@ -128,30 +142,32 @@ class _Worker:
         return Share.of(split, fit.seed, size, self.rank, self.world, fit.augment, sampling=sampling, statistics=statistics)
 
     def _objective(self, network: Network, split: Split) -> Objective:
-        train, target, info = self.assignment.fit.train, split.signature.target, Artifact.open(self.assignment.data).info
-        weights = None
-        if train.class_weights is not None:
-            labels = info["labels"]["train"]
-            weights = class_weights(train.class_weights, target, labels, len(split), train.sampling == "balanced")
-            weights = weights.to(self.device, DTYPES[train.precision])
-        return supervised(loss_of(target, network.output, weights), train.l1, train.l2, self.world)
+        train = self.assignment.fit.train
+        loss = loss_of(split.signature.target, network.output, self._weights(split))
+        return supervised(loss, train.l1, train.l2, self.world)
+
+    def _weights(self, split: Split) -> Tensor | None:
+        train = self.assignment.fit.train
+        if train.class_weights is None:
+            return None
+        rows = Artifact.open(self.assignment.data).info["labels"]["train"]
+        found = class_weights(train.class_weights, split.signature.target, rows, len(split), train.sampling == "balanced")
+        return found.to(self.device, DTYPES[train.precision])
 
     def _feed(self, share: Share, first: int) -> Feed:
         if self.assignment.feed == "stream":
             return Stream(share, first, self.assignment.fit.train.epochs, self.device)
         return Resident(share, self.device)
 
-    def _epoch(
-        self, state: State, model: nn.Module, feed: Feed, share: Share, objective: Objective, validation: Split, log: MetricsLog | None
-    ) -> None:
+    def _epoch(self, state: State, setup: _Setup, log: MetricsLog | None) -> None:
         fit, record, train = self.assignment.fit, state.record, self.assignment.fit.train
         began, epoch = time.monotonic(), record.epoch + 1
         torch.manual_seed(int(stream(fit.seed, epoch, self.rank, PURPOSE)))
         sums = _Sums(self.device)
-        sizes, rows_before = share.sizes(), record.rows
-        gradient = plain(self.world)
-        rate = rates(train, record.epoch, share.order.batches, record.validation_losses)
-        for index, step in enumerate(steps(model, state.optimizer, feed.epoch(epoch), objective, gradient, rate, train.clip_norm)):
+        sizes, rows_before = setup.share.sizes(), record.rows
+        rate = rates(train, record.epoch, setup.share.order.batches, record.validation_losses)
+        batches, gradient = setup.feed.epoch(epoch), plain(self.world)
+        for index, step in enumerate(steps(setup.model, state.optimizer, batches, setup.objective, gradient, rate, train.clip_norm)):
             sums.add(step, sizes[index][1])
             record.step += 1
             record.rows += sizes[index][1]
@@ -161,7 +177,7 @@ class _Worker:
         if self.world > 1:
             dist.all_reduce(total)
         means = (total / (record.rows - rows_before)).tolist()
-        found = evaluate(state.model, validation, self.device, self.rank, self.world) if len(validation) else None
+        found = evaluate(setup.network, setup.validation, self.device, self.rank, self.world) if len(setup.validation) else None
         record.epoch = epoch
         record.seconds += time.monotonic() - began
         _judge(state, train, found)

@@ -63,8 +63,8 @@ Augmentation = Annotated[
 ]
 """Each says in `of` which kinds of input it is for."""
 
-BLOCK_PIXELS = 2**18
-"""How many pixels are worked on at a time, so that what is in between stays in the processor's cache."""
+BLOCK = 2**20
+"""How many values are worked on at a time, so that what is in between stays in the processor's cache."""
 
 
 def augment_rows(
@@ -104,8 +104,7 @@ def augment(images: Tensor, picks: np.ndarray, seed: int, epoch: int, parts: Seq
     """Images as they look in this epoch, but for mixing. images: uint8 (n, height, width, channels); picks: int64 (n,)."""
     if not len(images) or not any(isinstance(part, Geometric | Pixels) for part in parts):
         return images
-    most = BLOCK_PIXELS if images.device.type == "cpu" else 64 * BLOCK_PIXELS
-    step = max(1, most // (images.shape[1] * images.shape[2]))
+    step = max(1, BLOCK // images[0].numel()) if images.device.type == "cpu" else len(images)
     blocks = [slice(start, start + step) for start in range(0, len(images), step)]
     found = [_augment_block(images[block], Draw.of(picks[block], seed, epoch), parts) for block in blocks]
     return found[0] if len(found) == 1 else torch.cat(found)
@@ -148,6 +147,8 @@ def _augment_block(images: Tensor, draw: Draw, parts: Sequence[Augmentation]) ->
             affine = affine @ part.matrix(draw.part(index), height, width)
     if any(isinstance(part, Geometric) for part in parts):
         images = resample(images, affine, fill_of(parts))
+    else:  # in memory the channels lie apart from here on, as after resampling
+        images = images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     for index, part in enumerate(parts):
         if isinstance(part, Pixels):
             images = part.pixels(draw.part(index), images)

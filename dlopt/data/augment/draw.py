@@ -44,7 +44,7 @@ class Draw:
         return _fraction(self._words(number, count))
 
     def normals(self, number: int, count: int) -> np.ndarray:
-        """float32 (n, count), standard normal: each of 65,536 equally likely values, the outermost at 4.17."""
+        """float32 (n, count), standard normal: each of 65,536 equally likely values, the outermost at 4.32."""
         places = self._words(number, -(-count // 4)).astype("<u8", copy=False).view("<u2")
         return normal_table().take(places[:, :count])
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dlopt.data.augment.boxes import inside
 from dlopt.data.augment.draw import Draw
+from dlopt.data.augment.pixels import painted
 from dlopt.part import Feature, Part
 
 Inputs = dict[str, Tensor]
@@ -75,8 +76,8 @@ class CutMix(Mixing):
             mine, (height, width) = values[feature.name], feature.shape[:2]
             down, across = self._lines(draw, 2, side, height), self._lines(draw, 3, side, width)
             cut, pixels = cut + down.sum(axis=1) * across.sum(axis=1), pixels + height * width
-            mask = torch.from_numpy(down[:, :, None] & across[:, None, :]).to(mine.device)
-            found[feature.name] = torch.where(mask[..., None], partners[feature.name], mine)
+            lines = (torch.from_numpy(chosen).to(mine.device) for chosen in (down, across))
+            found[feature.name] = painted(mine, *lines, partners[feature.name])
         return found, torch.from_numpy((1 - cut / pixels).astype(np.float32))
 
     @staticmethod

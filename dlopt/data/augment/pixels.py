@@ -52,12 +52,11 @@ class RandomErasing(Pixels):
     """Its grey level, in every channel."""
 
     def pixels(self, draw: Draw, images: Tensor) -> Tensor:
-        n, height, width, channels = images.shape
+        height, width = images.shape[1:3]
         box = boxes(draw, height, width, self.scale, self.ratio)
-        erased = box.fits & (draw.uniform(4) < self.p)
+        erased = box.fits & (draw.uniform(22) < self.p)
         down, across = inside(box.top, box.height, height) & erased[:, None], inside(box.left, box.width, width)
-        mask = _to(images, down)[:, :, None] & _to(images, across.repeat(channels, axis=1))[:, None, :]
-        return images.reshape(n, height, -1).masked_fill(mask, self.fill).view(images.shape)  # ten times as fast as a mask without channels
+        return painted(images, _to(images, down), _to(images, across), self.fill)
 
 
 class Brightness(Pixels):
@@ -126,6 +125,15 @@ def changed(images: Tensor, which: np.ndarray, change: Callable[[Tensor, np.ndar
         return images
     index = _to(images, rows)
     return images.index_copy(0, index, change(images.index_select(0, index), rows))
+
+
+def painted(images: Tensor, rows: Tensor, columns: Tensor, paint: int | Tensor) -> Tensor:
+    """Images, painted over where a row and a column are both chosen, bool (n, height) and (n, width). paint: a grey level, or
+    images. With bits, which is ten times as fast as a mask."""
+    planes, (down, across) = images.permute(0, 3, 1, 2), (chosen.to(torch.uint8).neg_() for chosen in (rows, columns))
+    spread = (down[:, :, None] & across[:, None, :])[:, None]
+    other = spread & (paint if isinstance(paint, int) else paint.permute(0, 3, 1, 2))
+    return (planes & ~spread).bitwise_or_(other).permute(0, 2, 3, 1)
 
 
 def brighten(images: Tensor, factors: np.ndarray) -> Tensor:

@@ -21,8 +21,10 @@ from dlopt.part import DloptError
 
 WHOLE, FRACTION = np.uint64(1), np.uint64(2)
 """The second word of numbers; texts have 64 random bits there and missing values 0."""
-NUMBER = r"^-?(0|[1-9][0-9]*)(\.[0-9]+)?(e[+-]?[0-9]+)?$"
-"""Texts that may be the shortest spelling of a number."""
+INTEGER = r"^(0|-?[1-9][0-9]{0,17}|-?[1-8][0-9]{18})$"
+"""The one spelling of a whole number of 64 bits."""
+REAL = r"^-?(0|[1-9][0-9]*)(\.[0-9]+)?(e[+-]?[0-9]+)?$"
+"""Texts that may be the shortest spelling of another number."""
 
 
 class ExactDuplicates(ColumnCleaning):
@@ -186,15 +188,20 @@ def _of_texts(array: pa.Array) -> np.ndarray:
     codes = without_markers(array).dictionary_encode()
     known = codes.dictionary
     words = np.zeros((len(known) + 1, 2), dtype=np.uint64)
-    words[:-1] = _digests(known.cast(pa.large_binary()).to_pylist())
-    spelled = np.flatnonzero(pc.match_substring_regex(known, NUMBER).to_numpy(zero_copy_only=False))
-    for place, text in zip(spelled.tolist(), known.take(pa.array(spelled)).to_pylist(), strict=True):
-        if text.lstrip("-").isdigit():
-            if text != "-0" and -(2**63) <= int(text) < 2**63:
-                words[place] = int(text) % 2**64, WHOLE
-        elif as_text(float(text)) == text:
-            words[place] = np.float64(text).view(np.uint64), FRACTION
+    whole = pc.match_substring_regex(known, INTEGER)
+    real = pc.and_not(pc.match_substring_regex(known, REAL), whole)
+    numbers = known.filter(real).cast(pa.float64())
+    shortest = pc.equal(known.filter(real), pa.array(map(as_text, numbers.to_pylist()), known.type))
+    real = pc.replace_with_mask(real, real, shortest)
+    words[_places(whole)] = _of_whole(known.filter(whole).cast(pa.int64()))
+    words[_places(real)] = _of_floats(numbers.filter(shortest).to_numpy(zero_copy_only=False))
+    rest = pc.invert(pc.or_(whole, real))
+    words[_places(rest)] = _digests(known.filter(rest).cast(pa.large_binary()).to_pylist())
     return words[codes.indices.fill_null(len(known)).to_numpy()]
+
+
+def _places(mask: pa.Array) -> np.ndarray:
+    return np.flatnonzero(mask.to_numpy(zero_copy_only=False))
 
 
 def _decimals(array: pa.Array) -> pa.Array:

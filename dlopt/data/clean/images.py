@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Literal
 
 import numpy as np
@@ -53,7 +53,7 @@ class NearDuplicateImages(NearDuplicates):
         labels = clusters(
             len(heads),
             _bands(found, self.distance),
-            lambda left, right: _ones(found[left] ^ found[right]) <= self.distance,
+            lambda order: partial(_near, found[order], self.distance),
         )
         lost = np.ones(len(sketches), dtype=bool)
         lost[heads[labels == np.arange(len(heads))]] = False
@@ -105,6 +105,10 @@ def _bands(hashes: np.ndarray, distance: int) -> Iterator[np.ndarray]:
                 with np.errstate(over="ignore"):
                     words = mix(words * GAMMA + (hashes[:, word] & mask) + GAMMA)
             yield words
+
+
+def _near(hashes: np.ndarray, distance: int, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    return _ones(hashes[left] ^ hashes[right]) <= distance
 
 
 def _ones(values: np.ndarray) -> np.ndarray:

@@ -13,14 +13,14 @@ import numpy as np
 
 from dlopt.data.clean.base import Cleaning
 
-WINDOW = 64
+WINDOW = 32
 """In a crowd of rows that agree in a part, each is compared with so many neighbours, in the order of the part before, and not with all:
 what is compared grows with the rows, not with their square. Real clusters are joined by neighbours, or by another part."""
-PAIRS = 2**16
+PAIRS = 2**13
 """So many pairs are compared at a time."""
 
 Near = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""Two arrays of rows to whether the row of the one is near that of the other, pair by pair."""
+"""Two arrays of places to whether the row at the one is near that at the other, pair by pair."""
 
 
 class NearDuplicates(Cleaning):
@@ -43,21 +43,21 @@ def least_of_equal(words: np.ndarray, keys: np.ndarray) -> np.ndarray:
     return heads[np.lexsort((keys[heads, 1], keys[heads, 0]))]
 
 
-def clusters(rows: int, parts: Iterable[np.ndarray], near: Near) -> np.ndarray:
+def clusters(rows: int, parts: Iterable[np.ndarray], ordered: Callable[[np.ndarray], Near]) -> np.ndarray:
     """For each of the rows the first row of its cluster, int64 of shape (rows,).
 
     parts: what must agree, uint64 of shape (rows,), for one part of the sketches after the other.
+    ordered: from an order of the rows to what says which places in it are near each other; places that are compared are close by.
     """
     labels, order = np.arange(rows), np.arange(rows)
     for words in parts:
         order = order[np.argsort(words[order], kind="stable")]  # rows that agree in this part stay in the order of the last one
         words = words[order]
-        run = np.flatnonzero(words[1:] == words[:-1])
+        run, near = np.flatnonzero(words[1:] == words[:-1]), ordered(order)
         for step in range(1, WINDOW + 1):
-            apart = labels[order[run]] != labels[order[run + step]]
-            left, right = order[run[apart]], order[run[apart] + step]
-            found = _in_pieces(near, left, right)
-            _join(labels, left[found], right[found])
+            left = run[labels[order[run]] != labels[order[run + step]]]
+            left = left[_in_pieces(near, left, left + step)]
+            _join(labels, order[left], order[left + step])
             run = run[run + step + 1 < rows]
             run = run[words[run] == words[run + step + 1]]
             if not len(run):

@@ -35,10 +35,10 @@ class Outliers(ColumnCleaning):
 
     @model_validator(mode="after")
     def settings_are_of_the_method(self) -> Self:
-        given = self.model_fields_set
+        fields = type(self).model_fields
         if self.method == "quantile" and self.factor is not None:
             raise ValueError("method quantile has no factor: set low and high")
-        if self.method != "quantile" and given & {"low", "high"}:
+        if self.method != "quantile" and (self.low, self.high) != (fields["low"].default, fields["high"].default):
             raise ValueError(f"low and high are of method quantile, not of {self.method}: set factor")
         if self.low >= self.high:
             raise ValueError(f"low {self.low:g} is not below high {self.high:g}")

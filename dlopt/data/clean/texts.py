@@ -17,7 +17,7 @@ from dlopt.data.counter import GAMMA, bits, mix, row_keys, string_words
 from dlopt.data.inputs.values import texts, without_markers
 from dlopt.part import DloptError
 
-HASHES = 128
+HASHES, FIRST = 128, 16
 NOTHING = np.uint32(0xFFFFFFFF)
 """The sketch of a text without any piece; such texts are not near each other."""
 RECALL = 0.99
@@ -56,11 +56,10 @@ class NearDuplicateTexts(ColumnCleaning, NearDuplicates):
     def losers(self, sketches: np.ndarray, keys: np.ndarray) -> np.ndarray:
         there = np.flatnonzero((sketches[:, :4] != NOTHING).any(axis=1))
         heads = there[least_of_equal(_digests(sketches, there), keys[there])]
-        least = np.float32(self.threshold * HASHES - 1e-6)
         labels = clusters(
             len(heads),
             _bands(sketches, heads, self.threshold),
-            lambda left, right: (sketches[heads[left]] == sketches[heads[right]]).sum(axis=1) >= least,
+            lambda order: lambda left, right: _agree(sketches, heads[order[left]], heads[order[right]], self.threshold),
         )
         lost = np.zeros(len(sketches), dtype=bool)
         lost[there] = True
@@ -81,12 +80,19 @@ def bands_for(threshold: float) -> tuple[int, int]:
 def _bands(sketches: np.ndarray, rows: np.ndarray, threshold: float) -> Iterator[np.ndarray]:
     """The hashes of each band of these rows as one word, uint64 of shape (rows,)."""
     bands, hashes = bands_for(threshold)
+    factors = bits(np.arange(hashes), 23)
     for band in range(bands):
-        word = np.zeros(len(rows), dtype=np.uint64)
-        for column in range(band * hashes, (band + 1) * hashes):
-            with np.errstate(over="ignore"):
-                word = mix(word * GAMMA + sketches[rows, column] + GAMMA)
-        yield word
+        yield sketches[rows, band * hashes : (band + 1) * hashes] @ factors
+
+
+def _agree(sketches: np.ndarray, left: np.ndarray, right: np.ndarray, threshold: float) -> np.ndarray:
+    """Whether pairs of rows agree in a share of at least `threshold` of their hashes; a pair that agrees in far fewer of the first ones
+    is not looked at further."""
+    few = FIRST * threshold - 3.5 * (FIRST * threshold * (1 - threshold)) ** 0.5
+    near = (sketches[left, :FIRST] == sketches[right, :FIRST]).sum(axis=1) >= few
+    left, right = left[near], right[near]
+    near[near] = (sketches[left] == sketches[right]).sum(axis=1) >= threshold * HASHES - 1e-6
+    return near
 
 
 def _digests(sketches: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -151,8 +157,6 @@ def _minima(pieces: np.ndarray, counts: np.ndarray, sketches: np.ndarray) -> Non
         stop = min(start + PIECES, len(pieces))
         first, last = np.searchsorted(ends, [start, stop - 1], side="right")
         values = (pieces[start:stop, None] ^ masks) * factors
-        values ^= values >> np.uint32(15)
-        values *= np.uint32(0x2C1B3C6D)
         begins = np.maximum(ends[first : last + 1] - counts[rows[first : last + 1]] - start, 0)
         where = rows[first : last + 1]
         sketches[where] = np.minimum(sketches[where], np.minimum.reduceat(values, begins, axis=0))

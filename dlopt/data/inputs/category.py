@@ -45,9 +45,9 @@ class CategoryInput(Part):
 
     @model_validator(mode="after")
     def hashes_have_no_vocabulary(self) -> Self:
-        given = self.model_fields_set & {"min_count", "max_values", "fill"}
+        given = [name for name in ("fill", "max_values", "min_count") if getattr(self, name) != type(self).model_fields[name].default]
         if self.hash_buckets and given:
-            raise ValueError(f"{sorted(given)[0]} needs a vocabulary, and hash_buckets keeps none: leave out one of them")
+            raise ValueError(f"{given[0]} needs a vocabulary, and hash_buckets keeps none: leave out one of them")
         return self
 
     @property

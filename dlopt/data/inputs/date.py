@@ -10,7 +10,7 @@ import pyarrow as pa
 from pydantic import Field, field_validator
 
 from dlopt.data import moments
-from dlopt.data.encode import date_parts
+from dlopt.data.encode import date_parts, known_form
 from dlopt.data.inputs.number import Bound, no_column_twice
 from dlopt.data.inputs.values import Reasons, dates
 from dlopt.data.moments import Moments
@@ -39,6 +39,11 @@ class DateInput(Part):
     @classmethod
     def columns_differ(cls, columns: tuple[str, ...]) -> tuple[str, ...]:
         return no_column_twice(columns)
+
+    @field_validator("form")
+    @classmethod
+    def form_is_known(cls, form: str) -> str:
+        return known_form(form)
 
     @property
     def tensor(self) -> str:

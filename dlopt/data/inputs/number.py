@@ -97,7 +97,7 @@ class NumberInput(Part):
         groups = isinstance(self.fill, GroupMedian)
         return Numbers(
             moments.of_values(values),
-            moments.of_values(np.sign(values) * np.log1p(np.abs(values))) if self.normalize == "log" else None,
+            moments.of_values(_signed_log(values)) if self.normalize == "log" else None,
             Quantiles.of(values, wanted) if wanted or groups else None,
             _counts(values) if self.fill == "most_frequent" else None,
             _by_group(values, group_column(table, self.fill.by)) if isinstance(self.fill, GroupMedian) else None,
@@ -141,10 +141,9 @@ class NumberInput(Part):
         category = next(feature for feature in features.values() if feature.kind == "category" and by in feature.columns)
         place, default = category.columns.index(by), self._fill(seen)
         fills = np.tile(default, (category.codes[place], 1))
-        known = category.vocabularies[place]
+        codes = {value: code for code, value in enumerate(category.vocabularies[place], start=1)}
         for value, quantiles in (seen.groups or {}).items():
-            code = category.missing[place] if value == "" else known.index(value) + 1 if value in known else 0
-            if code:
+            if code := codes.get(value):
                 there = np.array([len(values) > 0 for values in quantiles.values])
                 fills[code] = np.where(there, quantiles.at(MEDIAN), default)
         return {"fill_by": by, "group_fill": fills.tolist()}
@@ -204,6 +203,12 @@ def _as_statistics(feature: Feature, bounds: Mapping[str, Bound]) -> dict[str, A
     lower = [bound.lower if bound and bound.action != "drop" else None for bound in mine]
     upper = [bound.upper if bound and bound.action != "drop" else None for bound in mine]
     return {"lower": lower, "upper": upper, "outside": kept[0].action}
+
+
+def _signed_log(values: np.ndarray) -> np.ndarray:
+    """In float64: the logarithms of large values are close together."""
+    values = values.astype(np.float64)
+    return np.sign(values) * np.log1p(np.abs(values))
 
 
 def _counts(values: np.ndarray) -> list[dict[float, int]]:

@@ -146,7 +146,7 @@ class MultiLabelTarget(Part):
 
     @model_validator(mode="after")
     def one_form_is_chosen(self) -> Self:
-        if (self.column is None) == (not self.columns):
+        if (self.column is None) == (not self.columns) and self.columns != (self.column,):
             raise ValueError("name either `column` (lists of labels) or `columns` (one of 0 and 1 for each label)")
         if self.column is not None:
             object.__setattr__(self, "columns", (self.column,))

@@ -33,14 +33,15 @@ def without_markers(array: pa.Array) -> pa.Array:
 
 
 def floats(column: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, Reasons]:
-    """Values as float32, which is what the model sees, with NaN where missing; and the reason for each row that is no number."""
+    """Values as float32, which is what the model sees, with NaN where missing; and the reason for each row that is no number.
+    Equal values have equal bits: there is one zero and one NaN."""
     values, reasons = doubles(column)
     with np.errstate(over="ignore"):
         values = values.astype(np.float32)
+    values += 0
     infinite = np.isinf(values)
-    if not infinite.any():
-        return values, reasons
-    return np.where(infinite, np.float32(np.nan), values), reasons | {int(row): "a number is too large" for row in np.flatnonzero(infinite)}
+    values[infinite | np.isnan(values)] = np.nan
+    return values, reasons | {int(row): "a number is too large" for row in np.flatnonzero(infinite)}
 
 
 def doubles(column: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, Reasons]:

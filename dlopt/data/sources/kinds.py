@@ -12,7 +12,7 @@ from dlopt.data.encode import decode_image
 from dlopt.part import DloptError
 
 KINDS = ("number", "date", "category", "text", "image", "identifier")
-WORDS, LETTERS = 3.5, 40
+WORDS, LETTERS = 3, 40
 """A column of strings is text when they have more words or more letters than this on average."""
 ENOUGH = 20
 """An identifier is one whose values all differ; with fewer rows than this, that says nothing."""

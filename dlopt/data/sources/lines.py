@@ -17,7 +17,7 @@ from pydantic import Field, field_validator, model_validator
 
 from dlopt.data.sources import records
 from dlopt.data.sources.places import COMPRESSED, Place, reading
-from dlopt.data.sources.reading import Files, Named, Piece, block_bytes, conform, dataset, wanted
+from dlopt.data.sources.reading import Files, Named, Piece, block_bytes, conform, dataset, no_column, wanted
 from dlopt.data.sources.records import Chunk
 from dlopt.part import DloptError
 
@@ -144,6 +144,9 @@ class Csv(Lines):
 
     def parse(self, chunk: Chunk, as_text: bool, schema: pa.Schema | None = None) -> pa.Table:
         types = pa.schema([(column, pa.string()) for column in chunk.columns])
+        for name in schema.names if schema is not None else ():
+            if name not in chunk.columns:
+                raise no_column(chunk.name, name, chunk.columns)
         if not chunk.content.strip(b"\r\n"):
             return types.empty_table()
         wrong: list[pa.csv.InvalidRow] = []
@@ -179,7 +182,7 @@ class Csv(Lines):
         with _text(chunk):
             header = content[:end].decode().rstrip("\r\n")
         style = {"quoting": csv.QUOTE_NONE} if self.quote is None else {"quotechar": self.quote}
-        columns = tuple(next(csv.reader([header], delimiter=self.delimiter, **style), ()))  # type: ignore[arg-type]
+        columns = tuple(next(csv.reader([header], delimiter=self.delimiter, **style), ()))
         _refuse_twice(columns, chunk.name)
         return Chunk(chunk.name, 1 + chunk.content.count(b"\n", 0, blank + end), content[end:]), columns
 
@@ -246,8 +249,10 @@ class JsonLines(Lines):
 
 def _parse_fast(content: bytes) -> pa.Table:
     """Strings stay strings, also where they look like times."""
-    strings = [key for key, value in json.loads(content.lstrip().split(b"\n", 1)[0]).items() if isinstance(value, str)]
+    first = json.loads(content.lstrip().split(b"\n", 1)[0])
+    strings = [key for key, value in first.items() if isinstance(value, str)]
     table = _parse_as(content, strings)
+    table = table.select(sorted(table.column_names, key=lambda name: (name not in first, list(first).index(name) if name in first else 0)))
     times = [field.name for field in table.schema if pa.types.is_temporal(field.type)]
     return _parse_as(content, [*strings, *times]) if times else table
 

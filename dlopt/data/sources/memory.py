@@ -26,7 +26,10 @@ def from_data(data: Any, folder: str | Path) -> Parquet:
     It is written to `folder`, in a file named by its content's digest; the same content again finds the same file. Every node must
     see the folder. Raises DloptError for what makes no table.
     """
-    table = _table(data).replace_schema_metadata(None).combine_chunks()
+    table = _table(data)
+    table = table.cast(
+        pa.schema([(name, _usual(kind)) for name, kind in zip(table.column_names, table.schema.types, strict=True)])
+    ).combine_chunks()
     if not table.column_names:
         raise DloptError("from_data: the data has no columns")
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -63,6 +66,19 @@ def _table(data: Any) -> pa.Table:
     if type(data).__module__.partition(".")[0] == "pandas" and hasattr(data, "iloc") and hasattr(data, "columns"):
         return of_frame(data)
     raise DloptError(f"from_data: a {type(data).__name__} is no table: give a Table, a DataFrame, a dict of arrays or a list of dicts")
+
+
+def _usual(kind: pa.DataType) -> pa.DataType:
+    """The one of several types for the same values by which a content's digest goes."""
+    if pa.types.is_dictionary(kind):
+        return _usual(kind.value_type)
+    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return pa.string()
+    if pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
+        return pa.binary()
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(_usual(kind.value_type), kind.list_size)
+    return pa.list_(_usual(kind.value_type)) if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
 
 
 def _of_series(series: Any) -> pa.Array:

@@ -124,6 +124,27 @@ class Disk(Place):
 
 
 @dataclass(frozen=True)
+class Azure(Place):
+    """Azure's blobs; pyarrow does not pass on when they changed."""
+
+    def file_infos(self, paths: Sequence[str]) -> list[File]:
+        return [self._info(path) for path in paths]
+
+    def _inside(self, folder: str) -> list[File]:
+        found = self.filesystem.handler.fs.find(folder, detail=True)
+        return [self._file(path, info) for path, info in found.items()]
+
+    def _info(self, path: str) -> File:
+        try:
+            return self._file(path, self.filesystem.handler.fs.info(path))
+        except FileNotFoundError:
+            return File(self.prefix + path, path)
+
+    def _file(self, path: str, info: dict[str, Any]) -> File:
+        return File(self.prefix + path, path, info.get("size") or 0, info.get("etag") or str(info.get("last_modified")))
+
+
+@dataclass(frozen=True)
 class Web(Place):
     """Files behind http:// and https://, which cannot be listed. A server need not know ranges of bytes, so files are read whole."""
 
@@ -155,7 +176,9 @@ class Web(Place):
     def _info(self, path: str) -> File | None:
         try:
             info = self.filesystem.info(path)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if isinstance(error.__cause__, OSError):  # nobody answers, which is not the same as no file
+                raise error.__cause__ from None
             return None
         return File(path, path, info.get("size") or 0, info.get("ETag") or info.get("Last-Modified"))
 
@@ -294,7 +317,7 @@ def _abfs(scheme: str, rest: str) -> tuple[Place, str]:
     names = ("account_name", "account_key", "connection_string", "sas_token", "tenant_id", "client_id", "client_secret")
     keys = {name: os.environ[variable] for name in names if os.environ.get(variable := f"AZURE_STORAGE_{name.upper()}")}
     filesystem, path = fsspec.core.url_to_fs(f"{scheme}://{rest}", **keys)
-    return Place(fs.PyFileSystem(fs.FSSpecHandler(filesystem)), f"{scheme}://"), path
+    return Azure(fs.PyFileSystem(fs.FSSpecHandler(filesystem)), f"{scheme}://"), path
 
 
 def _http(scheme: str, rest: str) -> tuple[Place, str]:

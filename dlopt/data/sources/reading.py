@@ -127,11 +127,14 @@ def first_rows(tables: Iterator[Named], rows: int) -> pa.Table:
 
 
 def wanted(schema: pa.Schema, columns: Sequence[str] | None) -> pa.Schema:
-    """The part of a schema that is asked for; a dictionary is the reader's own affair."""
-    names = schema.names if columns is None else [name for name in dict.fromkeys(columns) if name in schema.names]
-    kinds = [schema.field(name).type for name in names]
-    plain = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in kinds]
-    return pa.schema(list(zip(names, plain, strict=True)))
+    """The part of a schema that is asked for."""
+    return plain(schema if columns is None else pa.schema([schema.field(name) for name in dict.fromkeys(columns) if name in schema.names]))
+
+
+def plain(schema: pa.Schema) -> pa.Schema:
+    """A schema without dictionaries, which are the file's own affair, and without metadata."""
+    kinds = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in schema.types]
+    return pa.schema(list(zip(schema.names, kinds, strict=True)))
 
 
 def conform(name: str, table: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -139,7 +142,7 @@ def conform(name: str, table: pa.Table, schema: pa.Schema) -> pa.Table:
     columns = []
     for field in schema:
         if field.name not in table.column_names:
-            raise DloptError(f"{name}: has no column {field.name!r}; its columns are {', '.join(table.column_names)}")
+            raise no_column(name, field.name, table.column_names)
         column = table[field.name]
         try:
             columns.append(column if column.type == field.type else column.cast(field.type))
@@ -148,6 +151,10 @@ def conform(name: str, table: pa.Table, schema: pa.Schema) -> pa.Table:
                 f"{name}: column {field.name!r} is {column.type}, where it is {field.type} in the first of the files"
             ) from None
     return pa.Table.from_arrays(columns, schema=schema)
+
+
+def no_column(name: str, column: str, columns: Sequence[str]) -> DloptError:
+    return DloptError(f"{name}: has no column {column!r}; its columns are {', '.join(columns)}")
 
 
 def block_bytes(pieces: Sequence[Piece]) -> int:

@@ -63,8 +63,9 @@ def utf8(stream: Any, name: str, encoding: str) -> Iterator[bytes]:
 
 
 def chunks(parts: Iterable[bytes], name: str, size: int, delimiter: str = "", quote: str | None = None) -> Iterator[Chunk]:
-    """Text in chunks of whole records, of about `size` bytes; the first one is as small as it can be, for a quick look."""
-    line, rest, size_of_rest, enough = 1, list[bytes](), 0, 1
+    """Text in chunks of whole records, of about `size` bytes; the first one is smaller, for a quick look. Raises DloptError for
+    a quote that stays open, which would swallow the rest of the file."""
+    line, rest, size_of_rest, enough = 1, list[bytes](), 0, min(size, READ_BYTES)
     for part in parts:
         rest.append(part)
         size_of_rest += len(part)
@@ -73,14 +74,21 @@ def chunks(parts: Iterable[bytes], name: str, size: int, delimiter: str = "", qu
         text = b"".join(rest)
         end = last_end(text, delimiter, quote)
         if not end and len(text) > MOST_BYTES:
-            raise DloptError(f"{name}: the record on line {line} does not end: is a quote left open? quote: null takes quotes as letters")
+            raise _endless(name, line)
         if end:
             yield Chunk(name, line, text[:end])
         line += text.count(b"\n", 0, end)
         rest, size_of_rest = [text[end:]], len(text) - end
         enough = size if end else 2 * len(text)
-    if text := b"".join(rest):
+    text = b"".join(rest)
+    if quote is not None and len(_real_quotes(np.frombuffer(text, np.uint8), ord(delimiter), ord(quote))) % 2:
+        raise _endless(name, line + text.count(b"\n", 0, last_end(text, delimiter, quote)))
+    if text:
         yield Chunk(name, line, text)
+
+
+def _endless(name: str, line: int) -> DloptError:
+    return DloptError(f"{name}: the record on line {line} does not end: is a quote left open? quote: null takes quotes as letters")
 
 
 def last_end(text: bytes, delimiter: str = "", quote: str | None = None) -> int:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dlopt.data.sources.places import File, Place, reading
-from dlopt.data.sources.reading import MAX_BLOCK, Files, Named, Piece
+from dlopt.data.sources.reading import MAX_BLOCK, Files, Named, Piece, plain
 from dlopt.part import DloptError
 
 MOST_OPENED = 256
@@ -108,7 +108,8 @@ def _row_groups(file: File, metadata: pq.FileMetaData) -> list[Piece]:
 
 def _together(schemas: Sequence[pa.Schema], names: Sequence[str]) -> pa.Schema:
     """One schema for the columns of the first one."""
-    found = schemas[0].remove_metadata()
+    schemas = [plain(schema) for schema in schemas]
+    found = schemas[0]
     for schema, name in zip(schemas[1:], names[1:], strict=False):
         shared = pa.schema([schema.field(column) for column in found.names if column in schema.names])
         try:

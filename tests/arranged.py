@@ -1,0 +1,112 @@
+"""For the tests of data: the prepare stage in this process, on tables in memory, and what comes out of it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dlopt.artifact import Artifact, Stage, once
+from dlopt.data.inputs import AnyTarget, CategoryTarget
+from dlopt.data.prepare import SPILL, arrange
+from dlopt.data.prepared import Split
+from dlopt.data.section import Data
+from dlopt.data.sources import Parquet
+from dlopt.data.spill import Piece, Spill, from_json
+from dlopt.part import DloptError, Feature, Part, Signature, Statistics
+
+SPLITS = ("train", "validation", "test")
+SOMEWHERE = Parquet(path="somewhere")
+"""Stands for tables in memory."""
+
+Tables = pa.Table | Sequence[pa.Table]
+
+
+def section_of(*inputs: Part, target: AnyTarget = CategoryTarget(), **more: Any) -> Data:  # noqa: B008 (frozen)
+    """A section of a job, checked as one from a file is."""
+    return Data.model_validate({"source": SOMEWHERE, "inputs": inputs, "target": target} | more)
+
+
+def arranged(
+    section: Data, source: Tables, home: Path, *, test: Tables | None = None, validation: Tables | None = None, blocks: int = 1
+) -> Artifact:
+    """What prepare makes of rows that come in so many blocks a table."""
+    given = {"source": source, "validation": validation, "test": test}
+    tables = {name: [some] if isinstance(some, pa.Table) else list(some) for name, some in given.items() if some is not None}
+    first = tables["source"][0]
+    features, whole = tuple(part.feature(first) for part in section.inputs), section.target.whole(first)
+
+    def make(section: Data, out: Path) -> dict[str, Any]:
+        spill = Spill(section, features, whole, str(out / SPILL))
+        read = {name: list(_pieces(spill, some, blocks)) for name, some in tables.items()}
+        return arrange(section, features, read, out, run=anywhere)
+
+    return once(Stage("data", make), section, home)
+
+
+def anywhere(tasks: Sequence[Callable[[], Any]]) -> Iterator[Any]:
+    """Run tasks as a cluster does, with nothing but what survives the trip there and back."""
+    for task in tasks:
+        yield pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(task))()))
+
+
+def _pieces(spill: Spill, tables: Sequence[pa.Table], blocks: int) -> Iterator[Piece]:
+    for table in tables:
+        bounds = np.linspace(0, len(table), blocks + 1).astype(int)
+        for start, stop in itertools.pairwise(bounds):
+            for row in spill(table.slice(start, stop - start)):
+                yield from map(from_json, row["piece"])
+
+
+def shuffled(table: pa.Table, seed: int = 4) -> pa.Table:
+    return table.take(pa.array(np.random.default_rng(seed).permutation(len(table))))
+
+
+def files_of(data: Artifact) -> dict[str, str]:
+    """The digest of every file, but for quarantine, whose files follow from the blocks."""
+    return {name: file.sha256 for name, file in data.manifest.files.items() if not name.startswith("quarantine/")}
+
+
+def rows_of(data: Artifact, name: str) -> dict[str, np.ndarray]:
+    return Split.open(data, name).read()
+
+
+def signature_of(data: Artifact) -> Signature:
+    return Signature.model_validate_json(data.read("signature.json"))
+
+
+def statistics_of(data: Artifact, name: str = "numbers") -> Statistics:
+    return Statistics.model_validate(json.loads(data.read("statistics.json"))[name])
+
+
+def feature_of(data: Artifact, name: str) -> Feature:
+    return next(feature for feature in signature_of(data).inputs if feature.name == name)
+
+
+def quarantine_of(data: Artifact) -> list[dict[str, Any]]:
+    """Every row that was set aside, with its reason."""
+    return [row for file in sorted((data.path / "quarantine").glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+
+
+def splits_of(data: Artifact, tensor: str = "numbers", column: int = 0) -> dict[float, str]:
+    """The split of each row, by a number that names the row. Fails when a row is in two."""
+    found = [(value, name) for name in SPLITS for value in rows_of(data, name)[tensor][:, column].tolist()]
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+def refused(section: Data, source: Tables, home: Path, **more: Any) -> str:
+    """The one line that a run is refused with; nothing sealed is left."""
+    with pytest.raises(DloptError) as error:
+        arranged(section, source, home, **more)
+    assert not list(home.rglob("manifest.json"))
+    assert "\n" not in str(error.value)
+    return str(error.value)

@@ -1,0 +1,411 @@
+"""What the report says of targets of every kind, and how it writes rows of every kind, from artifacts made by hand."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from sklearn import metrics as reference
+
+from dlopt.data import text
+from dlopt.data.describe import describe
+from dlopt.data.prepared import Split
+from dlopt.data.profile import summarise
+from dlopt.data.text import TextInput, tokens_of, train_tokenizer
+from dlopt.export.onnx import trained_network
+from dlopt.models import Mlp
+from dlopt.part import Feature, Signature, Target
+from dlopt.report import plots, rows
+from dlopt.report.results import KINDS, THRESHOLDS, Categories, Labels, Numbers, Results, precision_recall, roc
+from dlopt.train.evaluate import write_predictions
+from tests import sets
+from tests.served import FLIGHTS, SAID
+from tests.test_report import IMAGE, LINES, METRICS, NUMBERS, Read, Run, epoch_line, make_data, make_model, pixels
+
+SPAM = Target(name="kind", labels=("ham", "spam"))
+TAGS = Target(name="tags", kind="multi_label", labels=("art", "law", "<i>sea</i>"))
+PRICE = Target(name="price", kind="number", columns=("price",))
+PLACE = Target(name="place", kind="number", columns=("x", "y"))
+GENERATOR = np.random.default_rng(11)
+
+
+def run_of(home: Path, target: Target, truth: np.ndarray, predictions: dict[str, Any], metrics: dict[str, Any], **data: Any) -> Run:
+    """A run on two columns of numbers, whose test split has these targets, in the order of the predictions."""
+    count = len(truth)
+    splits = {name: {"numbers": np.arange(2 * count, dtype=np.float32).reshape(count, 2), target.name: truth} for name in ("train", "test")}
+    signature = Signature(inputs=(NUMBERS,), target=target)
+    told = {"row": np.arange(count)} | predictions
+    lines = [epoch_line(epoch, validation=metrics) for epoch in (1, 2, 3)]
+    model = make_model(home, signature, dict.fromkeys(("train", "test"), metrics), lines, told)
+    return Run(make_data(home, signature, splits, **data), model, splits["test"], told)
+
+
+def spam(home: Path, truth: np.ndarray, score: np.ndarray, target: Target = SPAM, **data: Any) -> Run:
+    """Two classes, the score being the probability of the second one."""
+    predicted = (score > 0.5).astype(int)
+    probability = np.where(predicted == 1, score, 1 - score)
+    loss = -np.log(np.where(truth == 1, score, 1 - score))
+    found = {"label": truth, "predicted": predicted, "probability": probability, "score": score, "loss": loss}
+    positive = 1 if target.positive in (None, target.labels[1]) else 0
+    found["score"] = score if positive == 1 else 1 - score
+    told = {"loss": 0.25, "accuracy": float((truth == predicted).mean()), "macro_f1": 0.8, "f1": 0.7, "roc_auc": 0.9}
+    return run_of(home, target, truth, found, told, **data)
+
+
+def random_scores(count: int = 400) -> tuple[np.ndarray, np.ndarray]:
+    """Truths, a quarter of them 1, and scores that know something of them, many of them equal."""
+    truth = (GENERATOR.random(count) < 0.25).astype(np.int64)
+    return truth, np.clip(0.25 * truth + GENERATOR.random(count).round(2) * 0.7, 0.01, 0.99)
+
+
+# Two classes
+
+
+def test_the_roc_curve_and_its_area_are_those_of_scikit_learn() -> None:
+    truth, score = random_scores()
+    x, y, area = roc(score, truth == 1)
+    expected = reference.roc_curve(truth, score, drop_intermediate=False)
+    np.testing.assert_allclose(x, expected[0])
+    np.testing.assert_allclose(y, expected[1])
+    assert area == pytest.approx(reference.roc_auc_score(truth, score))
+
+
+def test_the_average_precision_is_that_of_scikit_learn() -> None:
+    truth, score = random_scores()
+    recall, precision, average = precision_recall(score, truth == 1)
+    expected = reference.precision_recall_curve(truth, score)
+    np.testing.assert_allclose(recall, expected[1][-2::-1])
+    np.testing.assert_allclose(precision, expected[0][-2::-1])
+    assert average == pytest.approx(reference.average_precision_score(truth, score))
+
+
+@pytest.mark.parametrize("positive", ["spam", "ham"])
+def test_two_classes_have_curves_and_other_thresholds_of_the_positive_one(tmp_path: Path, positive: str) -> None:
+    truth, score = random_scores()
+    found = spam(tmp_path, truth, score, SPAM.model_copy(update={"positive": positive})).write(tmp_path / "report.html")
+    is_so, probability = (truth == 1, score) if positive == "spam" else (truth == 0, 1 - score)
+    assert f"ROC curve, AUC {reference.roc_auc_score(is_so, probability):.4f}" in found.text
+    assert f"Precision and recall, AP {reference.average_precision_score(is_so, probability):.4f}" in found.text
+    table = found.tables["thresholds"]
+    assert [line[0] for line in table[1:]] == [f"{threshold:.1f}" for threshold in THRESHOLDS]
+    given = np.float32(probability) >= THRESHOLDS[6]
+    precision, recall, f1, _ = reference.precision_recall_fscore_support(is_so, given, average="binary", zero_division=0)
+    assert table[7][1:] == [str(given.sum()), *(f"{100 * share:.1f} %" for share in (recall, precision, f1))]
+    assert f"Other thresholds for {positive}" in found.text
+
+
+def test_two_classes_are_headed_by_what_is_known_of_two_classes(tmp_path: Path) -> None:
+    text = spam(tmp_path, *random_scores()).write(tmp_path / "report.html").text
+    assert "test ROC AUC 0.9 how often a row of spam ranks above another" in text
+    assert "test F1 0.7 of spam: the harmonic mean" in text
+    assert "ROC AUC by epoch" not in text and text.count("test accuracy") == 1
+
+
+def test_a_test_split_of_one_class_has_no_curves(tmp_path: Path) -> None:
+    truth, score = np.zeros(200, np.int64), random_scores(200)[1]
+    found = spam(tmp_path, truth, score).write(tmp_path / "report.html")
+    assert "ROC curve" not in found.text
+    assert found.tables["by-class"][2] == ["spam", "0", "-", "0.0 %", "0.0 %"]
+    assert found.tables["classes"][2] == ["spam", "0", "0"]
+
+
+# Labels
+
+
+def tagged(home: Path, count: int = 300) -> tuple[Run, np.ndarray, np.ndarray]:
+    """Three labels of which one in five is wrong, and what is so and what is said, bool (rows, labels)."""
+    truth = GENERATOR.random((count, 3)) < (0.5, 0.3, 0.05)
+    predicted = truth ^ (GENERATOR.random((count, 3)) < 0.2)
+    lists = {name: [np.flatnonzero(row).tolist() for row in found] for name, found in (("labels", truth), ("predicted", predicted))}
+    loss = (truth != predicted).sum(axis=1) + np.linspace(0, 0.5, count)
+    told = {"loss": 0.3, "accuracy": 0.8, "subset_accuracy": 0.5, "micro_f1": 0.75, "macro_f1": 0.7, "macro_roc_auc": None}
+    return run_of(home, TAGS, truth.astype(np.uint8), lists | {"loss": loss}, told), truth, predicted
+
+
+def test_labels_have_recall_precision_and_f1_each_and_together(tmp_path: Path) -> None:
+    run, truth, predicted = tagged(tmp_path)
+    table = run.write(tmp_path / "report.html").tables["by-label"]
+    precision, recall, f1, support = reference.precision_recall_fscore_support(truth, predicted, zero_division=0)
+    for index, label in enumerate(TAGS.labels):
+        shares = [f"{100 * share:.1f} %" for share in (recall[index], precision[index], f1[index])]
+        assert table[1 + index] == [label, str(support[index]), str(predicted[:, index].sum()), *shares]
+    for line, average in zip(table[4:], ("micro", "macro"), strict=True):
+        precision, recall, f1, _ = reference.precision_recall_fscore_support(truth, predicted, average=average, zero_division=0)
+        assert line[0] == average
+        assert line[3:] == [f"{100 * share:.1f} %" for share in (recall, precision, f1)]
+
+
+def test_mistakes_on_labels_name_all_of_them(tmp_path: Path) -> None:
+    run, truth, predicted = tagged(tmp_path)
+    found = run.write(tmp_path / "report.html")
+    wrong = np.flatnonzero((truth != predicted).any(axis=1))
+    expected = wrong[np.argsort(-run.predictions["loss"][wrong])][:24]
+    assert found.mistakes == expected.tolist()
+    first = expected[0]
+    names = [", ".join(np.array(TAGS.labels)[row[first]]) or "none" for row in (truth, predicted)]
+    assert found.tables["values"][0][:3] == ["test row", "labels → predicted", "loss"]
+    assert found.tables["values"][1][1] == " → ".join(names)
+
+
+def test_labels_are_headed_by_micro_f1(tmp_path: Path) -> None:
+    run, truth, _ = tagged(tmp_path)
+    found = run.write(tmp_path / "report.html")
+    assert "test micro F1 0.75 of all labels of all rows together" in found.text
+    assert "test macro F1 0.7" in found.text
+    assert "predicts tags , any of 3 labels, from numbers (2 numbers)" in found.text
+    assert found.tables["classes"][1] == ["art", *[str(truth[:, 0].sum())] * 2]
+    assert found.tables["by-split"][0] == ["split", "rows", "loss", "accuracy", "subset accuracy", "micro F1", "macro F1", "macro ROC AUC"]
+    assert found.tables["by-split"][2] == ["test", "300", "0.3", "80.00 %", "50.00 %", "0.75", "0.7", "-"]
+
+
+# Numbers
+
+
+def priced(home: Path, truth: np.ndarray, predicted: np.ndarray, target: Target = PRICE) -> Run:
+    columns = {f"target.{name}": truth[:, index] for index, name in enumerate(target.columns)}
+    columns |= {f"predicted.{name}": predicted[:, index] for index, name in enumerate(target.columns)}
+    loss = ((truth - predicted) ** 2).mean(axis=1)
+    told = {"loss": 0.1, "r2": 0.5, "mae": 3.0, "rmse": 4.0}
+    return run_of(home, target, truth.astype(np.float32), columns | {"loss": loss}, told)
+
+
+def test_numbers_have_their_errors_in_units_of_the_data(tmp_path: Path) -> None:
+    truth = GENERATOR.normal(100, 20, (500, 2)).round(3)
+    predicted = truth + GENERATOR.normal((1, -3), (5, 2), (500, 2))
+    found = priced(tmp_path, truth, predicted, PLACE).write(tmp_path / "report.html")
+    for index, line in enumerate(found.tables["by-number"][1:]):
+        true, said = truth[:, index], predicted[:, index]
+        expected = [
+            reference.mean_absolute_error(true, said),
+            reference.root_mean_squared_error(true, said),
+            reference.r2_score(true, said),
+            (said - true).mean(),
+        ]
+        assert line[0] == PLACE.columns[index]
+        assert [float(value) for value in line[1:]] == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_worst_mistake_on_a_number_is_the_furthest_off(tmp_path: Path) -> None:
+    truth = np.arange(200.0)[:, None]
+    predicted = truth + np.where(np.arange(200) == 17, -42.5, 0.25)[:, None]
+    predicted[[3, 4]] = truth[[3, 4]]
+    found = priced(tmp_path, truth, predicted).write(tmp_path / "report.html")
+    assert found.tables["values"][0] == ["test row", "true → predicted", "error", "loss", "month", "<i>distance</i>"]
+    assert found.tables["values"][1] == ["17", "17 → -25.5", "-42.5", "1806", "34", "35"]
+    assert not {3, 4} & set(found.mistakes)
+    assert "The 24 of 198 test rows with the highest loss: true → predicted." in found.text
+
+
+def test_numbers_are_headed_by_how_much_is_explained(tmp_path: Path) -> None:
+    truth = np.arange(200.0)[:, None]
+    found = priced(tmp_path, truth, truth + 1).write(tmp_path / "report.html")
+    assert "test R² 0.5 share of the variance" in found.text
+    assert "test MAE 3 mean absolute error, in units of the data test RMSE 4" in found.text
+    said = [element["aria-label"] for element in found.all("div") if element.get("role") == "img"]
+    assert "price: predicted by true value of 200 rows, from 0 to 199." in said
+    assert any(line.startswith("R² by epoch, 1 to 3: validation from 0.5 to 0.5") for line in said)
+    assert "classes" not in found.tables and "Accuracy" not in found.text
+
+
+def test_a_number_that_never_changes_and_one_that_is_not_finite_do_not_stop_the_page(tmp_path: Path) -> None:
+    truth = np.full((200, 1), 7.0)
+    predicted = np.where(np.arange(200) == 5, np.nan, 7.0)[:, None]
+    found = priced(tmp_path, truth, predicted).write(tmp_path / "report.html")
+    assert found.tables["by-number"][1] == ["price", "not finite", "not finite", "-", "not finite"]
+    assert found.mistakes == [5]
+
+
+def test_many_points_are_a_small_plot_of_how_many_lie_where() -> None:
+    true = GENERATOR.normal(0, 1, 200_000)
+    predicted = true + GENERATOR.normal(0, 0.5, 200_000)
+    svg = plots.scatter("many", true, predicted)
+    assert len(svg) < 120_000
+    assert 50 < svg.count("<use") < 36 * 36
+    assert len(plots.errors("many", predicted - true, "error")) < 20_000
+    assert plots.scatter("few", true[:100], predicted[:100]).count("<use") >= 100
+
+
+# As training writes it
+
+
+def written(home: Path, target: Target) -> tuple[Results, dict[str, float | None]]:
+    """What a network of no training says of a test split, as the report reads it, and the metrics that training has of it."""
+    data = sets.prepared(home, sets.signature(sets.NUMBERS, target=target))
+    network, test = trained_network(sets.trained(home, data, Mlp(hidden=(16,))), data), Split.open(data, "test")
+    metrics = write_predictions(home / "predictions.parquet", network, test, torch.device("cpu"))
+    return KINDS[target.kind](target, pq.read_table(home / "predictions.parquet")), metrics
+
+
+@pytest.mark.parametrize("positive", ["no", "yes"])
+def test_the_report_says_of_two_classes_what_the_metrics_say(tmp_path: Path, positive: str) -> None:
+    found, metrics = written(tmp_path, sets.TWO.model_copy(update={"positive": positive}))
+    assert isinstance(found, Categories)
+    truth = found.label == found.positive
+    assert roc(found.score, truth)[2] == pytest.approx(metrics["roc_auc"])
+    assert precision_recall(found.score, truth)[2] == pytest.approx(metrics["average_precision"])
+    score = found.scores[found.positive]
+    assert (score.label, score.f1, score.recall) == (positive, pytest.approx(metrics["f1"]), pytest.approx(metrics["recall"]))
+    assert 1 - len(found.wrong) / found.rows == pytest.approx(metrics["accuracy"])
+
+
+def test_the_report_says_of_labels_what_the_metrics_say(tmp_path: Path) -> None:
+    found, metrics = written(tmp_path, sets.LABELS)
+    assert isinstance(found, Labels)
+    assert (found.micro.f1, found.macro.f1) == (pytest.approx(metrics["micro_f1"]), pytest.approx(metrics["macro_f1"]))
+    assert 1 - len(found.wrong) / found.rows == pytest.approx(metrics["subset_accuracy"])
+
+
+def test_the_report_says_of_numbers_what_the_metrics_say(tmp_path: Path) -> None:
+    found, metrics = written(tmp_path, sets.PAIR)
+    assert isinstance(found, Numbers)
+    for name in ("mae", "rmse", "r2"):
+        assert np.mean([getattr(number, name) for number in found.numbers]) == pytest.approx(metrics[name], rel=1e-5)
+
+
+# Rows
+
+
+def test_mistakes_show_the_row_as_a_person_would_write_it(tmp_path: Path) -> None:
+    """Numbers, categories by their names, parts of dates, text and a picture, side by side."""
+    tokenizer = train_tokenizer(SAID, TextInput(columns=("title", "body"), min_frequency=1))
+    words = Feature(name="words", kind="text", dtype="int32", shape=(8,), columns=("title", "body"), tokenizer=tokenizer, tokens=20)
+    hashed = Feature(name="codes", kind="category", dtype="int32", shape=(1,), columns=("tail",), buckets=50)
+    signature = Signature(inputs=(*FLIGHTS.inputs, words, hashed, IMAGE), target=SPAM)
+    count = 80
+    values = {
+        "numbers": np.full((count, 2), np.nan, np.float32),
+        "categories": np.zeros((count, 2), np.int32),
+        "dates": np.full((count, 2), 5, np.float32),
+        "words": np.tile(tokens_of(words).encode([SAID[0]]), (count, 1)),
+        "codes": np.full((count, 1), 17, np.int32),
+        "image": GENERATOR.integers(0, 256, (count, 28, 28, 1), dtype=np.uint8),
+        "kind": np.zeros(count, np.int64),
+    }
+    values["numbers"][70] = 2.5, 1234567
+    values["categories"][70], values["categories"][3] = (3, 300), (1, 0)
+    loss = np.where(np.arange(count) == 70, 5.0, 2.0)
+    wrong = np.isin(np.arange(count), (3, 70)).astype(int)
+    told = {"row": np.arange(count), "label": values["kind"], "predicted": wrong, "probability": np.full(count, 0.75), "loss": loss}
+    model = make_model(tmp_path, signature, METRICS, LINES, told | {"score": np.full(count, 0.75)})
+    run = Run(make_data(tmp_path, signature, dict.fromkeys(("train", "validation", "test"), values)), model, values, told)
+    found = run.write(tmp_path / "report.html")
+    names = ["delay", "distance", "carrier", "airport", "day month", "day weekday", "title + body", "tail"]
+    assert found.tables["values"] == [
+        ["test row", "label → predicted", "probability", "loss", "image", *names],
+        ["70", "ham → spam", "75.0 %", "5", "", "2.5", "1.23457e+06", "UA", "A299", "5", "5", "please call me now", "#17"],
+        ["3", "ham → spam", "75.0 %", "2", "", "missing", "missing", "missing", "unknown", "5", "5", "please call me now", "#17"],
+    ]
+    shown = [image for image in found.all("img") if image["alt"] == "ham, taken for spam"]
+    assert [pixels(image["src"]).tolist() for image in shown] == [values["image"][row, :, :, 0].tolist() for row in (70, 3)]
+
+
+def words_of(kind: str, sentence: str, max_length: int = 64) -> list[list[str]]:
+    """A sentence as the report shows it, after a tokenizer of a kind."""
+    tokenizer = train_tokenizer([sentence, *SAID], TextInput(column="message", min_frequency=1, tokenizer=kind, vocab_size=500))
+    shape = {"shape": (max_length,), "columns": ("message",), "tokens": 500}
+    feature = Feature(name="text", kind="text", dtype="int32", tokenizer=tokenizer, **shape)
+    signature = Signature(inputs=(feature,), target=SPAM)
+    return rows.cells(signature, {"text": tokens_of(feature).encode([sentence])})
+
+
+@pytest.mark.parametrize("kind", ["word", "bpe", "char"])
+def test_every_tokenizer_gives_its_text_back(kind: str) -> None:
+    assert words_of(kind, "grüße , 東京 now !") == [["grüße , 東京 now !"]]
+
+
+def test_a_long_text_is_cut() -> None:
+    ((shown,),) = words_of("word", "now " * 500, max_length=500)
+    assert shown == f"{'now ' * 99}now…"
+
+
+def test_without_the_tokenizer_texts_are_their_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    feature = Feature(name="text", kind="text", dtype="int32", shape=(4,), columns=("message",), tokenizer="{}", tokens=9)
+    for cached in (text._library, text._parsed):
+        cached.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "tokenizers", None)  # for the import system, not installed
+        found = rows.cells(Signature(inputs=(feature,), target=SPAM), {"text": np.int32([[5, 3, 0, 0], [7, 0, 0, 0]])})
+    text._library.cache_clear()
+    assert found == [["5 3"], ["7"]]
+
+
+# Data, and folds
+
+
+def test_warnings_stand_at_the_top_and_whole_in_the_data(tmp_path: Path) -> None:
+    lines = [f"column {name} looks <b>odd</b>" for name in "abcde"]
+    run = spam(tmp_path, *random_scores(), warnings=lines)
+    found = run.write(tmp_path / "report.html")
+    assert found.text.index("5 warnings about the data") < found.text.index("The kept weights")
+    assert found.text.count(lines[0]) == 2 and found.text.count(lines[4]) == 1
+    assert "<b>odd" not in (tmp_path / "report.html").read_text()
+    assert any(link["href"] == "#warnings" for link in found.all("a"))
+    assert "warnings" in {attributes.get("id") for _, attributes in found.elements}
+
+
+def test_cleaning_says_what_it_dropped(tmp_path: Path) -> None:
+    rules = [
+        {"kind": "drop_duplicates", "title": "drop_duplicates of a, b", "dropped": 1234},
+        {"kind": "outliers", "title": "outliers of c", "dropped": 0, "capped": {"c": 5}},
+    ]
+    found = spam(tmp_path, *random_scores(), cleaning=rules, left_out=["x", "y"]).write(tmp_path / "report.html")
+    assert found.tables["cleaning"][1:] == [["drop_duplicates of a, b", "1,234", ""], ["outliers of c", "0", "capped c 5"]]
+    assert "too many of their values are missing: x, y." in found.text
+
+
+def test_the_profile_is_drawn_where_there_is_one(tmp_path: Path) -> None:
+    columns = {"month": GENERATOR.integers(1, 13, 500).astype(float), "kind": GENERATOR.integers(0, 2, 500).astype(str)}
+    columns["month"][:50] = np.nan
+    made = summarise(columns, {"month": "number", "kind": "category"}, ["kind"])
+    found = spam(tmp_path, *random_scores(), profile=describe({"train": made}, ["kind"])).write(tmp_path / "report.html")
+    assert [line[:2] for line in found.tables["columns"][1:]] == [["month", "number"], ["kind", "category, target"]]
+    assert "10.0%" in found.tables["columns"][1]
+    said = [element["aria-label"] for element in found.all("div") if element.get("role") == "img"]
+    assert any(line.startswith("Histogram of month") for line in said)
+
+
+def test_examples_of_each_class_are_its_own_images(tmp_path: Path) -> None:
+    label = np.arange(90) % 3
+    image = np.zeros((90, 28, 28, 1), np.uint8) + (40 * label[:, None, None, None] + 1).astype(np.uint8)
+    signature = Signature(inputs=(IMAGE,), target=Target(name="label", labels=("cat", "dog", "owl")))
+    values = {"image": image, "label": label}
+    data = make_data(tmp_path, signature, dict.fromkeys(("train", "validation", "test"), values))
+    found = Run(data, make_model(tmp_path, signature, METRICS, LINES), values, {}).write(tmp_path / "report.html")
+    shown = [(picture["alt"], int(pixels(picture["src"])[0, 0])) for picture in found.all("img") if "example" in picture["alt"]]
+    expected = [(f"example {place} of {name}", 40 * at + 1) for at, name in enumerate(("cat", "dog", "owl")) for place in range(1, 9)]
+    assert shown == expected
+
+
+def test_folds_have_their_mean_and_spread(tmp_path: Path) -> None:
+    folds = [{"loss": 0.2, "accuracy": 0.9, "roc_auc": 0.95}, {"loss": 0.4, "accuracy": 0.8, "roc_auc": None}]
+    found = spam(tmp_path, *random_scores()).write(tmp_path / "report.html", folds=folds)
+    spread = np.std([0.2, 0.4], ddof=1), np.std([0.9, 0.8], ddof=1)
+    assert found.tables["folds"] == [
+        ["fold", "loss", "accuracy", "ROC AUC"],
+        ["1", "0.2", "90.00 %", "0.95"],
+        ["2", "0.4", "80.00 %", "-"],
+        ["mean", "0.3", "85.00 %", "0.95"],
+        ["spread", f"{spread[0]:.4g}", f"{100 * spread[1]:.2f} %", "-"],
+    ]
+
+
+@pytest.mark.parametrize("what", ["two classes", "labels", "numbers"])
+def test_every_page_has_ids_once_and_only_links_that_lead_somewhere(tmp_path: Path, what: str) -> None:
+    truth = np.arange(200.0)[:, None]
+    runs = {
+        "two classes": lambda: spam(tmp_path, *random_scores(), warnings=["a"] * 5),
+        "labels": lambda: tagged(tmp_path)[0],
+        "numbers": lambda: priced(tmp_path, truth, truth * 2),
+    }
+    found: Read = runs[what]().write(tmp_path / "report.html")
+    ids = [attributes["id"] for _, attributes in found.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    refers = [attributes["href"] for _, attributes in found.elements if attributes.get("href", "").startswith("#")]
+    assert {link[1:] for link in refers} <= set(ids)
+    content = (tmp_path / "report.html").read_text()
+    assert "<i>" not in content and "<script" not in content
