@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dlopt.artifact import Artifact, Stage, once
+from dlopt.data import prepare
 from dlopt.data.inputs import AnyTarget, CategoryTarget
 from dlopt.data.prepare import SPILL, arrange
 from dlopt.data.prepared import Split
@@ -36,9 +37,17 @@ def section_of(*inputs: Part, target: AnyTarget = CategoryTarget(), **more: Any)
 
 
 def arranged(
-    section: Data, source: Tables, home: Path, *, test: Tables | None = None, validation: Tables | None = None, blocks: int = 1
+    section: Data,
+    source: Tables,
+    home: Path,
+    *,
+    test: Tables | None = None,
+    validation: Tables | None = None,
+    blocks: int = 1,
+    ranges: int = 1,
 ) -> Artifact:
-    """What prepare makes of rows that come in so many blocks a table."""
+    """What prepare makes of rows that come in so many blocks a table and are worked on in so many ranges of keys, a power of 2.
+    At most a quarter of the rows may be bad."""
     given = {"source": source, "validation": validation, "test": test}
     tables = {name: [some] if isinstance(some, pa.Table) else list(some) for name, some in given.items() if some is not None}
     first = tables["source"][0]
@@ -49,7 +58,11 @@ def arranged(
         read = {name: list(_pieces(spill, some, blocks)) for name, some in tables.items()}
         return arrange(section, features, read, out, run=anywhere)
 
-    return once(Stage("data", make), section, home)
+    row_bytes = sum(feature.size * np.dtype(feature.stored).itemsize for feature in features) + 8
+    rows = sum(len(table) for some in tables.values() for table in some)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "PART_BYTES", 2**40 if ranges == 1 else max(1, rows * row_bytes * 3 // 4 // (ranges // 2)))
+        return once(Stage("data", make), section, home)
 
 
 def anywhere(tasks: Sequence[Callable[[], Any]]) -> Iterator[Any]:

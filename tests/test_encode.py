@@ -6,6 +6,7 @@ import base64
 import io
 import struct
 import zlib
+from datetime import date, datetime, timedelta
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,12 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from dlopt.data.encode import decode_image, encode_rows
-from dlopt.data.inputs import CategoryTarget, ImageInput, NumberInput
-from dlopt.part import DloptError, Signature, Target
+from dlopt.data.encode import decode_image, encode_png, encode_rows
+from dlopt.data.inputs import CategoryInput, CategoryTarget, DateInput, ImageInput, NumberInput, TextInput
+from dlopt.part import DloptError, Feature, Signature, Target
 
 RANDOM = np.random.default_rng(5)
+TARGET = Target(name="label", labels=(0, 1))
 PIXELS = {channels: RANDOM.integers(0, 256, (9, 7, channels), dtype=np.uint8) for channels in (1, 3, 4)}
 
 
@@ -32,8 +34,8 @@ def trained(values: list[Any], part: ImageInput = ImageInput()) -> tuple[Signatu
     """The signature, and the tensors and reasons that training would get, of a column of raw values."""
     table = pa.table({"image": values})
     feature = part.feature(table)
-    pixels, reasons = part.encode(table, feature)
-    return Signature(inputs=(feature,), target=Target(name="label", labels=(0, 1))), pixels, reasons
+    columns, reasons = part.read(table, feature)
+    return Signature(inputs=(feature,), target=TARGET), part.finish(pa.table(columns), feature), reasons
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -76,7 +78,9 @@ def test_a_column_of_fixed_size_lists_is_taken_whole_with_its_offset() -> None:
     column = pa.FixedSizeListArray.from_arrays(pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), 5), 4)
     table = pa.table({"image": column}).slice(3, 4)
     part = ImageInput()
-    pixels, reasons = part.encode(table, part.feature(table))
+    feature = part.feature(table)
+    columns, reasons = part.read(table, feature)
+    pixels = part.finish(pa.table(columns), feature)
     assert reasons == {} and (pixels[..., 0] == values[3:7]).all()
 
 
@@ -173,16 +177,17 @@ def test_a_column_without_an_image_is_refused_with_the_reason() -> None:
 
 
 def numbers(columns: dict[str, Any]) -> tuple[np.ndarray, dict[int, str]]:
-    part = NumberInput(columns=tuple(columns))
-    table = pa.table(columns)
-    return part.encode(table, part.feature(table))
+    part, table = NumberInput(columns=tuple(columns)), pa.table(columns)
+    feature = part.feature(table)
+    found, reasons = part.read(table, feature)
+    return part.finish(pa.table(found), feature), reasons
 
 
 def test_numbers_are_served_as_they_were_trained_on() -> None:
     raw = {"a": [0.1, None, 1e-40, 16777217.0], "b": [1, -(2**53), 3, None]}
     values, reasons = numbers(raw)
     part = NumberInput(columns=("a", "b"))
-    signature = Signature(inputs=(part.feature(pa.table(raw)),), target=Target(name="label", labels=(0, 1)))
+    signature = Signature(inputs=(part.feature(pa.table(raw)),), target=TARGET)
     served = encode_rows(signature, [{"a": a, "b": b} for a, b in zip(raw["a"], raw["b"], strict=True)])["numbers"]
     assert reasons == {} and values.dtype == served.dtype == np.float32
     assert np.array_equal(values, served, equal_nan=True)
@@ -223,7 +228,7 @@ def test_a_cell_that_is_no_number_sets_its_row_aside(column: list[Any], reason: 
 
 def labels_of(column: Any) -> tuple[list[Any], dict[int, str]]:
     table, target = pa.table({"label": column}), CategoryTarget()
-    labels, reasons = target.encode(table, target.whole(table))
+    labels, reasons = target.read(table, target.whole(table))
     return labels.to_pylist(), reasons
 
 
@@ -246,7 +251,7 @@ def test_labels_are_whole_numbers_or_strings(column: Any, expected: list[Any]) -
 
 
 def test_labels_read_as_text_become_the_whole_numbers_that_the_first_rows_showed() -> None:
-    labels, reasons = CategoryTarget().encode(pa.table({"label": ["7", "7.0", "true", "", "cat", "7.5", None, "nan"]}), whole=True)
+    labels, reasons = CategoryTarget().read(pa.table({"label": ["7", "7.0", "true", "", "cat", "7.5", None, "nan"]}), whole=True)
     assert labels.to_pylist() == [7, 7, 1, None, None, None, None, None]
     assert reasons[3] == reasons[6] == "label: no label"
     assert reasons[4] == "label: 'cat' is not a whole number" and reasons[5] == "label: '7.5' is not a whole number"
@@ -255,3 +260,170 @@ def test_labels_read_as_text_become_the_whole_numbers_that_the_first_rows_showed
 def test_labels_of_another_type_are_refused() -> None:
     with pytest.raises(DloptError, match=r"data\.target\.column: 'label' is list<item: int64>; classes must be whole numbers or strings"):
         labels_of([[1], [2]])
+
+
+# All kinds together
+
+NAMES = ["", "UA", "ü", "New York", "7", "7.0", "NA", "true", " "]
+WORDS = ["Free", "entry", "call", "ﬁne", "naïve", "2", "now!", "日本"]
+PARTS: tuple[Any, ...] = ("year", "month", "week", "weekday", "hour", "second", "days")
+INPUTS = (
+    NumberInput(columns=("a", "b", "whole")),
+    CategoryInput(columns=("name", "code", "flag", "level"), max_values=5),
+    CategoryInput(columns=("tail",), name="tails", fill="most_frequent", min_count=2),
+    CategoryInput(columns=("flight", "carrier"), name="hashed", hash_buckets=13),
+    DateInput(columns=("day", "time"), parts=PARTS),
+    DateInput(columns=("written",), name="written dates", form="%d.%m.%y %H:%M"),
+    TextInput(columns=("title", "body"), max_length=7, min_frequency=1),
+    TextInput(column="title", name="pieces", tokenizer="bpe", vocab_size=300, max_length=20),
+    ImageInput(column="image"),
+    ImageInput(column="photo", size=(4, 6)),
+)
+
+
+def or_none(random: np.random.Generator, values: list[Any]) -> list[Any]:
+    return [None if gone else value for value, gone in zip(values, random.random(len(values)) < 0.15, strict=True)]
+
+
+def random_table(seed: int, rows: int) -> pa.Table:
+    """A column of every kind and several types, with missing values where there may be any."""
+    random = np.random.default_rng(seed)
+    moments = [datetime(1960, 1, 1) + timedelta(seconds=int(second)) for second in random.integers(0, 4 * 10**9, rows)]
+    names = random.choice(NAMES, rows).tolist()
+    titles = [" ".join(random.choice(WORDS, random.integers(0, 12))) for _ in range(rows)]
+    pixels = random.integers(0, 256, (rows, 5, 3, 1), dtype=np.uint8)
+    photos = [encode_png(random.integers(0, 256, (random.integers(3, 9), 6, 3), dtype=np.uint8)) for _ in range(rows)]
+    wide = (random.normal(size=rows) * 10.0 ** random.integers(-30, 30, rows)).tolist()
+    return pa.table(
+        {
+            "a": or_none(random, random.normal(size=rows).tolist()),
+            "b": pa.array(or_none(random, wide)),
+            "whole": pa.array(or_none(random, random.integers(-(2**53), 2**53, rows).tolist()), pa.int64()),
+            "name": pa.array(or_none(random, names)).dictionary_encode(),
+            "code": pa.array(or_none(random, random.integers(-3, 9, rows).tolist()), pa.int16()),
+            "flag": or_none(random, (random.random(rows) < 0.5).tolist()),
+            "level": or_none(random, (random.integers(0, 9, rows) / 2).tolist()),
+            "tail": pa.array(or_none(random, names), pa.large_string()),
+            "flight": pa.array(or_none(random, random.integers(0, 1000, rows).tolist()), pa.int32()),
+            "carrier": or_none(random, names[::-1]),
+            "day": pa.array(or_none(random, [moment.date() for moment in moments]), pa.date32()),
+            "time": or_none(random, [moment.isoformat() + ("+05:30" if row % 3 else "") for row, moment in enumerate(moments)]),
+            "written": or_none(random, [moment.strftime("%d.%m.%y %H:%M") for moment in moments]),
+            "title": or_none(random, titles),
+            "body": or_none(random, titles[::-1]),
+            "image": pixels.reshape(rows, 5, 3).tolist(),
+            "photo": photos,
+        }
+    )
+
+
+def as_json(value: Any) -> Any:
+    """A value of a raw row as a client writes it."""
+    if isinstance(value, bytes):
+        return {"b64": base64.b64encode(value).decode()}
+    return value.isoformat() if isinstance(value, date) else value
+
+
+def fitted(table: pa.Table) -> tuple[Signature, dict[str, np.ndarray]]:
+    """The signature that training rows make, and what training reads of these rows."""
+    features: dict[str, Feature] = {}
+    rows = {}
+    for part in INPUTS:
+        feature = part.feature(table)
+        columns, reasons = part.read(table, feature)
+        assert reasons == {}
+        read = pa.table(columns)
+        if isinstance(part, TextInput):
+            feature = part.learn(iter([read]), feature)
+        else:
+            feature, _ = part.fit(part.observe(read, feature, {}), feature, features)  # type: ignore[arg-type]
+        features[feature.name], rows[feature.name] = feature, part.finish(read, feature)
+    return Signature(inputs=tuple(features.values()), target=TARGET), rows
+
+
+def looked_up(feature: Feature, texts: np.ndarray) -> np.ndarray:
+    """What the graph makes of categories: codes of the vocabulary, int32 (rows, columns)."""
+    tables = [{value: code for code, value in enumerate(known, start=1)} for known in feature.vocabularies]
+    tables = [table | ({"": missing} if missing else {}) for table, missing in zip(tables, feature.missing, strict=True)]
+    return np.array([[table.get(value, 0) for table, value in zip(tables, row, strict=True)] for row in texts], np.int32)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_rows_of_every_kind_are_served_as_they_were_trained_on(seed: int) -> None:
+    table = random_table(seed, 60)
+    signature, rows = fitted(table)
+    served = encode_rows(signature, [{name: as_json(value) for name, value in row.items()} for row in table.to_pylist()])
+    assert list(served) == list(rows) == [part.tensor for part in INPUTS]
+    for feature in signature.inputs:
+        found = served[feature.name]
+        if feature.dtype == "string":
+            assert found.dtype == object and found.shape == (60, len(feature.columns))
+            found = looked_up(feature, found)
+        assert found.dtype == rows[feature.name].dtype == feature.stored and found.shape == (60, *feature.shape)
+        assert np.array_equal(found, rows[feature.name], equal_nan=feature.dtype == "float32"), feature.name
+
+
+def test_rows_that_training_has_not_seen_are_encoded_by_what_it_has() -> None:
+    signature, _ = fitted(random_table(0, 60))
+    other = random_table(99, 40)
+    served = encode_rows(signature, [{name: as_json(value) for name, value in row.items()} for row in other.to_pylist()])
+    for part, feature in zip(INPUTS, signature.inputs, strict=True):
+        expected = part.finish(pa.table(part.read(other, feature)[0]), feature)
+        found = looked_up(feature, served[feature.name]) if feature.dtype == "string" else served[feature.name]
+        assert np.array_equal(found, expected, equal_nan=feature.dtype == "float32"), feature.name
+
+
+def test_a_text_must_be_one() -> None:
+    part, table = TextInput(column="c", min_frequency=1), pa.table({"text": ["some words"]})
+    signature = Signature(inputs=(part.learn(iter([table]), part.feature(table)),), target=TARGET)
+    with pytest.raises(DloptError, match="row 1: c: 7 is not a text"):
+        encode_rows(signature, [{"c": None}, {"c": 7}])
+
+
+def test_no_rows_are_empty_tensors() -> None:
+    signature, _ = fitted(random_table(0, 60))
+    for feature in signature.inputs:
+        assert encode_rows(signature, [])[feature.name].shape == (0, *feature.shape)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("7", "7"),
+        (7, "7"),
+        (7.0, "7"),
+        (0.5, "0.5"),
+        (True, "true"),
+        (False, "false"),
+        (None, ""),
+        ("", ""),
+        (10**20, str(10**20)),
+        (1e20, str(10**20)),
+    ],
+)
+def test_a_category_may_be_any_plain_value(value: Any, text: str) -> None:
+    part = CategoryInput(columns=("c",))
+    signature = Signature(inputs=(part.feature(pa.table({"c": ["x"]})),), target=TARGET)
+    assert encode_rows(signature, [{"c": value}])["categories"].tolist() == [[text]]
+    assert encode_rows(signature, [[value]])["categories"].tolist() == [[text]]  # the one input's row may be bare
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "said"),
+    [
+        (CategoryInput(columns=("c",)), ["x", "y"], "row 1: c: give a string, a number, true, false or null"),
+        (CategoryInput(columns=("c",)), {"a": 1}, "row 1: c: give a string"),
+        (DateInput(columns=("c",)), "soon", "row 1: c: 'soon' is not a date such as 2026-11-24"),
+        (DateInput(columns=("c",)), 2026, "row 1: c: 2026 is not a text"),
+        (DateInput(columns=("c",), form="%d.%m.%Y"), "31.2.2026", "row 1: c: '31.2.2026' is not a date such as %d.%m.%Y"),
+        (NumberInput(columns=("c",)), "7", "row 1: c: '7' is not a number"),
+        (NumberInput(columns=("c",)), True, "row 1: c: True is not a number"),
+    ],
+)
+def test_what_a_client_sends_wrongly_is_said_with_its_row_and_column(part: Any, value: Any, said: str) -> None:
+    signature = Signature(inputs=(part.feature(pa.table({"c": ["x"]})),), target=TARGET)
+    with pytest.raises(DloptError) as error:
+        encode_rows(signature, [{"c": None}, {"c": value}])
+    assert str(error.value).startswith(said)
+    with pytest.raises(DloptError, match="row 1: has no column 'c'"):
+        encode_rows(signature, [{"c": None}, {"d": value}])

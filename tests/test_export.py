@@ -17,8 +17,7 @@ from dlopt.artifact import Artifact, Stage, digest_of, once
 from dlopt.data.prepared import Split
 from dlopt.export import Onnx
 from dlopt.export.onnx import EXPORT, LARGEST, MODEL, TIE, _graph, _other_labels, _refuse_too_large, _unit, compare, fed, trained_network
-from dlopt.models import Cnn, Mlp, Network, Units
-from dlopt.models.text import TextBag, TextCnn
+from dlopt.models import Cnn, Mlp, Network, TextBag, TextCnn, Units
 from dlopt.part import DloptError, Signature, Target
 from dlopt.train.evaluate import predict
 from dlopt.train.metrics import activated

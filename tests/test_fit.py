@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from dlopt.part import DloptError, Target
+from dlopt.spec import explain
 from dlopt.train.fit import OVERSUBSCRIBED, _leaving_room, _refuse_other_target, _Seen, _shown, _workers, local_cpus
 from dlopt.train.section import Resources, Train, refuse_monitor
 from tests.sets import LABELS, NUMBER, THREE, TWO
@@ -117,5 +118,10 @@ def test_weights_of_classes_that_are_numbers_survive_json() -> None:
     train = Train.model_validate({"class_weights": {0: 1, 1: 2.5}})
     assert train.class_weights == {"0": 1.0, "1": 2.5}
     assert Train.model_validate_json(train.model_dump_json()) == train
-    with pytest.raises(ValidationError, match="greater than 0"):
-        Train(class_weights={"a": 0})
+
+
+@pytest.mark.parametrize("given", [{"a": 0}, {"a": "x"}, "balance", 3])
+def test_weights_of_classes_that_make_no_sense_are_one_line(given: object) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Train.model_validate({"class_weights": given})
+    assert explain(caught.value, Train) == f"class_weights: must be balanced, or a number greater than 0 for each label, not {given!r}"

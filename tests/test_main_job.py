@@ -23,7 +23,7 @@ from dlopt.artifact import Artifact
 from dlopt.data.prepared import Split
 from dlopt.export.onnx import trained_network
 from dlopt.train import metrics_log
-from dlopt.train.evaluate import probabilities
+from dlopt.train.evaluate import predict
 from tests.commands import ROOT, dlopt, start
 from tests.served import alive, descendants, free_port
 
@@ -97,7 +97,7 @@ def test_what_is_served_is_what_was_trained(result: dict[str, Any], home: Path) 
     found = artifacts(result)
     split = Split.open(found["data"], "test")
     images = split.read()["image"][..., 0]
-    expected, _ = probabilities(trained_network(found["model"], found["data"]), split, torch.device("cpu"))
+    expected, _ = predict(trained_network(found["model"], found["data"]), split, torch.device("cpu"))
     port = free_port()
     process = start("serve", "mnist", "--home", home, "--host", "127.0.0.1", "--port", port)
     try:

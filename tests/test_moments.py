@@ -91,6 +91,12 @@ def test_a_constant_column_with_missing_values_is_divided_by_one() -> None:
     assert found.std == (0.0, 0.0) and found.shift == (float(np.float32(0.1)),) * 2
 
 
+def test_a_constant_column_of_any_number_has_no_spread() -> None:
+    values = np.full((1500, 1), np.log1p(np.float32(0.1), dtype=np.float64))  # whose sums are rounded
+    found = reduce(Moments.merge, map(of_values, np.split(values, [41, 166, 375, 666, 1041])))
+    assert found.std == 0 and found.statistics("standard").scale == (1.0,)
+
+
 def test_constant_images_are_divided_by_one() -> None:
     found = of_images(np.full((10, 3, 3, 1), 77, np.uint8), parts=3).statistics("standard")
     assert (found.mean, found.std, found.shift, found.scale) == ((77.0,), (0.0,), (77.0,), (1.0,))

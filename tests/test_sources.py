@@ -248,6 +248,7 @@ def test_text_of_other_encodings_is_read(encoding: str, tmp_path: Path) -> None:
         (b"caf\xe9,b\n1,2\n", r"x\.csv: line 1 is not UTF-8: set encoding"),
         (b"a,b,a\n1,2,3\n", r"x\.csv: names the column 'a' twice$"),
         (b"", r"x\.csv: cannot be read: it is empty, and has no header line$"),
+        (b"a,b\r1,2\r", r"x\.csv: cannot be read: its first line names no columns: new-line character seen in unquoted field"),
     ],
 )
 def test_csv_that_does_not_parse_names_its_file_and_line(content: bytes, said: str, tmp_path: Path) -> None:
@@ -507,8 +508,8 @@ def test_a_folder_of_files_and_one_of_images_are_hugging_face_data_sets(tmp_path
     made = HuggingFace(name=str(tmp_path / "table"), split="train[1:]")
     assert made.peek(9).to_pylist() == [{"a": 2, "label": "y"}]
     before = made.found()
-    (tmp_path / "table" / "more.txt").write_text("new")
-    assert made.found() != before
+    (tmp_path / "table" / "train.csv").write_text("a,label\n1,x\n2,new\n")
+    assert made.found() != before and made.peek(9).to_pylist() == [{"a": 2, "label": "new"}]
     for name in ("cat", "dog"):
         (tmp_path / "images" / name).mkdir(parents=True)
         (tmp_path / "images" / name / "1.png").write_bytes(png(7))
@@ -551,6 +552,7 @@ def test_frames_tables_arrays_and_rows_of_the_same_content_are_one_source(tmp_pa
         ([], "the data has no columns"),
         (7, "a int is no table"),
         ([1, 2], "a list is no table"),
+        ({"a": np.arange(3), "b": "text"}, "'b' is one value"),
     ],
 )
 def test_data_that_makes_no_table_is_refused(data: Any, said: str, tmp_path: Path) -> None:

@@ -130,6 +130,8 @@ def test_empty_files_beside_others_change_nothing(tmp_path: Path) -> None:
 def test_images_in_folders_and_in_tables_are_read_by_workers(tmp_path: Path) -> None:
     made = image_table(tmp_path)
     assert sorted(map(len, rows_of(made, ["label", "file"])["file"].to_pylist())) == [0, 0, 8, len(png(1))]
+    (tmp_path / "list.csv").write_text("file,label\n" + "1.png,cat\n" * 3000)
+    assert len(pieces_of(made)) >= 3 and sum(pieces_of(made)) == 3000
     for row in range(200):
         (tmp_path / "set" / f"class{row % 3}").mkdir(parents=True, exist_ok=True)
         (tmp_path / "set" / f"class{row % 3}" / f"{row}.png").write_bytes(png(row))

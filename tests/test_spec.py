@@ -96,7 +96,7 @@ def test_overrides_set_values_at_dotted_paths(path: Path) -> None:
     )
     assert job.train.optimizer == Adam(lr=1e-2, betas=(0.8, 0.9))
     assert job.model.hidden == (64,)  # type: ignore[union-attr]
-    assert [part.model_dump(exclude={"kind"}) for part in job.augment] == [{"padding": 1}, {"degrees": 20}]
+    assert [part.model_dump(exclude={"kind", "fill"}) for part in job.augment] == [{"padding": 1}, {"degrees": 20}]
     assert (job.resources.workers, job.train.early_stopping, job.seed) == (2, EarlyStopping(patience=5), 9)
 
 

@@ -276,6 +276,49 @@ def test_a_rate_that_makes_the_model_diverge_is_one_line_and_saves_nothing(tmp_p
     assert not (tmp_path / "out" / "weights.safetensors").exists()
 
 
+SHARED: list[tuple[str, Target, dict[str, Any]]] = [
+    ("classes", sets.TWO, {"class_weights": "balanced", "monitor": "roc_auc", "l2": 0.01}),
+    ("labels", sets.LABELS, {"class_weights": {"sea": 3.0}, "monitor": "macro_roc_auc"}),
+    ("numbers", sets.PAIR, {"monitor": "mae", "clip_norm": 0.5}),
+]
+"""Of what two workers train: an odd number of rows, which they cannot share out evenly."""
+
+
+def _shared(home: Path, name: str, target: Target, train: dict[str, Any]) -> tuple[Fit, Artifact, Path]:
+    data = sets.prepared(
+        home, sets.signature(sets.NUMBERS, sets.CATEGORIES, sets.TEXT, target=target), rare=1.0, train=301, validation=1500
+    )
+    fit = section(epochs=3, precision="float64", **train).model_copy(update={"model": Mlp(hidden=(16,), dropout=0.0)})
+    return fit, data, home / name
+
+
+def _train(rank: int, home: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{home}/rendezvous", rank=rank, world_size=2)
+    for name, target, train in SHARED:
+        fit, data, out = _shared(Path(home), name, target, train)
+        (out / "two").mkdir(parents=True, exist_ok=True)
+        info = _Worker(Assignment(fit=fit, data=data.path, out=out / "two", feed="resident", threads=1), rank, 2, CPU).run()
+        if rank == 0:
+            (out / "info.json").write_text(json.dumps(info))
+    dist.destroy_process_group()
+
+
+def test_two_workers_follow_the_curve_of_one_for_every_kind_of_target_with_class_weights(tmp_path: Path) -> None:
+    alone = [work(fit, data, out / "one") for fit, data, out in (_shared(tmp_path, *given) for given in SHARED)]
+    mp.spawn(_train, args=(str(tmp_path),), nprocs=2)
+    for (name, _, _), info in zip(SHARED, alone, strict=True):
+        one, two = (list(metrics_log.read(tmp_path / name / run / metrics_log.NAME)) for run in ("one", "two"))
+        assert len(one) == len(two) == 33
+        for line, other in zip(one, two, strict=True):
+            for values, others in ((line, other), *((line[split], other[split]) for split in ("train", "validation") if split in line)):
+                for key in values.keys() - {"seconds", "train", "validation"}:
+                    assert others[key] == pytest.approx(values[key], rel=1e-9), (name, key, line)
+        found = json.loads((tmp_path / name / "info.json").read_text())
+        assert found["best_epoch"] == info["best_epoch"]
+        assert found["metrics"]["test"] == pytest.approx(info["metrics"]["test"], rel=1e-9)
+
+
 def _drift(rank: int, folder: str, by: float, swapped: bool) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     network = nn.Linear(3, 2, bias=False)

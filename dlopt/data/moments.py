@@ -41,8 +41,8 @@ class Moments:
 
     @property
     def std(self) -> Array:
-        """Population standard deviation."""
-        return np.sqrt(self.squares / np.maximum(self.count - self.missing, 1))
+        """Population standard deviation; 0 for a column that never varies, whatever rounding makes of its mean."""
+        return np.where(self.low < self.high, np.sqrt(self.squares / np.maximum(self.count - self.missing, 1)), 0.0)
 
     def merge(self, other: Moments) -> Moments:
         """Moments of both together."""

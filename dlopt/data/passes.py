@@ -24,7 +24,7 @@ from dlopt.data.plan import KEEP, Plan, Selected, lost_rows, open_piece, write_l
 from dlopt.data.prepared import array_of, as_table, write_part
 from dlopt.data.profile import Summary
 from dlopt.data.quantiles import Quantiles
-from dlopt.data.spill import HIGH, LOW, SIDE, TARGET, identity_column, is_local, order_column
+from dlopt.data.spill import HIGH, LOW, REASON, SIDE, TARGET, TIE, free_name, identity_column, order_column
 from dlopt.data.split import NAMES, Hashed
 from dlopt.part import Feature, Signature
 
@@ -125,8 +125,8 @@ class Absent:
     def merge(self, other: Absent) -> Absent:
         return Absent(self.rows + other.rows, self.missing + other.missing)
 
-    def shares(self) -> dict[str, float]:
-        return {column: missing / max(self.rows, 1) for column, missing in self.missing.items()}
+    def share(self, column: str) -> float:
+        return self.missing[column] / max(self.rows, 1)
 
 
 def absent(plan: Plan, number: int) -> Absent:
@@ -212,8 +212,8 @@ def write(plan: Plan, number: int, *, signature: Signature, out: Path) -> int:
 
 def duplicates(plan: Plan, place: int, bucket: int, buckets: int, folder: Path) -> str:
     """Find the rows that a part of `clean` drops among those whose identity falls into a bucket; returns the file that names them."""
-    clean, names = plan.section.clean[place], [HIGH, LOW]
-    names += [] if is_local(clean) else [identity_column(place)]
+    clean, names = plan.section.clean[place], [HIGH, LOW, TIE]
+    names += [] if isinstance(clean, ExactDuplicates) and not clean.columns else [identity_column(place)]
     names += [order_column(place)] if isinstance(clean, ExactDuplicates) and clean.order_by else []
     lost, gathered, pieces, rows = lost_rows(plan), [], [], []
     origins = []
@@ -227,12 +227,13 @@ def duplicates(plan: Plan, place: int, bucket: int, buckets: int, folder: Path) 
         rows.append(chosen)
         pieces.append(np.full(len(chosen), index))
         origins.append(np.full(len(chosen), _origin(plan, path), dtype=np.uint64))
-    table, piece, row = pa.concat_tables(gathered).combine_chunks(), np.concatenate(pieces), np.concatenate(rows)
+    table = pa.concat_tables(gathered).combine_chunks()
+    piece, row, origin = (np.concatenate(parts) for parts in (pieces, rows, origins))
+    order = np.argsort(table[TIE].to_numpy(), kind="stable")  # of rows of one key the same one stays whatever the order of pieces
     keys = np.stack([table[HIGH].to_numpy(), table[LOW].to_numpy()], axis=1)
     losers = np.zeros(len(table), dtype=bool)
-    origin = np.concatenate(origins)
     for one in np.unique(origin):  # rows of different sources are not duplicates of each other
-        mine = np.flatnonzero(origin == one)
+        mine = order[origin[order] == one]
         losers[mine] = _losers(clean, place, table.take(pa.array(mine)), keys[mine])
     return write_losers(folder / f"losers-{place:03d}-{bucket:05d}.npz", plan.pieces, piece[losers], row[losers], place)
 
@@ -296,7 +297,7 @@ def _write_dropped(plan: Plan, found: Selected, path: Path) -> None:
         columns[plan.target.name] = target
     titles = [clean.title for clean in plan.section.clean]
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns["reason"] = pa.array([titles[place] for place in found.dropped[rows].tolist()])
+    columns[free_name(REASON, columns)] = pa.array([titles[place] for place in found.dropped[rows].tolist()])
     pq.write_table(pa.table(columns), path)
 
 

@@ -28,13 +28,13 @@ from dlopt.data import passes
 from dlopt.data.clean import DropColumns, ExactDuplicates, NearDuplicates, Outliers
 from dlopt.data.describe import describe
 from dlopt.data.inputs import NumberTarget, TextInput
-from dlopt.data.inputs.number import QUARTILES, Bound
+from dlopt.data.inputs.number import QUARTILES, Bound, GroupMedian
 from dlopt.data.passes import Observed
 from dlopt.data.plan import Origin, Plan
 from dlopt.data.section import Data
 from dlopt.data.sources import Source
 from dlopt.data.spill import Piece, Spill, from_json, is_local
-from dlopt.data.split import NAMES, GivenSplit, StratifiedSplit, TimeSplit, cut
+from dlopt.data.split import NAMES, GivenSplit, Split, StratifiedSplit, TimeSplit, cut
 from dlopt.part import DloptError, Feature, Signature, Statistics, Target
 from dlopt.progress import Progress, silent
 from dlopt.session import data_context
@@ -141,7 +141,7 @@ def _read(name: str, source: Source, spill: Spill, progress: Progress) -> list[P
     """The first pass over a source; only what is said of its pieces comes back."""
     pieces: list[Piece] = []
     with _saying(f"data.{name}"):
-        found = source.read().map_batches(spill, batch_format="pyarrow", batch_size=None)
+        found = source.read(list(spill.section.columns)).map_batches(spill, batch_format="pyarrow", batch_size=None)
         for row in found.iter_rows():
             pieces.append(from_json(row["piece"]))
             progress("prepare", None, f"{sum(piece.read for piece in pieces):,} rows read")
@@ -275,16 +275,21 @@ def _without_columns(plan: Plan, over: _Ranges) -> Plan:
     parts = [part for part in plan.section.clean if isinstance(part, DropColumns)]
     if not parts:
         return plan
-    shares = over.merged(partial(passes.absent, plan), "looking for missing values").shares()
+    absent = over.merged(partial(passes.absent, plan), "looking for missing values")
     columns = [column for feature in plan.features if feature.kind in ("number", "category") for column in feature.columns]
-    left_out = [column for column in columns if shares[column] > min(part.share for part in parts)]
+    left_out = [column for column in columns if absent.share(column) > min(part.share for part in parts)]
     if len(left_out) > min(part.most for part in parts) * len(columns):
-        raise DloptError(
-            f"data.clean: drop_columns would leave out {len(left_out)} of {len(columns)} columns ({', '.join(left_out[:5])}, ...)"
-        )
+        some = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
+        raise DloptError(f"data.clean: drop_columns would leave out {len(left_out)} of {len(columns)} columns ({some})")
     smaller = plan.without(left_out)
     if not smaller.parts:
         raise DloptError("data.clean: drop_columns would leave out every column: raise its share")
+    for part in smaller.parts:
+        if part.kind == "number" and isinstance(part.fill, GroupMedian) and part.fill.by in left_out:
+            raise DloptError(
+                f"data.clean: drop_columns would leave out {part.fill.by!r}, which a fill of data.inputs goes by: "
+                "raise its share or fill by another"
+            )
     return smaller
 
 
@@ -294,6 +299,8 @@ def _bounds(plan: Plan, over: _Ranges) -> dict[str, tuple[int, Bound]]:
     if not columns:
         return {}
     seen = over.merged(partial(passes.spread, plan), "looking for outliers")
+    if seen is None:
+        return {}
     bounds: dict[str, tuple[int, Bound]] = {}
     for place, clean in enumerate(plan.section.clean):
         if isinstance(clean, Outliers):
@@ -324,7 +331,7 @@ def _fitted(plan: Plan, seen: Observed, over: _Ranges) -> tuple[Plan, Signature,
         if found:
             statistics[feature.name] = found
     if seen.target:
-        statistics[plan.target.name] = seen.target.statistics("standard")
+        statistics[plan.target.name] = seen.target.statistics("standard").model_copy(update={"fill": ()})
     signature = Signature(inputs=tuple(features[feature.name] for feature in plan.features), target=plan.target)
     return replace(plan, features=signature.inputs), signature, statistics
 
@@ -374,7 +381,7 @@ def _refuse_unlearnable(plan: Plan, seen: Observed) -> None:
     }
     for name in NAMES:
         if wanted[name] and not seen.counts[name]:
-            raise DloptError(f"data.split: the {name} split is empty: there are too few rows for its share")
+            raise DloptError(f"data.split: the {name} split is empty: {_why_empty(section.split, name)}")
     for name in NAMES:
         for code, count in seen.labels[name].items():
             if count and not seen.labels["train"][code]:
@@ -382,6 +389,16 @@ def _refuse_unlearnable(plan: Plan, seen: Observed) -> None:
                     f"data: label {plan.target.labels[code]!r} is in the {name} split but not in train: "
                     "add rows, drop duplicates, or use a stratified split"
                 )
+    for code, label in enumerate(plan.target.labels if plan.target.kind == "category" else ()):
+        if not seen.labels["train"][code]:
+            raise DloptError(f"data: cleaning drops every row of label {label!r}: there is nothing to learn of it")
+
+
+def _why_empty(split: Split, name: str) -> str:
+    if not isinstance(split, GivenSplit):
+        return "there are too few rows for its share"
+    values = " or ".join(repr(value) for value, meant in split.names.items() if meant == name)
+    return f"no row has {values} in column {split.column!r}: leave it out of split.names"
 
 
 def _refuse_foreign_outliers(section: Data) -> None:
@@ -407,11 +424,7 @@ def _info(plan: Plan, read: dict[str, list[Piece]], seen: Observed, warnings: li
     everything = [piece for pieces in read.values() for piece in pieces]
     dropped, reasons = _dropped(plan, read, seen), sum((piece.reasons for piece in everything), Counter[str]())
     duplicates = sum(rows for place, rows in dropped.items() if isinstance(plan.section.clean[place], (ExactDuplicates, NearDuplicates)))
-    labels = {
-        name: {str(plan.target.labels[code]): rows for code, rows in sorted(seen.labels[name].items())}
-        for name in NAMES
-        if seen.labels[name]
-    }
+    labels = {name: {str(label): seen.labels[name][code] for code, label in enumerate(plan.target.labels)} for name in NAMES}
     return {
         "counts": {
             "read": sum(piece.read for piece in everything),
@@ -425,8 +438,8 @@ def _info(plan: Plan, read: dict[str, list[Piece]], seen: Observed, warnings: li
             {"kind": clean.kind, "title": clean.title, "dropped": dropped[place]} for place, clean in enumerate(plan.section.clean)
         ],
         "left_out": list(plan.left_out),
-        "across": dict(seen.across),
-        "labels": labels,
+        "across": {name: seen.across[name] for name in NAMES[1:]},
+        "labels": labels if plan.target.labels else {},
         "warnings": warnings,
         "seconds": seconds,
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,7 +174,9 @@ class Spill:
         self.folder.mkdir(parents=True, exist_ok=True)
         rows = sorted(reasons)
         table = raw.take(pa.array(rows))
-        pq.write_table(table.append_column(_free(REASON, table), pa.array([reasons[row] for row in rows], pa.string())), path)
+        pq.write_table(
+            table.append_column(free_name(REASON, table.column_names), pa.array([reasons[row] for row in rows], pa.string())), path
+        )
         return str(path)
 
 
@@ -191,9 +193,9 @@ def from_json(text: str) -> Piece:
     return Piece(**found)
 
 
-def _free(name: str, table: pa.Table) -> str:
+def free_name(name: str, taken: Collection[str]) -> str:
     """The name, or a longer one when the rows have such a column of their own."""
-    while name in table.column_names:
+    while name in taken:
         name += "_"
     return name
 
@@ -209,23 +211,18 @@ def _matrix(values: np.ndarray) -> np.ndarray:
 
 
 def _words(feature: Feature, table: pa.Table) -> list[np.ndarray]:
-    """What an input's values are hashed as: equal for equal values, all NaNs alike and no negative zero."""
+    """What an input's values are hashed as: equal for equal values."""
     if feature.kind == "category":
         return [_string_words(table[f"{feature.name}/{column}"].combine_chunks()) for column in feature.columns]
     if feature.kind == "text":
         return [_string_words(table[feature.name].combine_chunks())]
-    values = array_of(table[feature.name], feature.stored, feature.shape)
-    return [values if feature.kind == "image" else _canonical(values)]
-
-
-def _canonical(values: np.ndarray) -> np.ndarray:
-    return np.where(np.isnan(values), np.float32(np.nan), values + np.float32(0))
+    return [array_of(table[feature.name], feature.stored, feature.shape)]
 
 
 def _target_words(values: pa.Array) -> np.ndarray:
     """Words of the target's values, uint64 or float32 (rows, ...)."""
     if pa.types.is_fixed_size_binary(values.type):
-        return _canonical(array_of(pa.chunked_array([values]), "float32", (values.type.byte_width // 4,)))
+        return array_of(pa.chunked_array([values]), "float32", (values.type.byte_width // 4,))
     if pa.types.is_integer(values.type):
         return values.cast(pa.int64()).to_numpy(zero_copy_only=False).reshape(-1, 1)
     if pa.types.is_list(values.type):

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from dlopt.models.cnn import Cnn
 from dlopt.models.mlp import Mlp
 from dlopt.models.preprocess import Preprocess
+from dlopt.models.text import TextBag, TextCnn
 from dlopt.part import Signature, Statistics
 
-Model = Annotated[Mlp | Cnn, Field(discriminator="kind")]
+Model = Annotated[Mlp | Cnn | TextBag | TextCnn, Field(discriminator="kind")]
 
 
 class Network(nn.Module):

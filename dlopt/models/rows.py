@@ -73,14 +73,14 @@ class Bag(TextLayer):
         super().__init__()
         self.tokens = nn.Embedding(tokens, width)
         self.ngrams = nn.ModuleList(nn.Embedding(buckets, width) for _ in range(ngrams - 1))
-        self.dropout, self.pooling = nn.Dropout(dropout), pooling
+        self.dropout, self.pooling, self.buckets = nn.Dropout(dropout), pooling, buckets
         self.width = width * 2 if pooling == "mean_max" else width
 
     def forward(self, ids: Tensor) -> Tensor:
         ids = F.pad(ids, (0, 1))  # so that there is a token to look at when every text is empty
         values, there = [self.tokens(ids)], [ids != 0]
         for order, table in enumerate(self.ngrams, start=2):
-            values.append(table(hashed(ids, order) % table.num_embeddings))
+            values.append(table(hashed(ids, order) % self.buckets))
             there.append(shifted(ids, order - 1) != 0)
         return self._pooled(self.dropout(torch.cat(values, dim=1)), torch.cat(there, dim=1))
 
@@ -94,7 +94,7 @@ class Bag(TextLayer):
 
 
 class Convolutions(TextLayer):
-    """Token ids to the maxima over the text of convolutions of several sizes (Kim 2014); a text shorter than one is filled up with nothing."""
+    """Token ids to the maxima over the text of convolutions of several sizes (Kim 2014), which see nothing behind its end."""
 
     def __init__(self, tokens: int, embedding: int, channels: int, sizes: Sequence[int], activation: nn.Module, dropout: float) -> None:
         super().__init__()

@@ -39,9 +39,7 @@ class TextBag(Part):
 
     def build(self, signature: Signature) -> nn.Module:
         refuse_no_text(signature, self.kind)
-        rows = Rows(
-            signature, lambda feature: Bag(feature.tokens, self.embedding, self.pooling, self.ngrams, self.buckets, self.dropout)
-        )
+        rows = Rows(signature, lambda feature: Bag(feature.tokens, self.embedding, self.pooling, self.ngrams, self.buckets, self.dropout))
         return perceptron(rows, self.hidden, self.activation, self.init, self.dropout, signature.num_outputs)
 
 

@@ -56,8 +56,8 @@ class Metrics:
         self.rows.inc(len(outputs))
         for index, rows in Counts(chain.from_iterable(decided)).items():
             self.predicted[index].inc(rows)
-        for summary, column in zip(self.values, outputs.T.tolist(), strict=False):
-            for value in column:
+        for column, summary in enumerate(self.values):
+            for value in outputs[:, column].tolist():
                 summary.observe(value)
 
     def exposition(self) -> bytes:

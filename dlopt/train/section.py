@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, ValidatorFunctionWrapHandler, field_validator, model_validator
 
 from dlopt.data.augment import Augmentation
 from dlopt.data.order import LANES
@@ -78,6 +78,15 @@ class Train(Part):
     """Numbers that training computes with."""
     log_every: int = Field(10, ge=1)
     """Steps between two lines in metrics.jsonl."""
+
+    @field_validator("class_weights", mode="wrap")
+    @classmethod
+    def weights_are_balanced_or_by_label(cls, given: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        """One message for whatever is wrong with them."""
+        try:
+            return check(given)
+        except ValidationError:
+            raise ValueError(f"must be balanced, or a number greater than 0 for each label, not {given!r}") from None
 
     @model_validator(mode="after")
     def warmup_ends_in_time(self) -> Self:

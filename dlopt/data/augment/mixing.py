@@ -76,8 +76,8 @@ class CutMix(Mixing):
             mine, (height, width) = values[feature.name], feature.shape[:2]
             down, across = self._lines(draw, 2, side, height), self._lines(draw, 3, side, width)
             cut, pixels = cut + down.sum(axis=1) * across.sum(axis=1), pixels + height * width
-            lines = (torch.from_numpy(chosen).to(mine.device) for chosen in (down, across))
-            found[feature.name] = painted(mine, *lines, partners[feature.name])
+            rows, columns = (torch.from_numpy(chosen).to(mine.device) for chosen in (down, across))
+            found[feature.name] = painted(mine, rows, columns, partners[feature.name])
         return found, torch.from_numpy((1 - cut / pixels).astype(np.float32))
 
     @staticmethod

@@ -171,11 +171,10 @@ def blur(images: Tensor, sigma: np.ndarray, most: float) -> Tensor:
 def _convolved(images: Tensor, kernel: Tensor, dim: int) -> Tensor:
     """int32 (n, height, width, channels), weighted sums along a dimension. kernel: int32 (n, 2 * radius + 1)."""
     size, radius = images.shape[dim], kernel.shape[1] // 2
-    found = torch.zeros_like(images)
-    place = torch.arange(size, device=images.device)
+    place = torch.arange(-radius, size + radius, device=images.device).clamp_(0, size - 1)
+    wider, found = images.index_select(dim, place), torch.zeros_like(images)
     for number in range(kernel.shape[1]):
-        there = (place + number - radius).clamp_(0, size - 1)
-        found.addcmul_(images.index_select(dim, there), kernel[:, number, None, None, None])
+        found.addcmul_(wider.narrow(dim, number, size), kernel[:, number, None, None, None])
     return found
 
 

@@ -11,7 +11,7 @@ from typing import Literal, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from dlopt.data.clean.base import ColumnCleaning
 from dlopt.data.counter import row_keys

@@ -95,7 +95,7 @@ def _resampling(size: int) -> np.ndarray:
 
 
 def _bands(hashes: np.ndarray, distance: int) -> Iterator[np.ndarray]:
-    """Every so manieth bit as one word, uint64 of shape (rows,): hashes that differ in `distance` bits agree in one of distance + 1 bands."""
+    """Bands of bits, each as one word, uint64 of shape (rows,): hashes that differ in `distance` bits agree in one of distance + 1."""
     if distance:  # else there is nothing but equal hashes
         for band in range(distance + 1):
             chosen = [bit for bit in range(WAVES * WAVES) if bit % (distance + 1) == band]

@@ -15,14 +15,13 @@ from dlopt.data.clean.base import ColumnCleaning
 from dlopt.data.clean.near import NearDuplicates, clusters, least_of_equal
 from dlopt.data.counter import GAMMA, bits, mix, row_keys, string_words
 from dlopt.data.inputs.values import texts, without_markers
-from dlopt.part import DloptError
 
 HASHES, FIRST = 128, 16
 NOTHING = np.uint32(0xFFFFFFFF)
 """The sketch of a text without any piece; such texts are not near each other."""
 RECALL = 0.99
 """Of pairs at the threshold, so many at least agree in a band and are compared."""
-PIECES, CHARACTERS, ROWS = 2**13, 2**22, 2**16
+PIECES, CHARACTERS, ROWS = 2**10, 2**22, 2**16
 """Shingles that are hashed at a time (their hashes fit a processor's cache), characters and rows that are cut at a time."""
 WORD = r"[^\p{L}\p{M}\p{N}]+"
 """What stands between words: anything but letters, their accents, and digits."""
@@ -70,11 +69,8 @@ class NearDuplicateTexts(ColumnCleaning, NearDuplicates):
 def bands_for(threshold: float) -> tuple[int, int]:
     """How many bands of how many hashes: as long as they can be, so that few pairs that are not near agree in one, but still such
     that of pairs at the threshold a share of at least RECALL does."""
-    for hashes in range(HASHES, 1, -1):
-        bands = HASHES // hashes
-        if 1 - (1 - threshold**hashes) ** bands >= RECALL:
-            return bands, hashes
-    raise DloptError(f"data.clean: near_duplicate_texts.threshold {threshold:g} is too low for {HASHES} hashes")
+    found = max(hashes for hashes in range(1, HASHES + 1) if 1 - (1 - threshold**hashes) ** (HASHES // hashes) >= RECALL)
+    return HASHES // found, found
 
 
 def _bands(sketches: np.ndarray, rows: np.ndarray, threshold: float) -> Iterator[np.ndarray]:

@@ -30,9 +30,7 @@ class HuggingFace(Rows):
 
     def found(self) -> Any:
         """The fingerprint that the library makes of the data; of a folder, its files as well."""
-        data = self._data()
-        files = sorted(str(file) for file in Path(self.name).rglob("*") if file.is_file()) if Path(self.name).is_dir() else []
-        return [data._fingerprint, [[file, (stat := Path(file).stat()).st_size, stat.st_mtime_ns] for file in files]]
+        return [self._data()._fingerprint, _files(self.name)]
 
     def pieces(self) -> tuple[None, list[Piece]]:
         data = self._data()
@@ -52,11 +50,18 @@ class HuggingFace(Rows):
 
     def _data(self) -> Any:
         folder = Path(self.name).resolve()
-        return _load(str(folder) if folder.is_dir() else self.name, self.config, self.split, self.revision)
+        return _load(str(folder) if folder.is_dir() else self.name, self.config, self.split, self.revision, str(_files(self.name)))
+
+
+def _files(name: str) -> list[Any]:
+    """Names, sizes and times of the files of a folder; of a name on the hub, nothing."""
+    found = sorted(path for path in Path(name).rglob("*") if path.is_file())
+    return [[str(path), (stat := path.stat()).st_size, stat.st_mtime_ns] for path in found]
 
 
 @lru_cache(4)
-def _load(name: str, config: str | None, split: str, revision: str | None) -> Any:
+def _load(name: str, config: str | None, split: str, revision: str | None, files: str) -> Any:
+    """files: the state of a folder's files, so that changed ones are loaded anew."""
     try:
         import datasets
     except ImportError:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -23,7 +22,8 @@ if TYPE_CHECKING:
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 AT_ONCE = 64
 """Files that become one table; from an object store they are fetched side by side."""
-REQUESTS = 16
+TASK_ROWS = 1024
+"""Images of a table that one task fetches."""
 
 
 class Folders(Files):
@@ -124,7 +124,8 @@ class ImageTable(Rows):
     def read(self, columns: Sequence[str] | None = None) -> Dataset:
         place, folder = place_of(self.folder)
         rows = self.table.read(None if columns is None else [*columns, self.column])
-        return rows.map_batches(lambda table: self._with_images(table, place, folder), batch_size=AT_ONCE, batch_format="pyarrow")
+        spread = rows.repartition(target_num_rows_per_block=TASK_ROWS, strict=True)  # a small table may list many large images
+        return spread.map_batches(lambda table: self._with_images(table, place, folder), batch_size=AT_ONCE, batch_format="pyarrow")
 
     def _paths(self, table: pa.Table) -> list[str | None]:
         if self.column not in table.column_names:
@@ -145,9 +146,7 @@ def contents(place: Place, paths: Sequence[str]) -> pa.Array:
         except (OSError, ValueError, pa.ArrowException):
             return b""
 
-    with ThreadPoolExecutor(1 if place.is_local else REQUESTS) as threads:
-        mapped: Callable[..., Iterator[bytes]] = map if place.is_local else threads.map
-        return pa.array(list(mapped(content, paths)), pa.binary())
+    return pa.array(place.each(content, paths), pa.binary())
 
 
 def _within(folder: str, path: str) -> str:

@@ -182,7 +182,10 @@ class Csv(Lines):
         with _text(chunk):
             header = content[:end].decode().rstrip("\r\n")
         style = {"quoting": csv.QUOTE_NONE} if self.quote is None else {"quotechar": self.quote}
-        columns = tuple(next(csv.reader([header], delimiter=self.delimiter, **style), ()))
+        try:
+            columns = tuple(next(csv.reader([header], delimiter=self.delimiter, **style), ()))
+        except csv.Error as error:
+            raise DloptError(f"{chunk.name}: cannot be read: its first line names no columns: {error}") from None
         _refuse_twice(columns, chunk.name)
         return Chunk(chunk.name, 1 + chunk.content.count(b"\n", 0, blank + end), content[end:]), columns
 
@@ -228,7 +231,7 @@ class JsonLines(Lines):
         first = next(texts, b"")
         texts = itertools.chain([first], texts)
         if first.lstrip()[:1] == b"[":
-            yield _of_array(b"".join(texts), name)
+            yield from records.chunks(_of_array(b"".join(texts), name), name, size)
         else:
             yield from records.chunks(texts, name, size)
             if not first:
@@ -295,16 +298,16 @@ def _column(values: list[Any]) -> pa.Array:
 
 
 def _as_json(values: list[Any]) -> pa.Array:
-    return pa.array([value if value is None or isinstance(value, str) else json.dumps(value) for value in values], pa.string())
+    return pa.array([value if value is None or isinstance(value, str) else json.dumps(value, default=str) for value in values], pa.string())
 
 
-def _of_array(text: bytes, name: str) -> Chunk:
-    """An array of objects as lines."""
+def _of_array(text: bytes, name: str) -> Iterator[bytes]:
+    """An array of objects, a line each."""
     try:
         rows = json.loads(text)
     except ValueError as error:
         raise DloptError(f"{name}: is not JSON: {error}") from None
-    return Chunk(name, 1, b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+    return (json.dumps(row).encode() + b"\n" for row in rows)
 
 
 def _refuse_twice(columns: Sequence[str], where: str) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,20 +31,26 @@ def from_data(data: Any, folder: str | Path) -> Parquet:
     ).combine_chunks()
     if not table.column_names:
         raise DloptError("from_data: the data has no columns")
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    rows = max(1, len(table) * MAX_BLOCK // max(table.nbytes, MAX_BLOCK))
-    handle, name = tempfile.mkstemp(dir=folder)
-    os.close(handle)
+    folder = Path(folder).resolve()
+    part = folder / f"{uuid.uuid4().hex}.part"
     try:
-        pq.write_table(table, name, row_group_size=rows, compression="zstd")
-        with open(name, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        path = Path(folder).resolve() / f"{digest[:32]}.parquet"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{_written(table, part)}.parquet"
         if not path.is_file():
-            Path(name).replace(path)
+            part.replace(path)
+    except OSError as error:
+        raise DloptError(f"from_data: cannot write to {folder}: {error.strerror or error}") from None
     finally:
-        Path(name).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
     return Parquet(path=str(path))
+
+
+def _written(table: pa.Table, path: Path) -> str:
+    """Write a table as parquet; the digest of the file."""
+    rows = max(1, len(table) * MAX_BLOCK // max(table.nbytes, MAX_BLOCK))
+    pq.write_table(table, path, row_group_size=rows, compression="zstd")
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 
 def of_frame(frame: Any) -> pa.Table:

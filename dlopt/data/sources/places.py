@@ -11,6 +11,7 @@ import glob
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,8 @@ COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
 """Endings of compressed text files."""
 SETTINGS = ("endpoint_override", "region", "scheme", "anonymous")
 """What may follow an object store's path, as in `s3://bucket/folder?endpoint_override=127.0.0.1:9000&scheme=http`."""
+REQUESTS = 16
+"""How many requests a server gets at once."""
 CONNECT_SECONDS = 10.0
 """How long an object store may take to answer before it is said not to."""
 
@@ -66,6 +69,13 @@ class Place:
         with self.filesystem.open_input_stream(path, compression=None) as stream:
             return stream.read()
 
+    def each(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        """What a function that waits for the place says of each item; of a server, many at once."""
+        if self.is_local:
+            return list(map(function, items))
+        with ThreadPoolExecutor(REQUESTS) as threads:
+            return list(threads.map(function, items))
+
     def file_infos(self, paths: Sequence[str]) -> list[File]:
         """Sizes and times; a file that is not there has none."""
         found = self.filesystem.get_file_info(list(paths))
@@ -78,7 +88,8 @@ class Place:
             return self.file_infos([base])
         inside = self._inside(base)
         if pattern:
-            return [file for file in inside if _regex(path).fullmatch(file.path)]
+            matches = _regex(path).fullmatch
+            return [file for file in inside if matches(file.path)]
         found = [file for file in inside if _ends(file.name, endings, compressed)]
         if inside and not found:
             raise _holds_none(self.prefix + path, endings)
@@ -128,7 +139,7 @@ class Azure(Place):
     """Azure's blobs; pyarrow does not pass on when they changed."""
 
     def file_infos(self, paths: Sequence[str]) -> list[File]:
-        return [self._info(path) for path in paths]
+        return self.each(self._info, paths)
 
     def _inside(self, folder: str) -> list[File]:
         found = self.filesystem.handler.fs.find(folder, detail=True)
@@ -164,7 +175,7 @@ class Web(Place):
         return bytes(self.filesystem.cat_file(path))
 
     def file_infos(self, paths: Sequence[str]) -> list[File]:
-        return [self._info(path) or File(path, path) for path in paths]
+        return self.each(lambda path: self._info(path) or File(path, path), paths)
 
     def matching(self, path: str, endings: tuple[str, ...], compressed: bool) -> list[File]:
         found = self._info(path)

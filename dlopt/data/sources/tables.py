@@ -37,19 +37,14 @@ class Parquet(Files):
         """The first file's columns, in types that hold the other files' values as well: a column of whole numbers may be one of
         fractions where a value is missing."""
         place, files = self.located()
-        schemas = []
-        for file in files[:MOST_OPENED]:
-            with _parquet(place, file.name, file.path) as parquet:
-                schemas.append(parquet.schema_arrow)
-        return _together(schemas, [file.name for file in files])
+        return _together(place.each(lambda file: _look(place, file)[0], files[:MOST_OPENED]), [file.name for file in files])
 
     def pieces(self) -> tuple[Place, list[Piece]]:
         place, files = self.located()
-        found = []
-        for file in files[:MOST_OPENED]:
-            with _parquet(place, file.name, file.path) as parquet:
-                found += _row_groups(file, parquet.metadata)
-        return place, found + [Piece(file.name, file.path, bytes=file.size) for file in files[MOST_OPENED:]]
+        found = place.each(lambda file: _look(place, file)[1], files[:MOST_OPENED])
+        return place, [piece for some in found for piece in some] + [
+            Piece(file.name, file.path, bytes=file.size) for file in files[MOST_OPENED:]
+        ]
 
     def load(self, place: Place | None, pieces: Sequence[Piece]) -> Iterator[Named]:
         assert place is not None
@@ -73,13 +68,10 @@ class Arrow(Files):
 
     def pieces(self) -> tuple[Place, list[Piece]]:
         place, files = self.located()
-        found = []
-        for file in files[:MOST_OPENED]:
-            with reading(file.name), place.file(file.path) as opened:
-                count = pa.ipc.open_file(opened).num_record_batches if _is_file(opened) else 0
-                sizes = [file.size // max(count, 1)] * max(count, 1)
-                found += [Piece(file.name, file.path, number, number + bool(count), size) for number, size in enumerate(sizes)]
-        return place, found + [Piece(file.name, file.path, bytes=file.size) for file in files[MOST_OPENED:]]
+        found = place.each(lambda file: _batches(place, file), files[:MOST_OPENED])
+        return place, [piece for some in found for piece in some] + [
+            Piece(file.name, file.path, bytes=file.size) for file in files[MOST_OPENED:]
+        ]
 
     def load(self, place: Place | None, pieces: Sequence[Piece]) -> Iterator[Named]:
         assert place is not None
@@ -99,11 +91,25 @@ def _parquet(place: Place, name: str, path: str) -> Iterator[pq.ParquetFile]:
         yield parquet
 
 
+def _look(place: Place, file: File) -> tuple[pa.Schema, list[Piece]]:
+    with _parquet(place, file.name, file.path) as parquet:
+        return parquet.schema_arrow, _row_groups(file, parquet.metadata)
+
+
 def _row_groups(file: File, metadata: pq.FileMetaData) -> list[Piece]:
     sizes = [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
     if not sizes:
         return [Piece(file.name, file.path)]
     return [Piece(file.name, file.path, group, group + 1, size) for group, size in enumerate(sizes)]
+
+
+def _batches(place: Place, file: File) -> list[Piece]:
+    """The batches of a file, or all of a stream."""
+    with reading(file.name), place.file(file.path) as opened:
+        count = pa.ipc.open_file(opened).num_record_batches if _is_file(opened) else 0
+    if not count:
+        return [Piece(file.name, file.path, bytes=file.size)]
+    return [Piece(file.name, file.path, number, number + 1, file.size // count) for number in range(count)]
 
 
 def _together(schemas: Sequence[pa.Schema], names: Sequence[str]) -> pa.Schema:
