@@ -155,8 +155,9 @@ class Statistics(Part):
     scale: tuple[float, ...]
     """What the difference is multiplied by."""
     lower: tuple[float | None, ...] = ()
-    """Bounds of outliers; none at all where () and none of this column where None."""
+    """Below which values are outliers; () without any bounds, None for a column without one."""
     upper: tuple[float | None, ...] = ()
+    """The other ends of these ranges."""
     outside: Literal["cap", "missing"] = "cap"
     """What becomes of a value outside of the bounds."""
     fill_by: str = ""

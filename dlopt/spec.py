@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from dlopt.data.augment import Augmentation
+from dlopt.data.augment import Augmentation, fill_of
 from dlopt.data.section import Data
 from dlopt.data.split import GivenSplit, TimeSplit
 from dlopt.export import Format, Onnx
@@ -70,6 +70,10 @@ class Job(Part):
         for place, part in enumerate(self.augment):
             if not kinds & set(part.of):
                 raise ValueError(f"augment.{place}: there is no {' or '.join(part.of)} among data.inputs for {part.kind}")
+        try:
+            fill_of(self.augment)
+        except DloptError as error:
+            raise ValueError(str(error)) from None
         return self
 
     @model_validator(mode="after")

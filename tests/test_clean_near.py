@@ -16,7 +16,7 @@ from datasketch import MinHash
 from PIL import Image
 
 from dlopt.data.clean import NearDuplicateImages, NearDuplicateTexts
-from dlopt.data.clean.images import WAVES
+from dlopt.data.clean.images import WAVES, _transform
 from dlopt.data.clean.near import WINDOW
 from dlopt.data.clean.texts import HASHES, NOTHING, bands_for
 from dlopt.data.counter import row_keys
@@ -87,10 +87,9 @@ def brighter(pixels: np.ndarray) -> np.ndarray:
 def test_hashes_are_those_of_imagehash_but_for_rounding(size: tuple[int, int], channels: int) -> None:
     images = pictures(60, size)[..., :channels]
     found = bits_of(NearDuplicateImages().sketch(images))
-    for image, ours in zip(images, found, strict=True):
-        theirs = imagehash.phash(Image.fromarray(image.squeeze()), hash_size=WAVES, highfreq_factor=2).hash.ravel()
-        assert (ours != theirs).sum() <= 10  # of 256; two that are not of one image differ in about 128
-    assert found.any(axis=1).all()
+    theirs = [imagehash.phash(Image.fromarray(image.squeeze()), hash_size=WAVES, highfreq_factor=2).hash.ravel() for image in images]
+    differ = (found != np.stack(theirs)).sum(axis=1)
+    assert differ.max() <= 8 and differ.mean() < 2.6  # of 256; those of two images differ in about 128
 
 
 def test_a_hash_does_not_depend_on_other_images_or_on_transparency() -> None:
@@ -99,6 +98,14 @@ def test_a_hash_does_not_depend_on_other_images_or_on_transparency() -> None:
     assert (NearDuplicateImages().sketch(images[123:124]) == whole[123]).all()
     opaque = np.concatenate([images, np.full((300, 40, 40, 1), 9, np.uint8)], axis=3)
     assert (NearDuplicateImages().sketch(opaque) == whole).all()
+
+
+def test_hashes_are_of_exact_sums_so_every_machine_finds_the_same() -> None:
+    for images in (pictures(20, (50, 37))[..., :1], np.full((1, 1000, 700, 1), 255, np.uint8)):
+        height, width = (_transform(size).astype(np.int64) for size in images.shape[1:3])
+        waves = (height @ images[..., 0].astype(np.int64) @ width.T).reshape(len(images), WAVES * WAVES)
+        assert np.abs(waves).max() < 2**53
+        assert (bits_of(NearDuplicateImages().sketch(images)) == (waves > np.median(waves, axis=1, keepdims=True))).all()
 
 
 @pytest.mark.parametrize("change", [as_jpeg, enlarged, brighter])
@@ -241,7 +248,7 @@ def test_case_punctuation_spacing_and_forms_of_letters_do_not_matter() -> None:
         ("characters", ["Crème brûlée", "  CRÈME \n brûlée ", "cre\u0300me bru\u0302le\u0301e"]),
     ):
         texts = [text.replace("creme\u0300", "cre\u0300me") for text in texts]
-        sketches = NearDuplicateTexts(columns=("a",), shingles=shingles, size=2).sketch(pa.array(texts))  # type: ignore[arg-type]
+        sketches = NearDuplicateTexts(columns=("a",), shingles=shingles, size=2).sketch(pa.array(texts))
         assert (sketches == sketches[0]).all(), shingles
 
 
@@ -258,11 +265,16 @@ def test_a_sketch_does_not_depend_on_other_texts() -> None:
 
 
 def test_a_text_shorter_than_a_piece_is_a_piece() -> None:
-    for shingles in ("words", "characters"):
-        clean = NearDuplicateTexts(columns=("a",), shingles=shingles, size=6)  # type: ignore[arg-type]
-        sketches = clean.sketch(pa.array(["a b", "A  b.", "a c", "b a"] if shingles == "words" else ["a b", "A  b", "a c", "b a"]))
+    for clean in (NearDuplicateTexts(columns=("a",), size=6), NearDuplicateTexts(columns=("a",), shingles="characters", size=6)):
+        sketches = clean.sketch(pa.array(["a b", "A  b", "a c", "b a"]))
         assert (sketches[0] == sketches[1]).all()
         assert (sketches[0] != sketches[2]).all() and (sketches[0] != sketches[3]).all()
+
+
+def test_the_pieces_of_a_text_go_from_its_first_to_its_last_word() -> None:
+    clean = NearDuplicateTexts(columns=("a",), size=3)
+    sketches = clean.sketch(pa.array(["a b c d e", "a b c d", "b c d e", "b c d", "x b c d e", "a b c d x"]))
+    assert (sketches[0] == np.minimum(sketches[1], sketches[2])).all() and (sketches[0] != sketches[4:]).any(axis=1).all()
 
 
 def test_rows_without_a_text_stay() -> None:
@@ -286,7 +298,7 @@ def test_several_columns_are_one_text() -> None:
 def test_bands_let_hardly_a_pair_at_the_threshold_slip(threshold: float) -> None:
     bands, hashes = bands_for(threshold)
     agree = np.random.default_rng(0).random((20_000, bands, hashes)) < threshold
-    assert bands * hashes <= HASHES and agree.all(axis=2).any(axis=1).mean() > 0.985
+    assert bands * hashes <= HASHES and np.any(np.all(agree, axis=2), axis=1).mean() > 0.985
 
 
 @pytest.mark.parametrize(("shingles", "size", "threshold"), [("words", 1, 0.8), ("words", 3, 0.6), ("characters", 5, 0.8)])

@@ -531,6 +531,15 @@ def test_an_input_whose_columns_are_all_left_out_is_gone(tmp_path: Path) -> None
     assert line == "data.clean: drop_columns would leave out every column: raise its share"
 
 
+def test_a_text_stays_where_a_category_of_its_column_is_left_out(tmp_path: Path) -> None:
+    table = numbered(title=[" ".join(WORDS) if row % 3 == 0 else None for row in range(400)])
+    inputs = (ID, CategoryInput(columns=("title",)), TextInput(column="title", max_length=4))
+    data = cleaned(tmp_path, table, DropColumns(share=0.6), inputs=inputs)
+    assert [feature.name for feature in signature_of(data).inputs] == ["ids", "text"]
+    rows = rows_of(data, "train")
+    assert np.array_equal((rows["text"] > 0).all(axis=1), rows["ids"][:, 0] % 3 == 0)
+
+
 def test_a_grouping_column_that_is_left_out_is_said(tmp_path: Path) -> None:
     table = numbered(x=np.arange(400.0), group=pa.array([None] * 399 + ["g"]))
     inputs = (ID, NumberInput(columns=("x",), fill=GroupMedian(by="group")), CategoryInput(columns=("group",)))

@@ -149,11 +149,15 @@ def test_a_bad_override_is_one_line(path: Path, override: str, line: str) -> Non
         ("1=2", "1: unknown key; there are augment, data, export, model, name, resources, seed, serve, train"),
         # kinds
         ("model.kind=mpl", "model: no kind 'mpl'; did you mean 'mlp'?"),
-        ("model={hidden: [3]}", "model: needs a kind: mlp or cnn"),
+        ("model={hidden: [3]}", "model: needs a kind: mlp, cnn, text_bag or text_cnn"),
         ("train.optimizer={lr: 1}", "train.optimizer: needs a kind: sgd, adam or adamw"),
         ("train.optimizer=adam", 'train.optimizer: must be a mapping such as {kind: sgd}, not "adam"'),
         ("augment.0.kind=crop", "augment.0: no kind 'crop'; did you mean 'random_crop'?"),
-        ("augment.0={}", "augment.0: needs a kind: random_crop, random_horizontal_flip or random_rotation"),
+        ("data.split={}", "data.split: needs a kind: random, stratified, group, time or given"),
+        (
+            "augment=[{kind: random_crop, fill: 9}, {kind: random_rotation}]",
+            "augment: parts that move images are one resampling: give all the same fill, not 9 in random_crop, 0 in random_rotation",
+        ),
         ("export.0.kind=onnx", "export: must be a list, not a mapping"),
         ("export=[{kind: onx}]", "export.0.kind: must be onnx, not \"onx\"; did you mean 'onnx'?"),
         # types
@@ -176,7 +180,12 @@ def test_a_bad_override_is_one_line(path: Path, override: str, line: str) -> Non
             "model.activation=rleu",
             "model.activation: must be relu, leaky_relu, gelu, silu, tanh or sigmoid, not \"rleu\"; did you mean 'relu'?",
         ),
-        ("train.monitor=recall", 'train.monitor: must be loss or accuracy, not "recall"'),
+        (
+            "train.monitor=mae",
+            "train.monitor: there is no mae for a target of kind category: use one of loss, accuracy, macro_f1, precision, recall, f1, "
+            "roc_auc, average_precision",
+        ),
+        ("train.folds=1", "train: folds must be 2 or more, or 0 for none"),
         ("train.epochs=0", "train.epochs: must be greater than or equal to 1, not 0"),
         ("train.optimizer.lr=-1", "train.optimizer.lr: must be greater than 0, not -1"),
         ("train.optimizer.lr=.nan", "train.optimizer.lr: must be a finite number, not NaN"),
@@ -215,7 +224,7 @@ def test_a_bad_override_is_one_line(path: Path, override: str, line: str) -> Non
             "data.inputs.0.column=probabilities",
             "data.inputs: 'probabilities' is the name of the model's output: call the input something else",
         ),
-        ("data.inputs=[{kind: number, columns: [a]}]", "augment: there is no image among data.inputs to augment"),
+        ("data.inputs=[{kind: number, columns: [a]}]", "augment.0: there is no image among data.inputs for random_crop"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_field(path: Path, override: str, line: str) -> None:

@@ -80,9 +80,9 @@ class Plan:
     def without(self, left_out: Sequence[str]) -> Plan:
         """A plan whose inputs lack some columns; an input without any is gone."""
         kept = [
-            (part.model_copy(update={"columns": columns}), feature.model_copy(update=_narrow(feature, columns)))
+            _narrow(part, feature, columns)
             for part, feature in zip(self.parts, self.features, strict=True)
-            if (columns := tuple(column for column in feature.columns if column not in left_out))
+            if (columns := _kept(feature, left_out))
         ]
         return replace(
             self, parts=tuple(part for part, _ in kept), features=tuple(feature for _, feature in kept), left_out=tuple(left_out)
@@ -278,13 +278,17 @@ def _in_order(high: np.ndarray, low: np.ndarray, tie: np.ndarray | None, origin:
     return order
 
 
-def _narrow(feature: Feature, columns: tuple[str, ...]) -> dict[str, Any]:
-    if columns == feature.columns or feature.kind in ("image", "text"):
-        return {}
+def _kept(feature: Feature, left_out: Sequence[str]) -> tuple[str, ...]:
+    """Only columns of numbers and categories are left out; a text may well be of the same column."""
+    return tuple(column for column in feature.columns if feature.kind not in ("number", "category") or column not in left_out)
+
+
+def _narrow(part: Any, feature: Feature, columns: tuple[str, ...]) -> tuple[Any, Feature]:
+    """An input of numbers or categories with only these of its columns."""
+    if columns == feature.columns:
+        return part, feature
     kept = [index for index, column in enumerate(feature.columns) if column in columns]
-    changed: dict[str, Any] = {"columns": columns}
-    if feature.kind != "date":
-        changed["shape"] = (len(columns),)
+    changed: dict[str, Any] = {"columns": columns, "shape": (len(columns),)}
     if feature.vocabularies:
         changed |= {name: tuple(getattr(feature, name)[index] for index in kept) for name in ("vocabularies", "missing")}
-    return changed
+    return part.model_copy(update={"columns": columns}), feature.model_copy(update=changed)

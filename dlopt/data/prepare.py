@@ -45,6 +45,8 @@ BUCKET_ROWS = 2**22
 """About how many rows are compared by one task when duplicates are looked for among all of them."""
 PEEK_ROWS = 64
 SPILL = "spill"
+PATH = "path"
+"""The column of a source of single files, which is kept so that rows that are set aside can be found again."""
 
 Run = Callable[[Sequence[Callable[[], Any]]], Iterator[Any]]
 """Works on tasks and gives what each has found, in their order."""
@@ -141,7 +143,7 @@ def _read(name: str, source: Source, spill: Spill, progress: Progress) -> list[P
     """The first pass over a source; only what is said of its pieces comes back."""
     pieces: list[Piece] = []
     with _saying(f"data.{name}"):
-        found = source.read(list(spill.section.columns)).map_batches(spill, batch_format="pyarrow", batch_size=None)
+        found = source.read([*spill.section.columns, PATH]).map_batches(spill, batch_format="pyarrow", batch_size=None)
         for row in found.iter_rows():
             pieces.append(from_json(row["piece"]))
             progress("prepare", None, f"{sum(piece.read for piece in pieces):,} rows read")
