@@ -86,7 +86,7 @@ def test_schema_is_json_schema_with_a_text_for_every_field() -> None:
         ("data.inputs.0.columns=[a,zzz]", "data.source: has no column 'zzz'; its columns are a, b, c"),
         ("data.source.path=nowhere.csv", "data.source: nowhere.csv: no such file"),
         ("train.batch_size=2 resources.workers=3", "train.batch_size 2 is less than 3 workers"),
-        ("augment=[{kind: random_crop}]", "augment: there is no image among data.inputs to augment"),
+        ("augment=[{kind: random_crop}]", "augment.0: there is no image among data.inputs for random_crop"),
         ("export=[{kind: onnx},{kind: onnx}]", "export: one kind is there twice"),
         ("train", "'train': an override is written a.b=value"),
     ],
@@ -142,12 +142,10 @@ def test_a_run_on_numbers_from_csv_and_what_runs_says_of_it(tmp_path: Path) -> N
     (record,) = json.loads(dlopt("runs", "--home", home, "--json").stdout)
     assert (record["name"], record["run"]) == ("tiny", str(folder))
     _, line = dlopt("runs", "--home", home).stdout.splitlines()
-    assert line.split() == [
-        "tiny",
-        record["created"],
-        *(f"{record['metrics'][split]['accuracy']:.4f}" for split in ("validation", "test")),
-        str(folder),
+    told = [
+        f"accuracy {found['accuracy']:.4f}, roc_auc {found['roc_auc']:.4f}" for found in map(record["metrics"].get, ("validation", "test"))
     ]
+    assert line.split() == ["tiny", record["created"], *" ".join(told).split(), str(folder)]
 
 
 @pytest.mark.slow

@@ -192,7 +192,10 @@ def _encode(signature: Signature, feature: Feature, rows: Sequence[Any]) -> np.n
     if feature.kind == "category":
         return _categories(feature, columns)
     if feature.kind == "text":
-        return tokens_of(feature).encode(join_texts([_texts(name, values) for name, values in columns.items()]))
+        ids = tokens_of(feature).encode(join_texts([_texts(name, values) for name, values in columns.items()]))
+        return (
+            ids[:, : max(1, int((ids != 0).sum(axis=1).max(initial=0)))] if len(ids) else ids
+        )  # the model needs no more padding than the longest text
     return np.concatenate([_dates(feature, name, values) for name, values in columns.items()], axis=1)
 
 

@@ -389,7 +389,7 @@ def _refuse_unlearnable(plan: Plan, seen: Observed) -> None:
             if count and not seen.labels["train"][code]:
                 raise DloptError(
                     f"data: label {plan.target.labels[code]!r} is in the {name} split but not in train: "
-                    "add rows, drop duplicates, or use a stratified split"
+                    f"add rows{'' if plan.target.kind == 'multi_label' else ', drop duplicates, or use a stratified split'}, or drop it"
                 )
     for code, label in enumerate(plan.target.labels if plan.target.kind == "category" else ()):
         if not seen.labels["train"][code]:

@@ -212,11 +212,7 @@ def _pieces(counts: Mapping[str, int], part: TextInput) -> Any:
     trained = library.Tokenizer(library.models.BPE())
     trained.pre_tokenizer = library.pre_tokenizers.WhitespaceSplit()  # a word written in bytes has no space in it
     trained.train_from_iterator(
-        (
-            " ".join([word] * min(MOST_REPEATED, counts[word] - start))
-            for word in sorted(counts)
-            for start in range(0, counts[word], MOST_REPEATED)
-        ),
+        (" ".join([word] * min(MOST_REPEATED, counts[word] - start)) for word in counts for start in range(0, counts[word], MOST_REPEATED)),
         library.trainers.BpeTrainer(
             vocab_size=part.vocab_size,
             min_frequency=part.min_frequency,
