@@ -65,10 +65,10 @@ def arranged(
         return once(Stage("data", make), section, home)
 
 
-def anywhere(tasks: Sequence[Callable[[], Any]]) -> Iterator[Any]:
-    """Run tasks as a cluster does, with nothing but what survives the trip there and back."""
-    for task in tasks:
-        yield pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(task))()))
+def anywhere(task: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """Run a task on each item as a cluster does, with nothing but what survives the trip there and back."""
+    for item in items:
+        yield pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(task))(item)))
 
 
 def _pieces(spill: Spill, tables: Sequence[pa.Table], blocks: int) -> Iterator[Piece]:

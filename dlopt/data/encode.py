@@ -192,10 +192,7 @@ def _encode(signature: Signature, feature: Feature, rows: Sequence[Any]) -> np.n
     if feature.kind == "category":
         return _categories(feature, columns)
     if feature.kind == "text":
-        ids = tokens_of(feature).encode(join_texts([_texts(name, values) for name, values in columns.items()]))
-        return (
-            ids[:, : max(1, int((ids != 0).sum(axis=1).max(initial=0)))] if len(ids) else ids
-        )  # the model needs no more padding than the longest text
+        return _no_wider(tokens_of(feature).encode(join_texts([_texts(name, values) for name, values in columns.items()])))
     return np.concatenate([_dates(feature, name, values) for name, values in columns.items()], axis=1)
 
 
@@ -231,6 +228,11 @@ def _texts(name: str, values: list[Any]) -> list[str | None]:
         if value is not None and not isinstance(value, str):
             raise DloptError(f"row {index}: {name}: {value!r:.40} is not a text")
     return values
+
+
+def _no_wider(ids: np.ndarray) -> np.ndarray:
+    """Token ids (rows, length) with no more padding than the longest text needs."""
+    return ids[:, : max(1, int((ids != 0).sum(axis=1).max()))] if len(ids) else ids
 
 
 def _dates(feature: Feature, name: str, values: list[Any]) -> np.ndarray:

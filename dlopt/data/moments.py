@@ -24,7 +24,7 @@ NORMALIZATIONS: dict[str, Callable[[Array, Array, Array, Array], tuple[Array, Ar
 """name: least, greatest, mean and deviation of the training split to (shift, scale); the model computes (x - shift) * scale."""
 
 COLUMNS_AT_ONCE = 32
-"""Columns that are summed up together: what they need fits into a processor's cache."""
+"""Columns that are laid out one after the other at a time, so that each is read in one go."""
 
 
 @dataclass(frozen=True)
@@ -73,23 +73,22 @@ class Moments:
 
 def of_values(values: np.ndarray) -> Moments:
     """Of numbers, float32 (rows, columns) with NaN where missing."""
-    blocks = [_of_block(values[:, start : start + COLUMNS_AT_ONCE]) for start in range(0, values.shape[1], COLUMNS_AT_ONCE)]
-    return Moments(len(values), *(np.concatenate(arrays) for arrays in zip(*blocks, strict=True)))
+    found = []
+    for start in range(0, values.shape[1], COLUMNS_AT_ONCE):
+        found += [_of_column(column) for column in np.ascontiguousarray(values[:, start : start + COLUMNS_AT_ONCE].T)]
+    return Moments(len(values), *(np.array(figures) for figures in zip(*found, strict=True)))
 
 
-def _of_block(values: np.ndarray) -> tuple[Array, Array, Array, Array, Array]:
-    columns = np.ascontiguousarray(values.T, dtype=np.float64)
-    absent = np.isnan(columns)
-    missing = absent.sum(axis=1)
-    if not missing.any():
-        mean = columns.mean(axis=1) if columns.shape[1] else np.zeros(len(columns))
-        squares = np.square(columns - mean[:, None]).sum(axis=1)
-        return missing, columns.min(axis=1, initial=np.inf), columns.max(axis=1, initial=-np.inf), mean, squares
-    seen = np.maximum(columns.shape[1] - missing, 1)
-    mean = np.where(absent, 0.0, columns).sum(axis=1) / seen
-    squares = np.square(np.where(absent, mean[:, None], columns) - mean[:, None]).sum(axis=1)
-    low, high = np.where(absent, np.inf, columns).min(axis=1), np.where(absent, -np.inf, columns).max(axis=1)
-    return missing, low, high, mean, squares
+def _of_column(column: np.ndarray) -> tuple[int, float, float, float, float]:
+    """Missing values, extremes, mean and sum of squared deviations of one column."""
+    absent = np.isnan(column)
+    missing = int(absent.sum())
+    there = (column[~absent] if missing else column).astype(np.float64)
+    if not len(there):
+        return missing, np.inf, -np.inf, 0.0, 0.0
+    low, high, mean = there.min(), there.max(), there.mean()
+    there -= mean
+    return missing, low, high, mean, there @ there
 
 
 def of_pixels(values: np.ndarray) -> Moments:

@@ -210,7 +210,7 @@ def write(plan: Plan, number: int, *, signature: Signature, out: Path) -> int:
     return int((found.split >= 0).sum())
 
 
-def duplicates(plan: Plan, place: int, bucket: int, buckets: int, folder: Path) -> str:
+def duplicates(plan: Plan, place: int, bucket: int, *, buckets: int, folder: Path) -> str:
     """Find the rows that a part of `clean` drops among those whose identity falls into a bucket; returns the file that names them."""
     clean, names = plan.section.clean[place], [HIGH, LOW, TIE]
     names += [] if isinstance(clean, ExactDuplicates) and not clean.columns else [identity_column(place)]

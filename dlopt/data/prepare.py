@@ -9,10 +9,9 @@ a row goes, so the artifact does not depend on files, blocks or workers; and no 
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -45,10 +44,12 @@ BUCKET_ROWS = 2**22
 """About how many rows are compared by one task when duplicates are looked for among all of them."""
 PEEK_ROWS = 64
 SPILL = "spill"
+SAY_SECONDS = 2.0
+"""How often the first pass, which does not know how many rows there are, says how many it has read."""
 PATH = "path"
 """The column of a source of single files, which is kept so that rows that are set aside can be found again."""
 
-Run = Callable[[Sequence[Callable[[], Any]]], Iterator[Any]]
+Run = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
 """Works on tasks and gives what each has found, in their order."""
 
 
@@ -142,11 +143,14 @@ def _first_rows(section: Data, where: str, source: Source) -> pa.Table:
 def _read(name: str, source: Source, spill: Spill, progress: Progress) -> list[Piece]:
     """The first pass over a source; only what is said of its pieces comes back."""
     pieces: list[Piece] = []
+    said = time.monotonic()
     with _saying(f"data.{name}"):
         found = source.read([*spill.section.columns, PATH]).map_batches(spill, batch_format="pyarrow", batch_size=None)
         for row in found.iter_rows():
             pieces.append(from_json(row["piece"]))
-            progress("prepare", None, f"{sum(piece.read for piece in pieces):,} rows read")
+            if time.monotonic() - said > SAY_SECONDS:
+                said = time.monotonic()
+                progress("prepare", None, f"data.{name}: {sum(piece.read for piece in pieces):,} rows read")
     if not sum(piece.read for piece in pieces):
         raise DloptError(f"data.{name}: is empty")
     return pieces
@@ -188,7 +192,7 @@ class _Ranges:
 
     def each(self, task: Callable[..., Any], doing: str) -> Iterator[Any]:
         """What a task, a function of a range's number, finds in each range."""
-        for done, found in enumerate(self.run([partial(task, number=number) for number in range(self.count)]), start=1):
+        for done, found in enumerate(self.run(task, range(self.count)), start=1):
             if self.count > 1:
                 self.progress("prepare", done / self.count, f"{doing}: {done} of {self.count} parts")
             yield found
@@ -201,19 +205,30 @@ class _Ranges:
         return total
 
 
-def _one_by_one(tasks: Sequence[Callable[[], Any]]) -> Iterator[Any]:
-    """Run tasks in this process."""
-    return (task() for task in tasks)
+def _one_by_one(task: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """Run a task on each item in this process."""
+    return map(task, items)
 
 
-def on_cluster(tasks: Sequence[Callable[[], Any]]) -> Iterator[Any]:
-    """Run tasks on Ray Data; results in their order, one at a time."""
-    import ray.data
+def on_cluster(task: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """Run a task on each item on Ray's workers; results in the order of the items, and never many more at a time than are worked on."""
+    import ray
 
-    rows = [{"task": pickle.dumps(task)} for task in tasks]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(lambda row: {"found": pickle.dumps(pickle.loads(row["task"])())})
-    for row in dataset.iter_rows():
-        yield pickle.loads(row["found"])
+    shared, work = ray.put(task), ray.remote(_work)
+    ahead = max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
+    waiting = deque(work.remote(shared, item) for item in items[:ahead])
+    try:
+        for later in range(ahead, len(items) + ahead):
+            if not waiting:
+                return
+            yield ray.get(waiting.popleft())
+            waiting.extend(work.remote(shared, item) for item in items[later : later + 1])
+    except DloptError as error:  # with Ray's account of where it was
+        raise DloptError(str(getattr(error, "cause", error)).splitlines()[0]) from None
+
+
+def _work(task: Callable[[Any], Any], item: Any) -> Any:
+    return task(item)
 
 
 def _without_duplicates(plan: Plan, spill: Path, over: _Ranges) -> Plan:
@@ -225,9 +240,9 @@ def _without_duplicates(plan: Plan, spill: Path, over: _Ranges) -> Plan:
     for place in comparing:
         exact = isinstance(plan.section.clean[place], ExactDuplicates)
         buckets = -(-rows // BUCKET_ROWS) if exact else 1
-        tasks = [partial(passes.duplicates, plan, place, bucket, buckets, spill) for bucket in range(buckets)]
         over.progress("prepare", None, f"looking for {plan.section.clean[place].title}")
-        plan = replace(plan, losers=(*plan.losers, *over.run(tasks)))
+        files = over.run(partial(passes.duplicates, plan, place, buckets=buckets, folder=spill), range(buckets))
+        plan = replace(plan, losers=(*plan.losers, *files))
     return plan
 
 
@@ -340,7 +355,7 @@ def _fitted(plan: Plan, seen: Observed, over: _Ranges) -> tuple[Plan, Signature,
 
 def _tokenized(plan: Plan, part: TextInput, feature: Feature, over: _Ranges) -> Feature:
     """Train the tokenizer of a text input, in one task that the texts stream through."""
-    (found,) = over.run([partial(passes.tokenizer, plan, part, feature, range(over.count))])
+    (found,) = over.run(partial(passes.tokenizer, plan, part, feature), [range(over.count)])
     return cast(Feature, found)
 
 

@@ -25,7 +25,7 @@ from dlopt.data.inputs.values import dates, doubles, plain, texts
 from dlopt.data.prepared import array_of
 from dlopt.part import DloptError, Feature, Target
 
-LOOK_CELLS = 2**22
+LOOK_CELLS = 2**20
 """A piece of more rows times columns is looked at in every n-th row only; what is exact is still of all rows."""
 LOOK_IMAGES, LOOK_BYTES = 64, 2**25
 """Encoded images that are decoded of a piece, and bytes of texts or decoded images that are looked at."""
