@@ -105,8 +105,12 @@ def _refuse_unreachable(address: str | None) -> None:
         ) from None
 
 
-def data_context(*, preserve_order: bool = False, block_bytes: int | None = None) -> None:
-    """Settings of this process's Ray Data, for the datasets made from now on; our own progress says what its bars would."""
+def data_context(*, preserve_order: bool = False, block_bytes: int | None = None, reserve: bool = True) -> None:
+    """Settings of this process's Ray Data, for the datasets made from now on; our own progress says what its bars would.
+
+    reserve: whether Ray Data keeps CPUs and memory back for each step of a dataset. It bounds what is read ahead of a slow reader, as
+    training can be; but then a step alone gets half of the CPUs, which a pass that hands over next to nothing would lose for no gain.
+    """
     from ray.data import DataContext
 
     context = DataContext.get_current()
@@ -114,6 +118,7 @@ def data_context(*, preserve_order: bool = False, block_bytes: int | None = None
     context.print_on_execution_start = False
     context.execution_options.preserve_order = preserve_order
     context.raise_original_map_exception = True  # so that a DloptError of a worker can be told from a failure
+    context.op_resource_reservation_enabled = reserve
     context.target_max_block_size = block_bytes or RAY_BLOCK_BYTES
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # an error is raised as well, and some are the user's, to be said in one line
 

@@ -67,7 +67,7 @@ def peek(section: Data) -> Signature:
 def prepare(section: Data, out: Path, *, progress: Progress = silent) -> dict[str, Any]:
     """Fill `out` with train/, validation/, test/ and quarantine/ parquet, signature.json, statistics.json and profile.json;
     returns the counts."""
-    data_context(preserve_order=True)
+    data_context(preserve_order=True, reserve=False)
     clock, spill = _Clock(), out / SPILL
     features, whole = _look(section)
     progress("prepare", None, "reading")

@@ -23,7 +23,7 @@ def profile_source(
     source: Source, kinds: Mapping[str, str], targets: Sequence[str] = (), rows: int | None = None, progress: Progress = silent
 ) -> Summary:
     """Summary of all rows of a source, or of the first `rows`. Raises DloptError when there are none, or a file cannot be read."""
-    data_context(preserve_order=True)
+    data_context(preserve_order=True, reserve=False)
     found, done, said = [], 0, time.monotonic()
     progress("profile", None, "reading")
     with _saying():
