@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 
 PROBABILITIES, VALUES = "probabilities", "values"
 """The names of a model's output, in the graph of every format and so in the server: of classes or labels, and of numbers."""

@@ -132,8 +132,9 @@ def _first_rows(section: Data, where: str, source: Source) -> pa.Table:
         table = source.peek(PEEK_ROWS)
     except DloptError as error:
         raise DloptError(f"{where}: {error}") from None
+    there = set(table.column_names)
     for column in section.columns:
-        if column not in table.column_names:
+        if column not in there:
             raise DloptError(f"{where}: has no column {column!r}; its columns are {', '.join(table.column_names)}")
     if len(table) == 0:
         raise DloptError(f"{where}: is empty")

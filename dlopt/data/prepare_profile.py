@@ -46,7 +46,8 @@ class _Summarise:
         self.kinds, self.targets = kinds, targets
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        columns = {name: table[name] if name in table.column_names else pa.nulls(len(table)) for name in self.kinds}
+        there = dict(zip(table.column_names, table.columns, strict=True))
+        columns = {name: there[name] if name in there else pa.nulls(len(table)) for name in self.kinds}
         return pa.table({"summary": [summarise(columns, self.kinds, self.targets).to_json()]})
 
 

@@ -13,6 +13,7 @@ import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,10 @@ class Column:
 
     def weighted(self) -> tuple[np.ndarray, np.ndarray]:
         """Sorted different numbers, and how many values each stands for."""
+        return self._weighted
+
+    @cached_property
+    def _weighted(self) -> tuple[np.ndarray, np.ndarray]:
         values, weights = _unpack(self.points, np.float64).reshape(2, -1) if self.points else np.zeros((2, 0))
         return values, weights
 
@@ -142,14 +147,15 @@ class Sample:
 
     def column(self, name: str, kind: str) -> np.ndarray:
         """Values of the rows, in the order of their keys: float64 with NaN, or uint32 of categories and texts."""
-        values = self._matrix()[self.names.index(name)]
+        values = self._matrix[self.names.index(name)]
         return values.view(np.float32).astype(np.float64) if _is_number(kind) else values
 
     def merge(self, other: Sample) -> Sample:
         keys = np.concatenate([_unpack(self.keys, np.uint64), _unpack(other.keys, np.uint64)])
         kept = np.argsort(keys, kind="stable")[: _sample_rows(len(self.names))]
-        return Sample(self.names, _pack(keys[kept]), _pack(np.concatenate([self._matrix(), other._matrix()], axis=1)[:, kept]))
+        return Sample(self.names, _pack(keys[kept]), _pack(np.concatenate([self._matrix, other._matrix], axis=1)[:, kept]))
 
+    @cached_property
     def _matrix(self) -> np.ndarray:
         return _unpack(self.values, np.uint32).reshape(len(self.names), -1)
 

@@ -79,8 +79,9 @@ class Spill:
         self.step = max(1, PIECE_BYTES // row_bytes)
 
     def __call__(self, table: pa.Table) -> Iterator[dict[str, list[Any]]]:
+        there = set(table.column_names)
         for column in self.section.columns:
-            if column not in table.column_names:
+            if column not in there:
                 raise DloptError(f"one of the files has no column {column!r}; its columns are {', '.join(table.column_names)}")
         for start in range(0, len(table), self.step):
             yield {"piece": [as_json(self.piece(table.slice(start, self.step)))]}

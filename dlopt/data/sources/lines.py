@@ -144,6 +144,7 @@ class Csv(Lines):
 
     def parse(self, chunk: Chunk, as_text: bool, schema: pa.Schema | None = None) -> pa.Table:
         types = pa.schema([(column, pa.string()) for column in chunk.columns])
+        asked = set(chunk.columns if schema is None else schema.names)
         for name in schema.names if schema is not None else ():
             if name not in chunk.columns:
                 raise no_column(chunk.name, name, chunk.columns)
@@ -157,7 +158,7 @@ class Csv(Lines):
                 self._options(wrong),
                 pa.csv.ConvertOptions(
                     column_types=types if as_text else None,
-                    include_columns=[name for name in chunk.columns if schema is None or name in schema.names],
+                    include_columns=[name for name in chunk.columns if name in asked],
                 ),
             )
         except pa.ArrowInvalid as error:

@@ -128,7 +128,10 @@ def first_rows(tables: Iterator[Named], rows: int) -> pa.Table:
 
 def wanted(schema: pa.Schema, columns: Sequence[str] | None) -> pa.Schema:
     """The part of a schema that is asked for."""
-    return plain(schema if columns is None else pa.schema([schema.field(name) for name in dict.fromkeys(columns) if name in schema.names]))
+    if columns is None:
+        return plain(schema)
+    there = set(schema.names)
+    return plain(pa.schema([schema.field(name) for name in dict.fromkeys(columns) if name in there]))
 
 
 def plain(schema: pa.Schema) -> pa.Schema:
@@ -139,11 +142,12 @@ def plain(schema: pa.Schema) -> pa.Schema:
 
 def conform(name: str, table: pa.Table, schema: pa.Schema) -> pa.Table:
     """The columns of a schema, in its order and of its types; raises DloptError that names the file and the column."""
+    there = dict(zip(table.column_names, table.columns, strict=True))  # asked for one by one, a thousand columns take a second
     columns = []
     for field in schema:
-        if field.name not in table.column_names:
+        if field.name not in there:
             raise no_column(name, field.name, table.column_names)
-        column = table[field.name]
+        column = there[field.name]
         try:
             columns.append(column if column.type == field.type else column.cast(field.type))
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError):

@@ -117,7 +117,8 @@ def _together(schemas: Sequence[pa.Schema], names: Sequence[str]) -> pa.Schema:
     schemas = [plain(schema) for schema in schemas]
     found = schemas[0]
     for schema, name in zip(schemas[1:], names[1:], strict=False):
-        shared = pa.schema([schema.field(column) for column in found.names if column in schema.names])
+        there = set(schema.names)
+        shared = pa.schema([schema.field(column) for column in found.names if column in there])
         try:
             found = pa.unify_schemas([found, shared], promote_options="permissive")
         except pa.ArrowException as error:
