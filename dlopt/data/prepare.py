@@ -71,9 +71,13 @@ def prepare(section: Data, out: Path, *, progress: Progress = silent) -> dict[st
     clock, spill = _Clock(), out / SPILL
     features, whole = _look(section)
     progress("prepare", None, "reading")
-    read = {name: _read(name, source, Spill(section, features, whole, str(spill)), progress) for name, source in sources(section).items()}
-    clock.lap("read")
-    info = arrange(section, features, read, out, run=on_cluster, progress=progress)
+    try:
+        first_pass = Spill(section, features, whole, str(spill))
+        read = {name: _read(name, source, first_pass, progress) for name, source in sources(section).items()}
+        clock.lap("read")
+        info = arrange(section, features, read, out, run=on_cluster, progress=progress)
+    finally:
+        shutil.rmtree(spill, ignore_errors=True)
     return info | {"seconds": clock.seconds | info["seconds"]}
 
 
@@ -104,7 +108,6 @@ def arrange(
     write_atomically(out / "statistics.json", json.dumps({name: found.model_dump() for name, found in statistics.items()}, indent=1))
     described = describe(seen.profile, _target_columns(plan.target), seen.across, section.split.columns)
     write_atomically(out / "profile.json", json.dumps(described))
-    shutil.rmtree(spill, ignore_errors=True)
     return _info(plan, read, seen, described["warnings"], clock.seconds)
 
 
