@@ -102,6 +102,11 @@ class Target(Part):
         return len(self.columns) if self.kind == "number" else len(self.labels)
 
     @property
+    def positive_index(self) -> int:
+        """Of two classes: which one precision, recall, F1 and ROC AUC are of; the second one unless the job says otherwise."""
+        return 1 if self.positive is None else [str(label) for label in self.labels].index(str(self.positive))
+
+    @property
     def output(self) -> str:
         """The name of the model's output: probabilities of classes or labels, or values in the units of the data."""
         return VALUES if self.kind == "number" else PROBABILITIES

@@ -245,10 +245,10 @@ def written(home: Path, target: Target) -> tuple[Results, dict[str, float | None
 def test_the_report_says_of_two_classes_what_the_metrics_say(tmp_path: Path, positive: str) -> None:
     found, metrics = written(tmp_path, sets.TWO.model_copy(update={"positive": positive}))
     assert isinstance(found, Categories)
-    truth = found.label == found.positive
+    truth = found.label == found.target.positive_index
     assert roc(found.score, truth)[2] == pytest.approx(metrics["roc_auc"])
     assert precision_recall(found.score, truth)[2] == pytest.approx(metrics["average_precision"])
-    score = found.scores[found.positive]
+    score = found.scores[found.target.positive_index]
     assert (score.label, score.f1, score.recall) == (positive, pytest.approx(metrics["f1"]), pytest.approx(metrics["recall"]))
     assert 1 - len(found.wrong) / found.rows == pytest.approx(metrics["accuracy"])
 

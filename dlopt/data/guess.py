@@ -17,12 +17,12 @@ from dlopt.data.guard import Finding
 from dlopt.data.inputs.values import doubles
 from dlopt.data.profile import Column, Summary
 from dlopt.data.sources import Arrow, Csv, HuggingFace, Images, JsonLines, Parquet, Sample, Source, Texts
+from dlopt.data.sources.places import COMPRESSED
 from dlopt.part import DloptError
 
 TABLES = (Parquet, Csv, JsonLines, Arrow)
 FOLDERS = (Images, Texts)
 """Sources of files, and of folders CLASS/FILE."""
-COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
 SAVED = ("state.json", "dataset_dict.json")
 """What is in a folder that Hugging Face's `save_to_disk` made."""
 MOST_CLASSES = 20

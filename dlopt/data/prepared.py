@@ -125,7 +125,7 @@ def _metadata(file: Path) -> pq.FileMetaData:
     try:
         return pq.read_metadata(file)
     except UNREADABLE as error:
-        raise _damaged(str(file), error) from None
+        raise damaged(str(file), error) from None
 
 
 def _read_groups(signature: Signature, file: str, groups: list[int]) -> pa.Table:
@@ -136,10 +136,11 @@ def _read_groups(signature: Signature, file: str, groups: list[int]) -> pa.Table
         if table.schema != as_table(signature, empty_rows(signature)).schema or any(column.null_count for column in table.columns):
             raise ValueError("its columns are not those of signature.json")
     except UNREADABLE as error:
-        raise _damaged(file, error) from None
+        raise damaged(file, error) from None
     return table
 
 
-def _damaged(file: str, error: Exception) -> DloptError:
+def damaged(file: str, error: Exception) -> DloptError:
+    """What to say of a file of a split that cannot be read."""
     folder = Path(file).parent.parent
     return DloptError(f"{file}: damaged ({str(error).splitlines()[0]}): delete the folder {folder} and run the job again")

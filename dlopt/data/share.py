@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dlopt.data.order import Order, row_of
-from dlopt.data.prepared import UNREADABLE, Rows, Split, _damaged, as_table, column_of
+from dlopt.data.prepared import UNREADABLE, Rows, Split, as_table, column_of, damaged
 from dlopt.part import DloptError, Feature, Statistics
 
 if TYPE_CHECKING:
@@ -186,5 +186,5 @@ def _classes(split: Split) -> np.ndarray:
         try:
             found.append(pq.read_table(file, columns=[target.name], page_checksum_verification=True)[target.name].to_numpy())
         except UNREADABLE as error:
-            raise _damaged(file, error) from None
+            raise damaged(file, error) from None
     return np.concatenate([values.astype(found[0].dtype) for values in found])

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from dlopt.report.plots import FIRST, NARROW, QUIET, SECOND, _drawn
+from dlopt.report.plots import FIRST, NARROW, QUIET, SECOND, drawn
 
 SPLITS = (FIRST, SECOND, QUIET)
 """Colours of train, validation and test, or of whatever series there are."""
@@ -32,7 +32,7 @@ def histogram(name: str, edges: np.ndarray, series: Mapping[str, np.ndarray], da
         if len(series) > 1:
             _name_splits(axes, list(series))
 
-    return _drawn(name, NARROW, draw)
+    return drawn(name, NARROW, draw)
 
 
 def bars(name: str, labels: Sequence[str], series: Mapping[str, Sequence[float]]) -> Markup:
@@ -55,7 +55,7 @@ def bars(name: str, labels: Sequence[str], series: Mapping[str, Sequence[float]]
         if len(series) > 1:
             _name_splits(axes, list(series))
 
-    return _drawn(name, ((3.7, height), (left, 0.35 / height, 0.96 - left, 1 - 0.65 / height)), draw)
+    return drawn(name, ((3.7, height), (left, 0.35 / height, 0.96 - left, 1 - 0.65 / height)), draw)
 
 
 def _name_splits(axes: Axes, names: Sequence[str]) -> None:

@@ -83,7 +83,7 @@ def by_epoch(
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
         _label_ends(axes, epochs, series)
 
-    return _drawn(name, WIDE, draw)
+    return drawn(name, WIDE, draw)
 
 
 def by_step(name: str, steps: np.ndarray, values: np.ndarray, smooth: bool = False, limit: float | None = None) -> Markup:
@@ -113,7 +113,7 @@ def by_step(name: str, steps: np.ndarray, values: np.ndarray, smooth: bool = Fal
         if smooth:
             axes.set_ylim(bottom=0)
 
-    return _drawn(name, NARROW, draw)
+    return drawn(name, NARROW, draw)
 
 
 def curve(
@@ -136,7 +136,7 @@ def curve(
             axes.plot([0, 1], [0, 1] if level is None else [level] * 2, color=QUIET, linewidth=1, linestyle=(0, (3, 3)))
         axes.set(xlim=(0, 1.01), ylim=(0, 1.01), xlabel=titles[0], ylabel=titles[1])
 
-    return _drawn(name, SQUARE, draw)
+    return drawn(name, SQUARE, draw)
 
 
 def scatter(name: str, x: np.ndarray, y: np.ndarray) -> Markup:
@@ -158,7 +158,7 @@ def scatter(name: str, x: np.ndarray, y: np.ndarray) -> Markup:
         side = 72 * SQUARE[0][0] * SQUARE[1][2] / CELLS
         axes.scatter(middle[rows], middle[columns], s=side**2, marker="s", color=FIRST, alpha=shade.round(2), linewidth=0)
 
-    return _drawn(name, SQUARE, draw)
+    return drawn(name, SQUARE, draw)
 
 
 def errors(name: str, values: np.ndarray, title: str) -> Markup:
@@ -176,7 +176,7 @@ def errors(name: str, values: np.ndarray, title: str) -> Markup:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.set(xlabel=title, ylabel="rows")
 
-    return _drawn(name, SQUARE, draw)
+    return drawn(name, SQUARE, draw)
 
 
 def picture(image: np.ndarray) -> str:
@@ -232,7 +232,7 @@ def _label_ends(axes: Axes, epochs: Sequence[int], series: Mapping[str, np.ndarr
         axes.text(1.01, lowest, name, transform=axes.transAxes, color=colour, va="center", fontweight="bold")
 
 
-def _drawn(name: str, layout: Layout, draw: Callable[[Axes], None]) -> Markup:
+def drawn(name: str, layout: Layout, draw: Callable[[Axes], None]) -> Markup:
     """The figure that `draw` makes, as an SVG element of a page. `name` tells its ids from those of other figures."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()

@@ -7,23 +7,14 @@ from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
-from markupsafe import Markup
 
-from dlopt.report import overlaid
+from dlopt.report import Figure, overlaid
 
 MOST_FIGURES = 40
 """Columns that are drawn, those that drift most first; all of them are in the table."""
 MOST_BARS = 30
 """Columns with missing values that are drawn, those with most first."""
 NOTHING = "\N{EN DASH}"
-
-
-class Figure(NamedTuple):
-    """A plot, its title and what it shows in words."""
-
-    title: str
-    svg: Markup
-    alt: str
 
 
 class Row(NamedTuple):

@@ -98,11 +98,6 @@ class Categories(Results):
         """Of two classes: the probability of the positive one."""
 
     @property
-    def positive(self) -> int:
-        """Of two classes: the index of the one that curves and thresholds are of."""
-        return 1 if self.target.positive is None else [str(label) for label in self.target.labels].index(str(self.target.positive))
-
-    @property
     def wrong(self) -> np.ndarray:
         return self._worst(np.flatnonzero(self.label != self.predicted))
 
@@ -131,7 +126,7 @@ class Categories(Results):
         """Of two classes: what another threshold than a half would give."""
         if self.score is None:
             return []
-        truth, name = self.label == self.positive, self.target.labels[self.positive]
+        truth, name = self.label == self.target.positive_index, self.target.labels[self.target.positive_index]
         given = [self.score >= threshold for threshold in THRESHOLDS]
         return [
             Threshold(float(threshold), Score.of(name, int(truth.sum()), int(called.sum()), int((called & truth).sum())))
@@ -143,7 +138,7 @@ class Categories(Results):
         """Of two classes: the ROC and the precision-recall curve; none where the test split has only one of them."""
         if self.score is None or not np.isfinite(self.score).all() or len(np.unique(self.label)) < 2:
             return []
-        truth, name = self.label == self.positive, self.target.labels[self.positive]
+        truth, name = self.label == self.target.positive_index, self.target.labels[self.target.positive_index]
         false_rate, true_rate, area = roc(self.score, truth)
         recall, precision, average = precision_recall(self.score, truth)
         base = float(truth.mean())

@@ -29,7 +29,7 @@ from dlopt.data.feed import shortened
 from dlopt.data.prepared import Chunk, Split
 from dlopt.models import Network
 from dlopt.part import Target
-from dlopt.train.metrics import Metrics, Tally, activated, positive_index, tally
+from dlopt.train.metrics import Metrics, Tally, activated, tally
 from dlopt.train.objectives import loss_of
 
 BATCH_BYTES = 2**22
@@ -74,7 +74,7 @@ def _columns(target: Target, outputs: Tensor, wanted: Tensor) -> dict[str, pa.Ar
     if target.kind == "category":
         probability, predicted = outputs.max(dim=1)
         columns = {"label": wanted, "predicted": predicted, "probability": probability.float()}
-        columns |= {"score": outputs[:, positive_index(target)].float()} if target.size == 2 else {}
+        columns |= {"score": outputs[:, target.positive_index].float()} if target.size == 2 else {}
         return {name: pa.array(values.numpy()) for name, values in columns.items()}
     if target.kind == "multi_label":
         flat = pa.array(outputs.float().numpy().reshape(-1))

@@ -34,11 +34,6 @@ def names(kind: str, classes: int | None = None) -> tuple[str, ...]:
     return METRICS[kind] + (TWO_CLASSES if kind == "category" and classes in (None, 2) else ())
 
 
-def positive_index(target: Target) -> int:
-    """Which of two classes the metrics are of: the second one unless the job says otherwise."""
-    return 1 if target.positive is None else [str(label) for label in target.labels].index(str(target.positive))
-
-
 def activated(target: Target, outputs: Tensor) -> Tensor:
     """What the graph gives: probabilities of classes, probabilities of labels, or the numbers themselves, (rows, outputs)."""
     if target.kind == "category":
@@ -94,7 +89,7 @@ class Classes(Tally):
         return [values.bincount(minlength=self.target.size).double() for values in (target[given == target], given, target)]
 
     def scored(self, outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        positive = positive_index(self.target)
+        positive = self.target.positive_index
         return activated(self.target, outputs)[:, positive, None], (target == positive)[:, None]
 
     def told(self, sums: Tensor, scores: Tensor, truths: Tensor, rows: int) -> Metrics:
@@ -102,7 +97,7 @@ class Classes(Tally):
         found: Metrics = {"accuracy": right.sum().item() / rows, "macro_f1": macro_f1(right, given, real)}
         if self.target.size != 2:
             return found
-        one = [values[positive_index(self.target)].item() for values in (right, given, real)]
+        one = [values[self.target.positive_index].item() for values in (right, given, real)]
         return found | dict(zip(("precision", "recall", "f1"), precision_recall_f1(*one), strict=True)) | _areas(scores, truths)
 
 
