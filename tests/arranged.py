@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,11 @@ def arranged(
 
     def make(section: Data, out: Path) -> dict[str, Any]:
         spill = Spill(section, features, whole, str(out / SPILL))
-        read = {name: list(_pieces(spill, some, blocks)) for name, some in tables.items()}
-        return arrange(section, features, read, out, run=anywhere)
+        try:
+            read = {name: list(_pieces(spill, some, blocks)) for name, some in tables.items()}
+            return arrange(section, features, read, out, run=anywhere)
+        finally:
+            shutil.rmtree(out / SPILL)
 
     row_bytes = sum(feature.size * np.dtype(feature.stored).itemsize for feature in features) + 8
     rows = sum(len(table) for some in tables.values() for table in some)

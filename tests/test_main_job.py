@@ -64,7 +64,7 @@ def test_its_artifacts_are_whole_and_say_what_made_them(result: dict[str, Any]) 
     assert found["model"].manifest.parents == {"data": found["data"].manifest.digest}
     assert found["export.onnx"].manifest.parents == {name: found[name].manifest.digest for name in ("model", "data")}
     assert found["data"].info["counts"] | {"duplicates": 0} == {
-        "read": 5000, "bad": 0, "duplicates": 0, "train": 3500, "validation": 500, "test": 1000,
+        "read": 5000, "bad": 0, "dropped": 0, "duplicates": 0, "train": 3500, "validation": 500, "test": 1000,
     }  # fmt: skip
     assert found["export.onnx"].info["largest_difference"] <= 1e-5
     assert found["export.onnx"].info["rows"] == 1000

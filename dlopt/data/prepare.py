@@ -406,10 +406,12 @@ def _refuse_unlearnable(plan: Plan, seen: Observed) -> None:
     for name in NAMES:
         for code, count in seen.labels[name].items():
             if count and not seen.labels["train"][code]:
-                raise DloptError(
-                    f"data: label {plan.target.labels[code]!r} is in the {name} split but not in train: "
-                    f"add rows{'' if plan.target.kind == 'multi_label' else ', drop duplicates, or use a stratified split'}, or drop it"
+                cure = (
+                    "add rows of it, or drop it"
+                    if plan.target.kind == "multi_label"
+                    else "add rows, drop duplicates, or use a stratified split"
                 )
+                raise DloptError(f"data: label {plan.target.labels[code]!r} is in the {name} split but not in train: {cure}")
     for code, label in enumerate(plan.target.labels if plan.target.kind == "category" else ()):
         if not seen.labels["train"][code]:
             raise DloptError(f"data: cleaning drops every row of label {label!r}: there is nothing to learn of it")
