@@ -685,6 +685,8 @@ def test_a_label_that_training_has_not_is_refused(tmp_path: Path) -> None:
     table = pa.table({"id": np.arange(10.0), "label": ["a", "b"] * 4 + ["a", "c"], "given": ["train"] * 8 + ["test"] * 2})
     line = refused(section_of(ID, split=split), table, tmp_path)
     assert line == "data: label 'c' is in the test split but not in train: add rows, drop duplicates, or use a stratified split"
+    labels = section_of(ID, split=split, target=MultiLabelTarget(column="label"))  # which no split is stratified by
+    assert refused(labels, table, tmp_path) == "data: label 'c' is in the test split but not in train: add rows of it, or drop it"
 
 
 def test_a_label_in_the_test_source_only_is_refused_before_anything_is_written(tmp_path: Path) -> None:
