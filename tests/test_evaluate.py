@@ -70,6 +70,7 @@ def _evaluated(rank: int, home: str) -> None:
         data, model = made(Path(home), target, test=rows)
         found = evaluate(trained_network(model, data), Split.open(data, "test"), CPU, rank, 2)
         (Path(home) / f"found-{index}-{rank}").write_text(json.dumps(found))
+    dist.barrier()  # a process that ends while the other still talks to it may abort on its way out
     dist.destroy_process_group()
 
 

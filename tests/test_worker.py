@@ -301,6 +301,7 @@ def _train(rank: int, home: str) -> None:
         info = _Worker(Assignment(fit=fit, data=data.path, out=out / "two", feed="resident", threads=1), rank, 2, CPU).run()
         if rank == 0:
             (out / "info.json").write_text(json.dumps(info))
+    dist.barrier()  # a process that ends while the other still talks to it may abort on its way out
     dist.destroy_process_group()
 
 
@@ -334,6 +335,7 @@ def _drift(rank: int, folder: str, by: float, swapped: bool) -> None:
     except RuntimeError as error:
         said = str(error)
     Path(folder, f"said-{rank}").write_text(said)
+    dist.barrier()  # a process that ends while the other still talks to it may abort on its way out
     dist.destroy_process_group()
 
 
