@@ -74,6 +74,7 @@ def _evaluated(rank: int, home: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_metrics_are_the_same_however_many_workers_share_the_split_out(tmp_path: Path) -> None:
     alone, chunks = [], []
     for target, rows in SHARED:

@@ -305,6 +305,7 @@ def _train(rank: int, home: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_workers_follow_the_curve_of_one_for_every_kind_of_target_with_class_weights(tmp_path: Path) -> None:
     alone = [work(fit, data, out / "one") for fit, data, out in (_shared(tmp_path, *given) for given in SHARED)]
     mp.spawn(_train, args=(str(tmp_path),), nprocs=2)
