@@ -24,6 +24,7 @@ import pyarrow as pa
 
 from dlopt.artifact import Stage, write_atomically
 from dlopt.data import passes
+from dlopt.data.account import account, refuse_bad, refuse_dropped, refuse_unlearnable
 from dlopt.data.clean import DropColumns, ExactDuplicates, NearDuplicates, Outliers
 from dlopt.data.describe import describe
 from dlopt.data.inputs import NumberTarget, TextInput
@@ -33,7 +34,7 @@ from dlopt.data.plan import Origin, Plan
 from dlopt.data.section import Data
 from dlopt.data.sources import Source
 from dlopt.data.spill import Piece, Spill, from_json, is_local
-from dlopt.data.split import NAMES, GivenSplit, Split, StratifiedSplit, TimeSplit, cut
+from dlopt.data.split import GivenSplit, StratifiedSplit, TimeSplit, cut
 from dlopt.part import DloptError, Feature, Signature, Statistics, Target
 from dlopt.progress import Progress, silent
 from dlopt.session import data_context
@@ -87,7 +88,7 @@ def arrange(
     """All that follows when the rows lie in pieces, in `out`/spill. run: works on tasks, wherever that may be."""
     clock, spill = _Clock(), out / SPILL
     kept = _keep_quarantine(read, out / "quarantine")
-    _refuse_bad(section, read, kept)
+    refuse_bad(section, read, kept)
     plan = _plan(section, features, read)
     over = _Ranges(plan.power, run, progress)
     plan = _without_duplicates(plan, spill, over)
@@ -96,8 +97,8 @@ def arrange(
     plan = replace(plan, bounds=_bounds(plan, over))
     clock.lap("plan")
     seen = over.merged(partial(passes.observe, plan), "summing up")
-    _refuse_dropped(plan, read, seen)
-    _refuse_unlearnable(plan, seen)
+    refuse_dropped(plan, read, seen)
+    refuse_unlearnable(plan, seen)
     plan, signature, statistics = _fitted(plan, seen, over)
     clock.lap("statistics")
     written = sum(over.each(partial(passes.write, plan, signature=signature, out=out), "writing"))
@@ -108,7 +109,7 @@ def arrange(
     write_atomically(out / "statistics.json", json.dumps({name: found.model_dump() for name, found in statistics.items()}, indent=1))
     described = describe(seen.profile, _target_columns(plan.target), seen.across, section.split.columns)
     write_atomically(out / "profile.json", json.dumps(described))
-    return _info(plan, read, seen, described["warnings"], clock.seconds)
+    return account(plan, read, seen, described["warnings"], clock.seconds)
 
 
 PREPARE = Stage("data", prepare, version=2)
@@ -363,67 +364,6 @@ def _tokenized(plan: Plan, part: TextInput, feature: Feature, over: _Ranges) -> 
     return cast(Feature, found)
 
 
-def _refuse_bad(section: Data, read: dict[str, list[Piece]], quarantine: Path) -> None:
-    total = wrong = 0
-    for name, pieces in read.items():
-        rows, bad = sum(piece.read for piece in pieces), sum(piece.reasons.total() for piece in pieces)
-        if not sum(piece.rows for piece in pieces):
-            raise DloptError(
-                f"data.{name}: none of its {rows:,} rows can be used: {_say(pieces) or 'cleaning drops all'}; they are in {quarantine}"
-            )
-        total, wrong = total + rows, wrong + bad
-    if wrong > section.most_bad * total:
-        everything = [piece for pieces in read.values() for piece in pieces]
-        raise DloptError(
-            f"data: {wrong:,} of {total:,} rows cannot be read ({wrong / total:.1%}, data.most_bad allows {section.most_bad:.1%}): "
-            f"{_say(everything)}; they are in {quarantine}"
-        )
-
-
-def _refuse_dropped(plan: Plan, read: dict[str, list[Piece]], seen: Observed) -> None:
-    """A part of `clean` that drops a larger share of the rows than it may."""
-    total = sum(piece.read for pieces in read.values() for piece in pieces)
-    for place, dropped in _dropped(plan, read, seen).items():
-        clean = plan.section.clean[place]
-        if dropped > clean.most * total:
-            raise DloptError(
-                f"data.clean.{place}: {clean.title} drops {dropped:,} of {total:,} rows "
-                f"({dropped / total:.1%}, its `most` allows {clean.most:.0%})"
-            )
-
-
-def _refuse_unlearnable(plan: Plan, seen: Observed) -> None:
-    """A split that came out empty, or a class that is only in validation or test, is the user's to mend."""
-    section = plan.section
-    wanted = {
-        "train": True,
-        "validation": section.split.validation > 0 or section.validation is not None or section.fold is not None,
-        "test": section.split.test > 0 or section.test is not None,
-    }
-    for name in NAMES:
-        if wanted[name] and not seen.counts[name]:
-            raise DloptError(f"data.split: the {name} split is empty: {_why_empty(section.split, name)}")
-    for name in NAMES:
-        for code, count in seen.labels[name].items():
-            if count and not seen.labels["train"][code]:
-                cure = (
-                    "add rows of it, or drop it"
-                    if plan.target.kind == "multi_label"
-                    else "add rows, drop duplicates, or use a stratified split"
-                )
-                raise DloptError(f"data: label {plan.target.labels[code]!r} is in the {name} split but not in train: {cure}")
-    for code, label in enumerate(plan.target.labels if plan.target.kind == "category" else ()):
-        if not seen.labels["train"][code]:
-            raise DloptError(f"data: cleaning drops every row of label {label!r}: there is nothing to learn of it")
-
-
-def _why_empty(split: Split, name: str) -> str:
-    if not isinstance(split, GivenSplit):
-        return "there are too few rows for its share"
-    values = " or ".join(repr(value) for value, meant in split.names.items() if meant == name)
-    return f"no row has {values} in column {split.column!r}: leave it out of split.names"
-
-
 def _refuse_foreign_outliers(section: Data) -> None:
     numbers = {column for part in section.inputs if part.kind == "number" for column in part.columns}
     for place, clean in enumerate(section.clean):
@@ -432,46 +372,9 @@ def _refuse_foreign_outliers(section: Data) -> None:
                 raise DloptError(f"data.clean.{place}: outliers are looked for in number inputs, and {column!r} is in none")
 
 
-def _dropped(plan: Plan, read: dict[str, list[Piece]], seen: Observed) -> Counter[int]:
-    """The rows that each part of `clean` has dropped, by its place; 0 for one that has dropped none."""
-    early = sum((piece.dropped for pieces in read.values() for piece in pieces), Counter[int]())
-    return Counter({place: early[place] + seen.dropped[place] for place in range(len(plan.section.clean))})
-
-
 def _target_columns(target: Target) -> tuple[str, ...]:
     """What the profile calls the target."""
     return target.columns if target.kind == "number" else (target.name,)
-
-
-def _info(plan: Plan, read: dict[str, list[Piece]], seen: Observed, warnings: list[str], seconds: dict[str, float]) -> dict[str, Any]:
-    everything = [piece for pieces in read.values() for piece in pieces]
-    dropped, reasons = _dropped(plan, read, seen), sum((piece.reasons for piece in everything), Counter[str]())
-    duplicates = sum(rows for place, rows in dropped.items() if isinstance(plan.section.clean[place], (ExactDuplicates, NearDuplicates)))
-    labels = {name: {str(label): seen.labels[name][code] for code, label in enumerate(plan.target.labels)} for name in NAMES}
-    return {
-        "counts": {
-            "read": sum(piece.read for piece in everything),
-            "bad": reasons.total(),
-            "dropped": sum(dropped.values()),
-            "duplicates": duplicates,
-            **seen.counts,
-        },
-        "bad_reasons": dict(sorted(reasons.items())),
-        "cleaning": [
-            {"kind": clean.kind, "title": clean.title, "dropped": dropped[place]} for place, clean in enumerate(plan.section.clean)
-        ],
-        "left_out": list(plan.left_out),
-        "across": {name: seen.across[name] for name in NAMES[1:]},
-        "labels": labels if plan.target.labels else {},
-        "warnings": warnings,
-        "seconds": seconds,
-    }
-
-
-def _say(pieces: list[Piece]) -> str:
-    """The most frequent reasons, in one line."""
-    reasons = sum((piece.reasons for piece in pieces), Counter[str]())
-    return "; ".join(f"{reason} ({count:,})" for reason, count in sorted(reasons.items(), key=lambda pair: (-pair[1], pair[0]))[:3])
 
 
 @contextmanager
