@@ -3,7 +3,8 @@
 The first pass reads the source, a block at a time: rules, decoding, and pieces of rows in the order of their keys (spill.py). What
 is then decided about rows is a plan (plan.py). The later passes go over ranges of keys (passes.py): look for duplicates where they
 need all rows, for where to cut, for outliers; observe the training rows, all columns in one pass; and write. Keys alone decide where
-a row goes, so the artifact does not depend on files, blocks or workers; and no process ever holds more than a block or a range.
+a row goes, so the artifact does not depend on files, blocks or workers; and a process holds a block or a range at a
+time, but for tasks that compare rows: of all sketches of near-duplicates, or of BUCKET_ROWS rows by chosen columns.
 """
 
 from __future__ import annotations
