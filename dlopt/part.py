@@ -95,6 +95,8 @@ class Target(Part):
     """Of numbers: the column of each output."""
     positive: int | str | None = None
     """Of two classes: the one that precision, recall, F1 and ROC AUC are of."""
+    thresholds: tuple[float, ...] = ()
+    """The probability from which on a row is given the positive class, or each label; () is the likelier class, and one half."""
 
     @property
     def size(self) -> int:

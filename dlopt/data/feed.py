@@ -39,6 +39,8 @@ class Batch(NamedTuple):
     """Rows of the whole batch, over all workers."""
     mixed: Mixed | None = None
     """Where augmentation mixes rows: with what, and how much."""
+    part: float = 1.0
+    """The share of the worker's rows of the batch that this is, where gradients are accumulated."""
 
 
 class Feed(Protocol):
