@@ -11,6 +11,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dlopt.artifact import Artifact
+    from dlopt.spec import Job
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,6 +59,23 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="validate a job and print it resolved; starts no Ray")
     _job(check)
     check.set_defaults(command=_check)
+
+    plot = commands.add_parser("plot-schedule", help="draw the learning rate of a job over its run; reads no rows that it need not")
+    _job(plot)
+    _home(plot)
+    plot.add_argument("-o", "--output", type=Path, metavar="FILE", help="draw a figure into an .svg, .png or .html file instead of letters")
+    plot.add_argument(
+        "--rows", type=_positive, metavar="N", help="so many training rows, instead of asking the prepared data or the source"
+    )
+    plot.set_defaults(command=_plot_schedule)
+
+    batch = commands.add_parser("find-batch", help="find the largest batch of a job that fits into memory, by trying")
+    _job(batch)
+    _home(batch)
+    batch.add_argument("--memory", type=_positive, metavar="MIB", help="what a step may take (default: four fifths of what is free)")
+    batch.add_argument("--address", help="a running Ray cluster, as for run, if the data are yet to be prepared")
+    batch.add_argument("--json", action="store_true", help="print one JSON object {batch_size, rows, mebibytes, limit, lr}")
+    batch.set_defaults(command=_find_batch)
 
     schema = commands.add_parser("schema", help="print the JSON Schema of a job, for editors")
     schema.set_defaults(command=_schema)
@@ -160,6 +182,63 @@ def _check(options: argparse.Namespace) -> None:
     job = spec.load(options.job, options.overrides)
     pipeline.check(job)
     print(yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True), end="")
+
+
+def _plot_schedule(options: argparse.Namespace) -> None:
+    from dlopt import pipeline, spec
+    from dlopt.report import schedule
+
+    job = spec.load(options.job, options.overrides)
+    rows, source = (options.rows, "--rows") if options.rows else _training_rows(job, pipeline.prepared(job, options.home))
+    curve = schedule.curve_of(job.fit, rows)
+    if options.output:
+        schedule.write(options.output, curve, f"{job.name}: {job.train.schedule.kind}")
+        print(options.output)
+        return
+    print(schedule.text(curve))
+    print(f"{rows:,} training rows ({source}), {curve.course.steps:,} steps; -o FILE.svg draws a figure. {curve.says}".strip())
+
+
+def _training_rows(job: Job, data: Artifact | None) -> tuple[int, str]:
+    """How many there are, and who says so. Raises DloptError when nobody can."""
+    from dlopt.data.count import training_rows
+    from dlopt.part import DloptError
+
+    if data:
+        return data.info["counts"]["train"], "as prepared"
+    if rows := training_rows(job.data):
+        return rows, "about, before cleaning"
+    raise DloptError("--rows: the data are not prepared, and their rows cannot be counted without reading them all: say how many there are")
+
+
+def _find_batch(options: argparse.Namespace) -> None:
+    from dlopt.session import set_environment
+
+    set_environment(options.address or os.environ.get("RAY_ADDRESS"))
+    import torch
+
+    from dlopt import pipeline, spec
+    from dlopt.terminal import Terminal
+    from dlopt.train.largest_batch import MIB, largest_batch, rates_for
+
+    job = spec.load(options.job, options.overrides)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with Terminal(job.name) as terminal:
+        data = pipeline.prepare(job, options.home, options.address, terminal.progress)
+        found = largest_batch(job.fit, data, device, options.memory and options.memory * MIB, terminal.progress)
+    rates = rates_for(job.fit, found.rows, found.most)
+    if options.json:
+        taken = {"batch_size": found.rows, "rows": found.most, "mebibytes": found.bytes / MIB, "limit": found.limit / MIB}
+        print(json.dumps(taken | {"lr": rates}))
+        return
+    used = f"{found.bytes / MIB:,.0f} of {found.limit / MIB:,.0f} MiB"
+    print(f"train.batch_size={found.rows}   takes {used}; there are {found.most:,} training rows")
+    for rule, rate in rates.items():
+        print(
+            f"train.optimizer.lr={rate:.3g}   by the {rule} rule"
+            if not job.train.scale_lr
+            else f"scale_lr ({rule}) makes its rate {rate:.3g}"
+        )
 
 
 def _schema(options: argparse.Namespace) -> None:

@@ -39,6 +39,14 @@ def prepare(job: Job, home: Path, address: str | None = None, progress: Progress
         return _prepared(job, steps, None)
 
 
+def prepared(job: Job, home: Path) -> Artifact | None:
+    """The prepared data of a job, if they are in the home already; starts no Ray."""
+    from dlopt.data.prepare import PREPARE
+
+    path = place(PREPARE, job.data, home.resolve(), (), _found(job))
+    return Artifact.open(path) if is_sealed(path) else None
+
+
 def run(job: Job, home: Path, address: str | None = None, progress: Progress = silent) -> Run:
     """Make what the job asks for and is not there yet. Ray is started only if a stage needs it. Raises DloptError."""
     from dlopt.train.fit import FIT

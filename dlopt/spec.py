@@ -20,7 +20,7 @@ from dlopt.export import Format, Onnx
 from dlopt.models import Model
 from dlopt.part import PROBABILITIES, VALUES, DloptError, Part
 from dlopt.serve import Serve
-from dlopt.train.section import Fit, Resources, Train, needs_validation, refuse_balance, refuse_monitor
+from dlopt.train.section import Fit, Resources, Train, needs_validation, refuse_balance, refuse_loss, refuse_monitor, refuse_threshold
 
 
 class Job(Part):
@@ -82,6 +82,8 @@ class Job(Part):
         try:
             refuse_monitor(self.train, kind)
             refuse_balance(self.train, kind)
+            refuse_loss(self.train, kind)
+            refuse_threshold(self.train, kind)
         except DloptError as error:
             raise ValueError(str(error)) from None
         return self
@@ -104,7 +106,7 @@ class Job(Part):
     def workers_get_rows(self) -> Self:
         workers = self.resources.workers
         most = 1 if workers == "auto" else workers if isinstance(workers, int) else workers[1]
-        if self.train.batch_size < most:
+        if self.train.batch_size != "full" and self.train.batch_size < most:
             raise ValueError(f"train.batch_size {self.train.batch_size} is less than {most} workers: lower workers or raise batch_size")
         return self
 

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import nn
 
 from dlopt.artifact import Artifact
 from dlopt.models import Cnn
-from dlopt.train import metrics_log, worker
+from dlopt.train import metrics_log, training, worker
 from dlopt.train.section import Fit
 from tests.served import descendants
 from tests.trained import curve, fit, prepare_digits, quick
@@ -31,28 +30,28 @@ def data(ray_cluster: None, mnist: None, tmp_path_factory: pytest.TempPathFactor
 
 
 @dataclass
-class Recording(worker._Worker):
+class Recording(training.Training):
     """Writes down what each worker's parameters are after each epoch."""
 
-    def _refuse_drift(self, network: nn.Module) -> None:
+    def save(self) -> None:
         found = hashlib.sha256()
-        for parameter in network.parameters():
+        for parameter in self.network.parameters():
             found.update(parameter.detach().cpu().numpy().tobytes())
-        with open(self.assignment.out / f"rank-{self.rank}", "a") as file:
+        with open(self.out / f"rank-{self.rank}", "a") as file:
             file.write(found.hexdigest() + "\n")
-        super()._refuse_drift(network)
+        super().save()
 
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "_Worker", Recording)
+    monkeypatch.setattr(worker, "Training", Recording)
     monkeypatch.setattr(worker, "train_worker", recording_worker)
 
 
-def recording_worker(config: dict[str, Any]) -> dict[str, Any] | None:
+def recording_worker(config: dict[str, Any], factory: Any = None) -> dict[str, Any] | None:
     """`train_worker` in a process that has not seen the fixture."""
-    worker._Worker = Recording  # type: ignore[misc]
-    return original(config)
+    worker.Training = Recording  # type: ignore[misc]
+    return original(config, factory)
 
 
 original = worker.train_worker

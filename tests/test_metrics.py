@@ -1,8 +1,11 @@
-"""Metrics against scikit-learn and torchmetrics on the same rows, in batches of any size, and what a split cannot tell."""
+"""Metrics against scikit-learn and torchmetrics on the same rows, in batches and shares of any size, and what a split cannot tell."""
 
 from __future__ import annotations
 
-from typing import get_args
+import subprocess
+import sys
+from itertools import pairwise
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -13,12 +16,28 @@ from torch import Tensor, nn
 
 from dlopt.models import Units
 from dlopt.part import Target
-from dlopt.train.metrics import METRICS, TWO_CLASSES, Metrics, activated, average_precision, names, roc_auc, tally
+from dlopt.train.metrics import (
+    METRICS,
+    MOST_SCORED,
+    SEVERAL_CLASSES,
+    TOP_CLASSES,
+    TWO_CLASSES,
+    Metrics,
+    Tally,
+    activated,
+    average_precision,
+    curve_of,
+    decided,
+    names,
+    roc_auc,
+    tally,
+)
 from dlopt.train.section import Monitor
 from tests.sets import LABELS, NUMBER, PAIR, THREE, TWO, spread
 
 CPU = torch.device("cpu")
 ROWS = 500
+SEVEN = Target(name="digit", labels=tuple(range(7)))
 
 
 def outputs_of(target: Target, seed: int = 0) -> Tensor:
@@ -37,11 +56,33 @@ def wanted_of(target: Target, outputs: Tensor, noise: float = 1.0) -> Tensor:
 
 def measured(target: Target, outputs: Tensor, wanted: Tensor, size: int = ROWS, output: nn.Module | None = None) -> Metrics:
     """In batches of a size."""
+    return tallied(target, outputs, wanted, size, output).metrics(len(wanted))
+
+
+def tallied(target: Target, outputs: Tensor, wanted: Tensor, size: int = ROWS, output: nn.Module | None = None) -> Tally:
     found = tally(target, output or nn.Identity(), CPU)
     for start in range(0, len(wanted), size):
         part = slice(start, start + size)
         found.add(outputs[part], wanted[part], torch.full((len(wanted[part]),), 0.5, dtype=torch.float64))
-    return found.metrics(len(wanted))
+    return found
+
+
+def macros(wanted: Any, given: Any) -> dict[str, float]:
+    """The macro metrics of scikit-learn."""
+    found = reference.precision_recall_fscore_support(wanted, given, average="macro", zero_division=0)
+    return dict(zip(("macro_precision", "macro_recall", "macro_f1"), found, strict=False))
+
+
+def calibration(probabilities: np.ndarray, wanted: np.ndarray) -> float:
+    """The expected calibration error by hand: the rows of each of 15 bins one after the other."""
+    found = 0.0
+    for low, high in pairwise(np.linspace(0, 1, 16)):
+        rows = [row for row, values in enumerate(probabilities) if low < values.max() <= high]
+        if rows:
+            sure = sum(probabilities[row].max() for row in rows) / len(rows)
+            right = sum(probabilities[row].argmax() == wanted[row] for row in rows) / len(rows)
+            found += len(rows) / len(wanted) * abs(sure - right)
+    return found
 
 
 @pytest.mark.parametrize("size", [1, 7, 499, 500])
@@ -55,7 +96,8 @@ def test_metrics_of_two_classes_are_those_of_scikit_learn_for_the_positive_one(t
     expected = {
         "loss": 0.5,
         "accuracy": reference.accuracy_score(wanted, given),
-        "macro_f1": reference.f1_score(wanted, given, average="macro"),
+        **macros(wanted, given),
+        "calibration_error": calibration(outputs.softmax(dim=1).numpy(), wanted.numpy()),
         "precision": precision,
         "recall": recall,
         "f1": f1,
@@ -71,8 +113,12 @@ def test_metrics_of_three_classes_are_those_of_scikit_learn_and_a_class_that_nev
     wanted = wanted_of(THREE, outputs)
     for _ in range(2):
         given = outputs.argmax(dim=1)
-        expected = {"loss": 0.5, "accuracy": (given == wanted).double().mean().item()}
-        expected["macro_f1"] = reference.f1_score(wanted, given, average="macro")
+        probabilities, there = outputs.softmax(dim=1), wanted.unique().tolist()
+        expected = {"loss": 0.5, "accuracy": (given == wanted).double().mean().item()} | macros(wanted, given)
+        expected["calibration_error"] = calibration(probabilities.numpy(), wanted.numpy())
+        one, scores = [wanted == index for index in there], probabilities.float().T[there]
+        expected["macro_roc_auc"] = np.mean([reference.roc_auc_score(*pair) for pair in zip(one, scores, strict=True)])
+        expected["macro_average_precision"] = np.mean([reference.average_precision_score(*pair) for pair in zip(one, scores, strict=True)])
         assert measured(THREE, outputs, wanted, 64) == pytest.approx(expected, rel=1e-12)
         outputs, wanted = outputs - torch.tensor([0.0, 0.0, 100.0]), wanted.clamp(max=1)
     assert set(given.tolist()) == {0, 1}
@@ -88,8 +134,9 @@ def test_metrics_of_labels_are_those_of_scikit_learn(size: int) -> None:
         "accuracy": 1 - reference.hamming_loss(wanted, given),
         "subset_accuracy": reference.accuracy_score(wanted, given),
         "micro_f1": reference.f1_score(wanted, given, average="micro"),
-        "macro_f1": reference.f1_score(wanted, given, average="macro"),
+        **macros(wanted, given),
         "macro_roc_auc": reference.roc_auc_score(wanted, scores, average="macro"),
+        "macro_average_precision": reference.average_precision_score(wanted, scores, average="macro"),
     }
     assert measured(LABELS, outputs, wanted, size) == pytest.approx(expected, rel=1e-12)
 
@@ -141,16 +188,117 @@ def test_areas_are_those_of_torchmetrics_with_many_ties_and_with_none() -> None:
     for levels in (2, 5, 10**9):
         scores = torch.randint(0, levels, (1000,), generator=generator) / levels
         truths = torch.rand(1000, generator=generator) < 0.2 + 0.5 * scores
-        assert roc_auc(scores, truths) == pytest.approx(other_reference.auroc(scores, truths.long(), "binary").item(), abs=1e-6)
+        curve = curve_of(scores, truths)
+        assert curve is not None
+        assert roc_auc(curve) == pytest.approx(other_reference.auroc(scores, truths.long(), "binary").item(), abs=1e-6)
         found = other_reference.average_precision(scores, truths.long(), "binary").item()
-        assert average_precision(scores, truths) == pytest.approx(found, abs=1e-6)
+        assert average_precision(curve) == pytest.approx(found, abs=1e-6)
 
 
 def test_the_area_of_scores_that_say_nothing_is_a_half_and_of_the_right_order_one() -> None:
     truths = torch.tensor([False, False, True, True])
-    assert roc_auc(torch.tensor([0.1, 0.2, 0.3, 0.4]), truths) == 1.0
-    assert roc_auc(torch.tensor([0.4, 0.3, 0.2, 0.1]), truths) == 0.0
-    assert roc_auc(torch.full((4,), 0.7), truths) == 0.5
+    for scores, area in (([0.1, 0.2, 0.3, 0.4], 1.0), ([0.4, 0.3, 0.2, 0.1], 0.0), ([0.7] * 4, 0.5)):
+        curve = curve_of(torch.tensor(scores), truths)
+        assert curve is not None and roc_auc(curve) == area
+
+
+def test_metrics_of_many_classes_are_those_of_scikit_learn_and_torchmetrics() -> None:
+    outputs = outputs_of(SEVEN) + 1e-4 * torch.randn(ROWS, 7, dtype=torch.float64, generator=torch.manual_seed(9))  # no ties
+    wanted = wanted_of(SEVEN, outputs)
+    found, probabilities = measured(SEVEN, outputs, wanted, 33), outputs.softmax(dim=1)
+    flat = probabilities.float().double()
+    expected = macros(wanted, outputs.argmax(dim=1)) | {
+        "top5_accuracy": reference.top_k_accuracy_score(wanted, outputs, k=5),
+        "macro_roc_auc": reference.roc_auc_score(wanted, flat / flat.sum(dim=1, keepdim=True), multi_class="ovr"),
+        "macro_average_precision": reference.average_precision_score(wanted, flat),
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-5)  # scikit-learn wants sums of 1
+    theirs = other_reference.classification
+    for name, function, options in (
+        ("accuracy", theirs.multiclass_accuracy, {"average": "micro"}),
+        ("top5_accuracy", theirs.multiclass_accuracy, {"average": "micro", "top_k": 5}),
+        ("macro_f1", theirs.multiclass_f1_score, {}),
+        ("macro_precision", theirs.multiclass_precision, {}),
+        ("macro_recall", theirs.multiclass_recall, {}),
+        ("macro_roc_auc", theirs.multiclass_auroc, {}),
+        ("macro_average_precision", theirs.multiclass_average_precision, {}),
+        ("calibration_error", theirs.multiclass_calibration_error, {"n_bins": 15}),
+    ):
+        assert found[name] == pytest.approx(function(probabilities, wanted, num_classes=7, **options).item(), rel=2e-6), name
+
+
+def test_of_classes_that_are_as_likely_the_first_ones_are_among_the_five() -> None:
+    outputs = torch.zeros(7, 7, dtype=torch.float64)
+    assert measured(SEVEN, outputs, torch.arange(7))["top5_accuracy"] == 5 / 7
+    outputs[:, 6] = 1
+    assert measured(SEVEN, outputs, torch.arange(7))["top5_accuracy"] == 5 / 7
+    assert measured(SEVEN, outputs, torch.tensor([3] * 7))["top5_accuracy"] == 1
+    assert measured(SEVEN, outputs, torch.tensor([4] * 7))["top5_accuracy"] == 0
+
+
+def test_a_model_is_calibrated_when_it_is_as_often_right_as_it_is_sure() -> None:
+    logits = torch.tensor([[0.0, np.log(4)]] * 10, dtype=torch.float64)
+    wanted = torch.tensor([1] * 8 + [0] * 2)
+    assert measured(TWO, logits, wanted)["calibration_error"] == pytest.approx(0, abs=1e-15)
+    assert measured(TWO, logits, torch.ones(10, dtype=torch.long))["calibration_error"] == pytest.approx(0.2)
+    assert measured(TWO, 1000 * logits, wanted)["calibration_error"] == pytest.approx(0.2)  # surely, in the last bin
+
+
+@pytest.mark.parametrize("target", [TWO, THREE, SEVEN, LABELS, PAIR])
+@pytest.mark.parametrize("cuts", [[0, 500], [0, 3, 500], [0, 0, 170, 500]])
+def test_metrics_of_shares_are_those_of_the_whole(target: Target, cuts: list[int]) -> None:
+    """As workers do: sums added up, scores one after the other."""
+    outputs = outputs_of(target)
+    wanted = wanted_of(target, outputs)
+    output = Units(spread(wanted.numpy())) if target.kind == "number" else None
+    whole = measured(target, outputs, wanted, 64, output)
+    first, *others = (tallied(target, outputs[low:high], wanted[low:high], 64, output) for low, high in reversed(list(pairwise(cuts))))
+    for other in others:
+        first.sums += other.sums
+        first.scores += other.scores
+    assert first.metrics(ROWS) == pytest.approx(whole, rel=1e-13, abs=1e-15)
+    assert None not in whole.values()
+
+
+@pytest.mark.parametrize("target", [TWO, TWO.model_copy(update={"positive": "no"}), LABELS])
+def test_with_thresholds_a_row_is_given_what_reaches_them_and_all_metrics_of_decisions_follow(target: Target) -> None:
+    outputs = outputs_of(target)
+    wanted, probabilities = wanted_of(target, outputs), activated(target, outputs).float()
+    at = target.positive_index if target.kind == "category" else 0
+    row = int((probabilities[:, at] - 0.3).abs().argmin())
+    own = float(probabilities[row, at])
+    thresholds = (own,) if target.kind == "category" else (own, 0.5, 0.8, 0.9)
+    before, after = (measured(found, outputs, wanted) for found in (target, target.model_copy(update={"thresholds": thresholds})))
+    if target.kind == "category":
+        positive = target.positive_index
+        reached = probabilities[:, positive] >= thresholds[0]
+        given = torch.where(reached, positive, 1 - positive)
+        assert given[row] == positive
+        assert after["f1"] == pytest.approx(reference.f1_score(wanted, given, pos_label=positive), rel=1e-12)
+    else:
+        given = (probabilities >= torch.tensor(thresholds)).long()
+        assert given[row, 0] == 1
+        assert after["micro_f1"] == pytest.approx(reference.f1_score(wanted, given, average="micro"), rel=1e-12)
+    assert after["macro_recall"] == pytest.approx(macros(wanted, given)["macro_recall"], rel=1e-12)
+    same = {name for name in before if before[name] == after[name]}
+    assert same >= {"loss"} | {name for name in before if "roc" in name or "average" in name or "calibration" in name}
+    assert not {"accuracy", "macro_f1"} & same
+    torch.testing.assert_close(decided(target.model_copy(update={"thresholds": thresholds}), activated(target, outputs)).long(), given)
+
+
+def test_areas_of_more_classes_than_can_be_kept_are_left_out() -> None:
+    many = Target(name="word", labels=tuple(range(MOST_SCORED + 1)))
+    outputs = outputs_of(many)
+    found = tallied(many, outputs, wanted_of(many, outputs))
+    assert found.scores[-1].numel() == 0
+    assert not set(found.metrics(ROWS)) & set(SEVERAL_CLASSES)
+    assert set(names("category", MOST_SCORED)) - set(names("category", MOST_SCORED + 1)) == set(SEVERAL_CLASSES)
+
+
+def test_nothing_of_training_loads_torchmetrics() -> None:
+    """It takes more than a second."""
+    code = "import sys, dlopt.spec, dlopt.train.evaluate; print('torchmetrics' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
 
 
 @pytest.mark.parametrize("only", [0, 1])
@@ -167,7 +315,7 @@ def test_a_class_that_is_never_given_has_a_precision_of_0() -> None:
     assert (found["precision"], found["recall"], found["f1"], found["roc_auc"]) == (0.0, 0.0, 0.0, 0.5)
 
 
-@pytest.mark.parametrize("target", [TWO, THREE, LABELS, NUMBER])
+@pytest.mark.parametrize("target", [TWO, THREE, SEVEN, LABELS, NUMBER])
 def test_outputs_that_are_not_finite_leave_no_number_that_json_has_not(target: Target) -> None:
     outputs = outputs_of(target)
     wanted = wanted_of(target, outputs)
@@ -178,13 +326,14 @@ def test_outputs_that_are_not_finite_leave_no_number_that_json_has_not(target: T
     assert all(value is None or np.isfinite(value) for value in told.values())
 
 
-@pytest.mark.parametrize("target", [TWO, THREE, LABELS, NUMBER, PAIR])
+@pytest.mark.parametrize("target", [TWO, THREE, SEVEN, LABELS, NUMBER, PAIR])
 def test_all_metrics_have_the_names_that_a_job_can_monitor(target: Target) -> None:
     outputs = outputs_of(target)
     wanted = wanted_of(target, outputs)
     found = measured(target, outputs, wanted, output=Units(spread(wanted.numpy())) if target.kind == "number" else None)
     assert set(found) == set(names(target.kind, target.size))
-    assert set(get_args(Monitor)) == {name for kind in METRICS.values() for name in kind} | set(TWO_CLASSES)
+    known = {name for kind in METRICS.values() for name in kind} | {*TWO_CLASSES, *SEVERAL_CLASSES, *TOP_CLASSES}
+    assert set(get_args(Monitor)) == known
 
 
 def test_the_graph_gives_probabilities_of_classes_probabilities_of_labels_and_numbers_as_they_are() -> None:

@@ -81,8 +81,9 @@ def parameters(module: torch.nn.Module) -> int:
 def test_the_default_mlp_on_mnist_is_the_tutorials_network() -> None:
     built = network(Mlp(), image())
     assert parameters(built) == 101_770
-    assert [type(layer).__name__ for layer in built.body][1:] == ["Linear", "ReLU", "Dropout", "Linear"]
-    assert built.body[3].p == 0.2
+    layers = [*built.body.encoder.hidden1, built.body.head]
+    assert [type(layer).__name__ for layer in layers] == ["Linear", "ReLU", "Dropout", "Linear"]
+    assert layers[2].p == 0.2
     assert built({"image": torch.zeros(5, 28, 28, 1, dtype=torch.uint8)}).shape == (5, 10)
 
 
@@ -91,15 +92,15 @@ def test_an_mlp_takes_all_inputs_side_by_side_in_the_order_of_the_signature() ->
     assert parameters(built) == (2 * 3 * 3 + 2) * 10 + 10
     values = {"numbers": torch.tensor([[255.0, 510.0]]), "image": torch.arange(18, dtype=torch.uint8).reshape(1, 2, 3, 3)}
     flat = torch.cat([values["image"].permute(0, 3, 1, 2).flatten(1).float(), values["numbers"]], dim=1) / 255
-    expected = flat @ built.body[-1].weight.T
+    expected = flat @ built.body.head.weight.T
     torch.testing.assert_close(built(values), expected)
 
 
 def test_hidden_layers_are_as_many_and_as_wide_as_the_job_says() -> None:
     built = network(Mlp(hidden=(7, 5), activation="tanh", dropout=0.5), image(4, 4))
-    sizes = [(layer.in_features, layer.out_features) for layer in built.body if isinstance(layer, torch.nn.Linear)]
+    sizes = [(layer.in_features, layer.out_features) for layer in built.body.modules() if isinstance(layer, torch.nn.Linear)]
     assert sizes == [(16, 7), (7, 5), (5, 10)]
-    assert [layer.p for layer in built.body if isinstance(layer, torch.nn.Dropout)] == [0.5, 0.5]
+    assert [layer.p for layer in built.body.modules() if isinstance(layer, torch.nn.Dropout)] == [0.5, 0.5]
 
 
 MIXED = (image(2, 2, 3), numbers("a", "b"), categories(5, 3, 40), text(), text(tokens=9, length=4, name="title"))
@@ -139,7 +140,7 @@ def test_an_mlp_takes_any_mix_of_inputs() -> None:
     tables = 5 * 4 + 3 * 3 + 40 * 13 + 50 * 6 + 9 * 6
     assert parameters(built) == values * 10 + 10 + tables
     rows = mixed_rows(30)
-    layers = built.body[0].layers
+    layers = built.body.encoder.rows.layers
     by_hand = [
         rows["image"].permute(0, 3, 1, 2).flatten(1) / 255,
         rows["numbers"] / 255,
@@ -149,18 +150,18 @@ def test_an_mlp_takes_any_mix_of_inputs() -> None:
             for name, table in (("text", layers[3].tokens), ("title", layers[4].tokens))
         ),
     ]
-    same(built.body[0](built.preprocess(rows)), torch.cat(by_hand, dim=1))
+    same(built.body.encoder.rows(built.preprocess(rows)), torch.cat(by_hand, dim=1))
     assert built(rows).shape == (30, 10)
 
 
 def test_the_embedding_of_a_category_grows_with_its_values_up_to_a_limit() -> None:
     built = network(Mlp(), categories(2, 3, 100, 10_000))
-    assert [table.embedding_dim for table in built.body[0].layers[0].tables] == [2, 3, 21, 64]
+    assert [table.embedding_dim for table in built.body.encoder.rows.layers[0].tables] == [2, 3, 21, 64]
 
 
 def test_hashed_categories_have_an_embedding_for_every_bucket() -> None:
     hashes = Feature(name="hashes", kind="category", dtype="int32", shape=(2,), columns=("a", "b"), buckets=7)
-    tables = network(Mlp(), hashes).body[0].layers[0].tables
+    tables = network(Mlp(), hashes).body.encoder.rows.layers[0].tables
     assert [tuple(table.weight.shape) for table in tables] == [(7, 5), (7, 5)]
 
 
@@ -171,7 +172,7 @@ def test_embeddings_start_small_whatever_rule_is_named_for_the_weights(init: str
         drawn = torch.cat([table.flatten() for table in tables])
         assert len(tables) > 1 and abs(float(drawn.std()) - EMBEDDING_STD) < 0.05 * EMBEDDING_STD
         assert abs(float(drawn.mean())) < 0.05 * EMBEDDING_STD
-    assert float(network(Mlp(init="normal"), *MIXED).body[1].weight.detach().std()) > 0.9
+    assert float(network(Mlp(init="normal"), *MIXED).body.encoder.hidden1.linear.weight.detach().std()) > 0.9
 
 
 @pytest.mark.parametrize("model", TAKE_ALL)
@@ -385,7 +386,7 @@ def test_an_input_may_have_any_name(name: str) -> None:
 
 def test_the_state_has_preprocessing_too() -> None:
     names = set(network(Mlp(hidden=()), image(2, 2)).state_dict())
-    assert names == {"preprocess.scale.0.shift", "preprocess.scale.0.factor", "body.1.weight", "body.1.bias"}
+    assert names == {"preprocess.scale.0.shift", "preprocess.scale.0.factor", "body.head.weight", "body.head.bias"}
 
 
 def test_a_cnn_halves_the_image_with_every_block() -> None:
@@ -397,7 +398,7 @@ def test_a_cnn_halves_the_image_with_every_block() -> None:
 
 
 def test_a_cnn_says_what_it_cannot_take() -> None:
-    with pytest.raises(DloptError, match=r"^model: cnn takes exactly one input, an image: use kind: mlp for other inputs$"):
+    with pytest.raises(DloptError, match=r"^model: cnn takes exactly one input, an image: use kind: mlp or joint for other inputs$"):
         Cnn().build(signature(numbers("a")))
     with pytest.raises(DloptError, match="exactly one input"):
         Cnn().build(signature(image(), numbers("a")))
@@ -406,7 +407,7 @@ def test_a_cnn_says_what_it_cannot_take() -> None:
     Cnn(channels=(1, 1)).build(signature(image(7, 28)))
 
 
-@pytest.mark.parametrize("given", [{"hidden": [0]}, {"dropout": 1.0}, {"activation": "swish"}, {"init": "zeros"}, {"hidden": "12"}])
+@pytest.mark.parametrize("given", [{"hidden": [0]}, {"dropout": 1.0}, {"activation": "swish"}, {"init": "ones"}, {"hidden": "12"}])
 def test_an_mlp_of_nonsense_is_refused(given: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         Mlp.model_validate(given)

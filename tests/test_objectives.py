@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from dlopt.data.feed import Batch, Mixed
 from dlopt.models import Cnn, Mlp, Network, Units
 from dlopt.part import Target
-from dlopt.train.objectives import Losses, class_weights, loss_of, penalty, plain, supervised
+from dlopt.train.losses import loss_of
+from dlopt.train.objectives import Losses, class_weights, penalty, plain, supervised
 from tests.sets import LABELS, PAIR, THREE, TWO, spread
 from tests.test_models import TARGET, image, network
 
 ROWS = 30
-CROSS_ENTROPY = loss_of(TARGET, nn.Identity())
+CROSS_ENTROPY = loss_of(None, TARGET, nn.Identity())
 UNITS = Units(spread(np.array([[1000.0, -3.0], [1060.0, 5.0]])))  # means 1030 and 1, deviations 30 and 4
 OUTPUT = {TWO: nn.Identity(), THREE: nn.Identity(), LABELS: nn.Identity(), PAIR: UNITS}
 
@@ -98,12 +99,27 @@ def test_a_gradient_that_is_averaged_over_workers_afterwards_is_the_whole_batchs
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
-def test_a_penalty_of_one_weight() -> None:
-    layer = nn.Linear(2, 1)
+def test_a_penalty_of_one_weight_is_the_elastic_net_and_so_is_its_gradient() -> None:
+    layer = nn.Sequential(nn.Linear(2, 1), nn.LayerNorm(1))
     with torch.no_grad():
-        layer.weight.copy_(torch.tensor([[3.0, -4.0]]))
-        layer.bias.fill_(100.0)
-    assert penalty(layer, 0.1, 0.01).item() == pytest.approx(0.1 * 7 + 0.01 * 25)
+        layer[0].weight.copy_(torch.tensor([[3.0, -4.0]]))
+        layer[0].bias.fill_(100.0)
+        layer[1].weight.fill_(50.0)
+    found = penalty(layer, 0.1, 0.01)
+    assert found.item() == pytest.approx(0.1 * 7 + 0.01 * 25)
+    found.backward()
+    assert layer[0].weight.grad[0].tolist() == pytest.approx([0.1 + 2 * 0.01 * 3, -0.1 - 2 * 0.01 * 4])
+    assert layer[0].bias.grad is None and layer[1].weight.grad is None and layer[1].bias.grad is None
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_the_parts_of_a_batch_that_is_accumulated_add_up_to_the_whole_with_its_penalty(world: int) -> None:
+    built, some = model(), batch()
+    whole, gradient = of(built, some, 0.01, 0.02, world)
+    parts = [of(built, part(some, rows)._replace(part=share), 0.01, 0.02, world) for rows, share in ((slice(0, 6), 0.2), (slice(6, 30), 0.8))]
+    assert sum(losses.loss.item() for losses, _ in parts) == pytest.approx(whole.loss.item(), rel=1e-12)
+    for index, expected in enumerate(gradient):
+        torch.testing.assert_close(sum(found[index] for _, found in parts), expected, rtol=1e-10, atol=1e-12)
 
 
 class Given(nn.Module):
@@ -139,7 +155,7 @@ def by_hand(target: Target, outputs: Tensor, wanted: Tensor, weights: Tensor | N
 @pytest.mark.parametrize("target", [TWO, THREE, LABELS, PAIR], ids=lambda target: target.name)
 def test_the_loss_of_each_kind_of_target_is_its_formula_in_rows_and_in_sum(target: Target) -> None:
     outputs, wanted = drawn(target)
-    loss = loss_of(target, OUTPUT[target])
+    loss = loss_of(None, target, OUTPUT[target])
     expected = by_hand(target, outputs, wanted)
     torch.testing.assert_close(loss(outputs, wanted, "none"), expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(loss(outputs, wanted, "sum"), expected.sum(), rtol=1e-12, atol=0)
@@ -154,7 +170,7 @@ def test_a_batch_of_any_kind_adds_up_over_workers_mixed_or_not(target: Target, c
     expected = by_hand(target, outputs, wanted)
     if mixes:
         expected = share * expected + (1 - share) * by_hand(target, outputs, second)
-    objective, gradient, total, correct = supervised(loss_of(target, OUTPUT[target]), 0, 0, 1), torch.zeros(0), 0.0, 0.0
+    objective, gradient, total, correct = supervised(loss_of(None, target, OUTPUT[target]), 0, 0, 1), torch.zeros(0), 0.0, 0.0
     for low, high in pairwise(cuts):
         part = slice(low, high)
         leaf = outputs[part].clone().requires_grad_()
@@ -167,7 +183,7 @@ def test_a_batch_of_any_kind_adds_up_over_workers_mixed_or_not(target: Target, c
         assert (losses.correct is None) == (target.kind != "category")
     assert total == pytest.approx(expected.mean().item(), rel=1e-12)
     whole = outputs.clone().requires_grad_()
-    loss = loss_of(target, OUTPUT[target])
+    loss = loss_of(None, target, OUTPUT[target])
     rows = share * loss(whole, wanted, "none") + (1 - share) * loss(whole, second, "none") if mixes else loss(whole, wanted, "none")
     rows.mean().backward()
     torch.testing.assert_close(gradient, whole.grad, rtol=1e-10, atol=1e-15)
@@ -219,7 +235,7 @@ def test_balanced_weights_of_labels_make_those_with_and_those_without_weigh_the_
 def test_weighted_losses_are_their_formula(target: Target, rows: dict[str, int]) -> None:
     weights = class_weights("balanced", target, rows, 200)
     outputs, wanted = drawn(target)
-    found = loss_of(target, nn.Identity(), weights)
+    found = loss_of(None, target, nn.Identity(), weights)
     expected = by_hand(target, outputs, wanted, weights)
     torch.testing.assert_close(found(outputs, wanted, "none"), expected, rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(found(outputs, wanted, "sum"), expected.sum(), rtol=1e-12, atol=1e-15)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import nn
 from dlopt.artifact import Artifact, Stage, once
 from dlopt.data.prepared import Split, as_table, write_part
 from dlopt.models import Mlp
+from dlopt.optim.constraints import ClipNorm
 from dlopt.optim.optimizers import Adam, Sgd
 from dlopt.optim.schedules import Cosine, Plateau
 from dlopt.part import DloptError, Part, Signature, Target
@@ -25,7 +27,9 @@ from dlopt.train import metrics_log, state
 from dlopt.train.evaluate import evaluate
 from dlopt.train.metrics import names
 from dlopt.train.section import EarlyStopping, Fit, Train
-from dlopt.train.worker import Assignment, _Worker, load_network, rates
+from dlopt.train.start import load_network
+from dlopt.train.training import Training, refuse_drift
+from dlopt.train.worker import Assignment, _Worker
 from tests import sets
 from tests.test_models import numbers, statistics
 
@@ -207,11 +211,12 @@ def test_plateau_lowers_the_rate_when_the_validation_loss_stays(tmp_path: Path) 
     assert used[40] < 0.05
 
 
-def test_rates_are_of_the_epoch_and_of_the_batch_within(tmp_path: Path) -> None:
-    train = Train(epochs=4, optimizer=Adam(lr=2.0), schedule=Cosine(warmup_epochs=1))
-    assert [rates(train, 0, 10, [])(batch) for batch in (0, 5)] == [0.0, 1.0]
-    assert rates(train, 1, 10, [])(0) == 2.0
-    assert rates(train, 2, 10, [])(5) == pytest.approx(1.0)  # half way from epoch 1 to 4
+def test_the_rate_follows_the_schedule_step_by_step(tmp_path: Path) -> None:
+    work(section(optimizer=Adam(lr=2e-3), schedule=Cosine(warmup=1)), prepared(tmp_path), tmp_path / "out")
+    used = [line["rate"] for line in metrics_log.read(tmp_path / "out" / metrics_log.NAME) if "rate" in line]
+    warm = [2e-3 * step / 10 for step in range(10)]
+    cosine = [1e-3 * (1 + math.cos(math.pi * step / 30)) for step in range(30)]
+    assert used == pytest.approx(warm + cosine, abs=1e-15)
 
 
 class Killed(BaseException):
@@ -224,16 +229,17 @@ def test_an_interrupted_worker_goes_on_as_if_nothing_had_happened(
 ) -> None:
     data, fit = prepared(tmp_path), section(epochs=6, optimizer=optimizer, schedule=Plateau(patience=0))
     whole = work(fit, data, tmp_path / "whole")
-    write_step = _Worker._log_step
+    look = Training._look
 
-    def die(worker: _Worker, step: Any, epoch: int, record: Any, log: Any) -> None:
-        write_step(worker, step, epoch, record, log)
-        if record.step == 35:  # within epoch 4
-            log.flush()
+    def die(training: Training, step: Any, epoch: int) -> None:
+        look(training, step, epoch)
+        if training.state.record.step == 35:  # within epoch 4
+            assert training.log
+            training.log.flush()
             raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(_Worker, "_log_step", die)
+        patch.setattr(Training, "_look", die)
         work(fit, data, tmp_path / "out")
     assert max(line["step"] for line in metrics_log.read(tmp_path / "out" / metrics_log.NAME)) == 35
     again = work(fit, data, tmp_path / "out")
@@ -279,7 +285,7 @@ def test_a_rate_that_makes_the_model_diverge_is_one_line_and_saves_nothing(tmp_p
 SHARED: list[tuple[str, Target, dict[str, Any]]] = [
     ("classes", sets.TWO, {"class_weights": "balanced", "monitor": "roc_auc", "l2": 0.01}),
     ("labels", sets.LABELS, {"class_weights": {"sea": 3.0}, "monitor": "macro_roc_auc"}),
-    ("numbers", sets.PAIR, {"monitor": "mae", "clip_norm": 0.5}),
+    ("numbers", sets.PAIR, {"monitor": "mae", "clip": ClipNorm(limit=0.5)}),
 ]
 """Of what two workers train: an odd number of rows, which they cannot share out evenly."""
 
@@ -329,9 +335,8 @@ def _drift(rank: int, folder: str, by: float, swapped: bool) -> None:
         network.weight[0, 1] += by * rank
         if swapped and rank:
             network.weight[0] = network.weight[0].flip(0)
-    worker = _Worker(Assignment(fit=section(), data=Path(folder), out=Path(folder), feed="resident", threads=1), rank, 2, CPU)
     try:
-        worker._refuse_drift(network)
+        refuse_drift(network)
         said = "the same"
     except RuntimeError as error:
         said = str(error)

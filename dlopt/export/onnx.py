@@ -22,12 +22,12 @@ from dlopt.artifact import Artifact, Stage, write_atomically
 from dlopt.data.prepared import Rows, Split
 from dlopt.export import Onnx
 from dlopt.models import Network, Units
-from dlopt.part import DloptError, Feature, Signature
+from dlopt.part import DloptError, Feature, Signature, Target
 from dlopt.progress import Progress, silent
 from dlopt.train.evaluate import predict
 from dlopt.train.metrics import activated
 from dlopt.train.section import Fit
-from dlopt.train.worker import load_network
+from dlopt.train.start import load_network
 
 MODEL, OPSET, ML_OPSET = "model.onnx", 18, 2
 LARGEST = 2**31 - 1
@@ -43,7 +43,7 @@ def export(section: Onnx, out: Path, model: Artifact, data: Artifact, *, progres
     deviations.
 
     Raises RuntimeError when the file's outputs differ from torch's by more than the tolerance, are not finite, or give another
-    class on a row that is no tie.
+    class or label on a row that is no tie.
     """
     progress("export", None, "writing ONNX")
     signature = Signature.model_validate_json(model.read("signature.json"))
@@ -54,7 +54,7 @@ def export(section: Onnx, out: Path, model: Artifact, data: Artifact, *, progres
     progress("export", None, f"comparing {len(expected):,} rows with torch")
     largest, other_labels = compare(content, signature, split, expected, _unit(network))
     if other_labels or not largest <= section.tolerance:
-        other = f" and gives another label on {other_labels} of {len(expected)} rows" if signature.target.kind == "category" else ""
+        other = f" and gives another label on {other_labels} of {len(expected)} rows" if signature.target.kind != "number" else ""
         raise RuntimeError(
             f"export refused: on the {name} split the ONNX file differs from torch by up to {largest:.2g} (export.tolerance is "
             f"{section.tolerance:g}){other}"
@@ -86,7 +86,7 @@ def _unit(network: Network) -> np.ndarray | float:
 
 
 def compare(content: bytes, signature: Signature, split: Split, expected: np.ndarray, unit: np.ndarray | float = 1.0) -> tuple[float, int]:
-    """Run the file on a split: the largest difference in units, NaN when an output is, and how many rows get another class.
+    """Run the file on a split: the largest difference in units, NaN when an output is, and how many rows get another class, or other labels.
 
     expected: torch's probabilities or numbers, float64 (rows, outputs).
     """
@@ -96,7 +96,7 @@ def compare(content: bytes, signature: Signature, split: Split, expected: np.nda
         (found,) = session.run([signature.target.output], fed(signature, split.read([chunk])))
         part = expected[start : start + len(found)]
         largest = float(np.maximum(largest, _differences(found, part, signature, unit).max()))  # Python's max would lose a NaN
-        other_labels += _other_labels(found, part) if signature.target.kind == "category" else 0
+        other_labels += _other_labels(found, part, signature.target) if signature.target.kind != "number" else 0
         start += len(found)
     return largest, other_labels
 
@@ -109,10 +109,16 @@ def _differences(found: np.ndarray, expected: np.ndarray, signature: Signature, 
     return np.asarray(difference / unit)
 
 
-def _other_labels(found: np.ndarray, expected: np.ndarray) -> int:
-    """Rows to which `found` gives a label that `expected` does not, be it as one of a tie."""
-    given = np.take_along_axis(expected, found.argmax(axis=1)[:, None], axis=1)[:, 0]
-    return int((expected.max(axis=1) - given > TIE).sum())
+def _other_labels(found: np.ndarray, expected: np.ndarray, target: Target) -> int:
+    """Rows to which `found` gives a label that `expected` does not, be it as one of a tie or of one that is as close to its threshold."""
+    if target.kind == "category" and not target.thresholds:
+        given = np.take_along_axis(expected, found.argmax(axis=1)[:, None], axis=1)[:, 0]
+        return int((expected.max(axis=1) - given > TIE).sum())
+    if target.kind == "category":
+        found, expected = found[:, [target.positive_index]], expected[:, [target.positive_index]]
+    least = np.array(target.thresholds or 0.5)
+    other = ((found >= least) != (expected >= least)) & (np.abs(expected - least) > TIE)
+    return int(other.any(axis=1).sum())
 
 
 def fed(signature: Signature, rows: Rows) -> Rows:

@@ -10,12 +10,22 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dlopt.models.cnn import Cnn
+from dlopt.models.joint import Joint
+from dlopt.models.linear import Linear
 from dlopt.models.mlp import Mlp
+from dlopt.models.own import Own
 from dlopt.models.preprocess import Preprocess
+from dlopt.models.resnet import Resnet
+from dlopt.models.table import FtTransformer, TableResnet
 from dlopt.models.text import TextBag, TextCnn
+from dlopt.models.transformer import TextTransformer
+from dlopt.models.vit import Vit
 from dlopt.part import Signature, Statistics
 
-Model = Annotated[Mlp | Cnn | TextBag | TextCnn, Field(discriminator="kind")]
+Model = Annotated[
+    Linear | Mlp | Cnn | Resnet | Vit | TextBag | TextCnn | TextTransformer | TableResnet | FtTransformer | Joint | Own,
+    Field(discriminator="kind"),
+]
 
 
 class Network(nn.Module):

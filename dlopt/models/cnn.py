@@ -5,16 +5,19 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
-from dlopt.models.layers import ACTIVATIONS, Activation, Init, initialize
+from dlopt.models.encoder import Chain, Encoder, Headed, Only, initialized, only_image
+from dlopt.models.layers import Activation, Dropout, Init, activation, dropout, widening
+from dlopt.models.mlp import hidden_layer
+from dlopt.models.norms import Norm, bias_before, norm
 from dlopt.part import DloptError, Part, Signature
 
 
 class Cnn(Part):
-    """Blocks of 3x3 convolution, 2x2 max pooling and activation, then one hidden fully connected layer.
+    """Blocks of 3x3 convolution, 2x2 max pooling, norm and activation, then one hidden fully connected layer.
 
-    Pooling comes first, since it is the same for a rising activation and leaves it a quarter of the work.
+    Pooling comes before the activation, since it is the same for a rising one, and leaves a quarter of the work.
     """
 
     kind: Literal["cnn"] = "cnn"
@@ -24,35 +27,51 @@ class Cnn(Part):
     """Units of the fully connected layer."""
     activation: Activation = "relu"
     """What follows each block and the fully connected layer."""
+    norm: Norm = "none"
+    """What normalises each block's and the fully connected layer's outputs, before the activation."""
     init: Init = "kaiming_uniform"
     """How weights start; biases start at 0."""
     dropout: float = Field(0.2, ge=0, lt=1)
     """Share of the hidden layer's units that is dropped in training."""
+    block_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of each block's outputs that is dropped in training: whole channels where dropout_kind is channel."""
+    dropout_kind: Dropout = "standard"
+    """How both are dropped."""
 
     def build(self, signature: Signature) -> nn.Module:
-        height, width, channels = self._image_shape(signature)
-        layers: list[nn.Module] = [_Only()]
-        for after in self.channels:
-            layers += [nn.Conv2d(channels, after, 3, padding=1), nn.MaxPool2d(2), ACTIVATIONS[self.activation]()]
+        return initialized(Headed(self._encoder(signature), signature.num_outputs), self.init)
+
+    def encoder(self, signature: Signature) -> Encoder:
+        """The units of the fully connected layer."""
+        return initialized(self._encoder(signature), self.init)
+
+    def _encoder(self, signature: Signature) -> Encoder:
+        image = only_image(signature, self.kind)
+        height, width, channels = image.shape
+        self._refuse_too_small(height, width)
+        layers: dict[str, nn.Module] = {"image": Only(image.name)}
+        for number, after in enumerate(self.channels, start=1):
+            layers[f"block{number}"] = self._block(channels, after)
             height, width, channels = height // 2, width // 2, after
-        layers += [nn.Flatten(), nn.Linear(channels * height * width, self.hidden), ACTIVATIONS[self.activation]()]
-        body = nn.Sequential(*layers, nn.Dropout(self.dropout), nn.Linear(self.hidden, signature.num_outputs))
-        initialize(body, self.init)
-        return body
+        size = channels * height * width
+        layers["flat"] = nn.Flatten()
+        layers["hidden"] = hidden_layer(size, self.hidden, self.activation, self.dropout, self.dropout_kind, self.norm)
+        return Chain(self.hidden, layers)
 
-    def _image_shape(self, signature: Signature) -> tuple[int, ...]:
-        images = [feature for feature in signature.inputs if feature.kind == "image"]
-        if len(images) != 1 or len(signature.inputs) != 1:
-            raise DloptError("model: cnn takes exactly one input, an image: use kind: mlp for other inputs")
-        shape = images[0].shape
-        if min(shape[:2]) < 2 ** len(self.channels):
-            most = min(shape[:2]).bit_length() - 1
-            raise DloptError(f"model.channels: {len(self.channels)} blocks halve {shape[0]}x{shape[1]} to nothing: at most {most}")
-        return shape
+    def _block(self, before: int, after: int) -> nn.Sequential:
+        """(rows, before, height, width) to (rows, after, height // 2, width // 2)."""
+        wide = after * widening(self.activation)
+        layers = nn.Sequential()
+        layers.add_module("convolution", nn.Conv2d(before, wide, 3, padding=1, bias=bias_before(self.norm)))
+        layers.add_module("pooling", nn.MaxPool2d(2))
+        if self.norm != "none":
+            layers.add_module("norm", norm(self.norm, wide, dims=4))
+        layers.add_module("activation", activation(self.activation))
+        if self.block_dropout:
+            layers.add_module("dropout", dropout(self.dropout_kind, self.block_dropout))
+        return layers
 
-
-class _Only(nn.Module):
-    """The one input."""
-
-    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        return next(iter(inputs.values()))
+    def _refuse_too_small(self, height: int, width: int) -> None:
+        if min(height, width) < 2 ** len(self.channels):
+            most = min(height, width).bit_length() - 1
+            raise DloptError(f"model.channels: {len(self.channels)} blocks halve {height}x{width} to nothing: at most {most}")

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dlopt.models.encoder import Encoder
+from dlopt.models.layers import Dropout
+from dlopt.models.layers import dropout as drop
 from dlopt.models.preprocess import Preprocess
 from dlopt.part import Feature, Signature
 
@@ -24,7 +27,7 @@ FACTOR = 1_000_003
 Pooling = Literal["mean", "max", "mean_max"]
 
 
-class Rows(nn.Module):
+class Rows(Encoder):
     """{name: (rows, ...)} to (rows, width): the inputs side by side, in the order of the signature.
 
     Numbers as they are, images flattened, categories through an embedding a column, texts through the layer that `text` makes
@@ -69,11 +72,20 @@ class Bag(TextLayer):
     An n-gram has one of `buckets` embeddings, by a hash that is computed in the graph (Joulin et al. 2017).
     """
 
-    def __init__(self, tokens: int, width: int, pooling: Pooling = "mean", ngrams: int = 1, buckets: int = 1, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        tokens: int,
+        width: int,
+        pooling: Pooling = "mean",
+        ngrams: int = 1,
+        buckets: int = 1,
+        dropout: float = 0.0,
+        kind: Dropout = "standard",
+    ) -> None:
         super().__init__()
         self.tokens = nn.Embedding(tokens, width)
         self.ngrams = nn.ModuleList(nn.Embedding(buckets, width) for _ in range(ngrams - 1))
-        self.dropout, self.pooling, self.buckets = nn.Dropout(dropout), pooling, buckets
+        self.dropout, self.pooling, self.buckets = drop(kind, dropout, dim=-1), pooling, buckets
         self.width = width * 2 if pooling == "mean_max" else width
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -94,13 +106,26 @@ class Bag(TextLayer):
 
 
 class Convolutions(TextLayer):
-    """Token ids to the maxima over the text of convolutions of several sizes (Kim 2014), which see nothing behind its end."""
+    """Token ids to the maxima over the text of convolutions of several sizes (Kim 2014), which see nothing behind its end.
 
-    def __init__(self, tokens: int, embedding: int, channels: int, sizes: Sequence[int], activation: nn.Module, dropout: float) -> None:
+    widening: how many convolutions the activation needs for each of `channels`.
+    """
+
+    def __init__(
+        self,
+        tokens: int,
+        embedding: int,
+        channels: int,
+        sizes: Sequence[int],
+        activation: nn.Module,
+        dropout: float,
+        kind: Dropout = "standard",
+        widening: int = 1,
+    ) -> None:
         super().__init__()
         self.tokens = nn.Embedding(tokens, embedding)
-        self.convolutions = nn.ModuleList(nn.Conv1d(embedding, channels, size) for size in sizes)
-        self.dropout, self.activation = nn.Dropout(dropout), activation
+        self.convolutions = nn.ModuleList(nn.Conv1d(embedding, channels * widening, size) for size in sizes)
+        self.dropout, self.activation = drop(kind, dropout, dim=-1), activation
         self.sizes, self.width = tuple(sizes), channels * len(sizes)
 
     def forward(self, ids: Tensor) -> Tensor:

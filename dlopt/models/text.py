@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import nn
 
-from dlopt.models.layers import ACTIVATIONS, Activation, Init
-from dlopt.models.mlp import perceptron
+from dlopt.models.encoder import Encoder, Headed, initialized
+from dlopt.models.layers import Activation, Dropout, Init, activation, widening
+from dlopt.models.mlp import tower
 from dlopt.models.rows import Bag, Convolutions, Pooling, Rows
-from dlopt.part import DloptError, Part, Signature
+from dlopt.part import DloptError, Feature, Part, Signature
 
 
 class TextBag(Part):
@@ -37,10 +38,23 @@ class TextBag(Part):
     dropout: float = Field(0.2, ge=0, lt=1)
     """Share of the embeddings' numbers, and of each hidden layer's units, that is dropped in training."""
 
+    dropout_kind: Dropout = "standard"
+    """How they are dropped; `channel` takes the same numbers out of all embeddings of a text."""
+
     def build(self, signature: Signature) -> nn.Module:
+        return initialized(Headed(self._encoder(signature), signature.num_outputs), self.init)
+
+    def encoder(self, signature: Signature) -> Encoder:
+        """The last hidden layer's units, or the pooled embeddings beside the other inputs when there is none."""
+        return initialized(self._encoder(signature), self.init)
+
+    def _encoder(self, signature: Signature) -> Encoder:
         refuse_no_text(signature, self.kind)
-        rows = Rows(signature, lambda feature: Bag(feature.tokens, self.embedding, self.pooling, self.ngrams, self.buckets, self.dropout))
-        return perceptron(rows, self.hidden, self.activation, self.init, self.dropout, signature.num_outputs)
+        rows = Rows(
+            signature,
+            lambda text: Bag(text.tokens, self.embedding, self.pooling, self.ngrams, self.buckets, self.dropout, self.dropout_kind),
+        )
+        return tower(rows, self.hidden, self.activation, self.dropout, dropout_kind=self.dropout_kind)
 
 
 class TextCnn(Part):
@@ -62,14 +76,31 @@ class TextCnn(Part):
     dropout: float = Field(0.5, ge=0, lt=1)
     """Share of the embeddings' numbers, of the maxima, and of each hidden layer's units, that is dropped in training."""
 
+    dropout_kind: Dropout = "standard"
+    """How they are dropped; `channel` takes the same numbers out of all embeddings of a text."""
+
     def build(self, signature: Signature) -> nn.Module:
+        return initialized(Headed(self._encoder(signature), signature.num_outputs), self.init)
+
+    def encoder(self, signature: Signature) -> Encoder:
+        """The last hidden layer's units, or the maxima beside the other inputs when there is none."""
+        return initialized(self._encoder(signature), self.init)
+
+    def _encoder(self, signature: Signature) -> Encoder:
         refuse_no_text(signature, self.kind)
-        activation = ACTIVATIONS[self.activation]
-        rows = Rows(
-            signature,
-            lambda feature: Convolutions(feature.tokens, self.embedding, self.channels, self.sizes, activation(), self.dropout),
+        return tower(Rows(signature, self._layer), self.hidden, self.activation, self.dropout, dropout_kind=self.dropout_kind)
+
+    def _layer(self, text: Feature) -> Convolutions:
+        return Convolutions(
+            text.tokens,
+            self.embedding,
+            self.channels,
+            self.sizes,
+            activation(self.activation),
+            self.dropout,
+            self.dropout_kind,
+            widening(self.activation),
         )
-        return perceptron(rows, self.hidden, self.activation, self.init, self.dropout, signature.num_outputs)
 
 
 def refuse_no_text(signature: Signature, kind: str) -> None:

@@ -34,21 +34,26 @@ SPLITS = ("train", "validation", "test")
 FIRST = {"category": "accuracy", "multi_label": "micro_f1", "number": "r2"}
 """The metric that the page begins with, by the kind of the target."""
 MORE = {
-    "category": ("roc_auc", "f1", "macro_f1"),
+    "category": ("roc_auc", "f1", "macro_f1", "macro_roc_auc"),
     "multi_label": ("macro_f1", "subset_accuracy", "macro_roc_auc"),
     "number": ("mae", "rmse"),
 }
 """Those that follow, as far as there are any: two classes have their own, and at most two are shown."""
 LOSSES = {
-    "category": "cross-entropy, nats a row",
-    "multi_label": "binary cross-entropy, nats a label",
-    "number": "mean squared error, in squares of the training rows' standard deviation",
+    "cross_entropy": "cross-entropy, nats a row",
+    "binary": "binary cross-entropy, nats a label",
+    "focal": "focal loss, gamma {gamma:g}, nats",
+    "squared": "mean squared error, in squares of the training rows' standard deviation",
+    "absolute": "mean absolute error, in standard deviations of the training rows",
+    "huber": "Huber loss, delta {delta:g}, in standard deviations of the training rows",
+    "quantile": "pinball loss of the quantile {quantile:g}, in standard deviations of the training rows",
 }
+DEFAULT_LOSS = {"category": "cross_entropy", "multi_label": "binary", "number": "squared"}
 EXPLAINED = {
     "r2": "share of the variance that is explained: 1 is perfect, 0 is no better than the mean",
     "micro_f1": "of all labels of all rows together",
     "macro_f1": "mean of all {what}, each counting alike",
-    "macro_roc_auc": "mean of all labels: how often a row with the label ranks above one without",
+    "macro_roc_auc": "mean of all {what}: how often a row of it ranks above another",
     "subset_accuracy": "share of rows that have all labels right",
     "roc_auc": "how often a row of {positive} ranks above another",
     "f1": "of {positive}: the harmonic mean of precision and recall",
@@ -99,7 +104,7 @@ def write(
         "signature": signature,
         "target": signature.target,
         "section": section,
-        "headline": _headline(signature.target, data, model, [data, model, *exports.values()]),
+        "headline": _headline(signature.target, data, model, [data, model, *exports.values()], _loss(signature.target, section)),
         "curves": _curves([line for line in lines if "train" in line], model.info["best_epoch"], _watched(signature.target, section)),
         "steps": _steps([line for line in lines if "loss" in line], section["train"]["clip_norm"]),
         "metrics": list(dict.fromkeys(key for found in model.info["metrics"].values() for key in found)),
@@ -130,13 +135,13 @@ def wilson(right: int, rows: int) -> tuple[float, float]:
     return max(0.0, (middle - half) / (1 + z2)), min(1.0, (middle + half) / (1 + z2))
 
 
-def _headline(target: Target, data: Artifact, model: Artifact, artifacts: Sequence[Artifact]) -> dict[str, Any]:
+def _headline(target: Target, data: Artifact, model: Artifact, artifacts: Sequence[Artifact], loss: str) -> dict[str, Any]:
     """The figures to see first: of the test split, or of the next best split that there is."""
     split = next(name for name in reversed(SPLITS) if name in model.info["metrics"])
     metrics, rows = model.info["metrics"][split], data.info["counts"][split]
     more = [key for key in MORE[target.kind] if key in metrics][:2]
     first, *others = (_card(f"{split} ", key, metrics[key], target, rows) for key in (FIRST[target.kind], *more))
-    others.append(Card(f"{split} loss", words.metric("loss", metrics["loss"]), LOSSES[target.kind]))
+    others.append(Card(f"{split} loss", words.metric("loss", metrics["loss"]), loss))
     return {"split": split, "first": first, "others": others, "seconds": sum(artifact.manifest.seconds for artifact in artifacts)}
 
 
@@ -148,6 +153,12 @@ def _card(split: str, key: str, value: float | None, target: Target, rows: int) 
         return Card(title, words.percent(value, 2), f"95 % interval {low} to {high} · {right:,} of {rows:,} rows right")
     what = {"what": "classes" if target.kind == "category" else "labels", "positive": _positive(target)}
     return Card(title, words.metric(key, value), EXPLAINED.get(key, "").format(**what))
+
+
+def _loss(target: Target, section: dict[str, Any]) -> str:
+    """What the loss is, in words."""
+    given = section["train"].get("loss") or {"kind": DEFAULT_LOSS[target.kind]}
+    return LOSSES[given["kind"]].format(**given)
 
 
 def _positive(target: Target) -> Any:

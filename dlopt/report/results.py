@@ -22,6 +22,7 @@ MOST_CELLS = 30
 MOST_NUMBERS = 6
 """Columns of a target of numbers that are drawn."""
 THRESHOLDS = np.arange(1, 10) / 10
+"""Of two classes: what else the line could be drawn at."""
 
 
 class Results(ABC):
@@ -64,7 +65,7 @@ class Cell(NamedTuple):
 
 
 class Score(NamedTuple):
-    """How a class or label fares: its rows, how many were given it, and of these and those the share that is right, and F1."""
+    """How a class or label fares: its rows, how many were given it, the shares of both that are right, and F1."""
 
     label: Any
     rows: int
@@ -80,10 +81,11 @@ class Score(NamedTuple):
 
 
 class Threshold(NamedTuple):
-    """What comes of calling a row positive when its probability is at least so much."""
+    """What comes of calling a row positive when its probability is at least so much, and whether that is what the model does."""
 
     threshold: float
     score: Score
+    chosen: bool
 
 
 class Categories(Results):
@@ -123,15 +125,17 @@ class Categories(Results):
 
     @property
     def thresholds(self) -> list[Threshold]:
-        """Of two classes: what another threshold than a half would give."""
+        """Of two classes: what other thresholds would give, and what the model's own gives."""
         if self.score is None:
             return []
         truth, name = self.label == self.target.positive_index, self.target.labels[self.target.positive_index]
-        given = [self.score >= threshold for threshold in THRESHOLDS]
-        return [
-            Threshold(float(threshold), Score.of(name, int(truth.sum()), int(called.sum()), int((called & truth).sum())))
-            for threshold, called in zip(THRESHOLDS, given, strict=True)
-        ]
+        own = self.target.thresholds or (0.5,)
+        found = []
+        for threshold in sorted({*THRESHOLDS.tolist(), *own}):
+            called = self.score >= np.float32(threshold)
+            score = Score.of(name, int(truth.sum()), int(called.sum()), int((called & truth).sum()))
+            found.append(Threshold(threshold, score, threshold in own))
+        return found
 
     @property
     def figures(self) -> list[Figure]:

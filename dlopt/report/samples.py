@@ -18,7 +18,7 @@ def samples(data: Artifact, fit: Fit) -> Samples | None:
     """The first training images as they are and in the first epochs, mixed, if they are, with the next of them; None where
     augmentation leaves images as they are."""
     split = Split.open(data, "train")
-    share = Share.of(split, fit.seed, fit.train.batch_size, 0, 1, fit.augment)
+    share = Share.of(split, fit.seed, fit.train.rows_of_batch(len(split)), 0, 1, fit.augment)
     names = [feature.name for feature in split.signature.inputs if feature.kind == "image"]
     if not names or not any("image" in part.of for part in fit.augment):
         return None

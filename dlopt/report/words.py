@@ -25,9 +25,9 @@ def seconds(value: float) -> str:
     return f"{value:,.1f} s"
 
 
-NAMES = {"r2": "R²", "mae": "MAE", "rmse": "RMSE", "f1": "F1", "roc_auc": "ROC AUC"}
+NAMES = {"r2": "R²", "mae": "MAE", "rmse": "RMSE", "f1": "F1", "roc_auc": "ROC AUC", "top5_accuracy": "top-5 accuracy"}
 """Metrics that are not written as they are spelt."""
-SHARES = ("accuracy", "subset_accuracy", "precision", "recall")
+SHARES = ("accuracy", "top5_accuracy", "subset_accuracy", "precision", "recall", "macro_precision", "macro_recall")
 """Metrics that are shares of rows, and written in per cent."""
 
 
@@ -42,5 +42,5 @@ def metric_name(key: str) -> str:
 def metric(key: str, value: float | None, digits: int = 2) -> str:
     """A metric's value; a loss or an error that is not there was not finite, and another could not be told."""
     if value is None:
-        return "not finite" if key in ("loss", "mae", "rmse") else "-"
+        return "not finite" if key in ("loss", "mae", "rmse", "calibration_error") else "-"
     return percent(value, digits) if key in SHARES else figure(value)

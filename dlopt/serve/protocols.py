@@ -8,8 +8,8 @@ outputs to replies. A model name's status also carries the keys that KServe's v1
 | number, one | 3.2 | [3.2, ...] |
 | number, several | {"height": 3.2, "width": 1.0} | {"height": [...], "width": [...]} |
 
-Probabilities stand in the order of the signature's labels; of multi_label each is of its own, and a row gets the labels with
-more than THRESHOLD.
+Probabilities stand in the order of the signature's labels; of multi_label each is of its own. A row gets the likeliest class, and the
+labels with more than THRESHOLD; or, where the signature has thresholds, the positive class or the labels that reach theirs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SIGNATURE_NAME = "serving_default"
 MODEL_PATH = re.compile(r"/v1/models/(?P<name>[^/:]+)(?:/versions/(?P<version>[0-9]+))?(?P<rest>|:predict|/metadata)")
 DTYPES = {"uint8": "DT_UINT8", "float32": "DT_FLOAT", "int32": "DT_INT32", "string": "DT_STRING"}
 THRESHOLD = 0.5
-"""A row gets every label of a multi_label target that is more probable, in the metrics as in the replies."""
+"""A row gets every label of a multi_label target without thresholds that is more probable, in the metrics as in the replies."""
 
 Json = dict[str, Any]
 
@@ -102,10 +102,14 @@ def _rows_of(inputs: Any, signature: Signature) -> Any:
 
 def decisions(target: Target, outputs: np.ndarray) -> list[list[int]]:
     """The labels that each row of outputs gets, by their indices: one of classes, any number of labels, and of numbers none."""
+    least = np.float32(target.thresholds)
+    if target.kind == "category" and target.thresholds:
+        positive = target.positive_index
+        return [[positive] if reached else [1 - positive] for reached in (outputs[:, positive] >= least).tolist()]
     if target.kind == "category":
         return [[best] for best in outputs.argmax(axis=1).tolist()]
     if target.kind == "multi_label":
-        return [np.flatnonzero(row).tolist() for row in outputs > THRESHOLD]
+        return [np.flatnonzero(row).tolist() for row in (outputs >= least if target.thresholds else outputs > THRESHOLD)]
     return [[] for _ in outputs]
 
 
@@ -154,9 +158,14 @@ def metadata(model: str, digest: str, signature: Signature) -> Json:
         "model_spec": {"name": model, "signature_name": "", "version": VERSION},
         "metadata": {"signature_def": {"signature_def": {SIGNATURE_NAME: signature_def}}},
         "signature": signature.model_dump(mode="json", exclude={"inputs": {"__all__": {"tokenizer"}}}),
-        "threshold": THRESHOLD if signature.target.kind == "multi_label" else None,
+        "thresholds": _thresholds(signature.target),
         "digest": digest,
     }
+
+
+def _thresholds(target: Target) -> list[float]:
+    """Where the line is that makes a label: for each of multi_label, for the positive class of two; for none where the likeliest is given."""
+    return list(target.thresholds) or [THRESHOLD] * (target.size if target.kind == "multi_label" else 0)
 
 
 def _tensor_of(feature: Feature) -> Json:

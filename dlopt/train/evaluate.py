@@ -2,13 +2,13 @@
 
 predictions.parquet, in the order of the test split's rows, has of each row
     row (int64)       its place in the split
-    loss (float32)    its loss, without class weights
+    loss (float32)    its loss, without class weights and label smoothing
 and, by the kind of the target,
-    category       label, predicted (int64)            indices of classes among the target's labels
+    category       label, predicted (int64)            indices of classes among the target's labels; predicted by its threshold, if any
                    probability (float32)               of the predicted class
                    score (float32)                     of two classes: the probability of the positive one
     multi_label    labels, predicted (list<int64>)     indices of the labels that the row has, and that it is given
-                   probabilities (fixed list<float32>) of every label; more than a half gives the label
+                   probabilities (fixed list<float32>) of every label; predicted are those above a half, or from their thresholds on
     number         target.{column} (float32)           of each number, in the data's units
                    predicted.{column} (float32)
 """
@@ -29,18 +29,31 @@ from dlopt.data.feed import shortened
 from dlopt.data.prepared import Chunk, Split
 from dlopt.models import Network
 from dlopt.part import Target
-from dlopt.train.metrics import Metrics, Tally, activated, tally
-from dlopt.train.objectives import loss_of
+from dlopt.train.losses import LossPart, loss_of, unsmoothed
+from dlopt.train.metrics import Metrics, Tally, activated, decided, tally
+from dlopt.train.thresholds import Threshold, Tuned, fixed, tuned
 
 BATCH_BYTES = 2**22
 
 
-def evaluate(network: Network, split: Split, device: torch.device, rank: int = 0, world: int = 1) -> Metrics:
-    """Metrics of a split that has rows; each worker computes its part of the chunks, and all of them get the whole."""
-    found = tally(split.signature.target, network.output, device)
-    loss = loss_of(split.signature.target, network.output)
-    for outputs, target in _outputs(network, split, device, split.chunks[rank::world]):
-        found.add(outputs, target, loss(outputs, target, "none"))
+def evaluate(
+    network: Network,
+    split: Split,
+    device: torch.device,
+    rank: int = 0,
+    world: int = 1,
+    *,
+    loss: LossPart | None = None,
+    thresholds: tuple[float, ...] = (),
+) -> Metrics:
+    """Metrics of a split that has rows; each worker computes its part of the chunks, and all of them get the whole.
+
+    loss: the one that is trained. thresholds: of the target, from which on a row is positive, or is given each label.
+    """
+    target = _with(split.signature.target, thresholds)
+    found, losses = tally(target, network.output, device), loss_of(unsmoothed(loss), target, network.output)
+    for outputs, wanted in _outputs(network, split, device, split.chunks[rank::world]):
+        found.add(outputs, wanted, losses(outputs, wanted, "none"))
     if world > 1:
         _gather(found, split, world)
     return found.metrics(len(split))
@@ -53,33 +66,54 @@ def predict(network: Network, split: Split, device: torch.device) -> tuple[Tenso
     return torch.cat([outputs for outputs, _ in found]), torch.cat([wanted for _, wanted in found])
 
 
-def write_predictions(path: Path, network: Network, split: Split, device: torch.device) -> Metrics:
+def thresholds_of(threshold: Threshold | None, network: Network, validation: Split, device: torch.device) -> tuple[float, ...]:
+    """The thresholds of a trained network, as its signature is to have them: those that the job gives, or the best ones on a validation
+    split that has rows."""
+    target = validation.signature.target
+    if not isinstance(threshold, Tuned):
+        return fixed(threshold, target)
+    return tuned(threshold, target, *predict(network, validation, device))
+
+
+def write_predictions(
+    path: Path,
+    network: Network,
+    split: Split,
+    device: torch.device,
+    *,
+    loss: LossPart | None = None,
+    thresholds: tuple[float, ...] = (),
+) -> Metrics:
     """A parquet file of what the network says of every row, as above, a batch at a time; returns the split's metrics."""
-    signature, start = split.signature.target, 0
-    found, loss = tally(signature, network.output, device), loss_of(signature, network.output)
+    target, start = _with(split.signature.target, thresholds), 0
+    found, losses_of = tally(target, network.output, device), loss_of(unsmoothed(loss), target, network.output)
     tables = []
-    for outputs, target in _outputs(network, split, device, split.chunks):
-        losses = loss(outputs, target, "none")
-        found.add(outputs, target, losses)
-        rows = {"row": pa.array(range(start, start + len(target)), pa.int64())}
-        columns = _columns(signature, activated(signature, outputs).cpu(), target.cpu())
+    for outputs, wanted in _outputs(network, split, device, split.chunks):
+        losses = losses_of(outputs, wanted, "none")
+        found.add(outputs, wanted, losses)
+        rows = {"row": pa.array(range(start, start + len(wanted)), pa.int64())}
+        columns = _columns(target, activated(target, outputs).cpu(), wanted.cpu())
         tables.append(pa.table(rows | columns | {"loss": losses.float().cpu().numpy()}))
-        start += len(target)
+        start += len(wanted)
     pq.write_table(pa.concat_tables(tables), path)
     return found.metrics(len(split))
+
+
+def _with(target: Target, thresholds: tuple[float, ...]) -> Target:
+    return target.model_copy(update={"thresholds": thresholds})
 
 
 def _columns(target: Target, outputs: Tensor, wanted: Tensor) -> dict[str, pa.Array]:
     """What the model says of some rows, beside what is so."""
     if target.kind == "category":
-        probability, predicted = outputs.max(dim=1)
-        columns = {"label": wanted, "predicted": predicted, "probability": probability.float()}
+        predicted = decided(target, outputs)
+        columns = {"label": wanted, "predicted": predicted, "probability": outputs.gather(1, predicted[:, None])[:, 0].float()}
         columns |= {"score": outputs[:, target.positive_index].float()} if target.size == 2 else {}
         return {name: pa.array(values.numpy()) for name, values in columns.items()}
     if target.kind == "multi_label":
         flat = pa.array(outputs.float().numpy().reshape(-1))
         probabilities = pa.FixedSizeListArray.from_arrays(flat, target.size)
-        return {"labels": _indices(wanted > 0), "predicted": _indices(outputs > 0.5), "probabilities": probabilities}
+        return {"labels": _indices(wanted > 0), "predicted": _indices(decided(target, outputs)), "probabilities": probabilities}
     columns = {}
     for index, name in enumerate(target.columns):
         columns |= {f"target.{name}": wanted[:, index], f"predicted.{name}": outputs[:, index].float()}

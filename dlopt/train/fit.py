@@ -16,11 +16,13 @@ from typing import Any
 
 from dlopt.artifact import Artifact, Stage
 from dlopt.data.prepared import Split
+from dlopt.models.own import Own, factory_of
+from dlopt.optim.schedules import refuse_too_long
 from dlopt.part import DloptError, Target
 from dlopt.progress import Progress, silent
 from dlopt.train import metrics_log
 from dlopt.train.metrics import names
-from dlopt.train.section import Fit, Resources, Train, needs_validation, refuse_balance, refuse_labels, refuse_monitor
+from dlopt.train.section import Fit, Resources, Train, course_of, needs_validation, refuse_balance, refuse_labels, refuse_monitor
 from dlopt.train.state import CHECKPOINTS, newest
 
 COLLECTIVE_SECONDS = 300
@@ -45,6 +47,7 @@ def fit(section: Fit, out: Path, data: Artifact, *, resources: Resources, progre
     _refuse_no_validation(section, data)
     train = Split.open(data, "train")
     _refuse_other_target(section.train, train.signature.target)
+    refuse_too_long(section.train.schedule, course_of(section, len(train)))
     cluster = _cluster()
     workers = _workers(resources, cluster)
     feed = _feed(resources, train, workers, cluster)
@@ -59,23 +62,30 @@ def fit(section: Fit, out: Path, data: Artifact, *, resources: Resources, progre
         "threads": max(1, int(resources.cpus_per_worker)) if workers else None,
     }
     with _watched(out, section, train, progress):
-        return _run(config, workers, resources, cluster, out)
+        return _run(config, section, workers, resources, cluster, out)
 
 
 FIT = Stage("model", fit, scratch=CHECKPOINTS)
 
 
-def _run(config: dict[str, Any], workers: Workers, resources: Resources, cluster: dict[str, float], out: Path) -> dict[str, Any]:
+def _run(
+    config: dict[str, Any], section: Fit, workers: Workers, resources: Resources, cluster: dict[str, float], out: Path
+) -> dict[str, Any]:
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from dlopt.train.worker import train_worker
 
+    factory = factory_of(section.model) if isinstance(section.model, Own) else None
+
+    def work(config: dict[str, Any]) -> dict[str, Any] | None:
+        return train_worker(config, factory)
+
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     use_gpu = bool(workers) and cluster.get("GPU", 0) >= _most(workers)
     storage = out.resolve() / "ray"
     trainer = TorchTrainer(
-        train_worker,
+        work if factory else train_worker,
         train_loop_config=config,
         torch_config=TorchConfig(timeout_s=COLLECTIVE_SECONDS),
         scaling_config=ScalingConfig(
@@ -185,8 +195,11 @@ def _watched(out: Path, section: Fit, split: Split, progress: Progress) -> Itera
 
     def follow() -> None:
         tail, seen = metrics_log.Tail(out / metrics_log.NAME), _Seen(section.train.epochs, _shown(section.train, split.signature.target))
-        steps = section.train.epochs * -(-len(split) // section.train.batch_size)
+        steps = section.train.epochs * -(-len(split) // section.train.rows_of_batch(len(split)))
+        warnings = metrics_log.Tail(out / metrics_log.HEALTH)
         while not done.wait(0.25):
+            for said in warned(warnings.new()):
+                progress("fit", seen.step / steps, f"warning: {said}")
             if lines := tail.new():
                 seen.add(lines)
                 progress("fit", seen.step / steps, str(seen))
@@ -225,6 +238,14 @@ class _Seen:
         text = f"epoch {self.epoch}/{self.epochs}"
         text += "" if self.loss is None else f"  loss {self.loss:.4f}"
         return text + ("" if self.validation is None else f"  validation {self.metric} {self.validation:.4g}")
+
+
+def warned(lines: list[dict[str, Any]]) -> Iterator[str]:
+    """What lines of health.jsonl say that a person should know."""
+    for line in lines:
+        yield from (found["says"] for found in line.get("findings", ()))
+        if "rollback" in line:
+            yield f"went back to the end of epoch {line['epoch']} and on at a rate of {line['rate']:.3g}: {line['rollback']}"
 
 
 def _shown(train: Train, target: Target) -> str:

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.data.feed import Batch
-from dlopt.part import DloptError
-from dlopt.train.objectives import Gradient, Objective
+from dlopt.optim.constraints import Clip
+from dlopt.optim.wrappers import centralize
+from dlopt.train.gradients import Gradient
+from dlopt.train.objectives import Losses, Objective
 
-MOST_SKIPPED = 20
-"""Steps in a row with a gradient that is not finite before training gives up; a whole epoch of fewer is enough."""
+PEAK = "peak"
+"""The key of a parameter group's peak rate, which the factor of the schedule is multiplied with."""
 
 
 class Step(NamedTuple):
@@ -23,9 +25,12 @@ class Step(NamedTuple):
     loss: Tensor
     """This worker's part of the loss."""
     correct: Tensor | None
-    rate: float
+    factor: float
+    """On the peak rate."""
     gradient_norm: float
     """Of the whole batch's gradient, before clipping; the same on every worker."""
+    taken: bool
+    """Whether there was a step: not when the gradient is not finite, on all workers alike, since the reduced norm decides."""
 
 
 def steps(
@@ -34,46 +39,71 @@ def steps(
     batches: Iterable[Batch],
     objective: Objective,
     gradient: Gradient,
-    rate: Callable[[int], float],
-    clip_norm: float | None = None,
+    factor: Callable[[int], float],
+    clip: Clip | None = None,
+    centralized: bool = False,
 ) -> Iterator[Step]:
-    """Train on every batch, yielding each step. rate(i): learning rate of the i-th batch, from 0.
+    """Train on every batch, yielding each step.
 
-    A step whose gradient is not finite is skipped, on all workers alike, since the reduced norm decides.
-    Raises DloptError when that happens too often in a row, or in every step.
+    factor(i): of the schedule for the i-th batch, from 0; a group's rate is its peak times that. clip: what becomes of large gradients.
+    centralized: whether the mean of each unit's gradient is taken out. A step whose gradient is not finite is left out.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.train()
-    done = skipped = 0
-    for done, batch in enumerate(batches, start=1):
-        now = rate(done - 1)
+    for index, batch in enumerate(batches):
+        now = factor(index)
         for group in optimizer.param_groups:
-            group["lr"] = now
-        for parameter in parameters:
-            parameter.grad = None  # what optimizer.zero_grad does, without its bookkeeping
+            group["lr"] = now * group[PEAK]
+        _forget(parameters)
         losses = gradient(objective, model, batch)
         norm = _total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-        if clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
         found = norm.item()
-        if math.isfinite(found):
-            optimizer.step()
-            skipped = 0
-        else:
-            skipped += 1
-            _refuse_divergence(skipped, MOST_SKIPPED)
-        yield Step(losses.loss.detach(), losses.correct, now, found)
-    if done:
-        _refuse_divergence(skipped, done)
+        taken = math.isfinite(found)
+        if taken:
+            if centralized:
+                centralize(parameters)
+            if clip is not None:
+                clip.apply(parameters, norm)
+            _take(optimizer, parameters, losses, lambda batch=batch: gradient(objective, model, batch))  # type: ignore[misc]
+        yield Step(losses.loss.detach(), losses.correct, now, found, taken)
+
+
+def peaked(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer, with the rate of each of its groups remembered as the peak."""
+    for group in optimizer.param_groups:
+        group[PEAK] = group["lr"]
+    return optimizer
+
+
+def _take(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], losses: Losses, again: Callable[[], Losses]) -> None:
+    """A step from the gradients that are there. L-BFGS asks for the loss, and for more gradients on its way."""
+    if not isinstance(optimizer, torch.optim.LBFGS):
+        optimizer.step()
+        return
+    known: list[Losses] = [losses]
+
+    def closure() -> Tensor:
+        if not known:
+            _forget(parameters)
+        return _global(known.pop() if known else again())
+
+    optimizer.step(closure)
+
+
+def _global(losses: Losses) -> Tensor:
+    """The loss of the whole batch, over all workers."""
+    loss = losses.loss.detach().clone()
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.all_reduce(loss)
+    return loss
+
+
+def _forget(parameters: Iterable[nn.Parameter]) -> None:
+    """What optimizer.zero_grad does, without its bookkeeping."""
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def _total_norm(gradients: list[Tensor]) -> Tensor:
     """The 2-norm of all gradients together, as torch.nn.utils.get_total_norm for those of one device, in two thirds of its time."""
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-
-
-def _refuse_divergence(skipped: int, most: int) -> None:
-    if skipped >= most:
-        raise DloptError(
-            f"train: the gradient was not finite for {skipped} steps in a row: lower train.optimizer.lr or set train.clip_norm"
-        )

@@ -1,4 +1,4 @@
-"""metrics.jsonl: what training says of itself, an object a line. Worker 0 writes it, everyone else reads it."""
+"""metrics.jsonl and health.jsonl: what training says of itself, an object a line. Worker 0 writes them, everyone else reads them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,28 @@ from typing import Any, BinaryIO
 
 from dlopt.artifact import write_atomically
 
-NAME = "metrics.jsonl"
+NAME, HEALTH = "metrics.jsonl", "health.jsonl"
+LAYERS, RANGE = "layers.json", "range.json"
+"""Beside them: the spread of weights and activations before the first step, and what a range test has seen, each one object."""
 
 
 class MetricsLog:
-    """Appends to a run's metrics.jsonl; lines of epochs after `epoch`, which a crash has undone, are taken out first."""
+    """Appends to a run's metrics.jsonl, or another file of its kind; lines of epochs after `epoch`, which a crash has undone, are taken
+    out first."""
 
-    def __init__(self, folder: Path, epoch: int) -> None:
-        path = folder / NAME
-        kept = [line for line in read(path) if line["epoch"] <= epoch]
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.file = open(path, "a")  # noqa: SIM115 - open for as long as training runs
+    def __init__(self, folder: Path, epoch: int, name: str = NAME) -> None:
+        self.path = folder / name
+        self._open(epoch)
+
+    def _open(self, epoch: int) -> None:
+        kept = [line for line in read(self.path) if line["epoch"] <= epoch]
+        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.file = open(self.path, "a")  # noqa: SIM115 - open for as long as training runs
+
+    def undo(self, epoch: int) -> None:
+        """Take out the lines of epochs after `epoch`."""
+        self.file.close()
+        self._open(epoch)
 
     def write(self, **line: Any) -> None:
         """Add a line; a number that is not finite, which JSON does not have, becomes null."""
@@ -37,6 +48,8 @@ class MetricsLog:
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

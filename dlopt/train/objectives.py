@@ -7,11 +7,10 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dlopt.data.feed import Batch
-from dlopt.models import Units
 from dlopt.part import Target
+from dlopt.train.losses import Loss
 
 
 class Losses(NamedTuple):
@@ -23,42 +22,15 @@ class Losses(NamedTuple):
     """Of classes: how many of this worker's rows got the right one; of a mixed row, the share of it that did."""
 
 
-Loss = Callable[[Tensor, Tensor, str], Tensor]
-"""Outputs (rows, outputs), targets and "none" or "sum" to the losses of the rows (rows,), or their sum."""
 Objective = Callable[[nn.Module, Batch], Losses]
 Gradient = Callable[[Objective, nn.Module, Batch], Losses]
 Given = Literal["balanced"] | Mapping[str, float]
 """Class weights as a job has them."""
 
 
-def loss_of(target: Target, output: nn.Module, weights: Tensor | None = None) -> Loss:
-    """The loss of a row: cross-entropy of its class; the mean over the labels of binary cross-entropy; or the mean over the numbers of
-    the squared error in standard deviations. output: the network's output layer. weights: as `class_weights` gives them."""
-    if target.kind == "category":
-        return lambda outputs, wanted, reduction: F.cross_entropy(outputs, wanted, weights, reduction=reduction)
-    if target.kind == "multi_label":
-        return _binary(weights)
-    assert isinstance(output, Units)
-    return lambda outputs, wanted, reduction: _reduced(((outputs - wanted) / output.std).square(), reduction)
-
-
-def _binary(weights: Tensor | None) -> Loss:
-    absent, ratio = (None, None) if weights is None else (weights[0], weights[1] / weights[0])
-
-    def loss(outputs: Tensor, wanted: Tensor, reduction: str) -> Tensor:
-        found = F.binary_cross_entropy_with_logits(outputs, wanted.to(outputs.dtype), absent, pos_weight=ratio, reduction="none")
-        return _reduced(found, reduction)
-
-    return loss
-
-
-def _reduced(losses: Tensor, reduction: str) -> Tensor:
-    """(rows, outputs) to the mean of each row, or the sum of these means."""
-    return losses.mean(dim=1) if reduction == "none" else losses.sum() / losses.shape[1]
-
-
 def supervised(loss: Loss, l1: float, l2: float, world: int) -> Objective:
-    """The loss of the rows, plus l1 times the sum of |w| and l2 times the sum of w^2 over all weights but biases.
+    """The loss of the rows, plus l1 times the sum of |w| and l2 times the sum of w^2 over all weights but biases: the elastic net of Zou
+    and Hastie (2005) with both of them.
 
     A row that is mixed of two has share * loss(first target) + (1 - share) * loss(second target).
     """
@@ -67,7 +39,7 @@ def supervised(loss: Loss, l1: float, l2: float, world: int) -> Objective:
         outputs = model(batch.inputs)
         found = (_mixed(loss, outputs, batch) if batch.mixed else loss(outputs, batch.target, "sum")) / batch.total
         if l1 or l2:
-            found = found + penalty(model, l1, l2) / world
+            found = found + penalty(model, l1, l2) * batch.part / world
         return Losses(found, _correct(outputs.detach(), batch))
 
     return objective
@@ -118,6 +90,7 @@ def _as_said(given: Mapping[str, float], target: Target) -> Tensor:
 
 
 def penalty(model: nn.Module, l1: float, l2: float) -> Tensor:
+    """Of weights, which have more than one dimension: biases and the scales of normalisation layers are left alone."""
     weights = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     total = torch.zeros((), dtype=weights[0].dtype, device=weights[0].device)
     for weight in weights:

@@ -9,10 +9,18 @@ from pydantic import BeforeValidator, Field, ValidationError, ValidatorFunctionW
 from dlopt.data.augment import Augmentation
 from dlopt.data.order import LANES
 from dlopt.models import Model
-from dlopt.optim.optimizers import Adam, Optimizer
-from dlopt.optim.schedules import Constant, Plateau, Schedule
+from dlopt.optim.averages import Averaging
+from dlopt.optim.constraints import Clip, MaxNorm
+from dlopt.optim.groups import Parameters
+from dlopt.optim.health import Divergence, Health
+from dlopt.optim.optimizers import Adam, Lbfgs, Optimizer
+from dlopt.optim.schedules import Constant, Course, ScaleLr, Schedule
+from dlopt.optim.wrappers import Lookahead
 from dlopt.part import DloptError, Part, Target
+from dlopt.train.gradients import Sharpness
+from dlopt.train.losses import LossPart, losses_for
 from dlopt.train.metrics import names
+from dlopt.train.thresholds import Threshold, Tuned
 
 Monitor = Literal[
     "loss",
@@ -21,11 +29,16 @@ Monitor = Literal[
     "recall",
     "f1",
     "macro_f1",
+    "macro_precision",
+    "macro_recall",
     "micro_f1",
     "subset_accuracy",
     "roc_auc",
     "macro_roc_auc",
     "average_precision",
+    "macro_average_precision",
+    "top5_accuracy",
+    "calibration_error",
     "mae",
     "rmse",
     "r2",
@@ -48,24 +61,53 @@ class Train(Part):
 
     epochs: int = Field(10, ge=1)
     """Passes over the training split."""
-    batch_size: int = Field(128, ge=1)
-    """Rows of a step, of the whole job: shared out over the workers."""
+    batch_size: Annotated[int, Field(ge=1)] | Literal["full"] = 128
+    """Rows of a step, of the whole job: shared out over the workers. full: all rows of the training split, a step an epoch."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Rows whose gradients are computed at a time, of the whole job, where memory is short of a batch: they are added up to the same
+    gradient. Batch normalization sees so many at a time."""
     optimizer: Optimizer = Adam()
-    """What turns gradients into steps."""
+    """What turns gradients into steps. With lr: auto a range test finds the peak rate before training."""
+    parameters: Parameters = Parameters()
+    """Which parameters have rates and decays of their own, and which are frozen."""
     schedule: Schedule = Constant()
     """What becomes of the learning rate."""
+    scale_lr: ScaleLr | None = None
+    """Take the optimizer's lr for that of another batch size, and scale it to this one."""
+    lookahead: Lookahead | None = None
+    """Slow weights that follow those of the optimizer."""
+    sharpness: Sharpness | None = None
+    """Sharpness-aware minimisation: gradients from the worst place near by."""
+    centralize_gradients: bool = False
+    """Take its mean out of the gradient of each unit (Yong et al. 2020)."""
+    loss: LossPart | None = None
+    """What a row costs. Without it, cross_entropy of classes, binary (cross-entropy) of labels, and squared (error) of numbers. The metric
+    called loss is this one, without class weights and label smoothing."""
     l1: float = Field(0.0, ge=0)
-    """Weight of the sum of absolute weights in the objective (biases excepted)."""
+    """Weight of the sum of absolute weights in the objective (biases and the scales of normalisation layers excepted). With `l2` beside it,
+    the penalty is the elastic net: l1 * sum |w| + l2 * sum w^2, whose gradient is l1 * sign(w) + 2 * l2 * w."""
     l2: float = Field(0.0, ge=0)
-    """Weight of the sum of squared weights in the objective (biases excepted)."""
-    clip_norm: float | None = Field(None, gt=0)
-    """Largest norm of the gradient of a step; a larger one is scaled down to it."""
+    """Weight of the sum of squared weights in the objective (biases and the scales of normalisation layers excepted). The optimizer scales
+    its gradient as it does that of the loss; `weight_decay` of optimizers such as adamw is not scaled."""
+    max_norm: MaxNorm | None = None
+    """A largest norm of the weights into each unit, held after every step."""
+    clip: Clip | None = None
+    """What becomes of gradients that are too large."""
+    average: Averaging | None = None
+    """An average of the weights over training, which is measured and kept in their place."""
     early_stopping: EarlyStopping | None = None
     """When to end before the last epoch."""
     monitor: Monitor = "loss"
-    """What of the validation split decides on the best epoch, whose weights are kept, and on early stopping. Classes have loss, accuracy
-    and macro_f1, two of them also precision, recall, f1, roc_auc and average_precision; labels have loss, accuracy, subset_accuracy,
-    micro_f1, macro_f1 and macro_roc_auc; numbers have loss, mae, rmse and r2."""
+    """What of the validation split decides on the best epoch, whose weights are kept, and on early stopping. Classes have loss, accuracy,
+    macro_f1, macro_precision, macro_recall and calibration_error; two of them also precision, recall, f1, roc_auc and average_precision,
+    three to 100 macro_roc_auc and macro_average_precision (of each against all others), and more than five top5_accuracy; labels have
+    loss, accuracy, subset_accuracy, micro_f1, macro_f1, macro_precision, macro_recall, macro_roc_auc and macro_average_precision; numbers
+    have loss, mae, rmse and r2."""
+    threshold: Threshold | None = None
+    """Of two classes and of labels: from which probability on a row is given the positive class, or a label. A number between 0 and 1, or
+    {kind: tuned}, which finds the best one on the validation split when training has ended (of labels, one for each). The model's signature
+    has it, so that metrics, predictions, the report and the server all follow it. Without it the likelier class is given, and labels above
+    one half."""
     class_weights: Literal["balanced"] | dict[Label, Annotated[float, Field(gt=0)]] | None = None
     """What a row counts for in the loss, by its label: `balanced` makes the rows of all classes weigh the same together, and for
     labels those with and those without each; a mapping gives each label its weight, 1 where it is left out."""
@@ -76,8 +118,16 @@ class Train(Part):
     the mean and spread of their metrics in the report; 0 without."""
     precision: Literal["float32", "float64"] = "float32"
     """Numbers that training computes with."""
+    health: Health = Health()
+    """How closely the layers are watched, and what is warned of."""
+    divergence: Divergence = Divergence()
+    """When training goes back to the last checkpoint and on at a lower rate, or gives up."""
     log_every: int = Field(10, ge=1)
     """Steps between two lines in metrics.jsonl."""
+
+    def rows_of_batch(self, rows: int) -> int:
+        """The batch size for a training split of so many rows."""
+        return rows if self.batch_size == "full" else self.batch_size
 
     @field_validator("class_weights", mode="wrap")
     @classmethod
@@ -90,9 +140,21 @@ class Train(Part):
 
     @model_validator(mode="after")
     def warmup_ends_in_time(self) -> Self:
-        warmup = self.schedule.warmup_epochs
-        if warmup > self.epochs:
-            raise ValueError(f"schedule.warmup_epochs {warmup:g} is more than epochs {self.epochs}: lower it or raise epochs")
+        warmup = self.schedule.warmup.epochs
+        if warmup is not None and warmup > self.epochs:
+            raise ValueError(f"schedule.warmup: {warmup:g} epochs are more than epochs {self.epochs}: lower it or raise epochs")
+        return self
+
+    @model_validator(mode="after")
+    def rate_is_scaled_or_found(self) -> Self:
+        if self.scale_lr and self.optimizer.lr == "auto":
+            raise ValueError("scale_lr: the rate that optimizer.lr: auto finds is that of this batch size: keep one of them")
+        return self
+
+    @model_validator(mode="after")
+    def lbfgs_sees_the_gradient_of_its_loss(self) -> Self:
+        if isinstance(self.optimizer, Lbfgs) and (self.clip or self.centralize_gradients or self.sharpness):
+            raise ValueError("optimizer: lbfgs searches along the true gradient: take out clip, centralize_gradients and sharpness")
         return self
 
     @model_validator(mode="after")
@@ -119,6 +181,11 @@ class Fit(Part):
     """What is done to rows, in this order."""
     train: Train
     """How."""
+
+
+def course_of(fit: Fit, rows: int) -> Course:
+    """How long training on so many rows is, in the units of schedules."""
+    return Course.of(fit.train.epochs, rows, fit.train.rows_of_batch(rows))
 
 
 class Resources(Part):
@@ -150,7 +217,9 @@ def needs_validation(train: Train) -> str | None:
     """What in the section looks at a validation split, if anything does."""
     if train.early_stopping:
         return "train.early_stopping"
-    return "train.schedule" if isinstance(train.schedule, Plateau) else None
+    if isinstance(train.threshold, Tuned):
+        return "train.threshold"
+    return "train.schedule" if train.schedule.watches_validation() else None
 
 
 def refuse_monitor(train: Train, kind: str, classes: int | None = None) -> None:
@@ -159,6 +228,24 @@ def refuse_monitor(train: Train, kind: str, classes: int | None = None) -> None:
     if train.monitor not in there:
         what = f"{kind}, which has {classes} classes" if kind == "category" and classes else kind
         raise DloptError(f"train.monitor: there is no {train.monitor} for a target of kind {what}: use one of {', '.join(there)}")
+
+
+def refuse_loss(train: Train, kind: str) -> None:
+    """Raises DloptError when the loss is not for a kind of target."""
+    if train.loss is None or kind in train.loss.targets:
+        return
+    there = losses_for(kind)
+    use = f"one of {', '.join(there)}" if len(there) > 1 else there[0]
+    of = " or ".join(train.loss.targets)
+    raise DloptError(f"train.loss: {train.loss.kind} is for a target of kind {of}, and it is of kind {kind}: use {use}, or take it out")
+
+
+def refuse_threshold(train: Train, kind: str, classes: int | None = None) -> None:
+    """Raises DloptError when a target has nothing that a threshold could decide. classes: how many there are, where that is known."""
+    if train.threshold is None or kind == "multi_label" or (kind == "category" and classes in (None, 2)):
+        return
+    what = f"of {classes} classes" if kind == "category" else f"of kind {kind}"
+    raise DloptError(f"train.threshold: it is for two classes and for labels, and the target is {what}: take it out")
 
 
 def refuse_balance(train: Train, kind: str) -> None:

@@ -1,0 +1,147 @@
+"""A user's own torch.nn.Module in a job, with everything else of the line unchanged: through Python, not through a job file.
+
+    from dlopt.models.own import own
+
+    def net(signature, width):
+        return Net(...)    # takes {name: tensor}, as dlopt.models.preprocess leaves them; gives (rows, signature.num_outputs)
+
+    run(Job(name="mine", data=..., model=own(net, width=8)), Path("runs"))
+
+The job holds a name, a digest of the source and the settings, all JSON, so that artifacts are told apart and found again as those of
+any other model. The factory itself stays in a table of the process; whoever starts other processes (Ray Train) takes it along.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor, nn
+
+from dlopt.models.preprocess import Preprocess
+from dlopt.part import DloptError, Feature, Part, Signature
+
+Factory = Callable[..., nn.Module]
+"""factory(signature, **settings): a function or a class at the top of a module."""
+DIGITS = 12
+_FACTORIES: dict[tuple[str, str], Factory] = {}
+"""What this process can build, by name and digest of the source."""
+
+
+class Own(Part):
+    """A network that a program of the user's makes. Comes from `dlopt.models.own.own(factory, **settings)`, not from a job file."""
+
+    kind: Literal["own"] = "own"
+    name: str
+    """The factory's name in its module."""
+    digest: str
+    """Of the source of its module: another source is another model, which is trained anew."""
+    settings: dict[str, JsonValue] = {}
+    """What the factory is called with, beside the signature."""
+
+    def build(self, signature: Signature) -> nn.Module:
+        """Raises DloptError when the program has no such factory, and when what it makes is no module or has other outputs."""
+        signature = _with_codes(signature)
+        network = factory_of(self)(signature, **self.settings)
+        if not isinstance(network, nn.Module):
+            raise DloptError(f"model: {self.name} must return a torch.nn.Module, not {type(network).__name__}")
+        _refuse_other_outputs(self.name, network, signature)
+        return network
+
+
+def own(factory: Factory, **settings: Any) -> Own:
+    """The model of a job that `factory(signature, **settings)` makes; the factory can be built in this process from now on.
+
+    factory: a function, or a class of modules, at the top of a module, of which the network must be a function: what it depends on
+    is that module's source, other packages, and the settings. settings: numbers, texts, lists and mappings; tuples become lists.
+    Raises DloptError when the factory is of another kind, its source cannot be read, or the settings do not suit it.
+    """
+    name = _name(factory)
+    part = Own(name=name, digest=_digest(factory, name), settings=_as_json(name, settings))
+    try:
+        inspect.signature(factory).bind(None, **part.settings)
+    except TypeError as error:
+        raise DloptError(f"model: {name}(signature, **settings) cannot be called with these settings: {error}") from None
+    register(part, factory)
+    return part
+
+
+def register(part: Own, factory: Factory) -> None:
+    """Let this process build a part; a process that was started by another calls it with what `factory_of` gave there."""
+    _FACTORIES[part.name, part.digest] = factory
+
+
+def factory_of(part: Own) -> Factory:
+    """Raises DloptError when this process has not made the part, and was not told of it."""
+    known = _FACTORIES.get((part.name, part.digest))
+    if known is None:
+        other = any(name == part.name for name, _ in _FACTORIES)
+        why = "and its source is another one now" if other else "not from a job file"
+        raise DloptError(f"model: {part.name} comes from Python, {why}: run the program that calls dlopt.models.own.own({part.name}, ...)")
+    return known
+
+
+def _name(factory: Factory) -> str:
+    """The qualified name of a function or class that its module's source defines; anything else could hold what no digest sees."""
+    name = getattr(factory, "__qualname__", type(factory).__name__)
+    if not (inspect.isfunction(factory) or inspect.isclass(factory)) or "<" in name:
+        raise DloptError(
+            f"model: own({name}) takes a function or a class defined at the top of a module: what varies are settings, own(net, width=8)"
+        )
+    return name
+
+
+def _digest(factory: Factory, name: str) -> str:
+    """Of the module's source; of a notebook, which is no file, the source of the factory alone."""
+    for source in (inspect.getmodule(factory), factory):
+        try:
+            return hashlib.sha256(inspect.getsource(source).encode()).hexdigest()[:DIGITS]  # type: ignore[arg-type]
+        except (OSError, TypeError):
+            continue
+    raise DloptError(f"model: own({name}): its source cannot be read: put it into a file, so that changes of it are seen")
+
+
+def _as_json(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as they come back from a job that was written out."""
+    try:
+        found: dict[str, Any] = json.loads(json.dumps(settings, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise DloptError(f"model: own({name}): settings are numbers, texts, lists and mappings of such: {error}") from None
+    return found
+
+
+def _with_codes(signature: Signature) -> Signature:
+    """Before the data is read, when a job is checked, no value of a category is known: then one of each column stands in."""
+    inputs = [
+        feature.model_copy(update={"vocabularies": (("",),) * len(feature.columns)})
+        if feature.kind == "category" and not feature.codes
+        else feature
+        for feature in signature.inputs
+    ]
+    return signature.model_copy(update={"inputs": tuple(inputs)})
+
+
+def _refuse_other_outputs(name: str, network: nn.Module, signature: Signature) -> None:
+    """Two rows of zeros tell; they also give lazy layers their sizes."""
+    training = network.training
+    with torch.no_grad():
+        found = network.eval()({feature.name: _zeros(feature) for feature in signature.inputs})
+    network.train(training)
+    shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    if shape != (2, signature.num_outputs):
+        raise DloptError(f"model: {name} gives {shape} for two rows, and must give (2, {signature.num_outputs}): (rows, outputs)")
+
+
+def _zeros(feature: Feature) -> Tensor:
+    """Two rows of an input as preprocessing leaves it."""
+    if feature.kind == "image":
+        height, width, channels = feature.shape
+        return torch.zeros(2, channels, height, width)
+    if feature.kind in ("number", "date"):
+        return torch.zeros(2, Preprocess.width(feature))
+    return torch.zeros(2, *feature.shape, dtype=torch.int32)

@@ -1,0 +1,118 @@
+"""The learning-rate range test (Smith 2017): a short training at rates that rise from step to step, and the rate that it suggests.
+
+The loss falls where rates begin to matter and rises where they are too large. Suggested is the geometric mean of the rate at which half
+of the fall is done and of the one with the lowest loss. Of networks on digits with SGD, momentum, Adam, RMSprop and Adagrad, batches of 32
+to 1,024, that was within a factor of 8 of the best fixed rate and never one that diverged; the steepest fall and a tenth of
+the rate with the lowest loss, which are usual too, were further away.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from dlopt.data.feed import Batch
+from dlopt.optim.constraints import Clip
+from dlopt.part import DloptError
+from dlopt.train.gradients import curved, plain
+from dlopt.train.loop import PEAK, steps
+from dlopt.train.objectives import Objective
+
+LOW, HIGH, STEPS = 1e-7, 10.0, 100
+"""The first rate, the last one, and how many there are, each as many times as large as the one before."""
+WIDTH = 2
+"""Standard deviation, in steps, of the bell with which losses are smoothed for the suggestion."""
+TRAILING = 0.9
+"""Decay of the mean by which a divergence is seen."""
+DIVERGED = 4.0
+"""How many times the lowest loss so far ends the test, if it is more than the first one too."""
+
+Build = Callable[[nn.Module, float], torch.optim.Optimizer]
+"""The optimizer of a network at a peak rate, whose groups remember theirs under PEAK."""
+
+
+class Sweep(NamedTuple):
+    """What a range test has seen."""
+
+    rates: list[float]
+    losses: list[float]
+    """Of the batch at each rate, before the step; all of them finite."""
+    suggested: float
+
+
+def range_test(loss_at: Callable[[float], float], low: float = LOW, high: float = HIGH, count: int = STEPS) -> Sweep:
+    """Ask for the losses at rates from low to high until they diverge. loss_at: takes one step at a rate and gives the loss before it.
+
+    Raises DloptError when the loss falls at none of them.
+    """
+    rates: list[float] = []
+    losses: list[float] = []
+    mean, best = 0.0, math.inf
+    for rate in np.geomspace(low, high, count).tolist():
+        loss = loss_at(rate)
+        if not math.isfinite(loss):
+            break
+        rates.append(rate)
+        losses.append(loss)
+        mean = TRAILING * mean + (1 - TRAILING) * loss
+        trailing = mean / (1 - TRAILING ** len(losses))
+        best = min(best, trailing)
+        if trailing > max(DIVERGED * best, losses[0]):
+            break
+    return Sweep(rates, losses, suggested(rates, losses))
+
+
+def suggested(rates: list[float], losses: list[float]) -> float:
+    """The geometric mean of the rate where half of the fall is done and of the one with the lowest loss, losses smoothed.
+
+    Raises DloptError when there is no fall.
+    """
+    if len(losses) > 4 * WIDTH:
+        start = float(np.median(losses[: max(len(losses) // 10, 3)]))
+        smooth = _smoothed(np.minimum(losses, start + abs(start)))  # what comes after divergence is not to blur what was before
+        lowest = int(smooth.argmin())
+        above = np.flatnonzero(smooth[:lowest] > (start + smooth[lowest]) / 2)
+        if smooth[lowest] < start and len(above):
+            return math.sqrt(rates[above[-1] + 1] * rates[lowest])
+    raise DloptError("train.optimizer.lr: auto has found no rate at which the loss falls: give a number")
+
+
+def sweep(
+    network: nn.Module, build: Build, batches: Sequence[Batch], objective: Objective, clip: Clip | None = None, seed: int = 0
+) -> Sweep:
+    """The range test of a network, one step a batch, on a copy: the network and random numbers are afterwards as they were.
+
+    build: gives the optimizer, and is asked for it at two rates: a group whose peak is the same at both does not follow the optimizer's
+    rate, and has its own all along. seed: of the random numbers that dropout draws.
+    """
+    model = copy.deepcopy(network)
+    devices = {parameter.device.index for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(seed)
+        other, optimizer = build(model, 2.0), build(model, 1.0)
+        if hasattr(optimizer, "train"):  # of schedule-free ones
+            optimizer.train()
+        own = [(mine, mine[PEAK]) for mine, its in zip(optimizer.param_groups, other.param_groups, strict=True) if mine[PEAK] == its[PEAK]]
+        now = [0.0]
+        taken = steps(model, optimizer, batches, objective, curved(plain(1), optimizer, 1), lambda _: now[0], clip)
+
+        def loss_at(rate: float) -> float:
+            now[0] = rate
+            for group, peak in own:
+                group[PEAK] = peak / rate
+            step = next(taken)
+            return step.loss.item() if step.taken else math.nan
+
+        return range_test(loss_at, count=len(batches))
+
+
+def _smoothed(values: np.ndarray) -> np.ndarray:
+    """Each value the mean of those around it, in weights of a bell; the ends go on beyond the ends."""
+    bell = np.exp(-0.5 * (np.arange(-3 * WIDTH, 3 * WIDTH + 1) / WIDTH) ** 2)
+    return np.convolve(np.pad(values, 3 * WIDTH, mode="edge"), bell / bell.sum(), mode="valid")

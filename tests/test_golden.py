@@ -1,0 +1,69 @@
+"""Ten steps of every job in jobs/, compared with those that were stored: a refactor that changes nothing shows it here.
+
+After a change that means to move them, `python -m tests.test_golden` stores them anew; the diff tells by how much.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from dlopt import pipeline, spec
+from dlopt.spec import Job
+from dlopt.train.training import Training
+from dlopt.train.worker import Assignment, _Worker
+from tests.commands import ROOT
+
+STORED = Path(__file__).parent / "golden"
+JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
+STEPS = 10
+TOLERANCE = 2e-5
+"""Relative. On one machine the bits are equal; another processor adds in another order."""
+
+
+def first_steps(job: Job, home: Path) -> dict[str, list[float]]:
+    """Losses and gradient norms of the first steps, in this process."""
+    data = pipeline.prepare(job, home)
+    fit, cpu = job.fit, torch.device("cpu")
+    worker = _Worker(Assignment(fit=fit, data=data.path, out=home / "golden" / job.name, feed="resident", threads=None), 0, 1, cpu)
+    worker.assignment.out.mkdir(parents=True)
+    training = Training(fit, data, worker.assignment.out, "resident", worker._state(data), 0, 1, cpu)
+    found = [step for step, _ in itertools.islice(training.steps(1), STEPS)]
+    return {"loss": [step.loss.item() for step in found], "gradient_norm": [step.gradient_norm for step in found]}
+
+
+def test_every_job_has_its_golden_losses_and_no_other_has() -> None:
+    assert {path.stem for path in JOBS} == {path.stem for path in STORED.glob("*.json")}
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+def test_the_first_ten_steps_of_a_job_are_those_that_are_stored(
+    path: Path, ray_cluster: None, shared: Path, mnist: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    stored = json.loads((STORED / f"{path.stem}.json").read_text())
+    found = first_steps(spec.load(path), tmp_path)
+    assert len(found["loss"]) == STEPS
+    for name, values in stored.items():
+        assert found[name] == pytest.approx(values, rel=TOLERANCE), name
+
+
+def main() -> None:
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.chdir(ROOT)
+    for path in JOBS:
+        with tempfile.TemporaryDirectory(prefix="golden-") as home:
+            found = first_steps(spec.load(path), Path(home))
+        (STORED / f"{path.stem}.json").write_text(json.dumps(found, indent=1) + "\n")
+        print(path.stem, found["loss"][-1], file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
