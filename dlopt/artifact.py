@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     _flush_folder(path.parent)
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions of the packages that decide a result."""
     found = {}

@@ -109,6 +109,12 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--address", help="a running Ray cluster to read on")
     profile.set_defaults(command=_profile)
 
+    compare = commands.add_parser("compare", help="write a page with 2 to 6 runs side by side")
+    compare.add_argument("run", metavar="RUN", nargs="+", help="a run's folder, or a job's name for its newest run")
+    compare.add_argument("-o", "--output", type=Path, default=Path("compare.html"), metavar="FILE", help="default: compare.html")
+    _home(compare)
+    compare.set_defaults(command=_compare)
+
     runs = commands.add_parser("runs", help="list the runs, newest first")
     _home(runs)
     runs.add_argument("--json", action="store_true", help="print a JSON list")
@@ -301,6 +307,14 @@ def _profile(options: argparse.Namespace) -> None:
         print(json.dumps({"source": options.source, **profile, "job": job}))
     else:
         print_profile(profile, job)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from dlopt import runs
+    from dlopt.report import compare
+
+    compare.write(options.output, [runs.find(run, options.home) for run in options.run])
+    print(options.output)
 
 
 def _positive(text: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,13 +53,23 @@ def find(run: str, home: Path) -> Path:
 
 def exported(folder: Path, kind: str = "onnx") -> tuple[str, Artifact]:
     """The name of a run's model and its exported artifact. Raises DloptError."""
+    record = read(folder)
+    if f"export.{kind}" not in record["artifacts"]:
+        raise DloptError(f"{folder}: has no {kind} export: add {{kind: {kind}}} to the job's export and run it again")
+    return str(record["name"]), artifact(folder, record, f"export.{kind}")
+
+
+def artifact(folder: Path, record: Mapping[str, Any], name: str) -> Artifact:
+    """One of those that a run's record names: data, model, or export.KIND. Raises DloptError."""
+    return Artifact.open((folder / record["artifacts"][name]).resolve())
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """A run's record: its name, metrics, and the places of its artifacts, as seen from the folder. Raises DloptError."""
     record = _read(folder / RUN)
     if not record or not isinstance(record.get("artifacts"), dict):
         raise DloptError(f"{folder / RUN}: damaged: run the job again")
-    place = record["artifacts"].get(f"export.{kind}")
-    if place is None:
-        raise DloptError(f"{folder}: has no {kind} export: add {{kind: {kind}}} to the job's export and run it again")
-    return str(record["name"]), Artifact.open((folder / place).resolve())
+    return record
 
 
 def _read(path: Path) -> dict[str, Any] | None:

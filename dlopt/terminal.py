@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
 from dlopt.artifact import Artifact
+from dlopt.progress import WARNING
 from dlopt.runs import REPORT, Run
 
 UNFOLDED = 10_000
@@ -49,6 +50,9 @@ class Terminal:
 
     def progress(self, stage: str, share: float | None, text: str) -> None:
         """As dlopt.progress.Progress."""
+        if text.startswith(WARNING):
+            self.console.print(f"[yellow]![/] {self.name}: {stage}  {escape(text)}", highlight=False, soft_wrap=True)
+            return
         if not self.console.is_terminal:
             self._line(stage, share, text)
             return

@@ -1,4 +1,4 @@
-"""For the tests of the command line: `dlopt` in a process of its own, with an environment that holds nothing of Ray's."""
+"""For the tests of the command line: `dlopt` in a process of its own, with an environment that holds nothing of Ray's, or in this one."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from dlopt.cli import main
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's, without what its own Ray has put there."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "DLOPT_"))}
+    """This process's, without what its own Ray and the tests have put there."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "DLOPT_", "OMP_"))}
     return kept | more
 
 
@@ -41,9 +45,25 @@ def dlopt(*words: object, timeout: float = 300, **options: Any) -> subprocess.Co
     return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 
+def here(capsys: pytest.CaptureFixture[str], *words: object) -> subprocess.CompletedProcess[str]:
+    """`dlopt WORDS` in this process and on its Ray, which saves seconds: for all but what is a matter of processes."""
+    capsys.readouterr()
+    code = main([*map(str, words)])
+    return subprocess.CompletedProcess(words, code, *capsys.readouterr())
+
+
 def refused(*words: object, **options: Any) -> str:
     """The one line that `dlopt WORDS` says to a user's mistake."""
-    ended = dlopt(*words, **options)
+    return line_of(dlopt(*words, **options))
+
+
+def refused_here(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """The same in this process."""
+    return line_of(here(capsys, *words))
+
+
+def line_of(ended: subprocess.CompletedProcess[str]) -> str:
+    """The one line that was said to a user's mistake, last of all."""
     lines = [line for line in ended.stderr.splitlines() if line.startswith("dlopt: ")]
     assert ended.returncode == 2, ended.stderr
     assert len(lines) == 1 and lines[0] == ended.stderr.splitlines()[-1]

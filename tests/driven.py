@@ -37,7 +37,8 @@ PARTS = [KINDS[kind](**fields) for kind in KINDS for fields in [{}, *OTHER.get(k
 
 def named(part: Any) -> str:
     """What a test of it is called."""
-    return "-".join([part.kind, *(str(value) for name, value in part if name != "kind" and name in part.model_fields_set)])
+    said = [getattr(value, "kind", f"{name}={value}") for name, value in part if name in part.model_fields_set]
+    return "-".join([part.kind, *said])
 
 
 class Small(nn.Module):

@@ -149,7 +149,3 @@ def test_the_command_line_answers_without_anything_heavy() -> None:
 @pytest.mark.parametrize("module", ["dlopt.part", "dlopt.artifact", "dlopt.runs", "dlopt.session", "dlopt.export", "dlopt.serve"])
 def test_the_nouns_load_neither_torch_nor_ray(module: str) -> None:
     assert not {"torch", "ray", "numpy"} & loaded(module)
-
-
-def test_a_job_is_read_without_ray_and_the_exporter() -> None:
-    assert not {"ray", "onnx", "onnxruntime", "matplotlib"} & loaded("dlopt.spec")

@@ -254,11 +254,11 @@ def test_case_punctuation_spacing_and_forms_of_letters_do_not_matter() -> None:
 
 def test_a_sketch_does_not_depend_on_other_texts() -> None:
     random = np.random.default_rng(2)
-    texts = [" ".join(text[: random.integers(0, 40)]) for text in sentences(3000)]
-    texts[7], texts[8] = " ".join(map(str, range(200_000))), "日本語 🙂 " * 50  # one longer than what is cut at a time
+    texts = [" ".join(text[: random.integers(0, 40)]) for text in sentences(600)]
+    texts[7], texts[8] = " ".join(map(str, range(20_000))), "日本語 🙂 " * 50  # one longer than what is cut at a time
     for clean in (NearDuplicateTexts(columns=("a",)), NearDuplicateTexts(columns=("a",), shingles="characters", size=4)):
         whole = clean.sketch(pa.array(texts))
-        for row in (0, 6, 7, 8, 9, 2999):
+        for row in (0, 6, 7, 8, 9, 599):
             assert (clean.sketch(pa.array(texts[row : row + 1])) == whole[row]).all()
         assert (clean.sketch(pa.array(texts).slice(5, 10)) == whole[5:15]).all()
         assert (clean.sketch(pa.array(texts[:20], pa.large_string())) == whole[:20]).all()

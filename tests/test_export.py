@@ -316,8 +316,8 @@ def test_numbers_are_compared_in_standard_deviations_and_not_finer_than_float32_
 def test_another_label_counts_unless_torch_has_the_two_as_close_as_float32_rounds() -> None:
     expected = np.array([[0.5 + TIE / 4, 0.5 - TIE / 4, 0.0], [0.5 + TIE, 0.5 - TIE, 0.0], [0.4, 0.4, 0.2], [0.4, 0.4, 0.2]])
     found = np.array([[0.4, 0.6, 0.0], [0.4, 0.6, 0.0], [0.4, 0.6, 0.0], [0.2, 0.2, 0.6]], dtype=np.float32)
-    assert [_other_labels(found[[row]], expected[[row]]) for row in range(4)] == [0, 1, 0, 1]
-    assert _other_labels(found, expected) == 2
+    assert [_other_labels(found[[row]], expected[[row]], THREE) for row in range(4)] == [0, 1, 0, 1]
+    assert _other_labels(found, expected, THREE) == 2
     assert Onnx().tolerance > TIE
 
 

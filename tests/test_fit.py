@@ -10,7 +10,9 @@ from pydantic import ValidationError
 from dlopt.part import DloptError, Target
 from dlopt.spec import explain
 from dlopt.train.fit import OVERSUBSCRIBED, _leaving_room, _refuse_other_target, _Seen, _shown, _workers, local_cpus
+from dlopt.train.losses import Focal, Huber
 from dlopt.train.section import Resources, Train, refuse_monitor
+from dlopt.train.thresholds import Tuned
 from tests.sets import LABELS, NUMBER, THREE, TWO
 
 
@@ -73,7 +75,8 @@ def test_progress_shows_what_decides_or_else_what_says_most(target: Target, moni
         (
             THREE,
             {"monitor": "roc_auc"},
-            "train.monitor: there is no roc_auc for a target of kind category, which has 3 classes: use one of loss, accuracy, macro_f1",
+            "train.monitor: there is no roc_auc for a target of kind category, which has 3 classes: use one of loss, accuracy, macro_f1, "
+            "macro_precision, macro_recall, calibration_error, macro_roc_auc, macro_average_precision",
         ),
         (
             NUMBER,
@@ -84,7 +87,30 @@ def test_progress_shows_what_decides_or_else_what_says_most(target: Target, moni
             LABELS,
             {"monitor": "f1"},
             "train.monitor: there is no f1 for a target of kind multi_label: "
-            "use one of loss, accuracy, subset_accuracy, micro_f1, macro_f1, macro_roc_auc",
+            "use one of loss, accuracy, subset_accuracy, micro_f1, macro_f1, macro_precision, macro_recall, macro_roc_auc, "
+            "macro_average_precision",
+        ),
+        (
+            THREE,
+            {"monitor": "top5_accuracy"},
+            "train.monitor: there is no top5_accuracy for a target of kind category, which has 3 classes: use one of loss, accuracy, "
+            "macro_f1, macro_precision, macro_recall, calibration_error, macro_roc_auc, macro_average_precision",
+        ),
+        (
+            NUMBER,
+            {"loss": {"kind": "focal"}},
+            "train.loss: focal is for a target of kind category or multi_label, and it is of kind number: use one of squared, absolute, "
+            "huber, quantile, or take it out",
+        ),
+        (
+            THREE,
+            {"threshold": {"kind": "tuned"}},
+            "train.threshold: it is for two classes and for labels, and the target is of 3 classes: take it out",
+        ),
+        (
+            NUMBER,
+            {"threshold": 0.5},
+            "train.threshold: it is for two classes and for labels, and the target is of kind number: take it out",
         ),
         (NUMBER, {"class_weights": "balanced"}, "train.class_weights: a target of kind number has no classes: take it out"),
         (
@@ -105,7 +131,9 @@ def test_what_the_target_has_is_let_through() -> None:
     _refuse_other_target(Train(monitor="roc_auc", class_weights={"no": 2.0, "yes": 1}), TWO)
     _refuse_other_target(Train(monitor="macro_f1", sampling="balanced"), THREE)
     _refuse_other_target(Train(monitor="macro_roc_auc", class_weights="balanced"), LABELS)
-    _refuse_other_target(Train(monitor="rmse"), NUMBER)
+    _refuse_other_target(Train(monitor="rmse", loss=Huber()), NUMBER)
+    _refuse_other_target(Train(loss=Focal(), threshold=0.3), TWO)
+    _refuse_other_target(Train(loss=Focal(), threshold=Tuned()), LABELS)
     refuse_monitor(Train(monitor="roc_auc"), "category")  # as long as nobody knows how many classes there are
 
 

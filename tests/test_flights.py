@@ -14,7 +14,7 @@ import pytest
 from dlopt.artifact import Artifact
 from dlopt.data.encode import encode_rows
 from dlopt.part import Signature
-from tests.commands import ROOT, dlopt
+from tests.commands import ROOT, dlopt, here
 from tests.conftest import missing
 
 FLIGHTS = ROOT / "jobs" / "flights.yaml"
@@ -63,8 +63,8 @@ def test_the_graph_takes_raw_rows_with_strings_and_gaps(result: dict[str, Any]) 
     assert found[1, 1] > 0.9 > found[0, 1]
 
 
-def test_a_second_run_has_nothing_to_do(result: dict[str, Any]) -> None:
-    ended = dlopt("run", FLIGHTS, "--home", result["home"], "--json")
+def test_a_second_run_has_nothing_to_do(result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    ended = here(capsys, "run", FLIGHTS, "--home", result["home"], "--json")
     again = json.loads(ended.stdout)
     assert again["run"] == result["run"] and again["metrics"] == result["metrics"]
     assert "all is done already" in ended.stderr

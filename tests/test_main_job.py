@@ -24,7 +24,7 @@ from dlopt.data.prepared import Split
 from dlopt.export.onnx import trained_network
 from dlopt.train import metrics_log
 from dlopt.train.evaluate import predict
-from tests.commands import ROOT, dlopt, start
+from tests.commands import ROOT, dlopt, here, start
 from tests.served import alive, descendants, free_port
 
 MNIST = ROOT / "jobs" / "mnist.yaml"
@@ -86,8 +86,10 @@ def test_the_same_command_again_starts_no_ray(result: dict[str, Any], home: Path
     assert {key: json.loads(again)[key] for key in ("run", "metrics")} == {key: result[key] for key in ("run", "metrics")}
 
 
-def test_another_section_of_serving_is_taken_up_without_training_again(result: dict[str, Any], home: Path) -> None:
-    ended = dlopt("run", MNIST, "data.split.train=0.7", "data.split.test=0.2", "serve.max_rows=2000", "--home", home)
+def test_another_section_of_serving_is_taken_up_without_training_again(
+    result: dict[str, Any], home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = here(capsys, "run", MNIST, "data.split.train=0.7", "data.split.test=0.2", "serve.max_rows=2000", "--home", home)
     assert "all is done already" in ended.stderr
     assert "max_rows: 2000" in (Path(result["run"]) / "job.yaml").read_text()
 

@@ -15,7 +15,8 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from dlopt.models import Network, Resnet
-from dlopt.models.norms import EPS, NORMS, BatchNorm, Norm, groups, normfrom tests.test_models import image, network
+from dlopt.models.norms import EPS, NORMS, BatchNorm, Norm, groups, norm
+from tests.test_models import image, network
 
 SHAPES = {2: (7, 12), 3: (7, 5, 12), 4: (7, 12, 4, 3)}
 """By the number of dimensions: 12 channels."""
@@ -191,7 +192,6 @@ def test_batch_norm_over_two_workers_is_that_of_one_gradients_and_running_statis
             else:
                 found = first[name] + second[name] if " sum of " in name else torch.cat((first[name], second[name]))
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12, msg=f"{dims} {name}")
-
 
     whole = [slice(0, 7) for rows in SHARES if sum(rows) == 7]
     alone = stepped(convolutional(), whole, 1)

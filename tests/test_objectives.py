@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from dlopt.data.feed import Batch, Mixed
 from dlopt.models import Cnn, Mlp, Network, Units
 from dlopt.part import Target
+from dlopt.train.gradients import plain
 from dlopt.train.losses import loss_of
-from dlopt.train.objectives import Losses, class_weights, penalty, plain, supervised
+from dlopt.train.objectives import Losses, class_weights, penalty, supervised
 from tests.sets import LABELS, PAIR, THREE, TWO, spread
 from tests.test_models import TARGET, image, network
 
@@ -116,7 +117,8 @@ def test_a_penalty_of_one_weight_is_the_elastic_net_and_so_is_its_gradient() -> 
 def test_the_parts_of_a_batch_that_is_accumulated_add_up_to_the_whole_with_its_penalty(world: int) -> None:
     built, some = model(), batch()
     whole, gradient = of(built, some, 0.01, 0.02, world)
-    parts = [of(built, part(some, rows)._replace(part=share), 0.01, 0.02, world) for rows, share in ((slice(0, 6), 0.2), (slice(6, 30), 0.8))]
+    cut = ((slice(0, 6), 0.2), (slice(6, 30), 0.8))
+    parts = [of(built, part(some, rows)._replace(part=share), 0.01, 0.02, world) for rows, share in cut]
     assert sum(losses.loss.item() for losses, _ in parts) == pytest.approx(whole.loss.item(), rel=1e-12)
     for index, expected in enumerate(gradient):
         torch.testing.assert_close(sum(found[index] for _, found in parts), expected, rtol=1e-10, atol=1e-12)

@@ -17,6 +17,8 @@ from dlopt.optim.wrappers import Lookahead
 from dlopt.train.packing import optimizer_state, pack, restore_optimizer, unpack
 from tests.driven import PARTS, Small, advance, batches, named, weights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PARAMETERS = Parameters(groups=(Group(names="output.*", weight_decay=0.02),))
 
 

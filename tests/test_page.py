@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import re
 import subprocess
-import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from decimal import ROUND_HALF_UP, Context
@@ -15,28 +16,21 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from PIL import Image
 from websockets.sync.client import ClientConnection, connect
 
 from dlopt.artifact import Artifact
+from dlopt.part import Signature
+from dlopt.serve import Serve
+from dlopt.serve.auth import digest
+from dlopt.serve.replica import Replica
 from tests.conftest import program
 from tests.served import FLIGHTS, IMAGE, NUMBERS, PHOTOS, SAID, free_port, make_export, messages
 
 KEY = "a-key-of-the-tests"
 NOTHING = "\N{EN DASH}"
 """What the page shows where there is no prediction."""
-SCRIPT = """
-import sys
-from pathlib import Path
-import uvicorn
-from dlopt.serve import Serve
-from dlopt.serve.auth import digest
-from dlopt.serve.replica import Replica
-
-path, port, key = sys.argv[1:]
-app = Replica(Path(path), "digits", Serve(), (digest(key),)).application
-uvicorn.run(app, host="127.0.0.1", port=int(port), log_level="error")
-"""
 FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -169,15 +163,18 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 def serving(export: Artifact) -> Iterator[str]:
-    """The app under uvicorn, without Ray: the address of the page with its key."""
+    """The app under uvicorn, in a thread, without Ray: the address of the page with its key."""
     port = free_port()
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(export.path), str(port), KEY])
+    app = Replica(export.path, "digits", Serve(), (digest(KEY),)).application
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run)
+    thread.start()
     try:
         wait_for(lambda: _answers(f"http://127.0.0.1:{port}/readyz"))
         yield f"http://127.0.0.1:{port}/?token={KEY}"
     finally:
-        process.terminate()
-        process.wait(10)
+        server.should_exit = True
+        thread.join()
 
 
 def _answers(url: str) -> bool:
@@ -418,6 +415,34 @@ def test_labels_follow_the_text_as_one_types(browser: Browser, texts: str, tmp_p
     assert marks == pytest.approx([width / 2 for width in tracks], abs=1)
     assert browser.texts("#note") == ["A label is given above 50%, where the line stands."]
     browser.screenshot(tmp_path / "texts.png")
+
+
+def with_thresholds(signature: Signature, *thresholds: float) -> Signature:
+    return signature.model_copy(update={"target": signature.target.model_copy(update={"thresholds": thresholds})})
+
+
+def test_lines_stand_at_the_thresholds_of_the_labels(browser: Browser, tmp_path: Path) -> None:
+    with contextlib.closing(serving(make_export(tmp_path, with_thresholds(messages(), 0.25, 0.5, 0.875)))) as pages:
+        page = next(pages)
+        browser.open(page)
+        browser.requests.clear()
+        browser.write("textarea", SAID[1])
+        wait_for_row(browser, {"message": SAID[1]})
+        answer = predicted(page, {"message": SAID[1]})
+        assert browser.texts("li.best span") == answer["labels"]
+        lefts = browser.value("Array.from(document.querySelectorAll('.mark'), one => one.style.left)")
+        assert lefts == ["25%", "50%", "87.5%"]
+        assert browser.texts("#note") == ["A label is given from where its line stands on."]
+
+
+def test_the_page_says_from_where_on_a_row_is_positive(browser: Browser, tmp_path: Path) -> None:
+    with contextlib.closing(serving(make_export(tmp_path, with_thresholds(NUMBERS, 0.9375)))) as pages:
+        browser.open(next(pages))
+        assert browser.texts("#note") == ["It is yes from 93.8% on."]
+        browser.click("button.first")
+        settle(browser)
+        assert shown(browser)[0] == "no"
+        assert browser.texts(".mark") == []
 
 
 def test_a_text_that_is_taken_back_takes_the_answer_with_it(browser: Browser, texts: str) -> None:

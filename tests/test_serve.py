@@ -34,7 +34,7 @@ KEY = "a-key-of-the-tests"
 PREDICT = "/v1/models/digits:predict"
 pytestmark = pytest.mark.ray
 BLACK = {"instances": [[[0] * 28] * 28]}
-SECTION = Serve(replicas=2, max_bytes=1_000_000, body_seconds=3).model_dump_json()
+SECTION = Serve(replicas=2, max_bytes=1_000_000, body_seconds=2).model_dump_json()
 LEAVES_SECONDS = 30
 """Far more than stopping takes."""
 
@@ -216,7 +216,7 @@ def test_slow_bodies_get_a_408_and_slow_heads_do_not_stay(server: Server) -> Non
     start = time.monotonic()
     reply = raw(server, head(server, "Content-Length: 100"), b"{")
     assert reply.startswith(b"HTTP/1.1 408 ")
-    assert b"did not arrive within 3 seconds" in reply
+    assert b"did not arrive within 2 seconds" in reply
     if not server.keys:  # HAProxy's part
         assert raw(server, b"POST / HTTP/1.1\r\nHost: test\r\n").startswith(b"HTTP/1.1 408 ")
     assert time.monotonic() - start < 2 * 10  # the socket's own time-out
@@ -253,7 +253,7 @@ def test_metrics_are_exact_over_all_replicas_whichever_is_asked(server: Server) 
 
 
 PROMETHEUS = """
-global: {scrape_interval: 1s}
+global: {scrape_interval: 500ms, scrape_timeout: 500ms}
 scrape_configs:
 - job_name: dlopt
   authorization: {credentials: KEY}
@@ -399,10 +399,11 @@ def test_a_stop_during_the_start_leaves_nothing_either(export: Artifact) -> None
 
 ORPHAN = """
 import subprocess, sys
-from dlopt.serve.stopping import nothing_left
+from dlopt.serve import stopping
 sleeping = "import os, time; print(os.getpid(), flush=True); time.sleep(300)"
 leaving = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {sleeping!r}], start_new_session=True)"
-with nothing_left():
+stopping.LINGER_SECONDS = 0.3
+with stopping.nothing_left():
     subprocess.run([sys.executable, "-c", leaving], check=True)
 """
 
@@ -444,8 +445,9 @@ def test_only_on_loopback_there_may_be_no_key(
 # On a cluster of others
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster_address(ray_cluster: None) -> Iterator[str]:
+    """Of the shared cluster. Serve goes on from one test to the next, and listens where the first has it listen."""
     import ray
     from ray import serve
 
@@ -485,7 +487,7 @@ def server_metrics() -> list[Path]:
 def test_replicas_that_fit_no_cluster_are_an_error_and_not_a_wait(
     export: Artifact, cluster_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "START_SECONDS", 5)
+    monkeypatch.setattr(app, "START_SECONDS", 1)
     with pytest.raises(DloptError, match=r"serve.replicas: 1 x serve.threads need 1000 CPUs"):
         on_cluster(export, Serve(threads=1000), cluster_address)
 

@@ -193,7 +193,7 @@ def web(tmp_path: Path) -> Iterator[str]:
     pq.write_table(pa.table({"a": range(100), "label": [0, 1] * 50}), tmp_path / "x.parquet", row_group_size=40)
     pa.feather.write_feather(pa.table({"a": [1]}), str(tmp_path / "x.feather"))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(tmp_path)))
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()

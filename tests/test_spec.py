@@ -182,9 +182,17 @@ def test_a_bad_override_is_one_line(path: Path, override: str, line: str) -> Non
         ),
         (
             "train.monitor=mae",
-            "train.monitor: there is no mae for a target of kind category: use one of loss, accuracy, macro_f1, precision, recall, f1, "
-            "roc_auc, average_precision",
+            "train.monitor: there is no mae for a target of kind category: use one of loss, accuracy, macro_f1, macro_precision, "
+            "macro_recall, calibration_error, precision, recall, f1, roc_auc, average_precision, macro_roc_auc, macro_average_precision, "
+            "top5_accuracy",
         ),
+        (
+            "train.loss.kind=huber",
+            "train.loss: huber is for a target of kind number, and it is of kind category: use one of cross_entropy, focal, or take it out",
+        ),
+        ("train.loss=focal", 'train.loss: must be a mapping such as {kind: cross_entropy}, not "focal"'),
+        ("train.threshold=1.5", "train.threshold: must be less than 1, not 1.5"),
+        ("train.threshold=tuned", 'train.threshold: must be a number or a mapping such as {kind: tuned}, not "tuned"'),
         ("train.folds=1", "train: folds must be 2 or more, or 0 for none"),
         ("train.epochs=0", "train.epochs: must be greater than or equal to 1, not 0"),
         ("train.optimizer.lr=-1", "train.optimizer.lr: must be greater than 0, not -1"),

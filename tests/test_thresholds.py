@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +13,24 @@ import pytest
 import sklearn.metrics as reference
 import torch
 from pydantic import TypeAdapter, ValidationError
-from safetensors.torch import load, save
 from torch import Tensor
 
 from dlopt.artifact import Artifact, Stage, once
-from dlopt.data.feed import Batch
 from dlopt.data.prepared import Split
 from dlopt.export import Onnx
 from dlopt.export.onnx import EXPORT, compare, trained_network
 from dlopt.models import Mlp
+from dlopt.optim.optimizers import Adam
 from dlopt.part import Signature, Target
 from dlopt.serve import Serve
 from dlopt.serve.auth import Guard
 from dlopt.serve.replica import Application
-from dlopt.train.evaluate import evaluate, predict, thresholds_of, write_predictions
-from dlopt.train.losses import loss_of
-from dlopt.train.objectives import supervised
+from dlopt.train.evaluate import predict
+from dlopt.train.losses import Binary, CrossEntropy, Focal, loss_of
 from dlopt.train.section import Fit, Train
-from dlopt.export.onnx import load_network  # LN
 from dlopt.train.thresholds import Threshold, Tuned, best, fixed, signed, tuned
+from dlopt.train.worker import Assignment, _Worker
 from tests.sets import LABELS, NUMBERS, TWO, prepared, signature
-from tests.sets import trained as untrained
 from tests.test_protocols import PREDICT, ask
 
 CPU = torch.device("cpu")
@@ -120,45 +118,23 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("home")
 
 
-def learn(home: Path, data: Artifact, threshold: Any) -> Artifact:
-    """A model that a few steps have taught, as the fit stage leaves it."""
-    weights = once(Stage("taught", _teach), FIT, home, data)
-    return once(Stage("model", _leave), FIT.model_copy(update={"train": Train(threshold=threshold)}), home, data, weights)
+def learn(home: Path, data: Artifact, threshold: Any, **train: Any) -> Artifact:
+    """A model that a few epochs have taught, as one worker leaves it."""
+    settings = Train(epochs=4, batch_size=64, optimizer=Adam(lr=0.01), threshold=threshold, **train)
+    return once(Stage("model", _work), Fit(seed=3, model=Mlp(hidden=(16,)), augment=(), train=settings), home, data)
 
 
-FIT = Fit(seed=3, model=Mlp(hidden=(16,)), augment=(), train=Train())
-
-
-def _teach(section: Fit, out: Path, data: Artifact) -> dict[str, Any]:
-    network, split = trained_network(untrained(out.parent / "first", data, section.model), data), Split.open(data, "train")
-    rows = {name: torch.from_numpy(values.copy()) for name, values in split.read().items()}
-    wanted = rows.pop(split.signature.target.name)
-    objective = supervised(loss_of(None, split.signature.target, network.output), 0, 0, 1)
-    optimizer = torch.optim.Adam(network.parameters(), 0.05)
-    for _ in range(40):
-        optimizer.zero_grad()
-        objective(network, Batch(rows, wanted, len(wanted))).loss.backward()
-        optimizer.step()
-    (out / "weights.safetensors").write_bytes(save(network.state_dict()))
-    return {}
-
-
-def _leave(section: Fit, out: Path, data: Artifact, taught: Artifact) -> dict[str, Any]:
-    """What a worker does when training has ended."""
-    network = load_network(section, data).eval()
-    network.load_state_dict(load(taught.read("weights.safetensors")))
-    splits = {name: Split.open(data, name) for name in ("validation", "test")}
-    thresholds = thresholds_of(section.train.threshold, network, splits["validation"], CPU)
-    (out / "weights.safetensors").write_bytes(taught.read("weights.safetensors"))
-    (out / "signature.json").write_bytes(signed(data.read("signature.json"), thresholds))
-    (out / "statistics.json").write_bytes(data.read("statistics.json"))
-    metrics = {"validation": evaluate(network, splits["validation"], CPU, thresholds=thresholds)}
-    metrics["test"] = write_predictions(out / "predictions.parquet", network, splits["test"], CPU, thresholds=thresholds)
-    return {"metrics": metrics}
+def _work(section: Fit, out: Path, data: Artifact) -> dict[str, Any]:
+    info = _Worker(Assignment(fit=section, data=data.path, out=out, feed="resident", threads=None), 0, 1, CPU).run()
+    shutil.rmtree(out / "checkpoints")
+    assert info is not None
+    return info
 
 
 def rare(home: Path, target: Target) -> Artifact:
-    return prepared(home, signature(NUMBERS, target=target), noise=1.0, rare=1.6 if target.kind == "category" else -1.6, train=1500, validation=1000, test=1500)
+    """The positive class, or the first label."""
+    rarer = 0.8 if target.kind == "category" and target.positive_index else -0.8
+    return prepared(home, signature(NUMBERS, target=target), noise=0.3, rare=rarer, train=1500, validation=1000, test=1500)
 
 
 def test_a_rare_class_has_a_better_test_f1_with_a_tuned_threshold_than_at_one_half(home: Path) -> None:
@@ -217,3 +193,21 @@ def test_an_export_that_gives_another_label_at_the_threshold_is_seen(home: Path)
     expected[row] = [1 - cut, cut] + (1 if expected[row, 1] < cut else -1) * np.array([-1e-4, 1e-4])  # on the other side
     assert compare(content, found, test, expected)[1] == 1
 
+
+@pytest.mark.parametrize("target", [TWO, LABELS], ids=["two", "labels"])
+def test_the_loss_that_is_measured_is_the_one_that_is_trained_without_weights_and_smoothing(home: Path, target: Target) -> None:
+    data = rare(home, target)
+    test = Split.open(data, "test")
+    default: type[CrossEntropy | Binary] = CrossEntropy if target.kind == "category" else Binary
+    for loss in (Focal(gamma=3, label_smoothing=0.2), default(label_smoothing=0.2)):
+        area = "macro_roc_auc" if target == LABELS else "roc_auc"
+        model = learn(home, data, None, loss=loss, class_weights="balanced", monitor=area)
+        network = trained_network(model, data)
+        rows = {name: torch.from_numpy(values.copy()) for name, values in test.read().items()}
+        wanted = rows.pop(target.name)
+        with torch.no_grad():
+            measured = loss_of(loss.model_copy(update={"label_smoothing": 0.0}), target, network.output)
+            plain = measured(network(rows).double(), wanted, "none")
+        assert model.info["metrics"]["test"]["loss"] == pytest.approx(plain.mean().item(), rel=1e-5)
+        np.testing.assert_allclose(pq.read_table(model.path / "predictions.parquet")["loss"], plain, rtol=1e-3, atol=1e-6)
+        assert model.info["metrics"]["test"][area] > 0.7

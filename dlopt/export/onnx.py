@@ -86,7 +86,7 @@ def _unit(network: Network) -> np.ndarray | float:
 
 
 def compare(content: bytes, signature: Signature, split: Split, expected: np.ndarray, unit: np.ndarray | float = 1.0) -> tuple[float, int]:
-    """Run the file on a split: the largest difference in units, NaN when an output is, and how many rows get another class, or other labels.
+    """Run the file on a split: the largest difference in units, NaN when an output is, and how many rows get other labels.
 
     expected: torch's probabilities or numbers, float64 (rows, outputs).
     """

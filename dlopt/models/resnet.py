@@ -104,7 +104,7 @@ class Resnet(Part):
         """(rows, before, height, width) to (rows, after, height / stride, width / stride), halves rounded up."""
         wide = after * widening(self.activation)  # a gated activation follows the sum, which has to be as wide as its input
         branch = self._basic(before, after, wide, stride) if self.block == "basic" else self._bottleneck(before, after, wide, stride)
-        residual_end(branch[-1][0 if self.norm == "none" else 1])
+        residual_end(list(branch[-1].children())[-1])  # the norm, or the convolution where there is none
         shortcut = None if before == wide and stride == 1 else self._convolution(before, wide, 1, stride)
         block = nn.Sequential()
         block.add_module("residual", Residual(branch, shortcut, self.residual_scale, leave_out))

@@ -199,7 +199,7 @@ class Columns(nn.Module):
         if self.table is not None:
             tokens.append(self.table(_beside(inputs, self.categories) + self.starts))
         columns = torch.cat(tokens, dim=1) + self.added.weight[1:]
-        row = self.added.weight[:1].expand(len(columns), 1, self.width)
+        row = self.added.weight[:1].expand(columns.shape[0], 1, self.width)  # not len, which a trace takes for a fixed number
         return torch.cat((row, columns), dim=1)
 
 

@@ -42,7 +42,7 @@ class TextTransformer(Part):
     """Blocks of attention and feed-forward layers."""
     heads: int = Field(4, ge=1)
     """Heads of attention, which share out the width."""
-    mlp_ratio: float = Field(4.0, gt=0)
+    mlp_ratio: float = Field(2.0, gt=0)
     """Units of a block's feed-forward layer, for each of the width."""
     positions: Literal["learned", "sinusoidal"] = "learned"
     """How a token knows its place: an embedding of each place, or sines and cosines of it (Vaswani et al. 2017)."""

@@ -126,7 +126,7 @@ class _Blocks(nn.Module):
         if self.pooling == "class_token":
             found: Tensor = self.blocks[-1](tokens, first=True)[:, 0]
             return found
-        return self.blocks[-1](tokens).mean(dim=1)  # type: ignore[no-any-return]
+        return self.blocks[-1](tokens).mean(dim=1)
 
 
 def _small(*shape: int) -> Tensor:

@@ -98,11 +98,10 @@ def clip_adaptive(parameters: Iterable[Parameter], factor: float, eps: float) ->
     A unit is a row of a weight's first dimension; a bias, or another parameter of one dimension, is one unit as a whole.
     """
     there = [parameter for parameter in parameters if parameter.grad is not None]
+    gradients = _gradients(there)
     with torch.no_grad():
-        factors = [
-            _adapted(parameter.detach(), gradient, factor, eps) for parameter, gradient in zip(there, _gradients(there), strict=True)
-        ]
-        torch._foreach_mul_(_gradients(there), factors)
+        factors = [_adapted(weight.detach(), gradient, factor, eps) for weight, gradient in zip(there, gradients, strict=True)]
+        torch._foreach_mul_(gradients, factors)
 
 
 def without_last(parameters: Sequence[Parameter]) -> list[Parameter]:

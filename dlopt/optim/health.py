@@ -10,6 +10,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ EARLY = (1, 2, 5, 10, 20, 50)
 SETTLED, LOOKS = 20, 2
 """From which step on, and after how many looks in a row that show it, a gradient is said to vanish: behind layers that start at 0
 gradients have yet to come."""
+RUN = 4
+"""So many layers in a row make a vanishing gradient anywhere; at the beginning of the network one is enough."""
 JUMP = 10.0
 """So many times the size of the weights, an update is no step any more."""
 MOST_ROWS, IDLE_ROWS = 128, 320
@@ -113,9 +116,8 @@ class Look(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         """A line of health.jsonl: a list of numbers for each norm, in the order of `layers`; null is what is not finite or not there."""
-        numbers = {
-            name: [rounded(getattr(layer, name)) for layer in self.layers] for name in ("gradient", "weights", "update", "ratio", "dead")
-        }
+        columns = ("gradient", "weights", "update", "ratio", "dead")
+        numbers = {name: [rounded(getattr(layer, name)) for layer in self.layers] for name in columns}
         return {
             "step": self.step,
             "loss": rounded(self.loss),
@@ -294,11 +296,8 @@ class _Said:
         for one in told:
             self.times[one.kind] = self.times.get(one.kind, 0) + 1
             said = self.layers.setdefault(one.kind, set())
-            if (
-                step >= one.since
-                and self.times[one.kind] >= one.looks
-                and (layers := [layer for layer in one.layers if layer.name not in said])
-            ):
+            layers = [layer for layer in one.layers if layer.name not in said]
+            if layers and step >= one.since and self.times[one.kind] >= one.looks:
                 said.update(layer.name for layer in layers)
                 found.append(Finding(step, one.kind, tuple(layer.name for layer in layers), one.says(layers)))
         return found
@@ -321,7 +320,7 @@ def _told(layers: Sequence[Layer], gradient_norm: float, health: Health) -> list
     if not math.isfinite(gradient_norm):
         lost = [layer for layer in layers if layer.gradient is not None and not math.isfinite(layer.gradient)]
         return [_Told("not_finite", lost or list(layers), _says_not_finite)]
-    dead = [layer for layer in layers if layer.dead is not None and layer.dead >= health.dead]
+    dead = _dead(layers, health.dead)
     gone = [] if any(layer.dead == 1 for layer in dead) else vanishing(layers, health.vanishing)  # which is why nothing comes through
     found = [
         _Told("vanishing", gone, lambda some: _says_vanishing(some, layers), SETTLED, LOOKS),
@@ -333,15 +332,34 @@ def _told(layers: Sequence[Layer], gradient_norm: float, health: Health) -> list
     return [one for one in found if one.layers]
 
 
-def vanishing(layers: Sequence[Layer], share: float) -> list[Layer]:
-    """The layers whose gradient's norm is less than so large a share of that of a layer behind them; all, where none has any."""
-    found, most = [], 0.0
-    for layer in reversed(layers):
-        if layer.gradient is not None:
-            if layer.gradient < share * most:
+def _dead(layers: Sequence[Layer], share: float) -> list[Layer]:
+    """The layers of which so large a share of units is dead; of several in a row that are wholly so the first, whose doing it is."""
+    found, before = [], 0.0
+    for layer in layers:
+        if layer.dead is not None:
+            if layer.dead >= share and not layer.dead == before == 1:
                 found.append(layer)
-            most = max(most, layer.gradient)
-    return found[::-1] if most else [layer for layer in layers if layer.gradient is not None]
+            before = layer.dead
+    return found
+
+
+def vanishing(layers: Sequence[Layer], share: float) -> list[Layer]:
+    """The layers whose gradient's norm is less than so large a share of that of a layer behind them; all, where none has any.
+
+    Only runs of layers count that begin with the network's first one or are RUN long: gradients vanish with depth. Some layers have
+    small ones by their nature, as queries and keys of attention that is still even.
+    """
+    there = [(layer, layer.gradient) for layer in layers if layer.gradient is not None]
+    behind = [max((gradient for _, gradient in there[place + 1 :]), default=0.0) for place in range(len(there))]
+    small = [gradient < share * most for (_, gradient), most in zip(there, behind, strict=True)]
+    if not any(gradient for _, gradient in there):
+        small = [True] * len(there)
+    found: list[Layer] = []
+    for is_small, run in groupby(range(len(there)), key=small.__getitem__):
+        places = list(run)
+        if is_small and (places[0] == 0 or len(places) >= RUN):
+            found += [there[place][0] for place in places]
+    return found
 
 
 def names(layers: Sequence[Layer]) -> str:
@@ -354,9 +372,9 @@ def names(layers: Sequence[Layer]) -> str:
 
 def _says_vanishing(some: list[Layer], layers: Sequence[Layer]) -> str:
     least, most = min(layer.gradient or 0.0 for layer in some), max(layer.gradient or 0.0 for layer in layers)
-    against = f"norms down to {least:.2g}, of other layers {most:.2g}" if most else "it is 0 everywhere"
+    against = f"its norm is down to {least:.2g}, of other layers up to {most:.2g}" if most else "it is 0 everywhere"
     cure = "use activation relu with init kaiming_normal, norm layers or residual connections, or fewer layers"
-    return f"vanishing gradient: hardly any reaches {names(some)} ({against}); {cure}"
+    return f"vanishing gradient: hardly any of it reaches {names(some)}: {against}; {cure}"
 
 
 def _says_exploding(some: list[Layer]) -> str:
@@ -366,7 +384,7 @@ def _says_exploding(some: list[Layer]) -> str:
 
 
 def _says_not_finite(some: list[Layer]) -> str:
-    return f"gradient that is not finite: in {names(some)}; lower train.optimizer.lr or set train.clip"
+    return f"gradient not finite: in {names(some)}; lower train.optimizer.lr, set train.clip, or use a smaller init"
 
 
 def _says_dead(some: list[Layer]) -> str:
@@ -381,7 +399,8 @@ def _says_saturated(some: list[Layer]) -> str:
 
 def _says_update(some: list[Layer]) -> str:
     worst = max(some, key=lambda layer: layer.ratio)
-    return f"too large steps: an update of {worst.ratio:.2g} times the weights in {worst.name}, large in {names(some)}; lower train.optimizer.lr"
+    size = f"an update of {worst.ratio:.2g} times the weights in {worst.name}, large in {names(some)}"
+    return f"too large steps: {size}; lower train.optimizer.lr"
 
 
 def _percent(some: list[Layer]) -> str:
@@ -445,70 +464,84 @@ class Divergence(Part):
     most: int = Field(3, ge=0)
     """How often training goes back before it gives up; 0 gives up at once."""
     loss_factor: float = Field(3.0, gt=1)
-    """Training has diverged when five logged losses in a row are more than so many times the loss at its start; or when the mean loss
-    of an epoch is, and the last ones are hardly lower than that at the start. A start of less than 1 counts as 1."""
+    """Training has diverged when five known losses in a row are more than so many times the loss at its start; or when it has blown
+    up at its beginning, to the square of that, and after an epoch is hardly better than at the start. A start of less than 1 counts
+    as 1."""
 
 
 class Diverging:
-    """Whether training has diverged, from the losses of logged steps, means of epochs, and whether gradients are finite.
+    """Whether training has diverged, from the losses of some steps, means of epochs, and whether gradients are finite.
 
-    It is worse than an untrained network for long, or was so and has not become better: at a rate that is a thousand times too high, a
-    network soon gives the same for every row, and then its loss is no more than that at the start. What begins badly and
-    recovers, spikes, and what does not learn, have not diverged. All numbers must be the same on all workers.
+    It is worse than an untrained network for long; or was so at once and has not recovered: at a rate that is a thousand times too
+    high, a network soon gives the same for every row, and then its loss is no more than that at the start. What begins badly and
+    recovers, single batches of large loss, and what does not learn, have not diverged. All numbers must be the same on all workers.
     """
 
-    LOGGED, STEPS = 5, 50
-    """Logged losses that decide, and steps before an epoch's mean does."""
-    RECOVERED = 0.8
-    """Training has recovered when its loss is less than this share of that at the start."""
+    LOSSES, BEGINNING = 5, 50
+    """Losses that decide, and steps that are the beginning of training, after which an epoch decides too."""
+    BESIDE, RECOVERED = 1.5, 0.8
+    """A loss that blew up must have one beside it that is so many times that at the start: a single batch may be odd. Training has
+    recovered when its loss is less than this share of that at the start."""
 
     def __init__(self, divergence: Divergence, start_loss: float | None = None) -> None:
         """start_loss: that of the first step of training, where it is known from before."""
         self.divergence, self.start_loss = divergence, start_loss
-        self.logged: deque[float] = deque(maxlen=self.LOGGED)
+        self.losses: deque[float] = deque(maxlen=self.LOSSES)
         self.steps = self.lost = self.finite = 0
-        self.worst = 0.0
+        self.blown = 0.0
         self.layer: str | None = None
 
     def step(self, finite: bool, loss: float | None = None, look: Look | None = None) -> str | None:
         """Take note of a step: whether its gradient was finite, its loss over all workers where that is known (at the first step it
-        must be, and then at every so many), and the look at it. Returns why training has diverged, or None."""
+        must be; the more of the early ones the better), and the look at it. Returns why training has diverged, or None."""
         self.steps += 1
         self.lost = 0 if finite else self.lost + 1
         self.finite += finite
         if look:
             self.layer = look.worst
         if loss is not None:
-            loss = _finite(loss)
-            if self.start_loss is None:
-                self.start_loss = loss if loss < math.inf else None
-            self.logged.append(loss)
+            self._hear(_finite(loss))
         if self.lost >= self.divergence.patience:
             return self._because(f"the gradient was not finite for {self.lost} steps in a row")
-        if len(self.logged) == self.LOGGED and min(self.logged) > self._limit:
-            return self._because(f"the last {self.LOGGED} logged losses were {self._above(min(self.logged))}")
-        return None
+        return self._high()
 
     def epoch(self, mean: float) -> str | None:
-        """Take note of the mean loss of an epoch that has ended; one without any finite gradient has diverged. As `step`."""
+        """Take note of the mean loss of an epoch that has ended; it counts as one more loss. Returns why, as `step`."""
         none_finite, self.finite = self.lost > 0 and self.finite == 0, 0
         if none_finite:
             return self._because("no step of the epoch had a gradient that was finite")
-        self.worst = max(self.worst, _finite(mean))
-        recent = statistics.fmean(self.logged) if self.logged else _finite(mean)
+        self.losses.append(_finite(mean))
+        recent = statistics.median(self.losses)
         if recent < self.RECOVERED * (self.start_loss or 0.0):
-            self.worst = 0.0
-        elif self.steps >= self.STEPS and self.worst > self._limit:
-            return self._because(f"the mean loss of an epoch was {self._above(self.worst)}, and it is {recent:.3g} now")
-        return None
+            self.blown = 0.0
+        elif self.blown and self.steps >= self.BEGINNING:
+            return self._because(f"the loss blew up to {self._said(self.blown)}, and is {recent:.3g} now")
+        return self._high()
+
+    def _hear(self, loss: float) -> None:
+        if self.start_loss is None and loss < math.inf:
+            self.start_loss = loss
+        less, more = sorted((self.losses[-1] if self.losses else 0.0, loss))
+        if self.steps <= self.BEGINNING and more > self.divergence.loss_factor**2 * self._start and less > self.BESIDE * self._start:
+            self.blown = max(self.blown, more)
+        self.losses.append(loss)
+
+    def _high(self) -> str | None:
+        if len(self.losses) < self.LOSSES or min(self.losses) <= self._limit:
+            return None
+        return self._because(f"the last {self.LOSSES} losses that were looked at were {self._said(min(self.losses))} or more")
+
+    @property
+    def _start(self) -> float:
+        return max(self.start_loss or 0.0, 1.0)
 
     @property
     def _limit(self) -> float:
-        return self.divergence.loss_factor * max(self.start_loss or 0.0, 1.0)
+        return self.divergence.loss_factor * self._start
 
-    def _above(self, loss: float) -> str:
-        began = "" if self.start_loss is None else f", where training began with {self.start_loss:.3g}"
-        return f"{loss:.3g} or more{began}" if loss < math.inf else f"not finite{began}"
+    def _said(self, loss: float) -> str:
+        began = "" if self.start_loss is None else f" (training began with {self.start_loss:.3g})"
+        return f"{loss:.3g}{began}" if loss < math.inf else f"infinity{began}"
 
     def _because(self, why: str) -> str:
         return f"{why}; the gradient was largest against the weights in {self.layer}" if self.layer else why

@@ -123,7 +123,7 @@ class Shampoo(Part):
     """
 
     kind: Literal["shampoo"] = "shampoo"
-    lr: Rate = 0.1
+    lr: Rate = 0.03
     """Peak learning rate."""
     momentum: Share = 0.0
     """Share of the last step that goes into the gradient of this one."""

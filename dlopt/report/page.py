@@ -18,7 +18,7 @@ import numpy as np
 
 from dlopt.artifact import Artifact, write_atomically
 from dlopt.part import Signature, Target
-from dlopt.report import Figure, Samples, plots, profile, words
+from dlopt.report import Figure, Samples, health, plots, profile, words
 from dlopt.report.results import Results, read_results
 from dlopt.report.rows import MOST_COLUMNS, cells, columns, examples, pictures, read_rows
 from dlopt.train import metrics_log
@@ -104,9 +104,10 @@ def write(
         "signature": signature,
         "target": signature.target,
         "section": section,
-        "headline": _headline(signature.target, data, model, [data, model, *exports.values()], _loss(signature.target, section)),
+        "headline": _headline(signature.target, data, model, [data, model, *exports.values()], loss_name(signature.target, section)),
         "curves": _curves([line for line in lines if "train" in line], model.info["best_epoch"], _watched(signature.target, section)),
-        "steps": _steps([line for line in lines if "loss" in line], section["train"]["clip_norm"]),
+        "steps": _steps([line for line in lines if "loss" in line], _norm_limit(section["train"]["clip"])),
+        "health": health.read(model),
         "metrics": list(dict.fromkeys(key for found in model.info["metrics"].values() for key in found)),
         "folds": _folds(folds) if folds else None,
         "test": results,
@@ -125,7 +126,7 @@ def write(
         "exports": exports,
         "job": job_yaml,
     }
-    write_atomically(path, _template().render(context))
+    write_atomically(path, template("page.html").render(context))
 
 
 def wilson(right: int, rows: int) -> tuple[float, float]:
@@ -155,7 +156,7 @@ def _card(split: str, key: str, value: float | None, target: Target, rows: int) 
     return Card(title, words.metric(key, value), EXPLAINED.get(key, "").format(**what))
 
 
-def _loss(target: Target, section: dict[str, Any]) -> str:
+def loss_name(target: Target, section: dict[str, Any]) -> str:
     """What the loss is, in words."""
     given = section["train"].get("loss") or {"kind": DEFAULT_LOSS[target.kind]}
     return LOSSES[given["kind"]].format(**given)
@@ -177,9 +178,7 @@ def _curves(lines: list[dict[str, Any]], best: int, watched: Sequence[str]) -> l
     epochs = [line["epoch"] for line in lines]
     figures: list[Figure] = []
     for key in watched:
-        series = {
-            name: _floats((line[name] or {}).get(key) for line in lines) for name in ("train", "validation") if _has(lines, name, key)
-        }
+        series = {name: floats((line[name] or {}).get(key) for line in lines) for name in ("train", "validation") if _has(lines, name, key)}
         if not series or len(figures) == MOST_CURVES:
             continue
         percent, title = key in words.SHARES, words.metric_name(key)
@@ -195,6 +194,11 @@ def _has(lines: list[dict[str, Any]], split: str, key: str) -> bool:
     return any(key in (line[split] or {}) for line in lines)
 
 
+def _norm_limit(clip: Mapping[str, Any] | None) -> float | None:
+    """The largest norm of a gradient, where gradients are clipped by it."""
+    return clip["limit"] if clip and clip["kind"] == "norm" else None
+
+
 def _steps(lines: list[dict[str, Any]], clip_norm: float | None) -> list[Figure]:
     """Loss, learning rate and gradient norm over the logged steps; none when no step was logged."""
     if not lines:
@@ -202,7 +206,7 @@ def _steps(lines: list[dict[str, Any]], clip_norm: float | None) -> list[Figure]
     steps = np.array([line["step"] for line in lines])
     figures = []
     for title, key in (("Loss of the batch", "loss"), ("Learning rate", "rate"), ("Gradient norm", "gradient_norm")):
-        values = _floats(line[key] for line in lines)
+        values = floats(line[key] for line in lines)
         svg = plots.by_step(title, steps, values, smooth=key == "rate", limit=clip_norm if key == "gradient_norm" else None)
         lost = int(np.isnan(values).sum())
         said = f"from {values[0]:.3g} to {values[-1]:.3g}" + (f"; {lost} of {len(lines)} logged values not finite" if lost else "")
@@ -253,13 +257,14 @@ def _sample_rows(samples: Samples | None) -> list[tuple[str, list[str]]]:
     return [(name, [plots.picture(image) for image in images]) for name, images in named]
 
 
-def _floats(values: Any) -> np.ndarray:
+def floats(values: Any) -> np.ndarray:
     """Values of JSON, of which some are null, with NaN for what is not finite."""
     found = np.array([math.nan if value is None else value for value in values], dtype=np.float64)
     return np.where(np.isfinite(found), found, np.nan)
 
 
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """One of this package's, with what it writes numbers with."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("dlopt.report", ""),
         autoescape=True,
@@ -269,4 +274,4 @@ def _template() -> jinja2.Template:
     )
     environment.filters |= {"whole": words.whole, "percent": words.percent, "figure": words.figure, "seconds": words.seconds}
     environment.globals |= {"metric": words.metric, "metric_name": words.metric_name}
-    return environment.get_template("page.html")
+    return environment.get_template(name)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import base64
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import BytesIO, StringIO
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -20,9 +20,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
-INK, QUIET, LINE, ALARM, FIRST, SECOND = (f"#0d1a{number:02x}" for number in range(6))
+INK, QUIET, LINE, ALARM, FIRST, SECOND, *MORE = (f"#0d1a{number:02x}" for number in range(10))
 """Stand-ins, which the SVG's text has until they become the page's own colours."""
 COLOURS = {INK: "ink", QUIET: "quiet", LINE: "line", ALARM: "alarm", FIRST: "accent", SECOND: "second"}
+COLOURS |= {stand_in: f"run{number}" for number, stand_in in enumerate(MORE, start=3)}
+OF_RUN = (FIRST, SECOND, *MORE)
+"""Of so many runs over each other; only a page that compares runs has those after the second."""
 OF_SPLIT = {"train": FIRST, "validation": SECOND}
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
@@ -62,6 +65,16 @@ SMALL, THUMBNAIL = 64, 96
 """Images of up to SMALL pixels a side are shown exactly, larger ones as thumbnails of so many."""
 
 
+class Curve(NamedTuple):
+    """A run's series, NaN where a value was not finite."""
+
+    name: str
+    colour: str
+    x: np.ndarray
+    y: np.ndarray
+    dashed: bool = False
+
+
 def by_epoch(
     name: str, epochs: Sequence[int], series: Mapping[str, np.ndarray], best: int, percent: bool = False, logarithmic: bool = False
 ) -> Markup:
@@ -81,7 +94,7 @@ def by_epoch(
         _scale(axes, np.concatenate(list(series.values())), logarithmic=logarithmic)
         if percent:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
-        _label_ends(axes, epochs, series)
+        _label_ends(axes, [Curve(split, OF_SPLIT[split], np.asarray(epochs), values) for split, values in series.items()])
 
     return drawn(name, WIDE, draw)
 
@@ -98,7 +111,7 @@ def by_step(name: str, steps: np.ndarray, values: np.ndarray, smooth: bool = Fal
         if limit is not None and np.nanmax(values, initial=0) > limit / 3:
             axes.axhline(limit, color=QUIET, linewidth=1, linestyle=(0, (3, 3)))
             axes.annotate(
-                "clip_norm",
+                "train.clip",
                 (1, limit),
                 xycoords=("axes fraction", "data"),
                 xytext=(0, 2),
@@ -114,6 +127,30 @@ def by_step(name: str, steps: np.ndarray, values: np.ndarray, smooth: bool = Fal
             axes.set_ylim(bottom=0)
 
     return drawn(name, NARROW, draw)
+
+
+def by_run(name: str, curves: Sequence[Curve], along: str, percent: bool = False, logarithmic: bool = False) -> Markup:
+    """A curve for each run over its epochs or steps (what `along` says). Long series are drawn as `by_step` does."""
+    longest = max(len(curve.name) for curve in curves)
+    layout = (5.4, 2.7), (0.1, 0.16, 0.88 - 0.0165 * longest, 0.79)
+
+    def draw(axes: Axes) -> None:
+        for curve in curves:
+            x, (low, mean, high) = _grouped(curve.x, curve.y)
+            marker = "o" if len(curve.x) < 40 else None
+            axes.fill_between(x, low, high, color=curve.colour, alpha=0.15, linewidth=0)
+            axes.plot(x, mean, color=curve.colour, linestyle=(0, (4, 2)) if curve.dashed else "-", marker=marker, markersize=3)
+            lost = curve.x[np.isnan(curve.y)]
+            axes.plot(lost, np.zeros(len(lost)), "^", color=ALARM, markersize=5, transform=axes.get_xaxis_transform(), clip_on=False)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.set_xlabel(along)
+        _scale(axes, np.concatenate([curve.y for curve in curves]), logarithmic)
+        if percent:
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+        _label_ends(axes, curves)
+
+    return drawn(name, layout, draw)
 
 
 def curve(
@@ -217,19 +254,21 @@ def _scale(axes: Axes, values: np.ndarray, logarithmic: bool) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _label_ends(axes: Axes, epochs: Sequence[int], series: Mapping[str, np.ndarray]) -> None:
-    """The name of each series beside its last point, moved up where two would touch."""
+def _label_ends(axes: Axes, curves: Iterable[Curve]) -> None:
+    """The name of each curve beside its last point, moved up where two would touch, and all of them down again from above the figure."""
     to_axes = axes.transData + axes.transAxes.inverted()
     axes.get_ylim()  # settles the limits, which the transformation asks for
     ends = []
-    for name, values in series.items():
-        there = np.flatnonzero(np.isfinite(values))
+    for curve in curves:
+        there = np.flatnonzero(np.isfinite(curve.y))
         if len(there):
-            ends.append((to_axes.transform((epochs[there[-1]], values[there[-1]]))[1], name, OF_SPLIT[name]))
-    lowest = -np.inf
-    for height, name, colour in sorted(ends):
-        lowest = max(height, lowest + 0.08)
-        axes.text(1.01, lowest, name, transform=axes.transAxes, color=colour, va="center", fontweight="bold")
+            ends.append((to_axes.transform((curve.x[there[-1]], curve.y[there[-1]]))[1], curve.name, curve.colour))
+    heights: list[float] = []
+    for height, _, _ in sorted(ends):
+        heights.append(max(height, heights[-1] + 0.08 if heights else -np.inf))
+    above = max(max(heights, default=0.0) - 1, 0.0)
+    for height, (_, name, colour) in zip(heights, sorted(ends), strict=True):
+        axes.text(1.01, height - above, name, transform=axes.transAxes, color=colour, va="center", fontweight="bold", parse_math=False)
 
 
 def drawn(name: str, layout: Layout, draw: Callable[[Axes], None]) -> Markup:

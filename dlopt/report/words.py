@@ -31,6 +31,10 @@ SHARES = ("accuracy", "top5_accuracy", "subset_accuracy", "precision", "recall",
 """Metrics that are shares of rows, and written in per cent."""
 
 
+SMALLER_IS_BETTER = ("loss", "mae", "rmse", "calibration_error")
+"""Losses and errors."""
+
+
 def metric_name(key: str) -> str:
     """macro_f1 as macro F1."""
     for name, written in NAMES.items():
@@ -42,5 +46,5 @@ def metric_name(key: str) -> str:
 def metric(key: str, value: float | None, digits: int = 2) -> str:
     """A metric's value; a loss or an error that is not there was not finite, and another could not be told."""
     if value is None:
-        return "not finite" if key in ("loss", "mae", "rmse", "calibration_error") else "-"
+        return "not finite" if key in SMALLER_IS_BETTER else "-"
     return percent(value, digits) if key in SHARES else figure(value)

@@ -102,7 +102,7 @@ def _rows_of(inputs: Any, signature: Signature) -> Any:
 
 def decisions(target: Target, outputs: np.ndarray) -> list[list[int]]:
     """The labels that each row of outputs gets, by their indices: one of classes, any number of labels, and of numbers none."""
-    least = np.float32(target.thresholds)
+    least = np.array(target.thresholds, np.float32)
     if target.kind == "category" and target.thresholds:
         positive = target.positive_index
         return [[positive] if reached else [1 - positive] for reached in (outputs[:, positive] >= least).tolist()]
@@ -164,7 +164,7 @@ def metadata(model: str, digest: str, signature: Signature) -> Json:
 
 
 def _thresholds(target: Target) -> list[float]:
-    """Where the line is that makes a label: for each of multi_label, for the positive class of two; for none where the likeliest is given."""
+    """From where on a label is given: for each of multi_label, for the positive class of two; none where the likeliest is given."""
     return list(target.thresholds) or [THRESHOLD] * (target.size if target.kind == "multi_label" else 0)
 
 

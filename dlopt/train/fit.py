@@ -19,10 +19,21 @@ from dlopt.data.prepared import Split
 from dlopt.models.own import Own, factory_of
 from dlopt.optim.schedules import refuse_too_long
 from dlopt.part import DloptError, Target
-from dlopt.progress import Progress, silent
+from dlopt.progress import WARNING, Progress, silent
 from dlopt.train import metrics_log
 from dlopt.train.metrics import names
-from dlopt.train.section import Fit, Resources, Train, course_of, needs_validation, refuse_balance, refuse_labels, refuse_monitor
+from dlopt.train.section import (
+    Fit,
+    Resources,
+    Train,
+    course_of,
+    needs_validation,
+    refuse_balance,
+    refuse_labels,
+    refuse_loss,
+    refuse_monitor,
+    refuse_threshold,
+)
 from dlopt.train.state import CHECKPOINTS, newest
 
 COLLECTIVE_SECONDS = 300
@@ -180,6 +191,8 @@ def _refuse_other_target(train: Train, target: Target) -> None:
     refuse_monitor(train, target.kind, target.size)
     refuse_balance(train, target.kind)
     refuse_labels(train, target)
+    refuse_loss(train, target.kind)
+    refuse_threshold(train, target.kind, target.size)
 
 
 def _refuse_no_validation(section: Fit, data: Artifact) -> None:
@@ -197,9 +210,11 @@ def _watched(out: Path, section: Fit, split: Split, progress: Progress) -> Itera
         tail, seen = metrics_log.Tail(out / metrics_log.NAME), _Seen(section.train.epochs, _shown(section.train, split.signature.target))
         steps = section.train.epochs * -(-len(split) // section.train.rows_of_batch(len(split)))
         warnings = metrics_log.Tail(out / metrics_log.HEALTH)
-        while not done.wait(0.25):
+        ended = False
+        while not ended:
+            ended = done.wait(0.25)
             for said in warned(warnings.new()):
-                progress("fit", seen.step / steps, f"warning: {said}")
+                progress("fit", seen.step / steps, WARNING + said)
             if lines := tail.new():
                 seen.add(lines)
                 progress("fit", seen.step / steps, str(seen))

@@ -52,9 +52,7 @@ class CrossEntropy(Part):
 
     def of(self, target: Target, output: nn.Module, weights: Tensor | None) -> Loss:
         smoothing = self.label_smoothing
-        return lambda outputs, wanted, reduction: F.cross_entropy(
-            outputs, wanted, weights, reduction=reduction, label_smoothing=smoothing
-        )
+        return lambda outputs, wanted, reduction: F.cross_entropy(outputs, wanted, weights, reduction=reduction, label_smoothing=smoothing)
 
 
 class Binary(Part):

@@ -1,4 +1,4 @@
-"""What a step minimises, by the kind of the target, and how gradients of it come about."""
+"""What a step minimises: the loss of a batch of rows, and penalties of the weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ class Losses(NamedTuple):
 
 
 Objective = Callable[[nn.Module, Batch], Losses]
-Gradient = Callable[[Objective, nn.Module, Batch], Losses]
 Given = Literal["balanced"] | Mapping[str, float]
 """Class weights as a job has them."""
 
@@ -99,14 +98,3 @@ def penalty(model: nn.Module, l1: float, l2: float) -> Tensor:
         if l2:
             total = total + l2 * weight.square().sum()
     return total
-
-
-def plain(world: int) -> Gradient:
-    """Back-propagation. DistributedDataParallel averages over workers, so the sum over them needs a factor of `world`."""
-
-    def gradient(objective: Objective, model: nn.Module, batch: Batch) -> Losses:
-        losses = objective(model, batch)
-        (losses.loss * world if world > 1 else losses.loss).backward()
-        return losses
-
-    return gradient

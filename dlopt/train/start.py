@@ -94,8 +94,7 @@ def first_rows(split: Split, device: torch.device) -> dict[str, Tensor]:
 
 
 def first_batches(split: Split, size: int, most: int, device: torch.device) -> Iterator[Batch]:
-    """At most so many batches of the rows as they lie, without augmentation: the same on all workers. None of them is short of rows
-    while the split has more."""
+    """At most so many batches of the rows as they lie, not augmented: the same on all workers. Only the last one may be short."""
     rest: list[Rows] = []
     made = there = 0
     for chunk in split.chunks:
@@ -107,14 +106,14 @@ def first_batches(split: Split, size: int, most: int, device: torch.device) -> I
             made, there = made + 1, there - size
         if made == most:
             return
-    if there and made < most and not made:
+    if there:
         yield _batch(_cut(rest, there)[0], split, device)
 
 
 def endless_batches(split: Split, size: int, most: int, device: torch.device) -> Iterator[Batch]:
-    """So many batches: the first ones, again and again where the split has fewer."""
+    """So many batches: the first ones that are whole, again and again where the split has fewer."""
     found = list(first_batches(split, size, most, device))
-    return islice(cycle(found), most)
+    return islice(cycle([batch for batch in found if batch.total == size] or found), most)
 
 
 def _cut(rest: list[Rows], size: int) -> tuple[Rows, list[Rows]]:

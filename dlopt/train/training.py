@@ -192,7 +192,7 @@ class Training:
             self._write_health(epoch, look.as_json() if look else {})
         elif loss is not None and (spike := self.watch.hear(record.step, loss)):
             self._write_health(epoch, {"step": record.step, "findings": [spike.as_json()]})
-        self._refuse_divergence(self.diverging.step(step.taken, loss if logged else None, look), epoch)
+        self._refuse_divergence(self.diverging.step(step.taken, loss, look), epoch)
         record.start_loss = self.diverging.start_loss
 
     def _log_step(self, step: Step, loss: float, epoch: int) -> None:

@@ -1,0 +1,302 @@
+"""What a job can ask of training, each seen in what comes of it: averages, accumulated and sharp gradients, full batches, groups, norms,
+a rate found by trying, roll-backs, the same bits twice, and going on after a kill with all of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load as load_tensors
+from torch import Tensor
+
+from dlopt.data.prepared import Split
+from dlopt.models import Mlp, Model
+from dlopt.optim.averages import Ema, Swa
+from dlopt.optim.constraints import MaxNorm
+from dlopt.optim.groups import Group, Parameters
+from dlopt.optim.health import Divergence, Health
+from dlopt.optim.optimizers import Adam, Lbfgs, Sgd
+from dlopt.optim.optimizers_library import ScheduleFreeAdamW
+from dlopt.optim.schedules import ScaleLr, Span
+from dlopt.optim.wrappers import Lookahead
+from dlopt.part import DloptError
+from dlopt.train import metrics_log
+from dlopt.train.evaluate import evaluate
+from dlopt.train.gradients import Sharpness
+from dlopt.train.metrics_log import HEALTH, LAYERS, RANGE
+from dlopt.train.start import load_network
+from dlopt.train.training import Training
+from tests import sets
+from tests.test_worker import CPU, epochs, prepared, section, without_seconds, work
+
+
+def weights(out: Path) -> dict[str, Tensor]:
+    return load_tensors((out / "weights.safetensors").read_bytes())
+
+
+def bits(out: Path) -> bytes:
+    return (out / "weights.safetensors").read_bytes()
+
+
+def rollbacks(out: Path) -> list[dict[str, Any]]:
+    return [line for line in metrics_log.read(out / HEALTH) if "rollback" in line]
+
+
+def numbers(value: Any) -> Iterator[float]:
+    """Every number in something of JSON."""
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from numbers(inner)
+
+
+def assert_finite(out: Path) -> None:
+    """No weight, no prediction and no number of a finished model is anything but finite; checkpoints neither."""
+    for name, value in weights(out).items():
+        assert value.isfinite().all(), name
+    for path in out.rglob("state.safetensors"):
+        assert all(value.isfinite().all() for value in load_tensors(path.read_bytes()).values() if value.is_floating_point())
+    table = pq.read_table(out / "predictions.parquet")
+    assert all(math.isfinite(value) for name in table.column_names for value in table[name].to_pylist())
+    for name in (LAYERS, "signature.json", "statistics.json"):
+        assert all(math.isfinite(value) for value in numbers(json.loads((out / name).read_text())))
+
+
+@pytest.mark.parametrize("optimizer", [Adam(lr=1e-2 * 1000), Sgd(lr=0.1 * 1000, momentum=0.9)], ids=["adam", "sgd"])
+@pytest.mark.parametrize("target", [sets.THREE, sets.PAIR], ids=["classes", "numbers"])
+def test_a_rate_that_is_a_thousand_times_too_high_is_survived_or_stopped_in_one_line(optimizer: Any, target: Any, tmp_path: Path) -> None:
+    data = sets.prepared(tmp_path, sets.signature(sets.NUMBERS, sets.CATEGORIES, target=target), train=2000)
+    out = tmp_path / "out"
+    fit = section(epochs=6, optimizer=optimizer).model_copy(update={"model": Mlp(hidden=(32, 32), dropout=0.0)})
+    try:
+        info = work(fit, data, out)
+    except DloptError as error:
+        assert "lower train.optimizer.lr" in str(error) and "\n" not in str(error)
+        assert not (out / "weights.safetensors").exists()
+        return
+    assert info["rollbacks"] == len(rollbacks(out)) > 0
+    assert_finite(out)
+    first, *_, last = [line["loss"] for line in metrics_log.read(out / metrics_log.NAME) if "loss" in line]
+    assert last < first
+    used = [line["rate"] for line in metrics_log.read(out / metrics_log.NAME) if "rate" in line]
+    assert used[-1] == pytest.approx(fit.train.optimizer.lr * 0.1 ** info["rollbacks"])
+
+
+def test_gradients_that_are_never_finite_end_in_one_line_that_names_the_rollbacks(tmp_path: Path) -> None:
+    fit = section(optimizer=Sgd(lr=1e30), divergence=Divergence(most=2, factor=0.5))
+    with pytest.raises(
+        DloptError, match=r"^train: training diverges even after 2 roll-backs to a lower rate: epoch 1, step \d+: .*lower train"
+    ):
+        work(fit, prepared(tmp_path), tmp_path / "out")
+    assert [line["rate"] for line in rollbacks(tmp_path / "out")] == [5e29, 2.5e29]
+    assert not (tmp_path / "out" / "weights.safetensors").exists()
+    for path in (tmp_path / "out").rglob("state.safetensors"):
+        assert all(value.isfinite().all() for value in load_tensors(path.read_bytes()).values())
+
+
+def test_what_a_rollback_undoes_is_gone_from_the_curves_and_its_reason_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    work(section(optimizer=Sgd(lr=300.0), epochs=3), prepared(tmp_path), out)
+    steps = [line["step"] for line in metrics_log.read(out / metrics_log.NAME) if "loss" in line]
+    assert steps == list(range(1, 31))
+    said = rollbacks(out)
+    assert said and all("loss" in line["rollback"] or "gradient" in line["rollback"] for line in said)
+
+
+ALL = {
+    "average": Ema(decay=0.9),
+    "lookahead": Lookahead(steps=3),
+    "sharpness": Sharpness(rho=0.01),
+    "centralize_gradients": True,
+    "max_norm": MaxNorm(limit=1.5),
+    "micro_batch_size": 7,
+    "l1": 1e-4,
+}
+
+
+def everything(**train: Any) -> Any:
+    return section(epochs=4, optimizer=Adam(lr=1e-2, weight_decay=0.01), **(ALL | train))
+
+
+class Killed(BaseException):
+    """Stands for the end of a process."""
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {},
+        {"average": Swa(start=Span(share=0.4), every=Span(steps=3))},
+        {"optimizer": ScheduleFreeAdamW(lr=1e-2), "lookahead": None},
+        {"optimizer": Sgd(lr=30.0), "average": None, "lookahead": None, "max_norm": None},
+    ],
+    ids=["ema and all", "swa", "schedule-free", "with roll-backs"],
+)
+def test_a_killed_run_with_all_of_it_goes_on_to_the_same_bits(
+    train: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, fit = prepared(tmp_path), everything().model_copy(update={"train": everything().train.model_copy(update=train)})
+    whole = work(fit, data, tmp_path / "whole")
+    assert whole["rollbacks"] == 0 or "optimizer" in train
+    look = Training._look
+
+    def die(training: Training, step: Any, epoch: int) -> None:
+        look(training, step, epoch)
+        if epoch == 3 and training.state.record.step % 10 == 5:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Training, "_look", die)
+        work(fit, data, tmp_path / "out")
+    work(fit, data, tmp_path / "out")
+    assert bits(tmp_path / "out") == bits(tmp_path / "whole")
+    assert without_seconds(tmp_path / "out") == without_seconds(tmp_path / "whole")
+
+
+def test_the_same_job_gives_the_same_bits(tmp_path: Path) -> None:
+    data, fit = prepared(tmp_path), everything()
+    work(fit, data, tmp_path / "one")
+    work(fit, data, tmp_path / "two")
+    for name in ("weights.safetensors", HEALTH, LAYERS, "predictions.parquet"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+def trajectory(fit: Any, data: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
+    """The weights after every step."""
+    seen: list[dict[str, Tensor]] = []
+    after = Training._after_step
+
+    def note(training: Training, step: int) -> None:
+        after(training, step)
+        seen.append({name: value.clone() for name, value in training.network.state_dict().items()})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_after_step", note)
+        work(fit, data, out)
+    return seen
+
+
+def test_the_average_is_what_is_measured_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, out = prepared(tmp_path, validation=0), tmp_path / "out"
+    fit = section(average=Ema(decay=0.9, warmup=False), precision="float64", epochs=2)
+    start = load_network(fit, data).state_dict()
+    seen = trajectory(fit, data, out, monkeypatch)
+    for name, value in weights(out).items():
+        mean = start[name]
+        for state in seen:
+            mean = 0.9 * mean + 0.1 * state[name]
+        torch.testing.assert_close(value, mean)
+    assert any(not torch.equal(value, seen[-1][name]) for name, value in weights(out).items())
+
+
+def test_averaging_changes_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = prepared(tmp_path)
+    one = trajectory(section(), data, tmp_path / "one", monkeypatch)
+    two = trajectory(section(average=Swa(start=Span(share=0.0), every=Span(steps=1))), data, tmp_path / "two", monkeypatch)
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(one, two, strict=True) for name in a)
+
+
+def test_averaged_weights_get_statistics_of_batch_normalization_of_their_own(tmp_path: Path) -> None:
+    data, out = sets.prepared(tmp_path, sets.signature(sets.NUMBERS, target=sets.THREE), train=1000), tmp_path / "out"
+    model: Model = Mlp(hidden=(32,), norm="batch", dropout=0.0)
+    fit = section(average=Swa(start=Span(share=0.5), every=Span(steps=5)), optimizer=Adam(lr=0.02)).model_copy(update={"model": model})
+    info = work(fit, data, out)
+    network = load_network(fit, data)
+    network.load_state_dict(weights(out))
+    assert evaluate(network, Split.open(data, "validation"), CPU) == info["metrics"]["validation"]
+    hidden = {}
+    layer = next(layer for name, layer in network.named_modules() if name.endswith("norm"))
+    layer.register_forward_pre_hook(lambda _, args: hidden.update(x=args[0]))
+    rows = Split.open(data, "train").read()
+    network.eval()({"numbers": torch.from_numpy(rows["numbers"].copy())})
+    torch.testing.assert_close(layer.running_mean, hidden["x"].mean(dim=0), rtol=1e-3, atol=1e-4)
+
+
+def test_micro_batches_give_the_curve_of_whole_ones_and_a_full_batch_is_one_step_an_epoch(tmp_path: Path) -> None:
+    data = prepared(tmp_path)
+    fits = {"whole": section(precision="float64"), "parts": section(precision="float64", micro_batch_size=5)}
+    for name, fit in fits.items():
+        work(fit.model_copy(update={"model": Mlp(hidden=(16,), dropout=0.0)}), data, tmp_path / name)
+    one, two = ([line["loss"] for line in metrics_log.read(tmp_path / name / metrics_log.NAME) if "loss" in line] for name in fits)
+    assert one == pytest.approx(two, rel=1e-9)
+    info = work(section(batch_size="full", optimizer=Sgd(lr=0.5), epochs=30), data, tmp_path / "full")
+    assert info["steps"] == info["epochs"] == 30
+    assert epochs(tmp_path / "full")[-1]["train"]["loss"] < 0.7 * epochs(tmp_path / "full")[0]["train"]["loss"]
+
+
+def test_lbfgs_on_the_full_batch_is_there_in_a_few_steps(tmp_path: Path) -> None:
+    info = work(
+        section(batch_size="full", optimizer=Lbfgs(lr=1.0, line_search_fn="strong_wolfe"), epochs=5), prepared(tmp_path), tmp_path / "out"
+    )
+    assert info["metrics"]["train"]["accuracy"] > 0.97
+
+
+def test_norms_of_units_are_held_and_frozen_parameters_stay(tmp_path: Path) -> None:
+    data, out = prepared(tmp_path), tmp_path / "out"
+    fit = section(
+        max_norm=MaxNorm(limit=0.5),
+        optimizer=Adam(lr=0.05),
+        parameters=Parameters(groups=(Group(names="*.head.bias", freeze=True), Group(names="*.hidden1.*", lr_scale=0.5))),
+    )
+    work(fit, data, out)
+    found, start = weights(out), load_network(fit, data).state_dict()
+    for name, value in found.items():
+        if value.dim() > 1:
+            assert value.norm(dim=1).max() <= 0.5 + 1e-6
+            assert not torch.equal(value, start[name])
+        if name.endswith("head.bias"):
+            assert torch.equal(value, start[name])
+
+
+def test_a_rate_that_is_found_is_written_down_used_and_better_than_a_hundredth_of_it(tmp_path: Path) -> None:
+    data = sets.prepared(tmp_path, sets.signature(sets.NUMBERS, sets.CATEGORIES, target=sets.THREE), train=2000)
+    found = work(section(optimizer=Adam(lr="auto")), data, tmp_path / "auto")
+    seen = json.loads((tmp_path / "auto" / RANGE).read_text())
+    assert found["rate"] == seen["suggested"] and len(seen["rates"]) == len(seen["losses"])
+    used = [line["rate"] for line in metrics_log.read(tmp_path / "auto" / metrics_log.NAME) if "rate" in line]
+    assert set(used) == {seen["suggested"]}
+    slow = work(section(optimizer=Adam(lr=seen["suggested"] / 100)), data, tmp_path / "slow")
+    assert found["metrics"]["test"]["accuracy"] > slow["metrics"]["test"]["accuracy"]
+    given = work(section(optimizer=Adam(lr=seen["suggested"])), data, tmp_path / "given")
+    assert bits(tmp_path / "auto") == bits(tmp_path / "given") and given["rate"] == found["rate"]
+
+
+def test_a_rate_is_scaled_from_another_batch_size(tmp_path: Path) -> None:
+    fit = section(optimizer=Sgd(lr=0.1), scale_lr=ScaleLr(rule="sqrt", base=8), batch_size=32)
+    assert work(fit, prepared(tmp_path), tmp_path / "out")["rate"] == pytest.approx(0.2)
+
+
+def test_layers_are_looked_at_before_the_first_step_and_in_training_and_neither_changes_it(tmp_path: Path) -> None:
+    data = prepared(tmp_path)
+    work(section(health=Health(every=7)), data, tmp_path / "watched")
+    work(section(health=Health(every=0)), data, tmp_path / "not")
+    assert bits(tmp_path / "watched") == bits(tmp_path / "not")
+    layers = json.loads((tmp_path / "watched" / LAYERS).read_text())
+    assert len(layers) == 2 and all(layer["weights"]["std"] > 0 for layer in layers)
+    looks = [line["step"] for line in metrics_log.read(tmp_path / "watched" / HEALTH) if "gradient" in line]
+    assert looks == [1, 2, 5, 7, 10, 14, 20, 21, 28, 35]
+    assert not list(metrics_log.read(tmp_path / "not" / HEALTH))
+
+
+def test_deep_sigmoids_are_named_as_vanishing_within_fifty_steps_and_the_cure_is_silent(tmp_path: Path) -> None:
+    data = sets.prepared(tmp_path, sets.signature(sets.IMAGE, target=sets.THREE), train=2000)
+    deep = {"hidden": (64,) * 20, "dropout": 0.0}
+    models = {
+        "ill": Mlp(activation="sigmoid", init="xavier_uniform", **deep),
+        "cured": Mlp(activation="relu", init="kaiming_normal", residual=True, **deep),
+    }
+    for name, model in models.items():
+        work(section(epochs=1, optimizer=Adam()).model_copy(update={"model": model}), data, tmp_path / name)
+    said = {name: [found for line in metrics_log.read(tmp_path / name / HEALTH) for found in line.get("findings", ())] for name in models}
+    assert said["cured"] == []
+    (found,) = [one for one in said["ill"] if one["kind"] == "vanishing"]
+    assert found["step"] <= 50
+    assert "body.encoder.hidden1.linear" in found["layers"] and "hidden20" not in str(found["layers"])
+    assert "kaiming" in found["says"]
