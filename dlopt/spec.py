@@ -218,6 +218,8 @@ WANTED = {
     "tuple": "a list",
 }
 """What the first word of the name of a pydantic error about a type asks for."""
+MOST_NAMED = 12
+"""Choices that are all named even if one of them is nearly what was given."""
 
 
 def _say(errors: Sequence[ErrorDetails], model: type[BaseModel]) -> str:
@@ -225,7 +227,9 @@ def _say(errors: Sequence[ErrorDetails], model: type[BaseModel]) -> str:
     wanted = [_wanted(error, model) for error in errors]
     if all(wanted):
         choices = list(dict.fromkeys(choice for some in wanted for choice in some))
-        return f"must be {_either(choices)}{_given(errors[0])}{_close(str(errors[0]['input']), choices)}"
+        close = _close(str(errors[0]["input"]), choices)
+        there = f"one of {len(choices)} names" if close and len(choices) > MOST_NAMED else _either(choices)
+        return f"must be {there}{_given(errors[0])}{close}"
     error = errors[wanted.index([])]
     context = error.get("ctx", {})
     match error["type"]:

@@ -68,7 +68,14 @@ def test_check_prints_the_resolved_job_and_loads_neither_ray_nor_the_exporter(tm
     *lines, last = ended.stdout.splitlines()
     resolved = yaml.safe_load("\n".join(lines))
     assert last == "0 []"
-    assert resolved["train"]["optimizer"] == {"kind": "adam", "lr": 3e-4, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False}
+    assert resolved["train"]["optimizer"] == {
+        "kind": "adam",
+        "lr": 3e-4,
+        "betas": [0.9, 0.999],
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "amsgrad": False,
+    }
     again = tmp_path / "again.yaml"
     again.write_text("\n".join(lines))
     assert yaml.safe_load(here(capsys, "check", again).stdout) == resolved

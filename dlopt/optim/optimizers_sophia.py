@@ -33,7 +33,7 @@ class EstimatedSophia(SophiaH):
         """The diagonal of the Hessian, for each parameter in the order of the groups."""
         self.estimate = estimate
 
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> None:
         if self.due and not self.estimate:
             raise RuntimeError("sophia: this step is due an estimate of the curvature: wrap the gradient by dlopt.train.gradients.curved")
         super().step(hessian=self.estimate if self.due else None)

@@ -84,19 +84,21 @@ class Layers(NamedTuple):
 
 def write(path: Path, folders: Sequence[Path]) -> None:
     """Write the page on the runs in these folders, 2 to 6. Raises DloptError when there are more or fewer, or one is damaged."""
-    if not path.parent.is_dir():
-        raise DloptError(f"-o: no folder {path.parent}")
     sides = read(folders)
     context = {
         "sides": sides,
         "differences": differences([side.job for side in sides]),
-        "metrics": {split: rows for split in reversed(page.SPLITS) if (rows := _metrics(sides, split))},
-        "training": _training(sides),
+        "results": {split: rows for split in reversed(page.SPLITS) if (rows := _metrics(sides, split))} | {"time": _training(sides)},
         "same_data": len({side.model.manifest.parents.get("data") for side in sides}) == 1,
         "curves": [*_by_epoch(sides), *_by_step(sides)],
         "layers": _layers(sides),
     }
-    write_atomically(path, page.template("compare.html").render(context))
+    content = page.template("compare.html").render(context)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
+    except OSError as error:
+        raise DloptError(f"--output: cannot write to {path}: {error.strerror}") from None
 
 
 def read(folders: Sequence[Path]) -> list[Side]:
@@ -257,12 +259,16 @@ def _comparable(sides: Sequence[Side], key: str) -> list[list[Side]]:
 
 
 def _figure(title: str, key: str, along: str, curves: Sequence[plots.Curve], measure: str) -> Iterator[Figure]:
-    """None where there is nothing to draw."""
+    """The figure, unless there is nothing to draw."""
     if not curves:
         return
     title = title[:1].upper() + title[1:]
     svg = plots.by_run(f"{title} {measure}", curves, along, key in words.SHARES, key in words.SMALLER_IS_BETTER)
-    said = "; ".join(f"{curve.name} from {words.metric(key, curve.y[0])} to {words.metric(key, curve.y[-1])}" for curve in curves)
+    ends = [[None if math.isnan(value) else float(value) for value in (curve.y[0], curve.y[-1])] for curve in curves]
+    said = "; ".join(
+        f"{curve.name} from {words.metric(key, first)} to {words.metric(key, last)}"
+        for curve, (first, last) in zip(curves, ends, strict=True)
+    )
     yield Figure(f"{title}, {measure}" if key == "loss" else title, svg, f"{title}: {said}.")
 
 

@@ -94,7 +94,8 @@ def sweep(
 ) -> Sweep:
     """The range test of a network, one step a batch, on copies: the network and random numbers are afterwards as they were.
 
-    What it suggests is then tried against lower rates: optimizers that move weights equally far whatever the gradient want one. build:
+    What it suggests is then tried, for half as many steps, against lower rates: optimizers whose steps are as long whatever the gradient
+    is want one. build:
     gives the optimizer at a peak rate. seed: of the random numbers that dropout draws.
     """
     devices = {parameter.device.index for parameter in network.parameters() if parameter.device.type == "cuda"}
@@ -102,9 +103,9 @@ def sweep(
         torch.manual_seed(seed)
         found = range_test(_stepper(network, build, batches, objective, clip), count=len(batches))
         tried: dict[float, float] = {}
-        for share in TRIED:
+        for rate in (found.suggested * share for share in TRIED):
             torch.manual_seed(seed)
-            tried[found.suggested * share] = _end(network, build, batches[: -(-len(batches) // 2)], objective, clip, found.suggested * share)
+            tried[rate] = _end(network, build, batches[: -(-len(batches) // 2)], objective, clip, rate)
     return found._replace(suggested=min(tried, key=lambda rate: tried[rate]))
 
 
