@@ -175,9 +175,11 @@ def test_a_layer_that_is_not_in_every_look_has_gaps() -> None:
     assert context["figures"][0].alt.endswith("from 1 (a) to 2 (b); 1 values not finite.")
 
 
-def test_long_names_show_their_end() -> None:
+def test_long_names_show_as_many_parts_from_their_end_as_fit() -> None:
     assert layered.short("body.1") == "body.1"
-    assert layered.short("body.encoder.blocks.3.attention.query") == "…attention.query"
+    assert layered.short("body.encoder.blocks.3.attention.query") == "…3.attention.query"
+    assert layered.short("body.encoder.hidden12.branch.linear") == "…hidden12.branch.linear"
+    assert layered.short("a" * 30) == "…" + "a" * 23
 
 
 def test_the_page_with_it_stands_alone_and_the_same_files_give_the_same_bytes(digits: Run, tmp_path: Path) -> None:

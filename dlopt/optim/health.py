@@ -49,7 +49,7 @@ class Health(Part):
     """How closely the layers are watched in training, and what counts as ill."""
 
     every: int = Field(100, ge=0)
-    """Steps between two looks at all layers, after those at steps 1, 2, 5, 10, 20 and 50; 0 never looks."""
+    """Steps between two looks at all layers, after those at steps 1, 2, 5, 10, 20 and 50; 0 never looks, at losses neither."""
     vanishing: float = Field(1e-4, gt=0, lt=1)
     """A layer's gradient has vanished when its norm is less than this share of that of a later layer."""
     exploding: float = Field(100.0, gt=1)
@@ -173,7 +173,7 @@ class Watch:
         Gradients are those that lie in `.grad`, over `clipped`, which they were multiplied with to clip them. Losses and norms need not
         be finite.
         """
-        spike = self.hear(step, loss)  # before all else: the step counts even where nothing was got ready for
+        spike = self.hear(step, loss)
         if not self.before:
             return None
         self._deaf()

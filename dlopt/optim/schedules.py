@@ -79,8 +79,8 @@ class Span(Part):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """A number, or the mapping."""
-        return {"anyOf": [{"type": "number", "minimum": 0, "description": "In epochs."}, handler(core)]}
+        """A number, or the mapping: what JSON Schema says of the one does not bear upon the other."""
+        return handler(core) | {"type": ["number", "object"], "minimum": 0}
 
     def __str__(self) -> str:
         ((unit, value),) = self._given().items()

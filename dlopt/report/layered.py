@@ -17,8 +17,8 @@ MOST_LINES = 6
 """Layers that are lines; more of them are rows of a heat map."""
 COLUMNS, TICKS = 60, 8
 """Of more looks, how many groups of them are columns of the map; how many of the columns have their step below."""
-LONGEST = 16
-"""Characters of a layer's name, of which the end is shown."""
+LONGEST = 24
+"""Characters of a layer's name that are shown: of a longer one, as many parts from its end as fit."""
 FAINT = 0.06
 HOT, LOST = (0.36, 0.52, 0.93), (0.80, 0.25, 0.22)
 """Colours of the map, for pages of both colours: the values, more or less of it, and what is not finite."""
@@ -56,17 +56,21 @@ def sweep(name: str, rates: np.ndarray, losses: np.ndarray, suggested: float) ->
 
 def short(layer: str) -> str:
     """A name as it fits beside a figure."""
-    return layer if len(layer) <= LONGEST else f"\N{HORIZONTAL ELLIPSIS}{layer[1 - LONGEST :]}"
+    if len(layer) <= LONGEST:
+        return layer
+    end = layer[1 - LONGEST :]
+    whole = end if layer[-LONGEST] == "." else end.partition(".")[2]
+    return f"\N{HORIZONTAL ELLIPSIS}{whole or end}"
 
 
 def _beside_lines(layers: Sequence[str]) -> Layout:
     """With room for the names right of the ends of lines."""
-    return (5.4, 2.7), (0.12, 0.16, 0.83 - 0.015 * max(map(len, layers)), 0.78)
+    return (5.4, 2.7), (0.12, 0.16, 0.83 - 0.0135 * max(map(len, layers)), 0.78)
 
 
 def _beside_rows(layers: Sequence[str]) -> Layout:
     """With room for the names left of the rows."""
-    names = 0.015 * max(map(len, layers))
+    names = 0.0115 * max(map(len, layers))
     height = max(2.7, 0.7 + 0.17 * len(layers))
     return (5.4, height), (0.03 + names, 0.48 / height, 0.83 - names, 1 - 0.62 / height)
 

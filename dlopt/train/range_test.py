@@ -95,8 +95,7 @@ def sweep(
     """The range test of a network, one step a batch, on copies: the network and random numbers are afterwards as they were.
 
     What it suggests is then tried, for half as many steps, against lower rates: optimizers whose steps are as long whatever the gradient
-    is want one. build:
-    gives the optimizer at a peak rate. seed: of the random numbers that dropout draws.
+    is want one. build: gives the optimizer at a peak rate. seed: of the random numbers that dropout draws.
     """
     devices = {parameter.device.index for parameter in network.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
