@@ -11,5 +11,6 @@ Progress = Callable[[str, float | None, str], None]
 def silent(stage: str, share: float | None, text: str) -> None:
     """Progress that nobody looks at."""
 
+
 WARNING = "warning: "
 """What a text begins with that must stay to be read."""

@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor, nn
 
 from dlopt.artifact import Artifact
 from dlopt.models import Cnn
+from dlopt.models.own import own
+from dlopt.part import Signature
 from dlopt.train import metrics_log, training, worker
 from dlopt.train.section import Fit
 from tests.served import descendants
@@ -108,6 +111,23 @@ def test_three_workers_and_a_convolutional_network_follow_the_curve_too(data: Ar
 
 
 @pytest.mark.slow
+class Squares(nn.Module):
+    """A user's own network."""
+
+    def __init__(self, signature: Signature, width: int) -> None:
+        super().__init__()
+        self.hidden, self.out = nn.Linear(signature.inputs[0].size, width), nn.Linear(width, signature.num_outputs)
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self.out(self.hidden(inputs["image"].flatten(1)).square())
+
+
+def test_a_network_of_the_users_own_is_trained_by_two_workers_as_in_the_process_of_the_run(data: Artifact, tmp_path: Path) -> None:
+    section = quick(precision="float64").model_copy(update={"model": own(Squares, width=16)})
+    one, two = fit(section, tmp_path / "0", data, workers=0), fit(section, tmp_path / "2", data, workers=2)
+    assert largest_difference(one, two) < 1e-9
+
+
 def test_elastic_workers_follow_the_same_curve(data: Artifact, alone: Artifact, tmp_path: Path) -> None:
     model = fit(quick(precision="float64"), tmp_path, data, workers=(1, 2), feed="resident")
     assert model.info["workers"] in (1, 2)

@@ -541,3 +541,18 @@ def test_a_batch_of_outliers_in_a_task_that_is_hard_to_learn_is_no_divergence() 
             outlier = step == (20, 50, 100)[epoch % 3]
             assert diverging.step(True, 1e6 if outlier else 1.1 if step % 10 == 0 or step in EARLY else None) is None
         assert diverging.epoch(1e4) is None
+
+
+def test_what_diverging_has_seen_goes_on_from_its_memory() -> None:
+    losses = [1.0, 12.0, 14.0, *[2.0] * 60]
+    for cut in (1, 3, 20, 36):
+        whole, before, after = (Diverging(Divergence(loss_factor=3.0), 1.0) for _ in range(3))
+        said = [whole.step(True, loss) for loss in losses]
+        first = [before.step(True, loss) for loss in losses[:cut]]
+        after.recall(json.loads(json.dumps(before.memory)))
+        assert first + [after.step(True, loss) for loss in losses[cut:]] == said
+        assert after.memory == whole.memory
+        why = whole.epoch(2.0)
+        assert why is not None and "blew up to 14" in why
+        assert after.epoch(2.0) == why
+    assert not any(said)

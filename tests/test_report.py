@@ -382,7 +382,9 @@ def test_values_that_are_not_finite_do_not_stop_the_page(digits: Run, tmp_path: 
     lines = [*lost, epoch_line(1, None, {"loss": math.nan, "accuracy": 0.1}), epoch_line(2, None, {"loss": None, "accuracy": 0.1})]
     metrics = METRICS | {"test": {"loss": None, "accuracy": 0.5, "macro_f1": None}}
     signature = Signature(inputs=(IMAGE,), target=DIGITS)
-    run = replace(digits, model=make_model(tmp_path, signature, metrics, lines, digits.predictions, fit=fit_of(clip={"kind": "norm", "limit": 1.0})))
+    run = replace(
+        digits, model=make_model(tmp_path, signature, metrics, lines, digits.predictions, fit=fit_of(clip={"kind": "norm", "limit": 1.0}))
+    )
     found = run.write(tmp_path / "report.html")
     assert "test loss not finite" in found.text
     said = [element["aria-label"] for element in found.all("div") if "aria-label" in element]

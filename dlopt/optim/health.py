@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
@@ -490,6 +490,17 @@ class Diverging:
         self.steps = self.lost = self.finite = 0
         self.blown = 0.0
         self.layer: str | None = None
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """All that later decisions depend on, as JSON has it, but for the loss at the start."""
+        kept = {"steps": self.steps, "lost": self.lost, "finite": self.finite, "blown": self.blown}
+        return {"losses": list(self.losses), **kept}
+
+    def recall(self, memory: Mapping[str, Any]) -> None:
+        """Go on from where another one was that had this memory."""
+        self.losses.extend(memory["losses"])
+        self.steps, self.lost, self.finite, self.blown = (memory[name] for name in ("steps", "lost", "finite", "blown"))
 
     def step(self, finite: bool, loss: float | None = None, look: Look | None = None) -> str | None:
         """Take note of a step: whether its gradient was finite, its loss over all workers where that is known (at the first step it

@@ -54,6 +54,8 @@ class Record:
     """How often training has diverged and gone back to an earlier checkpoint."""
     start_loss: float | None = None
     """The loss that training began with."""
+    diverging: dict[str, Any] = field(default_factory=dict)
+    """What the judgement whether training diverges has seen; empty at the start and after going back."""
 
 
 @dataclass

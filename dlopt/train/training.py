@@ -68,6 +68,8 @@ class Training:
         self.model, self.gradient = self._model(), self._gradient()
         self.objective = objective_of(self.fit, self.data, self.network, self.device, self.world)
         self.diverging = Diverging(train.divergence, self.state.record.start_loss)
+        if self.state.record.diverging:
+            self.diverging.recall(self.state.record.diverging)
         self.watch = Watch(self.network, train.health)
 
     @property
@@ -140,7 +142,7 @@ class Training:
             if not self.state.finite():
                 raise Diverged("weights are no longer finite")
             found = self._validated() if len(self.validation) else None
-            record.epoch = epoch
+            record.epoch, record.diverging = epoch, self.diverging.memory
             judge(self.state, train, found)
         record.seconds += time.monotonic() - began
         if self.log:
@@ -236,7 +238,7 @@ class Training:
         assert path
         checkpoints.load(self.state, path)
         record = self.state.record
-        record.rollbacks = rollbacks
+        record.rollbacks, record.diverging = rollbacks, {}
         self.feed = None
         rate = record.peak * train.divergence.factor**rollbacks
         self.diverging = Diverging(train.divergence, record.start_loss)

@@ -2,11 +2,11 @@
 
     python -m tests.bench.optimizers [--json FILE] [--plot FILE.svg] [--pair NAME ...] [--tuning 3] [--seeds 3] [--epochs 3]
 
-All pairs train the same convolutional network (batch normalization, no augmentation) on all of MNIST through the product's own feed, objective,
-optimizer, schedule and loop. Each may try the same number of peak rates, a factor of 3 apart, around what its kind of optimizer is usually
-given, for one epoch and one seed of its own; the rate with the least training loss at the end of it goes on. No test digit is looked at in
-tuning. Then `--epochs` epochs are scheduled: after every quarter of one the test digits are measured with the clock stopped, and a seed that
-has not got there in time counts as infinity, as AlgoPerf has it.
+All pairs train the same convolutional network (batch normalization, no augmentation) on all of MNIST through the product's own feed,
+objective, optimizer, schedule and loop. Each may try the same number of peak rates, a factor of 3 apart, around what its kind of
+optimizer is usually given, for one epoch and one seed of its own; the rate with the least training loss at the end of it goes on. No test
+digit is looked at in tuning. Then `--epochs` epochs are scheduled: after every quarter of one the test digits are measured with the clock
+stopped, and a seed that has not got there in time counts as infinity, as AlgoPerf has it.
 """
 
 from __future__ import annotations
