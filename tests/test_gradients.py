@@ -252,6 +252,7 @@ def _shared(rank: int, home: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_workers_have_the_gradients_of_one(tmp_path: Path) -> None:
     mp.spawn(_shared, args=(str(tmp_path),), nprocs=2)
     found = [torch.load(tmp_path / f"found-{rank}") for rank in range(2)]

@@ -66,6 +66,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.slow
 def test_the_batch_that_is_found_stays_within_the_limit_and_twice_as_many_rows_do_not(pictures: Artifact) -> None:
     limit = 64 * MIB
     found = largest_batch(wide(), pictures, CPU, limit)
@@ -77,6 +78,7 @@ def test_the_batch_that_is_found_stays_within_the_limit_and_twice_as_many_rows_d
 
 
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.slow
 def test_a_trial_takes_what_weights_gradients_and_optimizer_hold_and_more_for_more_rows(pictures: Artifact) -> None:
     weights = 4 * (784 * 1024 + 1024 + 1024 * 3 + 3)
     trials = Trials(wide(optimizer=Adam()), pictures, CPU, 1024 * MIB)

@@ -179,6 +179,7 @@ def _normalised(rank: int, home: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_batch_norm_over_two_workers_is_that_of_one_gradients_and_running_statistics_included(tmp_path: Path) -> None:
     mp.spawn(_normalised, args=(str(tmp_path),), nprocs=2)
     for dims in SHAPES:

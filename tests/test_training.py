@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from dlopt.optim.averages import Ema, Swa
 from dlopt.optim.constraints import MaxNorm
 from dlopt.optim.groups import Group, Parameters
 from dlopt.optim.health import Divergence, Health
-from dlopt.optim.optimizers import Adam, Lbfgs, Sgd
+from dlopt.optim.optimizers import Adam, Lbfgs, Optimizer, Sgd
 from dlopt.optim.optimizers_library import ScheduleFreeAdamW
 from dlopt.optim.schedules import ScaleLr, Span
 from dlopt.optim.wrappers import Lookahead
@@ -33,6 +34,7 @@ from dlopt.train.metrics_log import HEALTH, LAYERS, RANGE
 from dlopt.train.start import load_network
 from dlopt.train.training import Training
 from tests import sets
+from tests.test_readme import kinds
 from tests.test_worker import CPU, epochs, prepared, section, without_seconds, work
 
 
@@ -300,3 +302,29 @@ def test_deep_sigmoids_are_named_as_vanishing_within_fifty_steps_and_the_cure_is
     assert found["step"] <= 50
     assert "body.encoder.hidden1.linear" in found["layers"] and "hidden20" not in str(found["layers"])
     assert "kaiming" in found["says"]
+
+
+@pytest.mark.parametrize("kind", kinds(Optimizer))
+def test_every_optimizer_goes_through_a_whole_run_and_on_after_it_was_killed(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = prepared(tmp_path)
+    optimizer = TypeAdapter(Optimizer).validate_python({"kind": kind})
+    full = kind in ("lbfgs", "rprop")  # which want the same loss at every step
+    fit = section(epochs=6 if full else 3, optimizer=optimizer, batch_size="full" if full else 32)
+    whole = work(fit, data, tmp_path / "whole")
+    lines = epochs(tmp_path / "whole")
+    assert lines[-1]["train"]["loss"] < lines[0]["train"]["loss"]
+    assert whole["rollbacks"] == 0
+    save = Training.save
+
+    def die(training: Training) -> None:
+        save(training)
+        if training.state.record.epoch == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Training, "save", die)
+        work(fit, data, tmp_path / "out")
+    work(fit, data, tmp_path / "out")
+    assert bits(tmp_path / "out") == bits(tmp_path / "whole")
