@@ -179,7 +179,7 @@ def plot(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     axes.set_xlim(0, 1.2 * longest)
     axes.set_xlabel("seconds of training on two cores, median of three seeds")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="upper right", frameon=False)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": path.name}):  # text stays text
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
