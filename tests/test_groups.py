@@ -11,7 +11,7 @@ from torch import nn
 
 from dlopt.models import Mlp
 from dlopt.optim.groups import Group, Parameters, layers
-from dlopt.optim.optimizers import Adam, AdamW, Rprop, Sgd
+from dlopt.optim.optimizers import Adam, AdamW, Muon, Rprop, Sgd
 from dlopt.part import DloptError
 from tests.test_models import image, network
 
@@ -82,7 +82,7 @@ def test_what_does_not_decay_stays_where_there_is_no_gradient(part: Any) -> None
 
 
 def test_hidden_are_matrices_that_are_neither_embeddings_nor_tokens_nor_the_last() -> None:
-    found = by_name(of(Parameters(), Transformer()), "hidden")
+    found = by_name(of(Parameters(), Transformer(), Muon(lr=0.1)), "hidden")
     assert {name for name, hidden in found.items() if hidden} == {
         "stem.weight",
         *(f"blocks.{index}.{name}" for index in (0, 1) for name in ("attention.in_proj_weight", "attention.out_proj.weight")),
@@ -176,3 +176,11 @@ def test_settings_out_of_range_are_refused(given: dict[str, Any]) -> None:
         Group.model_validate(given)
     with pytest.raises(ValidationError):
         Parameters(layer_decay=1.1)
+
+
+def test_there_are_no_more_groups_than_differ_in_something() -> None:
+    """Each costs a fused step of its own."""
+    net = network(Mlp(hidden=(8, 8)), image(4, 4))
+    assert len(of(Parameters(), net, Adam())) == 1  # without any decay there is nothing to except biases from
+    assert len(of(Parameters(), net, AdamW(weight_decay=0.1))) == 2
+    assert len(of(Parameters(), net, Muon(lr=0.1))) == 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol, runtime_checkable
 
 from pydantic import Field
 from torch import nn
@@ -26,6 +26,14 @@ class HasRate(Protocol):
 
     @property
     def kind(self) -> Any: ...
+
+
+@runtime_checkable
+class TellsHidden(HasRate, Protocol):
+    """An optimizer's part of a job that treats matrices of hidden layers apart from the rest, which has a `companion`."""
+
+    @property
+    def companion(self) -> Any: ...
 
 
 class Group(Part):
@@ -55,12 +63,13 @@ class Parameters(Part):
     def of(self, network: nn.Module, optimizer: HasRate) -> list[dict[str, Any]]:
         """torch's parameter groups, in the order of `named_parameters()`; what is frozen needs no gradient from now on and is in none.
 
-        Each has params, names, lr (its peak), hidden (whether they are matrices of hidden layers), and weight_decay where it is not the
-        optimizer's own. Raises DloptError where a pattern matches nothing, and where nothing is left to train.
+        Each has params, names, lr (its peak), weight_decay where it is not the optimizer's own, and for an optimizer that treats matrices
+        of hidden layers apart also hidden, whether they are such. There are no more groups than need be, since each costs time in a step.
+        Raises DloptError where a pattern matches nothing, and where nothing is left to train.
         """
         assert not isinstance(optimizer.lr, str), "the rate is a number by now"
         chosen, depths, kinds = self._chosen(network, optimizer), layers(network), _kinds(network)
-        last = max(depths.values(), default=0)
+        last, apart = max(depths.values(), default=0), isinstance(optimizer, TellsHidden)
         found: dict[tuple[float, float | None, bool], dict[str, Any]] = {}
         for name, parameter in network.named_parameters():
             group, kind = chosen.get(name, Group(names=name)), kinds[name]
@@ -70,8 +79,9 @@ class Parameters(Part):
                 continue
             rate = optimizer.lr * group.lr_scale * self.layer_decay ** (last - depths[name])
             decay = self._decay(group, kind, optimizer)
-            made = {"params": [], "names": [], "lr": rate, "hidden": kind.hidden} | ({} if decay is None else {"weight_decay": decay})
-            members = found.setdefault((rate, decay, kind.hidden), made)
+            hidden = {"hidden": kind.hidden} if apart else {}
+            made = {"params": [], "names": [], "lr": rate} | hidden | ({} if decay is None else {"weight_decay": decay})
+            members = found.setdefault((rate, decay, apart and kind.hidden), made)
             members["params"].append(parameter)
             members["names"].append(name)
         if not found:
@@ -86,7 +96,8 @@ class Parameters(Part):
             return None
         if group.weight_decay is not None:
             return group.weight_decay
-        return None if self.decay_bias_and_norm or not kind.bias_or_norm else 0.0
+        none_at_all = not optimizer.weight_decay and not isinstance(optimizer, TellsHidden)  # a companion has its own
+        return None if self.decay_bias_and_norm or not kind.bias_or_norm or none_at_all else 0.0
 
     def _chosen(self, network: nn.Module, optimizer: HasRate) -> dict[str, Group]:
         """The group of each parameter that has one."""
