@@ -142,6 +142,12 @@ def once(stage: Stage, section: BaseModel, home: Path, *parents: Artifact, found
         return Artifact(path, manifest)
 
 
+def discard(path: Path) -> None:
+    """Remove an artifact, finished or not; raises DloptError when another process makes it now."""
+    with _lock(path):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all: to a temporary name, flushed to disk, then renamed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -153,7 +159,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    _flush_folder(path.parent)
+    flush_folder(path.parent)
 
 
 @cache
@@ -204,7 +210,7 @@ def _files(path: Path, scratch: str | None) -> dict[str, File]:
     there = sorted(file for file in path.rglob("[!.]*") if file.is_file() and file.name != MANIFEST)
     found = [file for file in there if scratch is None or file.relative_to(path).parts[0] != scratch]
     for folder in {path, *(file.parent for file in found)}:
-        _flush_folder(folder)
+        flush_folder(folder)
     return {str(file.relative_to(path)): _file(file, flush=True) for file in found}
 
 
@@ -215,7 +221,7 @@ def _file(path: Path, flush: bool = False) -> File:
         return File(size=os.fstat(file.fileno()).st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def _flush_folder(path: Path) -> None:
+def flush_folder(path: Path) -> None:
     """Make new names in a folder last."""
     folder = os.open(path, os.O_RDONLY)
     try:

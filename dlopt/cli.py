@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     _home(run)
     run.add_argument("--address", help="a running Ray cluster; without it, $RAY_ADDRESS, else one is started here and stopped again")
     run.add_argument("--json", action="store_true", help="print one JSON object {run, name, metrics, seconds} instead of the run's folder")
+    run.add_argument("--fresh", action="store_true", help="train from the start, whatever there is of the model or of checkpoints")
     run.set_defaults(command=_run)
 
     prepare = commands.add_parser("prepare", help="do the first stage only: clean, split and encode the rows")
@@ -148,7 +149,7 @@ def _run(options: argparse.Namespace) -> None:
     job = spec.load(options.job, options.overrides)
     pipeline.check(job)
     with Terminal(job.name) as terminal:
-        done = pipeline.run(job, options.home, options.address, terminal.progress)
+        done = pipeline.run(job, options.home, options.address, terminal.progress, options.fresh)
         terminal.summary(done)
     if options.json:
         print(

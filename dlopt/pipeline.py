@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from dlopt.artifact import Artifact, Stage, digest_of, is_sealed, once, place, write_atomically
+from dlopt.artifact import Artifact, Stage, digest_of, discard, is_sealed, once, place, write_atomically
 from dlopt.data.split import Fold
 from dlopt.part import DloptError
 from dlopt.progress import Progress, silent
@@ -47,16 +47,17 @@ def prepared(job: Job, home: Path) -> Artifact | None:
     return Artifact.open(path) if is_sealed(path) else None
 
 
-def run(job: Job, home: Path, address: str | None = None, progress: Progress = silent) -> Run:
-    """Make what the job asks for and is not there yet. Ray is started only if a stage needs it. Raises DloptError."""
-    from dlopt.train.fit import FIT
+def run(job: Job, home: Path, address: str | None = None, progress: Progress = silent, fresh: bool = False) -> Run:
+    """Make what the job asks for and is not there yet. Ray is started only if a stage needs it. Raises DloptError.
 
+    fresh: train from the start, whatever there is of a model or of checkpoints; prepared data stay.
+    """
     began = time.monotonic()
     home = home.resolve()
     with _steps(job, home, address, progress) as steps:
         data = _prepared(job, steps, None)
-        model = steps.ray(FIT, job.fit, data, resources=job.resources)
-        folds = [_fold(job, steps, index) for index in range(job.train.folds)]
+        model = _fitted(job, steps, data, fresh)
+        folds = [_fold(job, steps, index, fresh) for index in range(job.train.folds)]
     exports = {part.kind: steps.local(_exporter(part), part, model, data) for part in job.export}
     made = steps.made
     folder = home / f"{job.name}-{digest_of([job.name, data.path.name, model.path.name, [fold.path.name for fold in folds]])[:8]}"
@@ -102,13 +103,22 @@ def _prepared(job: Job, steps: _Steps, fold: Fold | None) -> Artifact:
     return steps.ray(PREPARE, job.data.model_copy(update={"fold": fold or job.data.fold}), found=_found(job))
 
 
-def _fold(job: Job, steps: _Steps, index: int) -> Artifact:
-    """The model that is validated on one of the folds."""
+def _fitted(job: Job, steps: _Steps, data: Artifact, fresh: bool) -> Artifact:
+    from dlopt.train.checkpoints import store_of
     from dlopt.train.fit import FIT
 
+    if fresh:
+        path = place(FIT, job.fit, steps.home, (data,))
+        discard(path)
+        store_of(path, job.resources.checkpoint).clear()
+    return steps.ray(FIT, job.fit, data, resources=job.resources)
+
+
+def _fold(job: Job, steps: _Steps, index: int, fresh: bool) -> Artifact:
+    """The model that is validated on one of the folds."""
     said = f"fold {index + 1} of {job.train.folds}"
     within = replace(steps, progress=lambda stage, share, text: steps.progress(stage, share, f"{said}: {text}"), suffix=f".{said}")
-    return within.ray(FIT, job.fit, _prepared(job, within, Fold(index=index, of=job.train.folds)), resources=job.resources)
+    return _fitted(job, within, _prepared(job, within, Fold(index=index, of=job.train.folds)), fresh)
 
 
 @dataclass

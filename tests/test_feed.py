@@ -28,8 +28,8 @@ from dlopt.data.augment import (
     RandomRotation,
 )
 from dlopt.data.feed import Batch, Feed, Mixed, Resident, Stream, shortened
-from dlopt.data.prepared import Split, as_table, write_part
-from dlopt.data.share import Share
+from dlopt.data.prepared import Split, as_rows, as_table, write_part
+from dlopt.data.share import EPOCH, START, WINDOW, Reader, Share
 from dlopt.part import DloptError, Feature, Part, Signature, Statistics, Target
 
 CPU = torch.device("cpu")
@@ -131,7 +131,7 @@ def tensors(batch: Batch) -> dict[str, Tensor]:
 def same(one: list[Batch], two: list[Batch]) -> bool:
     assert len(one) == len(two)
     for a, b in zip(one, two, strict=True):
-        assert a.total == b.total
+        assert a.total == b.total and np.array_equal(a.rows, b.rows)
         of_a, of_b = tensors(a), tensors(b)
         assert of_a.keys() == of_b.keys()
         for name in of_a:
@@ -305,6 +305,49 @@ def test_a_stream_goes_on_from_any_epoch(target: Literal["multi_label", "number"
     assert same(list(stream.epoch(4)), list(Resident(share(data, parts=MIX), CPU).epoch(4)))
     with pytest.raises(ValueError, match="in order"):
         next(stream.epoch(4))
+
+
+@pytest.mark.parametrize("parts", [(), AUGMENT + MIX], ids=["plain", "augmented and mixed"])
+@pytest.mark.parametrize("sampling", ["shuffle", "balanced"])
+def test_an_epoch_begins_at_any_batch_with_the_same_rest(
+    parts: tuple[Augmentation, ...], sampling: Literal["shuffle", "balanced"], tmp_path: Path
+) -> None:
+    data = made(tmp_path, files=(600, 303))
+    for rank, world in ((0, 1), (2, 3)):
+        feed = Resident(share(data, rank, world, parts=parts, sampling=sampling, window=4), CPU)
+        whole = list(feed.epoch(2))
+        for start in range(len(whole) + 1):
+            assert same(list(feed.epoch(2, start)), whole[start:])
+
+
+@pytest.mark.parametrize(("rank", "world", "start", "sampling"), [(0, 1, 3, "balanced"), (1, 2, 4, "shuffle"), (1, 3, 9, "balanced")])
+def test_a_stream_begins_at_any_batch_and_goes_on_to_whole_epochs(
+    rank: int, world: int, start: int, sampling: Literal["shuffle", "balanced"], tmp_path: Path, ray_cluster: None
+) -> None:
+    data, parts = made(tmp_path, files=(600, 303)), AUGMENT + MIX
+    resident, found = (share(data, rank, world, parts=parts, sampling=sampling, window=4) for _ in range(2))
+    stream, other = Stream(found, 2, 3, CPU, start), Resident(resident, CPU)
+    assert same(list(stream.epoch(2, start)), list(other.epoch(2))[start:])
+    assert same(list(stream.epoch(3)), list(other.epoch(3)))
+
+
+def test_the_rest_of_a_window_reads_only_the_files_that_it_needs(tmp_path: Path) -> None:
+    data = made(tmp_path, files=(30,) * 40)
+    found = share(data, window=1000, parts=())
+    last = found.order.batches - 1
+    expected = list(Resident(found, CPU).epoch(1, last))
+    needed = set((expected[0].rows // 30).tolist())
+    for number in set(range(40)) - needed:
+        (data.path / f"train/part-{number:05d}.parquet").unlink()
+    assert len(needed) < 40
+    blocks = list(Reader(found)({EPOCH: np.array([1]), WINDOW: np.array([0]), START: np.array([last])}))
+    assert sum(len(block) for block in blocks) == len(expected[0].target)
+    assert np.concatenate([as_rows(found.split.signature, block)["label"] for block in blocks]).tolist() == expected[0].target.tolist()
+
+
+def test_batches_tell_which_rows_they_hold(data: Artifact) -> None:
+    for batch in Resident(share(data), CPU).epoch(1, 40):
+        assert batch.rows is not None and batch.rows.tolist() == batch.inputs["numbers"][:, 1].tolist()
 
 
 def test_balanced_sampling_refuses_damage_by_name(data: Artifact) -> None:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from dlopt.part import DloptError, Target
 from dlopt.spec import explain
-from dlopt.train.fit import OVERSUBSCRIBED, _leaving_room, _refuse_other_target, _Seen, _shown, _workers, local_cpus
+from dlopt.train.fit import OVERSUBSCRIBED, _leaving_room, _refuse_other_target, _workers, local_cpus
 from dlopt.train.losses import Focal, Huber
 from dlopt.train.section import Resources, Train, refuse_monitor
 from dlopt.train.thresholds import Tuned
@@ -47,26 +47,6 @@ def test_elastic_workers_leave_a_cpu_each_for_their_stream() -> None:
     assert _leaving_room((1, 8), resources, {"CPU": 8.0}) == (1, 4)
     assert _leaving_room((1, 2), resources, {"CPU": 8.0}) == (1, 2)
     assert _leaving_room(3, resources, {"CPU": 8.0}) == 3
-
-
-def test_progress_in_words() -> None:
-    seen = _Seen(3, "accuracy")
-    seen.add([{"step": 1, "epoch": 1, "loss": 0.5}])
-    assert str(seen) == "epoch 1/3  loss 0.5000"
-    seen.add([{"step": 2, "epoch": 1, "train": {}, "validation": {"accuracy": 0.75}}, {"step": 3, "epoch": 2, "loss": None}])
-    assert (seen.step, str(seen)) == (3, "epoch 2/3  validation accuracy 0.75")
-    seen.add([{"step": 4, "epoch": 2, "train": {}, "validation": {"accuracy": None}}])
-    assert str(seen) == "epoch 3/3"
-    seen.add([{"step": 6, "epoch": 3, "train": {}, "validation": None}])
-    assert str(seen) == "epoch 3/3"
-
-
-@pytest.mark.parametrize(
-    ("target", "monitor", "shown"),
-    [(TWO, "loss", "accuracy"), (TWO, "roc_auc", "roc_auc"), (LABELS, "loss", "accuracy"), (NUMBER, "loss", "r2"), (NUMBER, "mae", "mae")],
-)
-def test_progress_shows_what_decides_or_else_what_says_most(target: Target, monitor: str, shown: str) -> None:
-    assert _shown(Train.model_validate({"monitor": monitor}), target) == shown
 
 
 @pytest.mark.parametrize(

@@ -28,11 +28,13 @@ from dlopt.optim.schedules import ScaleLr, Span
 from dlopt.optim.wrappers import Lookahead
 from dlopt.part import DloptError
 from dlopt.train import metrics_log
+from dlopt.train.agreement import Agreement
 from dlopt.train.evaluate import evaluate
 from dlopt.train.gradients import Sharpness
 from dlopt.train.metrics_log import HEALTH, LAYERS, RANGE
 from dlopt.train.start import load_network
 from dlopt.train.training import Training
+from dlopt.train.worker import STARTS
 from tests import sets
 from tests.test_readme import kinds
 from tests.test_worker import CPU, epochs, prepared, section, without_seconds, work
@@ -141,25 +143,96 @@ class Killed(BaseException):
     ],
     ids=["ema and all", "swa", "schedule-free", "with roll-backs"],
 )
+@pytest.mark.parametrize("every", [{"epochs": 1}, {"steps": 4}], ids=["epochs", "steps"])
 def test_a_killed_run_with_all_of_it_goes_on_to_the_same_bits(
-    train: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    every: dict[str, int], train: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, fit = prepared(tmp_path), everything().model_copy(update={"train": everything().train.model_copy(update=train)})
     whole = work(fit, data, tmp_path / "whole")
     assert whole["rollbacks"] == 0 or "optimizer" in train
-    look = Training._look
+    kill_at(monkeypatch, 25)
+    with pytest.raises(Killed):
+        work(fit, data, tmp_path / "out", checkpoint={"every": every})
+    monkeypatch.undo()
+    work(fit, data, tmp_path / "out", checkpoint={"every": every})
+    starts = [json.loads(line)["step"] for line in (tmp_path / "out" / STARTS).read_text().splitlines()]
+    assert starts == [0, 24 if "steps" in every else 20]
+    assert bits(tmp_path / "out") == bits(tmp_path / "whole")
+    assert without_seconds(tmp_path / "out") == without_seconds(tmp_path / "whole")
+    assert list(metrics_log.read(tmp_path / "out" / HEALTH)) == list(metrics_log.read(tmp_path / "whole" / HEALTH))
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """End training after a step that it comes to for the first time."""
+    look, left = Training._look, list(steps)
 
     def die(training: Training, step: Any, epoch: int) -> None:
         look(training, step, epoch)
-        if epoch == 3 and training.state.record.step % 10 == 5:
+        if left and training.state.record.step == left[0]:
+            del left[0]
             raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Training, "_look", die)
-        work(fit, data, tmp_path / "out")
-    work(fit, data, tmp_path / "out")
+    monkeypatch.setattr(Training, "_look", die)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7, 50])
+def test_a_run_that_is_killed_again_and_again_goes_on_from_the_step_of_the_last_checkpoint(
+    steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, fit = prepared(tmp_path), section(average=Ema(decay=0.9), health=Health(every=5))
+    work(fit, data, tmp_path / "whole")
+    kills = (1, 4, 9, 10, 11, 19, 20, 21, 30, 39, 40)
+    kill_at(monkeypatch, *kills)
+    for _ in kills:
+        with pytest.raises(Killed):
+            work(fit, data, tmp_path / "out", checkpoint={"every": {"steps": steps}})
+    work(fit, data, tmp_path / "out", checkpoint={"every": {"steps": steps}})
+    starts = [json.loads(line)["step"] for line in (tmp_path / "out" / STARTS).read_text().splitlines()]
+    whole_before = [max((step - 1) // steps * steps, (step - 1) // 10 * 10) for step in kills]  # an epoch has ten steps
+    assert starts == [0, *whole_before]
     assert bits(tmp_path / "out") == bits(tmp_path / "whole")
     assert without_seconds(tmp_path / "out") == without_seconds(tmp_path / "whole")
+    assert list(metrics_log.read(tmp_path / "out" / HEALTH)) == list(metrics_log.read(tmp_path / "whole" / HEALTH))
+
+
+def test_a_run_that_is_told_to_end_saves_first_and_goes_on_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, fit, out = prepared(tmp_path), section(), tmp_path / "out"
+    work(fit, data, tmp_path / "whole")
+    monkeypatch.setattr(Agreement, "SECONDS", 0.0)
+    look = Training._look
+
+    def ask(training: Training, step: Any, epoch: int) -> None:
+        look(training, step, epoch)
+        if training.state.record.step == 27:
+            (out / "stop").touch()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_look", ask)
+        assert work(fit, data, out) == {"stopped": "asked", "steps": 27}
+    (out / "stop").unlink()
+    work(fit, data, out)
+    assert [json.loads(line)["step"] for line in (out / STARTS).read_text().splitlines()] == [0, 27]
+    assert bits(out) == bits(tmp_path / "whole")
+    assert without_seconds(out) == without_seconds(tmp_path / "whole")
+
+
+def test_checkpoints_by_the_clock_come_within_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Agreement, "SECONDS", 0.0)
+    data, fit, seen = prepared(tmp_path), section(), list[int]()
+    save = Training.save
+
+    def note(training: Training) -> None:
+        save(training)
+        seen.append(training.state.record.step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "save", note)
+        work(fit, data, tmp_path / "all", checkpoint={"every": {"seconds": 1e-9}})
+        assert seen == list(range(1, 41))
+        seen.clear()
+        work(fit, data, tmp_path / "few", checkpoint={"every": {"seconds": 1e9}})
+        assert seen == [10, 20, 30, 40]
+    assert bits(tmp_path / "all") == bits(tmp_path / "few")
 
 
 def test_the_same_job_gives_the_same_bits(tmp_path: Path) -> None:
@@ -312,6 +385,7 @@ def test_every_optimizer_goes_through_a_whole_run_and_on_after_it_was_killed(
     optimizer = TypeAdapter(Optimizer).validate_python({"kind": kind})
     full = kind in ("lbfgs", "rprop")  # which want the same loss at every step
     fit = section(epochs=6 if full else 3, optimizer=optimizer, batch_size="full" if full else 32)
+    fit = fit.model_copy(update={"model": Mlp(hidden=(16,), dropout=0.0)})
     whole = work(fit, data, tmp_path / "whole")
     lines = epochs(tmp_path / "whole")
     assert lines[-1]["train"]["loss"] < lines[0]["train"]["loss"]

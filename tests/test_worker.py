@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import load as load_tensors
 from torch import nn
 
 from dlopt.artifact import Artifact, Stage, once
@@ -23,10 +23,11 @@ from dlopt.optim.constraints import ClipNorm
 from dlopt.optim.optimizers import Adam, Sgd
 from dlopt.optim.schedules import Cosine, Plateau
 from dlopt.part import DloptError, Part, Signature, Target
-from dlopt.train import metrics_log, state
+from dlopt.train import metrics_log
+from dlopt.train.checkpoints import CHECKPOINTS, RECORD
 from dlopt.train.evaluate import evaluate
 from dlopt.train.metrics import names
-from dlopt.train.section import EarlyStopping, Fit, Train
+from dlopt.train.section import EarlyStopping, Fit, Resources, Train
 from dlopt.train.start import load_network
 from dlopt.train.training import Training, refuse_drift
 from dlopt.train.worker import Assignment, _Worker
@@ -71,10 +72,11 @@ def section(**train: Any) -> Fit:
     return Fit(seed=1, model=Mlp(hidden=(16,), dropout=0.2), augment=(), train=Train(**settings))
 
 
-def work(fit: Fit, data: Artifact, out: Path) -> dict[str, Any]:
+def work(fit: Fit, data: Artifact, out: Path, **resources: Any) -> dict[str, Any]:
     """The info of the model that one worker makes in `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    info = _Worker(Assignment(fit=fit, data=data.path, out=out, feed="resident", threads=None), 0, 1, CPU).run()
+    assignment = Assignment(fit=fit, resources=Resources(**resources), data=data.path, out=out, feed="resident", threads=None)
+    info = _Worker(assignment, 0, 1, CPU).run()
     assert info is not None
     return info
 
@@ -117,7 +119,7 @@ def test_the_weights_of_the_best_epoch_are_kept(monitor: str, tmp_path: Path) ->
     assert info["best_epoch"] < 30  # else the test shows nothing
     assert info["metrics"]["validation"][monitor] == pytest.approx(best, abs=1e-12)
     network = load_network(section(), data)
-    network.load_state_dict(state.load_tensors((tmp_path / "out" / "weights.safetensors").read_bytes()))
+    network.load_state_dict(load_tensors((tmp_path / "out" / "weights.safetensors").read_bytes()))
     assert evaluate(network, Split.open(data, "validation"), CPU)[monitor] == pytest.approx(best, abs=1e-12)
 
 
@@ -153,7 +155,7 @@ def test_the_train_loss_of_an_epoch_at_rest_is_that_of_the_split(target: Target,
 @pytest.mark.parametrize(("monitor", "target"), [("mae", sets.NUMBER), ("r2", sets.NUMBER), ("macro_roc_auc", sets.LABELS)])
 def test_what_decides_on_the_best_epoch_has_its_own_direction(monitor: str, target: Target, tmp_path: Path) -> None:
     data = sets.prepared(tmp_path, sets.signature(sets.NUMBERS, target=target), noise=2.0, train=60)
-    info = work(section(epochs=40, monitor=monitor, optimizer=Adam(lr=0.1)), data, tmp_path / "out")
+    info = work(section(epochs=40, monitor=monitor, optimizer=Adam(lr=0.02)), data, tmp_path / "out")
     values = [line["validation"][monitor] for line in epochs(tmp_path / "out")]
     best = min(values) if monitor == "mae" else max(values)
     assert info["best_epoch"] == values.index(best) + 1
@@ -234,8 +236,8 @@ def test_an_interrupted_worker_goes_on_as_if_nothing_had_happened(
     def die(training: Training, step: Any, epoch: int) -> None:
         look(training, step, epoch)
         if training.state.record.step == 35:  # within epoch 4
-            assert training.log
-            training.log.flush()
+            assert training.diary
+            training.diary.flush()
             raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -252,21 +254,21 @@ def test_an_interrupted_worker_goes_on_as_if_nothing_had_happened(
 def test_a_damaged_checkpoint_is_passed_over_and_all_damaged_is_one_line(tmp_path: Path) -> None:
     data, out = prepared(tmp_path), tmp_path / "out"
     work(section(), data, out)
-    kept = sorted(path.name for path in (out / state.CHECKPOINTS).iterdir())
-    assert kept == ["epoch-00003", "epoch-00004"]
+    kept = sorted(path.name for path in (out / CHECKPOINTS).iterdir() if path.is_dir())
+    assert kept == ["000004-epoch-00003-batch-000000", "000005-epoch-00004-batch-000000"]
     weights = (out / "weights.safetensors").read_bytes()
-    content = bytearray((out / state.CHECKPOINTS / kept[1] / state.TENSORS).read_bytes())
+    content = bytearray((out / CHECKPOINTS / kept[1] / "model.safetensors").read_bytes())
     content[-1] ^= 1
-    (out / state.CHECKPOINTS / kept[1] / state.TENSORS).write_bytes(content)
+    (out / CHECKPOINTS / kept[1] / "model.safetensors").write_bytes(content)
     work(section(), data, out)
     start = json.loads((out / "starts.jsonl").read_text().splitlines()[-1])
     assert start["epoch"] == 3
-    assert "epoch-00004" in start["damaged"][0]
+    assert f"{kept[1]}/model.safetensors" in start["damaged"][0]
     assert (out / "weights.safetensors").read_bytes() == weights
-    for name in kept:
-        shutil.rmtree(out / state.CHECKPOINTS / name)
-        (out / state.CHECKPOINTS / name).mkdir()
-    with pytest.raises(DloptError, match=r"none of its 2 checkpoints is whole: delete the folder .* to start over"):
+    for path in (out / CHECKPOINTS).iterdir():
+        if path.is_dir():
+            (path / RECORD).unlink()
+    with pytest.raises(DloptError, match=r"none of its 2 checkpoints is whole .*/state\.json: .* --fresh"):
         work(section(), data, out)
 
 
@@ -304,7 +306,8 @@ def _train(rank: int, home: str) -> None:
     for name, target, train in SHARED:
         fit, data, out = _shared(Path(home), name, target, train)
         (out / "two").mkdir(parents=True, exist_ok=True)
-        info = _Worker(Assignment(fit=fit, data=data.path, out=out / "two", feed="resident", threads=1), rank, 2, CPU).run()
+        assignment = Assignment(fit=fit, resources=Resources(), data=data.path, out=out / "two", feed="resident", threads=1)
+        info = _Worker(assignment, rank, 2, CPU).run()
         if rank == 0:
             (out / "info.json").write_text(json.dumps(info))
     dist.barrier()  # a process that ends while the other still talks to it may abort on its way out

@@ -62,6 +62,13 @@ class Order:
     def windows(self) -> int:
         return -(-self.batches // self.window)
 
+    def windows_from(self, start: int) -> list[tuple[int, int]]:
+        """(window, its first batches that are left out) for what is left of an epoch from batch number `start` on."""
+        if start >= self.batches:
+            return []
+        first, skipped = divmod(start, self.window)
+        return [(window, skipped if window == first else 0) for window in range(first, self.windows)]
+
     @property
     def lane_of_slot(self) -> np.ndarray:
         """The lane of each slot of a batch, (batch_size,), rising."""

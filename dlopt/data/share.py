@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
     from dlopt.data.augment import Augmentation
 
-EPOCH, WINDOW = "epoch", "window"
+EPOCH, WINDOW, START = "epoch", "window", "start"
 BLOCK_BYTES = 4 * 2**20
 """About how many bytes a reader hands over at a time."""
-PARTNER, KEPT = "\x1fpartner", "\x1fshare"
-"""Where rows are mixed: the columns of a block with the partner's target and the row's own share. No column of data is called so."""
+ROW, PARTNER, KEPT = "\x1frow", "\x1fpartner", "\x1fshare"
+"""Columns of a block: the number of the row in the split and, where rows are mixed, the partner's target and the row's own share. No
+column of data is called so."""
 
 
 class Picks(NamedTuple):
@@ -75,12 +76,13 @@ class Share:
         totals = [min(size, rows - start) for start in range(0, rows, size)]
         return [(min(high, total) - min(low, total), total) for total in totals]
 
-    def picks(self, epoch: int, window: int) -> Picks:
-        """This worker's picks in a window."""
+    def picks(self, epoch: int, window: int, start: int = 0) -> Picks:
+        """This worker's picks in a window, from the window's batch number `start` on."""
         picks = self.order.picks(epoch, window)
         low, high = self.order.slots(self.rank, self.world)
-        slot = np.arange(len(picks)) % self.order.batch_size
-        mine = (slot >= low) & (slot < high)
+        place = np.arange(len(picks))
+        slot = place % self.order.batch_size
+        mine = (slot >= low) & (slot < high) & (place >= start * self.order.batch_size)
         return Picks(picks[mine], self.order.partners(epoch, picks)[mine] if self.mixes else None)
 
     @property
@@ -119,29 +121,33 @@ class Reader:
         self.share = share
 
     def __call__(self, task: dict[str, np.ndarray]) -> Iterator[pa.Table]:
-        epoch, window = int(task[EPOCH][0]), int(task[WINDOW][0])
-        picks, partners = self.share.picks(epoch, window)
-        values = _Values(self.share.split, row_of(picks))
+        epoch, window, first = (int(task[name][0]) for name in (EPOCH, WINDOW, START))
+        picks, partners = self.share.picks(epoch, window, first)
+        values = _Values(self.share.split, row_of(picks if partners is None else np.concatenate([picks, partners])))
         step = max(1, BLOCK_BYTES // self.share.split.row_bytes)
         for start in range(0, len(picks), step):
             part = slice(start, start + step)
             yield self._block(values, picks[part], None if partners is None else partners[part], epoch)
 
     def _block(self, values: _Values, picks: np.ndarray, partners: np.ndarray | None, epoch: int) -> pa.Table:
-        signature = self.share.split.signature
         rows = values.of(row_of(picks))
         if not self.share.augmentations:
-            return as_table(signature, rows)
+            return self._table(rows, picks)
         import torch
 
         torch.set_num_threads(1)  # Ray gave this task one CPU
         inputs, target = self._inputs(rows, picks, epoch)
         if partners is None:
-            return as_table(signature, _arrays(inputs) | target)
+            return self._table(_arrays(inputs) | target, picks)
         theirs, their_target = self._inputs(values.of(row_of(partners)), partners, epoch)
         inputs, share = self.share.mixed(inputs, theirs, picks, epoch)
-        table = as_table(signature, _arrays(inputs) | target)
-        return table.append_column(PARTNER, column_of(their_target[signature.target.name])).append_column(KEPT, column_of(share.numpy()))
+        table = self._table(_arrays(inputs) | target, picks)
+        return table.append_column(PARTNER, column_of(their_target[self.share.split.signature.target.name])).append_column(
+            KEPT, column_of(share.numpy())
+        )
+
+    def _table(self, rows: Rows, picks: np.ndarray) -> pa.Table:
+        return as_table(self.share.split.signature, rows).append_column(ROW, column_of(row_of(picks)))
 
     def _inputs(self, rows: Rows, picks: np.ndarray, epoch: int) -> tuple[dict[str, Tensor], Rows]:
         """Augmented inputs, and the target apart."""

@@ -186,6 +186,23 @@ class Watch:
         """Take note of the loss after step `step`, which need not be watched; a finding if it is a spike. Each step is heard once."""
         return self.spikes.new(step, loss) if self.health.every else None
 
+    @property
+    def memory(self) -> dict[str, Any]:
+        """What it has said and heard, as JSON has it; with `tensors`, all that later findings depend on."""
+        return {"called": self.called, "saturating": sorted(self.units.saturating), "said": self.said.memory, "spikes": self.spikes.memory}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """For how many rows each unit has given nothing, by layer."""
+        return dict(self.units.idle)
+
+    def recall(self, memory: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Go on from where another one was that had this memory; an empty one is that of the start."""
+        self.called, self.units, self.said, self.spikes = list(memory.get("called", ())), _Units(), _Said(), Spikes()
+        self.units.idle, self.units.saturating = dict(tensors), set(memory.get("saturating", ()))
+        if memory:
+            self.said.recall(memory["said"])
+            self.spikes.recall(memory["spikes"])
+
     def _deaf(self) -> None:
         for hook in self.hooks:
             hook.remove()
@@ -287,6 +304,14 @@ class _Said:
     def __init__(self) -> None:
         self.layers: dict[Kind, set[str]] = {}
         self.times: dict[Kind, int] = {}
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        return {kind: [times, sorted(self.layers[kind])] for kind, times in self.times.items()}
+
+    def recall(self, memory: Mapping[Kind, Any]) -> None:
+        self.times = {kind: times for kind, (times, _) in memory.items()}
+        self.layers = {kind: set(layers) for kind, (_, layers) in memory.items()}
 
     def new(self, step: int, told: Sequence[_Told]) -> list[Finding]:
         """What of it has not been said."""
@@ -416,6 +441,16 @@ class Spikes:
         self.start: list[float] = []
         self.bar = math.inf
         self.heard, self.spoke, self.step = 0, -WINDOW, 0
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        kept = {"start": self.start, "bar": self.bar, "heard": self.heard, "spoke": self.spoke, "step": self.step}
+        return {"losses": list(self.losses), **kept}
+
+    def recall(self, memory: Mapping[str, Any]) -> None:
+        self.losses.extend(memory["losses"])
+        self.start, self.bar = list(memory["start"]), memory["bar"]
+        self.heard, self.spoke, self.step = memory["heard"], memory["spoke"], memory["step"]
 
     def new(self, step: int, loss: float) -> Finding | None:
         """A finding if this loss is a spike, and none has been said within the last WINDOW losses."""

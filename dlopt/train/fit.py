@@ -10,7 +10,6 @@ import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from dlopt.data.prepared import Split
 from dlopt.models.own import Own, factory_of
 from dlopt.optim.schedules import refuse_too_long
 from dlopt.part import DloptError, Target
-from dlopt.progress import WARNING, Progress, silent
-from dlopt.train import metrics_log
-from dlopt.train.metrics import names
+from dlopt.progress import Progress, silent
+from dlopt.train.checkpoints import CHECKPOINTS, Store, newest, said, store_of
+from dlopt.train.follow import followed
 from dlopt.train.section import (
     Fit,
     Resources,
@@ -34,7 +33,6 @@ from dlopt.train.section import (
     refuse_monitor,
     refuse_threshold,
 )
-from dlopt.train.state import CHECKPOINTS, newest
 
 COLLECTIVE_SECONDS = 300
 """How long a worker waits for the others in one exchange before the run counts it as a failure; torch's own limit is half an hour."""
@@ -64,23 +62,25 @@ def fit(section: Fit, out: Path, data: Artifact, *, resources: Resources, progre
     feed = _feed(resources, train, workers, cluster)
     if feed == "stream":
         workers = _leaving_room(workers, resources, cluster)
-    progress("fit", 0.0, f"starting {_say(workers)}, {feed} feed{_going_on(out)}")
+    store = store_of(out.resolve(), resources.checkpoint)
+    progress("fit", 0.0, f"starting {_say(workers)}, {feed} feed{_going_on(store)}")
     config = {
         "fit": section.model_dump(mode="json"),
+        "resources": resources.model_dump(mode="json"),
         "data": str(data.path.resolve()),
         "out": str(out.resolve()),
         "feed": feed,
         "threads": max(1, int(resources.cpus_per_worker)) if workers else None,
     }
-    with _watched(out, section, train, progress):
-        return _run(config, section, workers, resources, cluster, out)
+    with followed(out, section.train, train, progress):
+        return _run(config, section, workers, resources, cluster, out, store)
 
 
 FIT = Stage("model", fit, scratch=CHECKPOINTS)
 
 
 def _run(
-    config: dict[str, Any], section: Fit, workers: Workers, resources: Resources, cluster: dict[str, float], out: Path
+    config: dict[str, Any], section: Fit, workers: Workers, resources: Resources, cluster: dict[str, float], out: Path, store: Store
 ) -> dict[str, Any]:
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -90,13 +90,13 @@ def _run(
     factory = factory_of(section.model) if isinstance(section.model, Own) else None
 
     def work(config: dict[str, Any]) -> dict[str, Any] | None:
-        return train_worker(config, factory)
+        return train_worker(config, factory, store)
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     use_gpu = bool(workers) and cluster.get("GPU", 0) >= _most(workers)
     storage = out.resolve() / "ray"
     trainer = TorchTrainer(
-        work if factory else train_worker,
+        work,
         train_loop_config=config,
         torch_config=TorchConfig(timeout_s=COLLECTIVE_SECONDS),
         scaling_config=ScalingConfig(
@@ -201,81 +201,14 @@ def _refuse_no_validation(section: Fit, data: Artifact) -> None:
         raise DloptError(f"{who}: looks at the validation split, which is empty: give data.split.validation a share")
 
 
-@contextmanager
-def _watched(out: Path, section: Fit, split: Split, progress: Progress) -> Iterator[None]:
-    """Follow metrics.jsonl while workers, wherever they are, write it."""
-    done = threading.Event()
-
-    def follow() -> None:
-        tail, seen = metrics_log.Tail(out / metrics_log.NAME), _Seen(section.train.epochs, _shown(section.train, split.signature.target))
-        steps = section.train.epochs * -(-len(split) // section.train.rows_of_batch(len(split)))
-        warnings = metrics_log.Tail(out / metrics_log.HEALTH)
-        ended = False
-        while not ended:
-            ended = done.wait(0.25)
-            for said in warned(warnings.new()):
-                progress("fit", seen.step / steps, WARNING + said)
-            if lines := tail.new():
-                seen.add(lines)
-                progress("fit", seen.step / steps, str(seen))
-
-    thread = threading.Thread(target=follow, name="dlopt-watch", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join(timeout=5)
-
-
-@dataclass
-class _Seen:
-    """What the lines of metrics.jsonl say so far, in a few words."""
-
-    epochs: int
-    metric: str
-    """Which one of the validation split to say."""
-    step: int = 0
-    epoch: int = 1
-    loss: float | None = None
-    validation: float | None = None
-
-    def add(self, lines: list[dict[str, Any]]) -> None:
-        for line in lines:
-            self.step = line["step"]
-            if "train" in line:
-                self.epoch = min(line["epoch"] + 1, self.epochs)
-                self.validation = (line["validation"] or {}).get(self.metric)
-            else:
-                self.epoch, self.loss = line["epoch"], line["loss"]
-
-    def __str__(self) -> str:
-        text = f"epoch {self.epoch}/{self.epochs}"
-        text += "" if self.loss is None else f"  loss {self.loss:.4f}"
-        return text + ("" if self.validation is None else f"  validation {self.metric} {self.validation:.4g}")
-
-
-def warned(lines: list[dict[str, Any]]) -> Iterator[str]:
-    """What lines of health.jsonl say that a person should know."""
-    for line in lines:
-        yield from (found["says"] for found in line.get("findings", ()))
-        if "rollback" in line:
-            yield f"went back to the end of epoch {line['epoch']} and on at a rate of {line['rate']:.3g}: {line['rollback']}"
-
-
-def _shown(train: Train, target: Target) -> str:
-    """The metric that decides, or if that is the loss, which is shown anyhow, the one that says most to people."""
-    return train.monitor if train.monitor != "loss" else names(target.kind)[1]
-
-
 def _most(workers: Workers) -> int:
     return workers if isinstance(workers, int) else workers[1]
 
 
-def _going_on(out: Path) -> str:
+def _going_on(store: Store) -> str:
     """Where an interrupted run goes on; raises DloptError when all its checkpoints are damaged."""
-    path, damaged = newest(out / CHECKPOINTS)
-    after = f", going on after {path.name.replace('-', ' ')}" if path else ""
+    found, damaged = newest(store)
+    after = f", going on {said(found.name)}" if found else ""
     return after + "".join(f"; {line}" for line in damaged)
 
 

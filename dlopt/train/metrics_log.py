@@ -1,4 +1,5 @@
-"""metrics.jsonl and health.jsonl: what training says of itself, an object a line. Worker 0 writes them, everyone else reads them."""
+"""metrics.jsonl and health.jsonl, which follow from the job alone, and speed.jsonl, which does not: what training says of itself, an
+object a line. Worker 0 writes them, everyone else reads them."""
 
 from __future__ import annotations
 
@@ -11,28 +12,28 @@ from typing import Any, BinaryIO
 
 from dlopt.artifact import write_atomically
 
-NAME, HEALTH = "metrics.jsonl", "health.jsonl"
+NAME, HEALTH, SPEED = "metrics.jsonl", "health.jsonl", "speed.jsonl"
 LAYERS, RANGE = "layers.json", "range.json"
 """Beside them: the spread of weights and activations before the first step, and what a range test has seen, each one object."""
 
 
 class MetricsLog:
-    """Appends to a run's metrics.jsonl, or another file of its kind; lines of epochs after `epoch`, which a crash has undone, are taken
-    out first."""
+    """Appends to a run's metrics.jsonl, or another file of its kind. Lines of steps after `step`, and of ends of epochs after `epoch`,
+    which a crash has undone, are taken out first."""
 
-    def __init__(self, folder: Path, epoch: int, name: str = NAME) -> None:
+    def __init__(self, folder: Path, epoch: int, step: int, name: str = NAME) -> None:
         self.path = folder / name
-        self._open(epoch)
+        self._open(epoch, step)
 
-    def _open(self, epoch: int) -> None:
-        kept = [line for line in read(self.path) if line["epoch"] <= epoch]
+    def _open(self, epoch: int, step: int) -> None:
+        kept = [line for line in read(self.path) if line["step"] <= step and ("train" not in line or line["epoch"] <= epoch)]
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = open(self.path, "a")  # noqa: SIM115 - open for as long as training runs
 
-    def undo(self, epoch: int) -> None:
-        """Take out the lines of epochs after `epoch`."""
+    def undo(self, epoch: int, step: int) -> None:
+        """Take out the lines of steps after `step`, and of ends of epochs after `epoch`."""
         self.file.close()
-        self._open(epoch)
+        self._open(epoch, step)
 
     def write(self, **line: Any) -> None:
         """Add a line; a number that is not finite, which JSON does not have, becomes null."""

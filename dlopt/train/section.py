@@ -17,6 +17,7 @@ from dlopt.optim.optimizers import Adam, Lbfgs, Optimizer
 from dlopt.optim.schedules import Constant, Course, ScaleLr, Schedule
 from dlopt.optim.wrappers import Lookahead
 from dlopt.part import DloptError, Part, Target
+from dlopt.train.checkpoints import Checkpointing
 from dlopt.train.gradients import Sharpness
 from dlopt.train.losses import LossPart, losses_for
 from dlopt.train.metrics import names
@@ -202,6 +203,8 @@ class Resources(Part):
     """The largest training split, in bytes of decoded rows, that `feed: auto` keeps in memory."""
     max_failures: int = Field(3, ge=0)
     """How often lost workers are replaced before the run fails."""
+    checkpoint: Checkpointing = Checkpointing()
+    """When training writes down where it stands, and where."""
 
     @model_validator(mode="after")
     def workers_fit_into_lanes(self) -> Self:

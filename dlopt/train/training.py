@@ -1,4 +1,4 @@
-"""One worker's training: epoch after epoch, from where the state is to the end. All workers decide alike, by numbers that all have."""
+"""One worker's training: step after step, from where the state is to the end. All workers decide alike, by numbers that all have."""
 
 from __future__ import annotations
 
@@ -9,31 +9,37 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from dlopt.artifact import Artifact
-from dlopt.data.counter import stream
+from dlopt.data.counter import bits
 from dlopt.data.feed import Feed, Resident, Stream
 from dlopt.data.prepared import Split
 from dlopt.data.share import Share
 from dlopt.models import Network
 from dlopt.models.norms import BatchNorm
 from dlopt.optim.averages import reestimate
-from dlopt.optim.health import Diverging, Watch
+from dlopt.optim.health import Diverging
 from dlopt.part import DloptError
-from dlopt.train import state as checkpoints
+from dlopt.train import checkpoints
+from dlopt.train.agreement import Agreement
+from dlopt.train.checkpoints import Store, Writer
 from dlopt.train.evaluate import evaluate
 from dlopt.train.gradients import Gradient, accumulated, curved, plain, sharpness_aware
 from dlopt.train.judge import judge
 from dlopt.train.loop import Step, steps
 from dlopt.train.metrics import Metrics
 from dlopt.train.metrics_log import MetricsLog
-from dlopt.train.section import Fit, course_of
+from dlopt.train.pace import Pace, SpeedLog
+from dlopt.train.section import Fit, Resources, course_of
 from dlopt.train.start import first_batches, objective_of, read_statistics
 from dlopt.train.state import State
+from dlopt.train.stopping import Preempted, Reason, Stopped, reason
 from dlopt.train.thresholds import fixed
+from dlopt.train.totals import Totals
 
 PURPOSE = 5  # of the random numbers that dropout draws
 REESTIMATED = 100
@@ -45,19 +51,45 @@ class Diverged(Exception):
 
 
 @dataclass
+class Diary:
+    """What worker 0 writes while training runs."""
+
+    writer: Writer
+    log: MetricsLog
+    health: MetricsLog
+    speed: SpeedLog
+
+    def undo(self, epoch: int, step: int) -> None:
+        """Training goes on from an earlier step."""
+        self.log.undo(epoch, step)
+        self.health.undo(epoch, step)
+
+    def flush(self) -> None:
+        self.log.flush()
+        self.health.flush()
+
+    def close(self) -> None:
+        """After what is being written is there. Raises DloptError when the last checkpoint could not be."""
+        for log in (self.log, self.health, self.speed):
+            log.close()
+        self.writer.close()
+
+
+@dataclass
 class Training:
-    """What one of `world` workers trains with. Logs are worker 0's."""
+    """What one of `world` workers trains with. The diary is worker 0's."""
 
     fit: Fit
+    resources: Resources
     data: Artifact
     out: Path
+    store: Store
     feed_kind: str
     state: State
     rank: int
     world: int
     device: torch.device
-    log: MetricsLog | None = None
-    health_log: MetricsLog | None = None
+    diary: Diary | None = None
     feed: Feed | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -66,11 +98,15 @@ class Training:
         self.share = self._share()
         self.course = course_of(self.fit, len(self.split))
         self.model, self.gradient = self._model(), self._gradient()
-        self.objective = objective_of(self.fit, self.data, self.network, self.device, self.world)
+        self.pace, self.totals = Pace(), Totals(self.world)
+        self.objective = self.pace.timed(objective_of(self.fit, self.data, self.network, self.device, self.world))
         self.diverging = Diverging(train.divergence, self.state.record.start_loss)
         if self.state.record.diverging:
             self.diverging.recall(self.state.record.diverging)
-        self.watch = Watch(self.network, train.health)
+        assert self.state.watch
+        self.watch = self.state.watch
+        self.agreement = Agreement(self.rank, self.world, self.device)
+        self.marked = self.saved = time.monotonic()
 
     @property
     def network(self) -> Network:
@@ -78,7 +114,8 @@ class Training:
         return self.state.model
 
     def run(self) -> None:
-        """Train to the last epoch, or until it is stopped early. Raises DloptError when training diverges again and again."""
+        """Train to the last epoch, or until it is stopped early. Raises DloptError when training diverges again and again or a
+        checkpoint cannot be written, Stopped and Preempted when it is told to end and has saved where it stands."""
         while self.state.record.epoch < self.fit.train.epochs and not self.state.record.stopped:
             try:
                 self._epoch()
@@ -87,37 +124,48 @@ class Training:
             else:
                 if self.world > 1:
                     refuse_drift(self.network)
-                self.save()
+                if self._worth_saving():
+                    self.save()
 
     def save(self) -> None:
-        """A checkpoint of the epochs so far."""
-        if self.rank == 0:
-            checkpoints.save(self.state, self.out / checkpoints.CHECKPOINTS)
+        """A checkpoint of where training stands. All workers call it at the same step."""
+        record = self.state.record
+        record.seconds, self.marked = record.seconds + time.monotonic() - self.marked, time.monotonic()
+        self.totals.settle(record)
+        record.diverging, record.watched = self.diverging.memory, self.watch.memory
+        packed = self.state.packed()
+        if self.diary:
+            self.diary.flush()  # lines of steps that a checkpoint has are never written again
+            self.diary.writer.write(self.state, *packed)
+        self.saved = time.monotonic()
 
     def steps(self, epoch: int) -> Iterator[tuple[Step, int]]:
-        """Every step of an epoch, and how many rows it has over all workers; what follows a step is done when the next one is asked for."""
-        train, record = self.fit.train, self.state.record
-        torch.manual_seed(int(stream(self.fit.seed, epoch, self.rank, PURPOSE)))
-        schedule, course, history, before = train.schedule, self.course, tuple(record.history), (epoch - 1) * self.share.order.batches
-        slower = train.divergence.factor**record.rollbacks
+        """Every step of an epoch from where it stands, and how many rows it has over all workers; what follows a step is done when the
+        next one is asked for."""
+        train, record, order = self.fit.train, self.state.record, self.share.order
+        schedule, course, history, before, start = train.schedule, self.course, tuple(record.history), record.step, record.batch
+        slower, begun = train.divergence.factor**record.rollbacks, (epoch - 1) * order.batches + start
+        seeds = bits(np.arange(before, before + order.batches), self.fit.seed, self.rank, PURPOSE) >> np.uint64(1)
         found = steps(
             self.model,
             self.state.optimizer,
-            self._feed(epoch).epoch(epoch),
+            self.pace.waiting(self._feed(epoch).epoch(epoch, start)),
             self.objective,
             self.gradient,
-            lambda index: slower * schedule.factor(before + index, course, history),
+            lambda index: slower * schedule.factor(begun + index, course, history),
             train.clip,
             train.centralize_gradients,
         )
-        sizes = self.share.sizes()
         self.watch.ready(record.step + 1)
-        for index, step in enumerate(found):
+        for index, (_, rows) in enumerate(self.share.sizes()[start:]):
+            _seed(int(seeds[index]), self.device)
+            step = next(found)
             record.step += 1
-            record.rows += sizes[index][1]
+            record.batch += 1
+            record.rows += rows
             if step.taken:
                 self._after_step(record.step)
-            yield step, sizes[index][1]
+            yield step, rows
             self.watch.ready(record.step + 1)
 
     def _after_step(self, step: int) -> None:
@@ -128,32 +176,58 @@ class Training:
 
     def _epoch(self) -> None:
         train, record = self.fit.train, self.state.record
-        began, epoch, rows_before = time.monotonic(), record.epoch + 1, record.rows
-        sums = _Sums(self.device)
+        began, epoch = time.monotonic(), record.epoch + 1
         for step, rows in self.steps(epoch):
-            sums.add(step, rows)
+            self.totals.add(step, rows, record)
             self._look(step, epoch)
-        total = sums.total()
-        if self.world > 1:
-            dist.all_reduce(total)
-        means = (total / (record.rows - rows_before)).tolist()
+            self._between_steps()
+        self.totals.settle(record)
+        means = [total / self.share.order.rows for total in record.sums]
         self._refuse_divergence(self.diverging.epoch(means[0]), epoch)
         with self.measured():
-            if not self.state.finite():
-                raise Diverged("weights are no longer finite")
+            self._refuse_not_finite()
             found = self._validated() if len(self.validation) else None
-            record.epoch, record.diverging = epoch, self.diverging.memory
+            record.epoch, record.batch, record.sums = epoch, 0, []
             judge(self.state, train, found)
-        record.seconds += time.monotonic() - began
-        if self.log:
-            self.log.write(
+        if self.diary:
+            self.diary.log.write(
                 epoch=epoch,
                 step=record.step,
                 train=dict(zip(("loss", "accuracy"), means, strict=False)),
                 validation=found,
                 seconds=round(time.monotonic() - began, 4),
             )
-            self.log.flush()
+            self.diary.flush()
+
+    def _between_steps(self) -> None:
+        """Save if it is time to, and end if it is asked for."""
+        record, every = self.state.record, self.resources.checkpoint.every
+        due, stop = every.steps is not None and record.step % every.steps == 0, None
+        if self.agreement.due(record.step):
+            due, stop = self._agreed(due)
+        if (due and record.batch < self.share.order.batches) or stop:  # after the last batch of an epoch comes a checkpoint anyway
+            self._refuse_not_finite()
+            self.save()
+        if stop:
+            raise Stopped(f"stopped at step {record.step}") if stop == "stop" else Preempted(f"preempted at step {record.step}")
+
+    def _agreed(self, due: bool) -> tuple[bool, Reason | None]:
+        """Whether a checkpoint is due, and whether training is to end, by what all workers know."""
+        seconds = self.resources.checkpoint.every.seconds
+        late = seconds is not None and time.monotonic() - self.saved >= seconds
+        agreed = self.agreement.exchange(self.state.record.step, reason(self.out), late, self.pace.lap())
+        if self.diary:
+            self.diary.speed.lap(self.state.record, self.pace, agreed.busy, self.diary.writer.seconds)
+        return due or agreed.checkpoint, agreed.stop
+
+    def _worth_saving(self) -> bool:
+        """Whether a checkpoint is due at the end of this epoch."""
+        record, epochs = self.state.record, self.resources.checkpoint.every.epochs or 1
+        return record.epoch % epochs == 0 or record.epoch == self.fit.train.epochs or record.stopped
+
+    def _refuse_not_finite(self) -> None:
+        if not self.state.finite():
+            raise Diverged("weights are no longer finite")
 
     def _validated(self) -> Metrics:
         train, target = self.fit.train, self.validation.signature.target
@@ -199,9 +273,9 @@ class Training:
 
     def _log_step(self, step: Step, loss: float, epoch: int) -> None:
         record = self.state.record
-        if not self.log:
+        if not self.diary:
             return
-        self.log.write(
+        self.diary.log.write(
             step=record.step,
             epoch=epoch,
             rows=record.rows,
@@ -210,7 +284,7 @@ class Training:
             gradient_norm=step.gradient_norm,
         )
         if record.step % (100 * self.fit.train.log_every) == 0:
-            self.log.flush()
+            self.diary.log.flush()
 
     def _loss_of(self, step: Step) -> float:
         """Of the whole batch."""
@@ -220,32 +294,34 @@ class Training:
         return loss.item()
 
     def _write_health(self, epoch: int, line: dict[str, Any]) -> None:
-        if self.health_log and line:
-            self.health_log.write(epoch=epoch, **line)
-            self.health_log.flush()
+        if self.diary and line:
+            self.diary.health.write(epoch=epoch, **line)
+            self.diary.health.flush()
 
     def _refuse_divergence(self, why: str | None, epoch: int) -> None:
         if why:
             raise Diverged(f"epoch {epoch}, step {self.state.record.step}: {why}")
 
     def _roll_back(self, why: str) -> None:
-        """Go back to the newest checkpoint, and on at a lower rate. Raises DloptError after too many of them."""
+        """Go back to the newest checkpoint of an epoch's end, and on at a lower rate. Raises DloptError after too many of them."""
         train, rollbacks = self.fit.train, self.state.record.rollbacks + 1
         tried = f"{why}; lower train.optimizer.lr or set train.clip"
         if rollbacks > train.divergence.most:
             raise DloptError(f"train: training diverges even after {rollbacks - 1} roll-backs to a lower rate: {tried}")
-        path, _ = newest_of_all(self.out, self.rank, self.world)
-        assert path
-        checkpoints.load(self.state, path)
+        if self.diary:
+            self.diary.writer.wait()
+        found, _ = newest_of_all(self.store, self.rank, self.world, epoch_ends=True)
+        assert found
+        found.load(self.state)
         record = self.state.record
         record.rollbacks, record.diverging = rollbacks, {}
         self.feed = None
+        self.totals.forget()
         rate = record.peak * train.divergence.factor**rollbacks
         self.diverging = Diverging(train.divergence, record.start_loss)
-        self.watch = Watch(self.network, train.health)
-        if self.log and self.health_log:
-            self.log.undo(record.epoch)
-            self.health_log.undo(record.epoch)
+        self.watch.recall({}, {})
+        if self.diary:
+            self.diary.undo(record.epoch, record.step)
             self._write_health(record.epoch, {"step": record.step, "rollback": why, "rate": rate})
         self.save()
 
@@ -277,16 +353,20 @@ class Training:
         """The feed that gives this epoch and those after it."""
         if self.feed is None:
             stream = self.feed_kind == "stream"
-            self.feed = Stream(self.share, epoch, self.fit.train.epochs, self.device) if stream else Resident(self.share, self.device)
+            last, start = self.fit.train.epochs, self.state.record.batch
+            self.feed = Stream(self.share, epoch, last, self.device, start) if stream else Resident(self.share, self.device)
         return self.feed
 
 
-def newest_of_all(out: Path, rank: int, world: int) -> tuple[Path | None, list[str]]:
+def newest_of_all(store: Store, rank: int, world: int, epoch_ends: bool = False) -> tuple[checkpoints.Checkpoint | None, list[str]]:
     """The newest whole checkpoint, the same on all workers, since worker 0 chooses it, and a line for each damaged one."""
-    found = [checkpoints.newest(out / checkpoints.CHECKPOINTS)] if rank == 0 else [None]
-    if world > 1:
-        dist.broadcast_object_list(found, src=0)
-    return found[0] or (None, [])
+    found, damaged = checkpoints.newest(store, epoch_ends) if rank == 0 else (None, [])
+    if world == 1:
+        return found, damaged
+    told = [(found and found.name, damaged)]
+    dist.broadcast_object_list(told, src=0)
+    name, damaged = told[0]
+    return (found or checkpoints.read(store, name) if name else None), damaged
 
 
 def refuse_drift(network: nn.Module) -> None:
@@ -311,36 +391,11 @@ def _buffers_back(network: nn.Module) -> Iterator[None]:
                 value.copy_(before[name])
 
 
-class _Sums:
-    """Loss and, of classes, right answers of an epoch, added up many steps at a time: after each step it would cost several per cent."""
-
-    STEPS = 1000
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.sum = torch.zeros(2, dtype=torch.float64, device=device)
-        self.steps: list[Step] = []
-        self.rows: list[int] = []
-        self.counted = True
-
-    def add(self, step: Step, rows: int) -> None:
-        """rows: of the whole batch, over all workers."""
-        self.steps.append(step)
-        self.rows.append(rows)
-        if len(self.steps) == self.STEPS:
-            self.total()
-
-    def total(self) -> Tensor:
-        """(sum of the rows' losses, right answers) of this worker so far, float64; without the latter where nothing is right or wrong."""
-        if self.steps:
-            rows = torch.tensor(self.rows, dtype=torch.float64, device=self.device)
-            self.sum[0] += torch.stack([step.loss for step in self.steps]).double() @ rows
-            correct = [step.correct for step in self.steps if step.correct is not None]
-            self.counted = bool(correct)
-            if self.counted:
-                self.sum[1] += torch.stack(correct).sum()
-            self.steps, self.rows = [], []
-        return self.sum[: 1 + self.counted]
+def _seed(seed: int, device: torch.device) -> None:
+    """Random numbers of this device begin here. `torch.manual_seed` asks every kind of device that there may be, for ten times as long."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _sum_of_bits(values: Tensor) -> Tensor:

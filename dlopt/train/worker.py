@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +22,18 @@ from dlopt.data.prepared import Split
 from dlopt.models import Network
 from dlopt.models.own import Own, register
 from dlopt.models.spread import spread
+from dlopt.optim.health import Watch
 from dlopt.part import Part
-from dlopt.train import state as checkpoints
+from dlopt.train.checkpoints import Store, Writer, store_of
 from dlopt.train.evaluate import evaluate, thresholds_of, write_predictions
-from dlopt.train.metrics_log import HEALTH, LAYERS, RANGE, MetricsLog
-from dlopt.train.section import Fit, course_of
+from dlopt.train.metrics_log import HEALTH, LAYERS, NAME, RANGE, MetricsLog
+from dlopt.train.pace import SpeedLog
+from dlopt.train.section import Fit, Resources, course_of
 from dlopt.train.start import first_rows, load_network, optimizer_of, peak_of, scaled_by_data, swept
 from dlopt.train.state import Record, State
+from dlopt.train.stopping import Stopped
 from dlopt.train.thresholds import signed
-from dlopt.train.training import Training, newest_of_all
+from dlopt.train.training import Diary, Training, newest_of_all
 
 STARTS, PREDICTIONS = "starts.jsonl", "predictions.parquet"
 
@@ -37,16 +42,19 @@ class Assignment(Part):
     """All that a worker is told; JSON, since it travels to other machines."""
 
     fit: Fit
+    resources: Resources
     data: Path
     out: Path
     feed: str
     threads: int | None
 
 
-def train_worker(config: dict[str, Any], factory: Callable[..., nn.Module] | None = None) -> dict[str, Any] | None:
+def train_worker(
+    config: dict[str, Any], factory: Callable[..., nn.Module] | None = None, store: Store | None = None
+) -> dict[str, Any] | None:
     """The function that Ray Train runs on every worker; worker 0 returns the info of the model's manifest.
 
-    factory: of a user's own model, which the section names only.
+    factory: of a user's own model, which the section names only. store: of checkpoints, where they are not in the model's folder.
     """
     import ray.train
     from ray.train.torch import get_device
@@ -57,7 +65,7 @@ def train_worker(config: dict[str, Any], factory: Callable[..., nn.Module] | Non
         register(assignment.fit.model, factory)
     if assignment.threads:
         torch.set_num_threads(assignment.threads)
-    return _Worker(assignment, context.get_world_rank(), context.get_world_size(), get_device()).run()
+    return _Worker(assignment, context.get_world_rank(), context.get_world_size(), get_device(), store).run()
 
 
 @dataclass
@@ -66,21 +74,25 @@ class _Worker:
     rank: int
     world: int
     device: torch.device
+    elsewhere: Store | None = None
+    """Where checkpoints lie, if not in the model's folder."""
 
     def run(self) -> dict[str, Any] | None:
         started = time.monotonic()
-        fit, out = self.assignment.fit, self.assignment.out
         data = Artifact.open(self.assignment.data)
         _be_deterministic(self.device)
-        state = self._state(data)
+        writer = Writer(self.store, self.assignment.resources.checkpoint.keep, uuid.uuid4().hex) if self.rank == 0 else None
+        state, hosts = self._state(data, writer)
         record = state.record
-        logs = [MetricsLog(out, record.epoch), MetricsLog(out, record.epoch, HEALTH)] if self.rank == 0 else [None, None]
+        diary = self._diary(writer, record, hosts) if writer else None
         loop_started = time.monotonic()
-        if record.epoch < fit.train.epochs and not record.stopped:
-            Training(fit, data, out, self.assignment.feed, state, self.rank, self.world, self.device, *logs).run()
-        for log in logs:
-            if log:
-                log.close()
+        try:
+            self._train(data, state, diary)
+        except Stopped:
+            return {"stopped": "asked", "steps": state.record.step}
+        finally:
+            if diary:
+                diary.close()
         if self.rank != 0:
             return None
         trained, record = time.monotonic(), state.record
@@ -95,21 +107,48 @@ class _Worker:
         speed = round(record.rows / record.seconds, 1) if record.seconds else None
         return info | {"seconds": seconds, "rows_per_second": speed, "workers": self.world, "feed": self.assignment.feed}
 
-    def _state(self, data: Artifact) -> State:
-        """Where training goes on: the newest whole checkpoint, the same on all workers, since worker 0 chooses it; or the start."""
+    @property
+    def store(self) -> Store:
+        return self.elsewhere or store_of(self.assignment.out, self.assignment.resources.checkpoint)
+
+    def _train(self, data: Artifact, state: State, diary: Diary | None) -> None:
+        assignment, record = self.assignment, state.record
+        if record.epoch < assignment.fit.train.epochs and not record.stopped:
+            where = (data, assignment.out, self.store, assignment.feed)
+            Training(assignment.fit, assignment.resources, *where, state, self.rank, self.world, self.device, diary).run()
+
+    def _diary(self, writer: Writer, record: Record, hosts: list[str]) -> Diary:
+        out = self.assignment.out
+        log, health = (MetricsLog(out, record.epoch, record.step, name) for name in (NAME, HEALTH))
+        return Diary(writer, log, health, SpeedLog(out, record, hosts))
+
+    def _state(self, data: Artifact, writer: Writer | None) -> tuple[State, list[str]]:
+        """Where training goes on: the newest whole checkpoint, the same on all workers, since worker 0 chooses it; or the start. And the
+        host of each worker."""
         fit = self.assignment.fit
-        path, damaged = newest_of_all(self.assignment.out, self.rank, self.world)
+        found, damaged = newest_of_all(self.store, self.rank, self.world)
         network, split = load_network(fit, data).to(self.device), Split.open(data, "train")
-        record = checkpoints.record_of(path) if path else self._beginning(network, split, data)
+        record = found.record if found else self._beginning(network, split, data)
         optimizer = optimizer_of(fit, network, record.peak)
         average = fit.train.average.build(network, course_of(fit, len(split))) if fit.train.average else None
-        state = State(network, optimizer, {}, record, average)
-        if path:
-            checkpoints.load(state, path)
-        elif self.rank == 0:
-            checkpoints.save(state, self.assignment.out / checkpoints.CHECKPOINTS)
-        self._note_start(record, damaged)
-        return state
+        state = State(network, optimizer, {}, record, average, Watch(network, fit.train.health))
+        if found:
+            found.load(state)
+        else:
+            packed = state.packed()
+            if writer:
+                writer.write(state, *packed)
+        hosts = self._hosts()
+        if self.rank == 0:
+            self._note_start(state.record, hosts, damaged)
+        return state, hosts
+
+    def _hosts(self) -> list[str]:
+        """Of each worker."""
+        hosts = [socket.gethostname()] * self.world
+        if self.world > 1:
+            dist.all_gather_object(hosts, socket.gethostname())
+        return hosts
 
     def _beginning(self, network: Network, split: Split, data: Artifact) -> Record:
         """Before the first step: weights scaled by data and a rate found by trying, where they are asked for; a look at the layers."""
@@ -129,11 +168,12 @@ class _Worker:
                 write_atomically(out / RANGE, json.dumps(found._asdict()))
         return Record(peak=chosen[0])
 
-    def _note_start(self, record: Record, damaged: list[str]) -> None:
+    def _note_start(self, record: Record, hosts: list[str], damaged: list[str]) -> None:
         """One line for each time that a group of workers set out: how restarts and resizes can be told afterwards."""
-        if self.rank == 0:
-            with open(self.assignment.out / STARTS, "a") as file:
-                file.write(json.dumps({"epoch": record.epoch, "workers": self.world, "damaged": damaged}) + "\n")
+        where = {"epoch": record.epoch, "batch": record.batch, "step": record.step}
+        line = where | {"workers": self.world, "hosts": hosts, "damaged": damaged, "time": round(time.time(), 3)}
+        with open(self.assignment.out / STARTS, "a") as file:
+            file.write(json.dumps(line) + "\n")
 
     def _finish(self, network: Network, data: Artifact, record: Record) -> dict[str, Any]:
         """Write the artifact's files from the best epoch's weights, and measure them on every split."""
