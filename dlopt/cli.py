@@ -48,6 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--address", help="a running Ray cluster; without it, $RAY_ADDRESS, else one is started here and stopped again")
     run.add_argument("--json", action="store_true", help="print one JSON object {run, name, metrics, seconds} instead of the run's folder")
     run.add_argument("--fresh", action="store_true", help="train from the start, whatever there is of the model or of checkpoints")
+    run.add_argument(
+        "--metrics-port", type=_port, metavar="PORT", help="show training to Prometheus on 127.0.0.1:PORT, as resources.track does"
+    )
     run.set_defaults(command=_run)
 
     prepare = commands.add_parser("prepare", help="do the first stage only: clean, split and encode the rows")
@@ -147,6 +150,8 @@ def _run(options: argparse.Namespace) -> None:
     from dlopt.terminal import Terminal
 
     job = spec.load(options.job, options.overrides)
+    if options.metrics_port:
+        job = _shown_to_prometheus(job, options.metrics_port)
     pipeline.check(job)
     with Terminal(job.name) as terminal:
         done = pipeline.run(job, options.home, options.address, terminal.progress, options.fresh)
@@ -165,6 +170,13 @@ def _run(options: argparse.Namespace) -> None:
         )
     else:
         print(done.folder)
+
+
+def _shown_to_prometheus(job: Job, port: int) -> Job:
+    from dlopt.train.track import Prometheus
+
+    resources = job.resources.model_copy(update={"track": (*job.resources.track, Prometheus(port=port))})
+    return job.model_copy(update={"resources": resources})
 
 
 def _prepare(options: argparse.Namespace) -> None:
@@ -308,6 +320,12 @@ def _profile(options: argparse.Namespace) -> None:
         print(json.dumps({"source": options.source, **profile, "job": job}))
     else:
         print_profile(profile, job)
+
+
+def _port(text: str) -> int:
+    if not 1 <= int(text) <= 65535:
+        raise ValueError(text)
+    return int(text)
 
 
 def _compare(options: argparse.Namespace) -> None:

@@ -27,9 +27,11 @@ from dlopt.spec import Job
 
 
 def check(job: Job) -> None:
-    """What can be said of a job without Ray: its files and columns are there, and the model can be built on them."""
+    """What can be said of a job without Ray: its files and columns are there, the model can be built, and trackers are installed."""
     from dlopt.data.prepare import peek
 
+    for tracker in job.resources.track:
+        tracker.check()
     job.model.build(peek(job.data))
 
 

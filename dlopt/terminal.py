@@ -9,8 +9,9 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from dlopt.artifact import Artifact
 from dlopt.progress import WARNING
@@ -18,8 +19,8 @@ from dlopt.runs import REPORT, Run
 
 UNFOLDED = 10_000
 """Columns of an output that is not a terminal: a path stays in one piece for whoever reads it."""
-EVERY = 5.0
-"""Seconds between two plain lines of the same stage."""
+EVERY, SHARE, LONGEST = 5.0, 0.02, 60.0
+"""Seconds between two plain lines of the same stage: this many, later this share of the time that it has taken, and at most so many."""
 
 
 class Terminal:
@@ -33,13 +34,14 @@ class Terminal:
             TextColumn("{task.fields[stage]:<8}"),
             BarColumn(bar_width=24),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            _Remaining(),
             TextColumn("{task.description}"),
             console=self.console,
             disable=not self.console.is_terminal,
         )
         self.tasks: dict[str, TaskID] = {}
-        self.said: tuple[str, float] = ("", 0.0)
+        self.said: tuple[str, str, float, float] = ("", "", 0.0, 0.0)
+        """Of the last plain line: its stage, its text, when it was said, and when the stage began."""
 
     def __enter__(self) -> Self:
         self.bars.start()
@@ -67,9 +69,10 @@ class Terminal:
 
     def _line(self, stage: str, share: float | None, text: str) -> None:
         now = time.monotonic()
-        if self.said[0] == stage and now - self.said[1] < EVERY and share not in (None, 1.0):
+        before, said, when, began = self.said
+        if before == stage and (said == text or (now - when < pause(now - began) and share not in (None, 1.0))):
             return
-        self.said = (stage, now)
+        self.said = (stage, text, now, began if before == stage else now)
         percent = "" if share is None else f" {min(share, 1):4.0%}"
         print(f"{self.name}: {stage}{percent}  {text}", file=sys.stderr, flush=True)
 
@@ -95,6 +98,18 @@ class Terminal:
             self.console.print(f"  {found['title']}: {found['dropped']:,} rows", highlight=False, soft_wrap=True, markup=False)
         for line in data.info["warnings"]:
             self.console.print(f"[yellow]![/] {escape(line)}", highlight=False, soft_wrap=True)
+
+
+def pause(seconds: float) -> float:
+    """Seconds without a plain line, of a stage that has taken so many: a log of hours is not one of thousands of lines."""
+    return min(LONGEST, max(EVERY, SHARE * seconds))
+
+
+class _Remaining(TimeRemainingColumn):
+    """Time left by the share that is done, where the stage's own text does not say it better."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.description.endswith(" left") else super().render(task)
 
 
 HEADLINES = ("roc_auc", "accuracy", "subset_accuracy", "micro_f1", "r2", "mae")

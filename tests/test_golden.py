@@ -17,7 +17,6 @@ import torch
 
 from dlopt import pipeline, spec
 from dlopt.spec import Job
-from dlopt.train.training import Training
 from dlopt.train.worker import Assignment, _Worker
 from tests.commands import ROOT
 
@@ -32,9 +31,9 @@ def first_steps(job: Job, home: Path) -> dict[str, list[float]]:
     """Losses and gradient norms of the first steps, in this process."""
     data = pipeline.prepare(job, home)
     fit, cpu = job.fit, torch.device("cpu")
-    worker = _Worker(Assignment(fit=fit, data=data.path, out=home / "golden" / job.name, feed="resident", threads=None), 0, 1, cpu)
+    worker = _Worker(Assignment(fit=fit, data=data.path, out=home / "golden" / job.name, feed="resident"), 0, 1, cpu)
     worker.assignment.out.mkdir(parents=True)
-    training = Training(fit, data, worker.assignment.out, "resident", worker._state(data), 0, 1, cpu)
+    training = worker.training(data, worker.state(data)[0])
     found = [step for step, _ in itertools.islice(training.steps(1), STEPS)]
     return {"loss": [step.loss.item() for step in found], "gradient_norm": [step.gradient_norm for step in found]}
 

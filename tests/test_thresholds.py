@@ -125,7 +125,7 @@ def learn(home: Path, data: Artifact, threshold: Any, **train: Any) -> Artifact:
 
 
 def _work(section: Fit, out: Path, data: Artifact) -> dict[str, Any]:
-    info = _Worker(Assignment(fit=section, data=data.path, out=out, feed="resident", threads=None), 0, 1, CPU).run()
+    info = _Worker(Assignment(fit=section, data=data.path, out=out, feed="resident"), 0, 1, CPU).run()
     shutil.rmtree(out / "checkpoints")
     assert info is not None
     return info

@@ -75,7 +75,7 @@ def section(**train: Any) -> Fit:
 def work(fit: Fit, data: Artifact, out: Path, **resources: Any) -> dict[str, Any]:
     """The info of the model that one worker makes in `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    assignment = Assignment(fit=fit, resources=Resources(**resources), data=data.path, out=out, feed="resident", threads=None)
+    assignment = Assignment(fit=fit, resources=Resources(**resources), data=data.path, out=out, feed="resident")
     info = _Worker(assignment, 0, 1, CPU).run()
     assert info is not None
     return info

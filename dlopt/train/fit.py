@@ -72,7 +72,7 @@ def fit(section: Fit, out: Path, data: Artifact, *, resources: Resources, progre
         "feed": feed,
         "threads": max(1, int(resources.cpus_per_worker)) if workers else None,
     }
-    with followed(out, section.train, train, progress):
+    with followed(out, section, train, resources, progress):
         return _run(config, section, workers, resources, cluster, out, store)
 
 

@@ -21,7 +21,7 @@ from dlopt.train.forecast import Forecast, clock, rounded
 from dlopt.train.metrics import names
 from dlopt.train.metrics_log import HEALTH, NAME, SPEED, STARTS, Tail
 from dlopt.train.section import Fit, Resources, Train
-from dlopt.train.track.courier import Courier, couriers
+from dlopt.train.track.courier import Courier, complaints, couriers
 from dlopt.train.track.tracker import Line, What
 
 EVERY = 0.25
@@ -49,11 +49,16 @@ def followed(
     train = section.train
     steps = -(-len(split) // train.rows_of_batch(len(split)))
     metric = _shown(train, split.signature.target)
-    with couriers(resources.track, out, section.model_dump(mode="json")) as trackers:
-        said = _Said(train.epochs, steps, metric, Forecast(len(split), train.epochs), waiting)
-        follower = Follower(out, said, progress, resources.max_failures, trackers)
-        with _repeated(follower.look):
-            yield
+    said = _Said(train.epochs, steps, metric, Forecast(len(split), train.epochs), waiting)
+    trackers: list[Courier] = []
+    try:
+        with couriers(resources.track, out, section.model_dump(mode="json")) as trackers:
+            follower = Follower(out, said, progress, resources.max_failures, trackers)
+            with _repeated(follower.look):
+                yield
+    finally:
+        for complaint in complaints(trackers):
+            progress("fit", said.share, WARNING + complaint)
 
 
 @contextmanager
@@ -77,7 +82,8 @@ def _repeated(look: Callable[[float], None]) -> Iterator[None]:
 
 
 class Once:
-    """Each line of a file once, also when a restart of training has replaced it by one that begins in the same way."""
+    """Each line of a file once, also when a restart of training has replaced it by one that says the same again: to three digits, since
+    another number of workers adds up in another order."""
 
     def __init__(self, path: Path) -> None:
         self.tail = Tail(path)
@@ -95,7 +101,7 @@ class Once:
         new: list[Line] = []
         same: list[Line] = []
         for line in found:
-            mark = hash(repr({name: value for name, value in line.items() if name != "seconds"}))
+            mark = hash(repr(_worn({name: value for name, value in line.items() if name != "seconds"})))
             if self.place < len(self.known) and self.known[self.place] == mark:
                 same = [*(known for known in same if known["step"] == line["step"]), line]
             else:
@@ -109,6 +115,15 @@ class Once:
         return back, new
 
 
+def _worn(value: Any) -> Any:
+    """With floats of three digits."""
+    if isinstance(value, dict):
+        return {name: _worn(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_worn(inner) for inner in value]
+    return float(f"{value:.3g}") if isinstance(value, float) else value
+
+
 class Follower:
     """Reads what is new, and says it. Lines of an earlier process are for the trackers alone."""
 
@@ -117,20 +132,19 @@ class Follower:
         self.said, self.progress, self.failures, self.trackers = said, progress, failures, trackers
         self.restarts = 0
         self.slow: dict[int, int] = {}
-        self.text = ""
+        self.told = ("", 0.0)
         self._read(0.0, quiet=True)
         said.forget()
 
     def look(self, now: float) -> None:
         """Say what has come since the last look. now: seconds of a clock."""
         self._read(now)
-        for tracker in self.trackers:
-            for complaint in tracker.complaints():
-                self._warn(complaint)
-        text = self.said.text(now)
-        if text and text != self.text:
-            self.text = text
-            self.progress("fit", self.said.share, text)
+        for complaint in complaints(self.trackers):
+            self._warn(complaint)
+        text, share = self.said.text(now), self.said.share
+        if text and (text, share) != self.told:
+            self.told = (text, share)
+            self.progress("fit", share, text)
 
     def _read(self, now: float, quiet: bool = False) -> None:
         for line in self.starts.new()[1]:
@@ -267,14 +281,14 @@ class _Said:
         if quiet < max(QUIET, STEPS * self.step_seconds):
             return f"{self}{self._speed(now)}"
         what = "measuring" if self.step % self.steps == 0 else "no step"
-        return f"{self}  {self.waiting() or f'{what} for {clock_or_seconds(quiet)}'}"
+        return f"{self}  {self.waiting() or f'{what} for {_for(quiet)}'}"
 
     def _beginning(self, now: float) -> str:
         """Between the time that workers are there and their first step."""
         self.set_out_at = now if self.set_out_at is None else self.set_out_at
         text = f"{counted(self.workers or 0)} set out" + (f" from step {self.step}" if self.step else "")
         quiet = now - self.set_out_at
-        return text if quiet < QUIET else f"{text}, {self.waiting() or f'no step for {clock_or_seconds(quiet)}'}"
+        return text if quiet < QUIET else f"{text}, {self.waiting() or f'no step for {_for(quiet)}'}"
 
     def __str__(self) -> str:
         text = f"epoch {self.epoch}/{self.epochs}"
@@ -300,7 +314,7 @@ def counted(workers: int) -> str:
     return f"{workers} worker{'s' * (workers != 1)}"
 
 
-def clock_or_seconds(seconds: float) -> str:
+def _for(seconds: float) -> str:
     """42 s, or 2:05."""
     return f"{seconds:.0f} s" if round(seconds) < 100 else clock(seconds)
 

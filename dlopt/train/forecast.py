@@ -7,17 +7,22 @@ import statistics
 from collections import deque
 from typing import Any, NamedTuple
 
-RECENT = 10
-"""Lines, a second each, whose median is the speed that is shown: a pause to measure the validation split does not show in it."""
-FEWEST, WINDOW = 3, 30.0
-"""Lines before anything is said of the time left, and the fewest seconds that it is made of once a whole epoch is done."""
+RECENT, STRETCHES, PAUSES = 10, 60, 20
+"""Lines, a second each, whose median is the speed that is shown; and of what the time left is made: so many stretches between two lines
+of one epoch, and so many from one epoch into another, which have the measuring of the validation split in them."""
+FEWEST = 2
+"""Stretches before anything is said of the time left."""
 SETTLING = 10.0
 """Seconds in which the time left that is shown comes most of the way to a new estimate: it counts down and does not jump."""
 
 
-class _Point(NamedTuple):
-    time: float
+class _Stretch(NamedTuple):
+    """From one line to the next."""
+
+    seconds: float
     rows: int
+    ends: int
+    """Of epochs, within it."""
 
 
 class Forecast:
@@ -29,32 +34,31 @@ class Forecast:
 
     def restart(self) -> None:
         """Another group of workers sets out, at a speed of its own."""
-        self.points: deque[_Point] = deque()
+        self.last: dict[str, Any] | None = None
         self.speeds: deque[float] = deque(maxlen=RECENT)
+        self.stretches: deque[_Stretch] = deque(maxlen=STRETCHES)
+        self.pauses: deque[_Stretch] = deque(maxlen=PAUSES)
         self.arrived = 0.0
         self.shown: tuple[float, float] | None = None
         """When it was shown, and how many seconds were left."""
 
     def add(self, line: dict[str, Any], now: float) -> None:
         """A line of speed.jsonl has come. now: seconds of the driver's clock."""
-        self.arrived = now
-        self.points.append(_Point(line["time"], line["rows"]))
+        before, self.last, self.arrived = self.last, line, now
         if line["rows_per_second"]:
             self.speeds.append(line["rows_per_second"])
-        while len(self.points) > FEWEST and self._enough_since(self.points[1]):
-            self.points.popleft()
-
-    def _enough_since(self, point: _Point) -> bool:
-        last = self.points[-1]
-        return last.rows - point.rows >= self.rows and last.time - point.time >= WINDOW
+        if before and line["rows"] > before["rows"]:
+            ends = line["epoch"] - before["epoch"]
+            stretch = _Stretch(line["time"] - before["time"], line["rows"] - before["rows"], ends)
+            (self.pauses if ends else self.stretches).append(stretch)
 
     def speed(self) -> float | None:
         """Rows per second while steps are taken."""
         return statistics.median(self.speeds) if self.speeds else None
 
     def left(self, now: float) -> float | None:
-        """Seconds until the last epoch's end, None while too little is known. A whole epoch tells how long validation takes too: once
-        there is one, the estimate is made of whole epochs."""
+        """Seconds until the last epoch's end, None while too little is known; what comes at the end of an epoch is known from the first
+        one on."""
         target = self._target(now)
         if target is None:
             return None
@@ -68,13 +72,18 @@ class Forecast:
         return settled
 
     def _target(self, now: float) -> float | None:
-        if len(self.points) < FEWEST:
+        if self.last is None or len(self.stretches) + len(self.pauses) < FEWEST:
             return None
-        first, last = self.points[0], self.points[-1]
-        if last.rows <= first.rows:
-            return None
-        rows = self.rows * self.epochs - last.rows
-        return max(0.0, rows * (last.time - first.time) / (last.rows - first.rows) - (now - self.arrived))
+        step, end = self._costs()
+        ends = self.epochs - self.last["epoch"] + 1
+        return max(0.0, (self.rows * self.epochs - self.last["rows"]) * step + ends * end - (now - self.arrived))
+
+    def _costs(self) -> tuple[float, float]:
+        """Seconds of a row, and of the end of an epoch. Epochs of less than a second are known as a whole alone."""
+        stretches = self.stretches or self.pauses
+        step = sum(found.seconds for found in stretches) / sum(found.rows for found in stretches)
+        ends = sum(found.ends for found in self.pauses)
+        return step, sum(found.seconds - found.rows * step for found in self.pauses) / ends if ends else 0.0
 
 
 def clock(seconds: float) -> str:

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from dlopt.artifact import write_atomically
 
-NAME, HEALTH, SPEED = "metrics.jsonl", "health.jsonl", "speed.jsonl"
+NAME, HEALTH, SPEED, STARTS = "metrics.jsonl", "health.jsonl", "speed.jsonl", "starts.jsonl"
 LAYERS, RANGE = "layers.json", "range.json"
 """Beside them: the spread of weights and activations before the first step, and what a range test has seen, each one object."""
 

@@ -22,6 +22,7 @@ from dlopt.train.gradients import Sharpness
 from dlopt.train.losses import LossPart, losses_for
 from dlopt.train.metrics import names
 from dlopt.train.thresholds import Threshold, Tuned
+from dlopt.train.track import Track
 
 Monitor = Literal[
     "loss",
@@ -203,6 +204,8 @@ class Resources(Part):
     """The largest training split, in bytes of decoded rows, that `feed: auto` keeps in memory."""
     max_failures: int = Field(3, ge=0)
     """How often lost workers are replaced before the run fails."""
+    track: tuple[Track, ...] = ()
+    """Where the numbers of training go while it runs, beside the folder of the model: any of prometheus, tensorboard and mlflow."""
     checkpoint: Checkpointing = Checkpointing()
     """When training writes down where it stands, and where."""
 

@@ -42,11 +42,11 @@ class Assignment(Part):
     """All that a worker is told; JSON, since it travels to other machines."""
 
     fit: Fit
-    resources: Resources
     data: Path
     out: Path
     feed: str
-    threads: int | None
+    threads: int | None = None
+    resources: Resources = Resources()
 
 
 def train_worker(
@@ -82,12 +82,13 @@ class _Worker:
         data = Artifact.open(self.assignment.data)
         _be_deterministic(self.device)
         writer = Writer(self.store, self.assignment.resources.checkpoint.keep, uuid.uuid4().hex) if self.rank == 0 else None
-        state, hosts = self._state(data, writer)
+        state, hosts = self.state(data, writer)
         record = state.record
         diary = self._diary(writer, record, hosts) if writer else None
         loop_started = time.monotonic()
         try:
-            self._train(data, state, diary)
+            if record.epoch < self.assignment.fit.train.epochs and not record.stopped:
+                self.training(data, state, diary).run()
         except Stopped:
             return {"stopped": "asked", "steps": state.record.step}
         finally:
@@ -111,18 +112,18 @@ class _Worker:
     def store(self) -> Store:
         return self.elsewhere or store_of(self.assignment.out, self.assignment.resources.checkpoint)
 
-    def _train(self, data: Artifact, state: State, diary: Diary | None) -> None:
-        assignment, record = self.assignment, state.record
-        if record.epoch < assignment.fit.train.epochs and not record.stopped:
-            where = (data, assignment.out, self.store, assignment.feed)
-            Training(assignment.fit, assignment.resources, *where, state, self.rank, self.world, self.device, diary).run()
+    def training(self, data: Artifact, state: State, diary: Diary | None = None) -> Training:
+        """Ready for the next step."""
+        given = self.assignment
+        workers = (self.rank, self.world, self.device)
+        return Training(given.fit, given.resources, data, given.out, self.store, given.feed, state, *workers, diary)
 
     def _diary(self, writer: Writer, record: Record, hosts: list[str]) -> Diary:
         out = self.assignment.out
         log, health = (MetricsLog(out, record.epoch, record.step, name) for name in (NAME, HEALTH))
         return Diary(writer, log, health, SpeedLog(out, record, hosts))
 
-    def _state(self, data: Artifact, writer: Writer | None) -> tuple[State, list[str]]:
+    def state(self, data: Artifact, writer: Writer | None = None) -> tuple[State, list[str]]:
         """Where training goes on: the newest whole checkpoint, the same on all workers, since worker 0 chooses it; or the start. And the
         host of each worker."""
         fit = self.assignment.fit

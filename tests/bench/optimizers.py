@@ -99,8 +99,8 @@ def training(data: Artifact, optimizer: Mapping[str, Any], schedule: Mapping[str
         schedule=TypeAdapter(Schedule).validate_python(schedule),
     )
     fit = Fit(seed=seed, model=model, augment=(), train=train)
-    worker = _Worker(Assignment(fit=fit, data=data.path, out=home, feed="resident", threads=None), 0, 1, CPU)
-    return Training(fit, data, home, "resident", worker._state(data), 0, 1, CPU)
+    worker = _Worker(Assignment(fit=fit, data=data.path, out=home, feed="resident"), 0, 1, CPU)
+    return worker.training(data, worker.state(data)[0])
 
 
 def parts(run: Training, epochs: int) -> Iterator[tuple[float, float, float]]:

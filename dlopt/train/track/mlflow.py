@@ -93,7 +93,7 @@ class Logged(Tracker):
         return run
 
     def _latest(self) -> dict[str, int]:
-        """For each curve of an earlier process: the last step that it has."""
+        """For each curve: the last step that it has."""
         curves = self.client.get_run(self.run).data.metrics
         return {name: max(point.step for point in self.client.get_metric_history(self.run, name)) for name in curves}
 
@@ -124,7 +124,10 @@ class Logged(Tracker):
 
     def _add(self, values: Mapping[str, float], line: Line) -> None:
         when = round(1000 * line.get("time", time.time()))
-        self.points += [(name, value, when, line["step"]) for name, value in values.items() if line["step"] > self.there.get(name, -1)]
+        for name, value in values.items():
+            if line["step"] > self.there.get(name, -1):
+                self.points.append((name, value, when, line["step"]))
+                self.there[name] = line["step"]
 
 
 def flattened(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:

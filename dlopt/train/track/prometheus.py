@@ -68,10 +68,10 @@ class Served(Tracker):
         self.counters = dict.fromkeys(COUNTERS, 0.0)
         self.last = dict.fromkeys(COUNTERS, 0.0)
         self.started = False
-        self.metrics: dict[tuple[str, str], float] = {}
-        self.norms: dict[tuple[str, str], float] = {}
+        self.metrics: dict[tuple[str, ...], float] = {}
+        self.norms: dict[tuple[str, ...], float] = {}
         registry = CollectorRegistry()
-        registry.register(self)  # type: ignore[arg-type]
+        registry.register(self)
         try:
             self.server, self.thread = start_http_server(port, "127.0.0.1", registry)
         except OSError as error:

@@ -52,6 +52,7 @@ class Events(Tracker):
         for left in folder.glob(EVENTS):
             left.unlink()
         self.writer = SummaryWriter(str(folder))
+        self.sped = -1
 
     def step(self, line: Line) -> None:
         self._add(curves_of_step(line), line)
@@ -60,7 +61,9 @@ class Events(Tracker):
         self._add(curves_of_epoch(line), line)
 
     def speed(self, line: Line) -> None:
-        self._add(curves_of_speed(line), line)
+        if line["step"] > self.sped:  # a restart takes steps again, at another speed
+            self.sped = line["step"]
+            self._add(curves_of_speed(line), line)
 
     def health(self, line: Line) -> None:
         self._add(curves_of_health(line), line)
@@ -71,6 +74,7 @@ class Events(Tracker):
 
         self.writer.close()
         self.writer = SummaryWriter(str(self.folder), purge_step=line["step"])
+        self.sped = min(self.sped, line["step"] - 1)
 
     def flush(self) -> None:
         self.writer.flush()
