@@ -8,14 +8,17 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from dlopt.artifact import Artifact
+from dlopt.data.feed import Batch, Feed
 from dlopt.models import Cnn
 from dlopt.models.own import own
 from dlopt.part import Signature
@@ -34,71 +37,142 @@ def data(ray_cluster: None, mnist: None, tmp_path_factory: pytest.TempPathFactor
 
 @dataclass
 class Recording(training.Training):
-    """Writes down what each worker's parameters are after each epoch."""
+    """Writes down what each worker's parameters are at each checkpoint, and which rows it was given for each step."""
 
     def save(self) -> None:
         found = hashlib.sha256()
         for parameter in self.network.parameters():
             found.update(parameter.detach().cpu().numpy().tobytes())
-        with open(self.out / f"rank-{self.rank}", "a") as file:
-            file.write(found.hexdigest() + "\n")
+        self._note("weights", found.hexdigest())
         super().save()
 
+    def _feed(self, epoch: int) -> Feed:
+        return Noted(super()._feed(epoch), self._note)
 
-@pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "Training", Recording)
-    monkeypatch.setattr(worker, "train_worker", recording_worker)
+    def _note(self, what: str, value: Any) -> None:
+        with open(self.out / f"{what}-{self.rank}", "a") as file:
+            file.write(json.dumps(value) + "\n")
 
 
-def recording_worker(config: dict[str, Any], factory: Any = None) -> dict[str, Any] | None:
-    """`train_worker` in a process that has not seen the fixture."""
+@dataclass
+class Noted:
+    """A feed that writes down which rows it gives."""
+
+    feed: Feed
+    note: Callable[[str, Any], None]
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        for batch in self.feed.epoch(epoch, start):
+            assert batch.rows is not None
+            self.note("rows", batch.rows.tolist())
+            yield batch
+
+
+def noted(out: Path, what: str, workers: int) -> list[list[Any]]:
+    """By worker."""
+    return [[json.loads(line) for line in (out / f"{what}-{rank}").read_text().splitlines()] for rank in range(workers)]
+
+
+def orders(out: Path, workers: int) -> list[str]:
+    """For each step a hash of the rows of the whole batch, in their order."""
+    shares = zip(*noted(out, "rows", workers), strict=True)
+    return [hashlib.sha256(json.dumps([row for share in step for row in share]).encode()).hexdigest() for step in shares]
+
+
+SECTIONS = {"whole": quick(precision="float64"), "hundred": quick(batch_size=16)}
+"""50 steps in float64, 100 in float32; augmented, without dropout."""
+FEEDS = ("resident", "stream")
+
+
+def work(config: dict[str, Any]) -> None:
+    """What a group of workers does: every section with both feeds, one after the other."""
+    import ray.train
+
     worker.Training = Recording  # type: ignore[misc]
-    return original(config, factory)
+    torch.set_num_threads(1)
+    context = ray.train.get_context()
+    for name, section in SECTIONS.items():
+        for feed in FEEDS:
+            out = Path(config["out"]) / f"{name}-{feed}"
+            assignment = worker.Assignment(fit=section, data=Path(config["data"]), out=out, feed=feed)
+            worker._Worker(assignment, context.get_world_rank(), context.get_world_size(), torch.device("cpu")).run()
 
 
-original = worker.train_worker
+@pytest.fixture(scope="module", params=[1, 2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+def group(request: pytest.FixtureRequest, data: Artifact, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+    """What so many workers leave, in a folder for each section and feed."""
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    workers, out = request.param, tmp_path_factory.mktemp(f"workers-{request.param}")
+    for name in SECTIONS:
+        for feed in FEEDS:
+            (out / f"{name}-{feed}").mkdir()
+    TorchTrainer(
+        work,
+        train_loop_config={"data": str(data.path), "out": str(out)},
+        torch_config=TorchConfig(timeout_s=120),
+        scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1}),
+        run_config=RunConfig(storage_path=str(out / "ray")),
+    ).fit()
+    return workers, out
 
 
-def largest_difference(one: Artifact, other: Artifact) -> float:
-    """Of the losses of all steps, relative."""
-    pairs = list(zip(curve(one), curve(other), strict=True))
+def lines(out: Path) -> list[dict[str, Any]]:
+    return [line for line in metrics_log.read(out / metrics_log.NAME) if "loss" in line]
+
+
+def far(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> float:
+    """The largest relative difference of the losses of all steps."""
+    pairs = list(zip(one, other, strict=True))
     assert all((a["step"], a["epoch"], a["rows"], a["rate"]) == (b["step"], b["epoch"], b["rows"], b["rate"]) for a, b in pairs)
     assert len(pairs) >= 50
     return max(abs(a["loss"] - b["loss"]) / abs(a["loss"]) for a, b in pairs)
 
 
 @pytest.fixture(scope="module")
-def alone(data: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """One worker, resident, float64: what all others are measured against."""
-    return fit(quick(precision="float64"), tmp_path_factory.mktemp("alone"), data, workers=1, feed="resident")
+def oracle(data: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One worker without Ray Train, resident: what all others are measured against."""
+    home, original = tmp_path_factory.mktemp("oracle"), worker.Training
+    try:
+        worker.Training = Recording  # type: ignore[misc]
+        for name, section in SECTIONS.items():
+            (home / name).mkdir()
+            worker._Worker(
+                worker.Assignment(fit=section, data=data.path, out=home / name, feed="resident"), 0, 1, torch.device("cpu")
+            ).run()
+    finally:
+        worker.Training = original  # type: ignore[misc]
+    return home
 
 
-@pytest.mark.parametrize("feed", ["resident", pytest.param("stream", marks=pytest.mark.slow)])
-def test_two_workers_follow_the_curve_of_one_to_nine_digits(
-    feed: str, data: Artifact, alone: Artifact, tmp_path: Path, recorded: None
+@pytest.mark.parametrize("feed", FEEDS)
+def test_any_number_of_workers_follows_the_curve_of_one_on_the_same_rows_in_the_same_order(
+    feed: str, group: tuple[int, Path], oracle: Path
 ) -> None:
-    model = fit(quick(precision="float64"), tmp_path, data, workers=2, feed=feed)
-    assert (model.info["workers"], model.info["feed"]) == (2, feed)
-    assert largest_difference(alone, model) < 1e-9
-    ranks = [(model.path / f"rank-{rank}").read_text().split() for rank in range(2)]
-    assert ranks[0] == ranks[1]
-    assert len(set(ranks[0])) == 2  # one an epoch, and they differ
-    assert model.info["metrics"]["test"]["accuracy"] == alone.info["metrics"]["test"]["accuracy"]
+    workers, out = group
+    assert far(lines(oracle / "whole"), lines(out / f"whole-{feed}")) < 1e-9
+    assert far(lines(oracle / "hundred"), lines(out / f"hundred-{feed}")) < 1e-4
+    for name in SECTIONS:
+        assert orders(oracle / name, 1) == orders(out / f"{name}-{feed}", workers)
+        weights = noted(out / f"{name}-{feed}", "weights", workers)
+        assert all(found == weights[0] for found in weights)  # to the bit
+        assert len(set(weights[0])) == 2  # one an epoch, and they differ
+
+
+def largest_difference(one: Artifact, other: Artifact) -> float:
+    return far(curve(one), curve(other))
+
+
+@pytest.fixture(scope="module")
+def alone(data: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """Through the stage itself."""
+    return fit(SECTIONS["whole"], tmp_path_factory.mktemp("alone"), data, workers=1, feed="resident")
 
 
 @pytest.mark.parametrize("feed", ["resident", "stream"])
 def test_the_process_of_the_run_follows_the_same_curve(feed: str, data: Artifact, alone: Artifact, tmp_path: Path) -> None:
     assert largest_difference(alone, fit(quick(precision="float64"), tmp_path, data, workers=0, feed=feed)) < 1e-9
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("feed", ["resident", "stream"])
-def test_two_workers_follow_the_curve_of_one_in_float32_over_100_steps(feed: str, data: Artifact, tmp_path: Path) -> None:
-    section = quick(batch_size=16)
-    one, two = (fit(section, tmp_path / str(workers), data, workers=workers, feed=feed) for workers in (1, 2))
-    assert len(curve(one)) == len(curve(two)) == 100
-    assert largest_difference(one, two) < 1e-4
 
 
 @pytest.mark.slow
@@ -110,7 +184,6 @@ def test_three_workers_and_a_convolutional_network_follow_the_curve_too(data: Ar
     assert largest_difference(one, three) < 1e-9
 
 
-@pytest.mark.slow
 class Squares(nn.Module):
     """A user's own network."""
 
@@ -122,6 +195,7 @@ class Squares(nn.Module):
         return self.out(self.hidden(inputs["image"].flatten(1)).square())
 
 
+@pytest.mark.slow
 def test_a_network_of_the_users_own_is_trained_by_two_workers_as_in_the_process_of_the_run(data: Artifact, tmp_path: Path) -> None:
     section = quick(precision="float64").model_copy(update={"model": own(Squares, width=16)})
     one, two = fit(section, tmp_path / "0", data, workers=0), fit(section, tmp_path / "2", data, workers=2)

@@ -1,0 +1,106 @@
+"""What one worker knows, all workers act on at the same step; and what is said of the pace."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from dlopt.train import metrics_log
+from dlopt.train.agreement import Agreed, Agreement
+from dlopt.train.metrics_log import SPEED
+from dlopt.train.pace import Pace, Slowest, SpeedLog
+from dlopt.train.state import Record
+
+CPU = torch.device("cpu")
+
+
+def _talk(rank: int, folder: str) -> None:
+    """Worker 2 is told to stop after its step 40, worker 0's clock asks for a checkpoint after step 20; steps take 1 ms."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=3)
+    agreement, heard = Agreement(rank, 3, CPU), []
+    agreement.SECONDS = 0.01  # type: ignore[misc]
+    for step in itertools.count(1):
+        time.sleep(0.001 * (1 + rank))
+        if agreement.due(step):
+            late = rank == 0 and step >= 20 and not any(agreed.checkpoint for _, agreed in heard)
+            agreed = agreement.exchange(step, "stop" if rank == 2 and step >= 40 else None, late, busy=float(rank))
+            heard.append((step, agreed))
+            if agreed.stop:
+                break
+    Path(folder, f"heard-{rank}").write_text(json.dumps(heard))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_all_workers_hear_the_same_at_the_same_steps(tmp_path: Path) -> None:
+    mp.spawn(_talk, args=(str(tmp_path),), nprocs=3)
+    one, two, three = (json.loads((tmp_path / f"heard-{rank}").read_text()) for rank in range(3))
+    assert one == two == three
+    steps = [step for step, _ in one]
+    assert len(steps) < steps[-1]  # not after every step
+    said = [Agreed(*agreed) for _, agreed in one]
+    assert [agreed.stop for agreed in said] == [None] * (len(said) - 1) + ["stop"] and steps[-1] >= 40
+    (asked,) = [step for step, agreed in zip(steps, said, strict=True) if agreed.checkpoint]
+    assert asked >= 20
+    assert all(agreed.busy == [0.0, 1.0, 2.0] for agreed in said)
+
+
+def test_the_stronger_reason_wins_and_one_worker_asks_itself() -> None:
+    agreement = Agreement(0, 1, CPU)
+    assert not agreement.due(1)
+    agreement.SECONDS = 0.0  # type: ignore[misc]
+    assert agreement.due(1)
+    assert agreement.exchange(1, "preempted", True, 0.5) == Agreed("preempted", True, (0.5,))
+    assert agreement.exchange(2, None, False, 0.0) == Agreed(None, False, (0.0,))
+
+
+def test_a_worker_that_is_slow_again_and_again_is_named_with_its_host() -> None:
+    slowest = Slowest(["a", "b", "c"])
+    assert [slowest.lap((1.0, 1.1, 5.0)) for _ in range(3)] == [None] * 3
+    assert slowest.lap((1.0, 1.0, 3.5)) == {"rank": 2, "host": "c", "times": 3.5}
+    assert slowest.lap((1.0, 1.0, 1.5)) is None
+    assert slowest.lap((1.0, 1.0, 3.5)) is None
+    assert [slowest.lap((5.0, 1.0, 1.0)) for _ in range(4)] == [None] * 3 + [{"rank": 0, "host": "a", "times": 5.0}]
+    assert Slowest(["a"]).lap((1.0,)) is None
+
+
+def test_waiting_for_batches_and_computing_are_told_apart() -> None:
+    def slow() -> Iterator[Any]:
+        for batch in range(4):
+            time.sleep(0.02)
+            yield batch
+
+    pace = Pace()
+    objective = pace.timed(lambda model, batch: time.sleep(0.01))  # type: ignore[arg-type, return-value]
+    for batch in pace.waiting(slow()):
+        time.sleep(0.03)
+        objective(None, batch)  # type: ignore[arg-type]
+    assert 0.08 <= pace.waited < 0.16
+    assert 0.04 <= pace.computed < 0.08
+    assert pace.lap() == pace.computed and pace.lap() == 0.0
+
+
+def test_a_line_of_speed_says_how_fast_and_how_long_data_were_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    record, pace = Record(step=10, rows=1000, epoch=1), Pace()
+    log = SpeedLog(tmp_path, record, ["here"])
+    for seconds, waited in ((2.0, 0.5), (0.25, 0.0), (1.75, 1.0)):
+        now[0] += seconds
+        record.step, record.rows, pace.waited = record.step + 20, record.rows + 640, pace.waited + waited
+        log.lap(record, pace, (0.1,), checkpoint_seconds=0.125)
+    log.close()
+    first, second = metrics_log.read(tmp_path / SPEED)
+    common = {"epoch": 2, "checkpoint_seconds": 0.125, "workers": 1, "slow": None}
+    assert {key: first[key] for key in common} == common
+    assert (first["step"], first["rows_per_second"], first["step_seconds"], first["data_wait"]) == (30, 320.0, 0.1, 0.25)
+    assert (second["step"], second["rows_per_second"], second["step_seconds"], second["data_wait"]) == (70, 640.0, 0.05, 0.5)

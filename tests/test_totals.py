@@ -1,0 +1,68 @@
+"""An epoch's losses add up to the same bits wherever the epoch was interrupted, and over workers to what they are together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from dlopt.train.loop import Step
+from dlopt.train.state import Record
+from dlopt.train.totals import Totals
+
+ROWS = [7, 7, 7, 3] * 600
+"""More steps than are added up at a time."""
+
+
+def steps(seed: int, classes: bool = True) -> list[Step]:
+    generator = torch.Generator().manual_seed(seed)
+    losses = torch.rand(len(ROWS), generator=generator)
+    return [Step(loss, torch.tensor(place % 5) if classes else None, 1.0, 1.0, True) for place, loss in enumerate(losses)]
+
+
+@pytest.mark.parametrize("classes", [True, False])
+@pytest.mark.parametrize("cuts", [[], [1], [999, 1000, 1001, 2399], list(range(1, len(ROWS)))], ids=len)
+def test_where_an_epoch_is_cut_changes_no_bit(cuts: list[int], classes: bool) -> None:
+    whole, found = Record(), Record()
+    for record, places in ((whole, []), (found, cuts)):
+        totals = Totals(1)
+        for place, (step, rows) in enumerate(zip(steps(1, classes), ROWS, strict=True), start=1):
+            totals.add(step, rows, record)
+            if place in places:
+                totals.settle(record)
+                totals = Totals(1)
+        totals.settle(record)
+    assert found.sums == whole.sums
+    exact = sum(step.loss.double().item() * rows for step, rows in zip(steps(1), ROWS, strict=True))
+    assert found.sums[0] == pytest.approx(exact, rel=1e-12)
+    assert found.sums[1:] == ([sum(place % 5 for place in range(len(ROWS)))] if classes else [])
+
+
+def test_what_was_forgotten_does_not_count() -> None:
+    totals, record = Totals(1), Record(sums=[2.0, 1.0])
+    totals.add(steps(1)[0], 7, record)
+    totals.forget()
+    totals.settle(record)
+    assert record.sums == [2.0, 1.0]
+
+
+def _add(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    totals, record = Totals(2), Record()
+    for step, rows in zip(steps(rank), ROWS, strict=True):
+        totals.add(step, rows, record)
+    totals.settle(record)
+    Path(folder, str(rank)).write_text(json.dumps(record.sums))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_all_workers_know_the_sum_of_all(tmp_path: Path) -> None:
+    mp.spawn(_add, args=(str(tmp_path),), nprocs=2)
+    assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text()
+    together = [(a.loss.double() + b.loss.double()).item() * rows for a, b, rows in zip(steps(0), steps(1), ROWS, strict=True)]
+    assert json.loads((tmp_path / "0").read_text()) == pytest.approx([sum(together), 2 * sum(place % 5 for place in range(len(ROWS)))])
