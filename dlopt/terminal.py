@@ -10,7 +10,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from dlopt.artifact import Artifact
@@ -35,7 +35,7 @@ class Terminal:
             BarColumn(bar_width=24),
             TimeElapsedColumn(),
             _Remaining(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", table_column=Column()),  # which wraps where the window is narrow
             console=self.console,
             disable=not self.console.is_terminal,
         )

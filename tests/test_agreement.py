@@ -104,3 +104,10 @@ def test_a_line_of_speed_says_how_fast_and_how_long_data_were_waited_for(tmp_pat
     assert {key: first[key] for key in common} == common
     assert (first["step"], first["rows_per_second"], first["step_seconds"], first["data_wait"]) == (30, 320.0, 0.1, 0.25)
     assert (second["step"], second["rows_per_second"], second["step_seconds"], second["data_wait"]) == (70, 640.0, 0.05, 0.5)
+
+
+def test_after_a_restart_steps_that_others_have_taken_are_not_taken_for_speed() -> None:
+    agreement = Agreement(0, 1, CPU, step=1000)
+    time.sleep(0.05)
+    agreement.exchange(1001, None, False, 0.0)
+    assert 1002 <= agreement.next <= 1011  # a step in 0.05 s is at most ten of them in half a second

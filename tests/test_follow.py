@@ -156,7 +156,7 @@ def test_lost_workers_and_resizes_are_a_line_each(tmp_path: Path) -> None:
         "2 workers set out from step 12",
     ]
     files.start(12, workers=1)
-    assert heard.at(2)[0] == "! workers lost: training goes on from step 12 with now 1 worker (restart 2 of 3)"
+    assert heard.at(2)[0] == "! workers lost: training goes on from step 12, now with 1 worker (restart 2 of 3)"
     files.start(14, workers=2)
     assert heard.at(3)[0] == "! now 2 workers, from step 14"
 

@@ -78,6 +78,8 @@ class BatchNorm(nn.Module):
         return F.batch_norm(values, self.running_mean, self.running_var, self.weight, self.bias, by_batch, self.momentum, self.eps)
 
     def _over_workers(self, values: Tensor) -> Tensor:
+        if values.dtype != self.weight.dtype:  # autocast; counts and means of half precision would not do
+            return self._over_workers(values.to(self.weight.dtype)).to(values.dtype)
         with torch.no_grad():
             mean, variance, count = _statistics(values)
             enough = count > 1
@@ -171,7 +173,7 @@ class RmsNorm(nn.RMSNorm):
 
     def forward(self, values: Tensor) -> Tensor:
         if not torch.onnx.is_in_onnx_export():
-            return super().forward(values)
+            return super().forward(values.to(self.weight.dtype)).to(values.dtype)  # torch's is for one dtype, autocast or not
         assert self.eps is not None
         return values * (values.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight
 

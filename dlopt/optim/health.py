@@ -182,6 +182,11 @@ class Watch:
         found = self.said.new(step, _told(layers, gradient_norm, self.health))
         return Look(step, loss, gradient_norm, layers, (*found, *([spike] if spike else [])))
 
+    def pass_over(self) -> None:
+        """Look away from a step that was got ready for."""
+        self._deaf()
+        self.before = []
+
     def hear(self, step: int, loss: float) -> Finding | None:
         """Take note of the loss after step `step`, which need not be watched; a finding if it is a spike. Each step is heard once."""
         return self.spikes.new(step, loss) if self.health.every else None

@@ -30,9 +30,9 @@ class Agreement:
 
     SECONDS = 0.5
 
-    def __init__(self, rank: int, world: int, device: torch.device) -> None:
+    def __init__(self, rank: int, world: int, device: torch.device, step: int = 0) -> None:
         self.rank, self.world, self.device = rank, world, device
-        self.next = self.step = 0
+        self.next = self.step = step
         self.time = time.monotonic()
 
     def due(self, step: int) -> bool:

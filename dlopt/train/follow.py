@@ -187,10 +187,9 @@ class Follower:
             self._warn(f"now {counted(workers)}, from step {step}")
             return
         self.restarts += 1
-        now = "" if workers == before else "now "
-        self._warn(
-            f"workers lost: training goes on from step {step} with {now}{counted(workers)} (restart {self.restarts} of {self.failures})"
-        )
+        now = " with" if workers == before else ", now with"
+        restart = f"restart {self.restarts} of {self.failures}"
+        self._warn(f"workers lost: training goes on from step {step}{now} {counted(workers)} ({restart})")
 
     def _slow(self, line: Line) -> None:
         """Once for each worker that is slow, until it has not been for a while."""
@@ -296,7 +295,7 @@ class _Said:
         return text + ("" if self.validation is None else f"  validation {self.metric} {self.validation:.4g}")
 
     def _speed(self, now: float) -> str:
-        speed, left = self.forecast.speed(), self.forecast.left(now)
+        speed, left = self.forecast.speed(), self.forecast.left(now) if self.share < 1 else None
         text = "" if speed is None else f"  {rounded(speed)} rows/s"
         return text if left is None else f"{text}  {clock(left)} left"
 

@@ -12,8 +12,9 @@ RECENT, STRETCHES, PAUSES = 10, 60, 20
 of one epoch, and so many from one epoch into another, which have the measuring of the validation split in them."""
 FEWEST = 2
 """Stretches before anything is said of the time left."""
-SETTLING = 10.0
-"""Seconds in which the time left that is shown comes most of the way to a new estimate: it counts down and does not jump."""
+SETTLING, SHARE, FASTEST = 10.0, 0.25, 0.5
+"""Seconds in which the time left that is shown comes most of the way to a new estimate: it counts down and does not jump. Towards the end
+it is this share of what is left, and not less than the last of these."""
 
 
 class _Stretch(NamedTuple):
@@ -67,7 +68,7 @@ class Forecast:
             return target
         before, seconds = self.shown
         counted = max(0.0, seconds - (now - before))
-        settled = counted + (target - counted) * -math.expm1((before - now) / SETTLING)
+        settled = counted + (target - counted) * -math.expm1((before - now) / min(SETTLING, max(SHARE * target, FASTEST)))
         self.shown = (now, settled)
         return settled
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Annotated, Any, Protocol, runtime_checkable
@@ -16,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dlopt.data.feed import Batch, Mixed
 from dlopt.part import Part
 from dlopt.train.objectives import Losses, Objective
+from dlopt.train.precision import LossScale
 
 Gradient = Callable[[Objective, nn.Module, Batch], Losses]
 CURVATURE_SEED = 0x50F1A
@@ -102,6 +104,21 @@ def _most(count: int, device: torch.device, world: int) -> int:
     return int(found)
 
 
+def unscaled(inner: Gradient, scale: LossScale | None) -> Gradient:
+    """The gradient of an objective whose gradients are `scale` times as large, as that of the objective itself. What is not finite
+    stays so."""
+    if scale is None:
+        return inner
+
+    def gradient(objective: Objective, model: nn.Module, batch: Batch) -> Losses:
+        losses = inner(objective, model, batch)
+        there = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        torch._foreach_mul_(there, 1 / scale.scale)  # a power of two, which changes no digit
+        return losses
+
+    return gradient
+
+
 def sharpness_aware(inner: Gradient, rho: float, adaptive: bool = False) -> Gradient:
     """The gradient at the weights w + e, e = rho * g / |g| for the gradient g at w (Foret et al. 2021); the weights end as they were.
 
@@ -145,9 +162,11 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
             buffer.copy_(value)
 
 
-def curved(inner: Gradient, optimizer: torch.optim.Optimizer, world: int) -> Gradient:
+def curved(inner: Gradient, optimizer: torch.optim.Optimizer, world: int, scale: LossScale | None = None) -> Gradient:
     """A gradient, and before a step that is due one an estimate of the Hessian's diagonal for the optimizer (Hutchinson 1989); for an
     optimizer that wants none, the gradient that was given.
+
+    scale: of the objective's gradients. Where it is too large for the estimate, the gradient is made NaN, so that the step is left out.
 
     It is z * Hz for a z of normal random numbers, which follow from the number of the step alone, so that they are the same on all
     workers and after a restart. H is that of the whole batch.
@@ -165,10 +184,20 @@ def curved(inner: Gradient, optimizer: torch.optim.Optimizer, world: int) -> Gra
             if world > 1:
                 for product in products:
                     dist.all_reduce(product)
-            wants.take(list(torch._foreach_mul(noise, products)))
+            estimate = list(torch._foreach_mul(noise, products))
+            if scale is None:
+                wants.take(estimate)
+            elif _finite(estimate):
+                wants.take(list(torch._foreach_mul(estimate, 1 / scale.scale)))
+            else:
+                torch._foreach_mul_([parameter.grad for parameter in parameters if parameter.grad is not None], math.nan)
         return losses
 
     return gradient
+
+
+def _finite(tensors: list[Tensor]) -> bool:
+    return math.isfinite(torch.stack(torch._foreach_norm(tensors)).sum().item())
 
 
 def _noise(parameters: list[nn.Parameter], step: int) -> list[Tensor]:

@@ -26,6 +26,7 @@ from dlopt.progress import Progress, silent
 from dlopt.train.gradients import curved, plain, sharpness_aware
 from dlopt.train.loop import steps
 from dlopt.train.objectives import Objective
+from dlopt.train.precision import mixed
 from dlopt.train.section import Fit
 from dlopt.train.start import load_network, objective_of, optimizer_of
 
@@ -100,7 +101,8 @@ class Trials:
     def __post_init__(self) -> None:
         self.split = Split.open(self.data, "train")
         self.network: Network = load_network(self.fit, self.data).to(self.device)
-        self.objective: Objective = objective_of(self.fit, self.data, self.network, self.device)
+        objective = objective_of(self.fit, self.data, self.network, self.device)
+        self.objective: Objective = mixed(objective, self.fit.train.precision, self.device)
         self.sample = {name: torch.from_numpy(values.copy()) for name, values in self.split.read(self.split.chunks[:1]).items()}
         self.bytes_of(1)  # what is set up but once
 

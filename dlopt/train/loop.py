@@ -14,6 +14,7 @@ from dlopt.optim.constraints import Clip
 from dlopt.optim.wrappers import centralize
 from dlopt.train.gradients import Gradient
 from dlopt.train.objectives import Losses, Objective
+from dlopt.train.precision import LossScale
 
 PEAK = "peak"
 """The key of a parameter group's peak rate, which the factor of the schedule is multiplied with."""
@@ -31,6 +32,8 @@ class Step(NamedTuple):
     """Of the whole batch's gradient, before clipping; the same on every worker."""
     taken: bool
     """Whether there was a step: not when the gradient is not finite, on all workers alike, since the reduced norm decides."""
+    overflowed: bool = False
+    """Whether there was none since the scale of the loss was too large, which is smaller now."""
 
 
 def steps(
@@ -42,11 +45,13 @@ def steps(
     factor: Callable[[int], float],
     clip: Clip | None = None,
     centralized: bool = False,
+    scale: LossScale | None = None,
 ) -> Iterator[Step]:
     """Train on every batch, yielding each step.
 
     factor(i): of the schedule for the i-th batch, from 0; a group's rate is its peak times that. clip: what becomes of large gradients.
-    centralized: whether the mean of each unit's gradient is taken out. A step whose gradient is not finite is left out.
+    centralized: whether the mean of each unit's gradient is taken out. A step whose gradient is not finite is left out. scale: of the
+    loss, which takes note of each step.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.train()
@@ -65,7 +70,8 @@ def steps(
             if clip is not None:
                 clip.apply(parameters, norm)
             _take(optimizer, parameters, losses, lambda batch=batch: gradient(objective, model, batch))  # type: ignore[misc]
-        yield Step(losses.loss.detach(), losses.correct, now, found, taken)
+        overflowed = scale is not None and scale.note(taken)
+        yield Step(losses.loss.detach(), losses.correct, now, found, taken, overflowed)
 
 
 def peaked(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -35,13 +35,18 @@ def supervised(loss: Loss, l1: float, l2: float, world: int) -> Objective:
     """
 
     def objective(model: nn.Module, batch: Batch) -> Losses:
-        outputs = model(batch.inputs)
+        outputs = _wide(model(batch.inputs))
         found = (_mixed(loss, outputs, batch) if batch.mixed else loss(outputs, batch.target, "sum")) / batch.total
         if l1 or l2:
             found = found + penalty(model, l1, l2) * batch.part / world
         return Losses(found, _correct(outputs.detach(), batch))
 
     return objective
+
+
+def _wide(outputs: Tensor) -> Tensor:
+    """Losses are computed from float32 at least, be it that layers are not."""
+    return outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs
 
 
 def _mixed(loss: Loss, outputs: Tensor, batch: Batch) -> Tensor:

@@ -21,6 +21,7 @@ from dlopt.train.checkpoints import Checkpointing
 from dlopt.train.gradients import Sharpness
 from dlopt.train.losses import LossPart, losses_for
 from dlopt.train.metrics import names
+from dlopt.train.precision import HALF, Precision
 from dlopt.train.thresholds import Threshold, Tuned
 from dlopt.train.track import Track
 
@@ -118,8 +119,10 @@ class Train(Part):
     folds: int = Field(0, ge=0)
     """Cross-validation beside the job's own split: so many models more, each validated on another part of what is not for testing, and
     the mean and spread of their metrics in the report; 0 without."""
-    precision: Literal["float32", "float64"] = "float32"
-    """Numbers that training computes with."""
+    precision: Precision = "float32"
+    """Numbers that training computes with. With bfloat16 and float16 layers compute in half of the bits, on what has room for it faster and
+    in less memory, while weights, averages, and all that is measured and served stay float32. float16 needs scaled losses, and leaves out a
+    step when a gradient is too large for the scale, which is halved then."""
     health: Health = Health()
     """How closely the layers are watched, and what is warned of."""
     divergence: Divergence = Divergence()
@@ -157,6 +160,12 @@ class Train(Part):
     def lbfgs_sees_the_gradient_of_its_loss(self) -> Self:
         if isinstance(self.optimizer, Lbfgs) and (self.clip or self.centralize_gradients or self.sharpness):
             raise ValueError("optimizer: lbfgs searches along the true gradient: take out clip, centralize_gradients and sharpness")
+        return self
+
+    @model_validator(mode="after")
+    def lbfgs_sees_small_differences(self) -> Self:
+        if isinstance(self.optimizer, Lbfgs) and self.precision in HALF:
+            raise ValueError(f"precision: lbfgs searches by small differences of the loss, which {self.precision} rounds off: use float32")
         return self
 
     @model_validator(mode="after")

@@ -25,7 +25,8 @@ from dlopt.train.section import Fit
 
 SAMPLE = 256
 """Rows that layers are measured and scaled on before the first step."""
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32, "float16": torch.float32}
+"""Of weights, by the precision of a job: half precision is for what layers compute alone."""
 
 
 def load_network(fit: Fit, data: Artifact) -> Network:

@@ -28,12 +28,13 @@ from dlopt.train import checkpoints
 from dlopt.train.agreement import Agreement
 from dlopt.train.checkpoints import Store, Writer
 from dlopt.train.evaluate import evaluate
-from dlopt.train.gradients import Gradient, accumulated, curved, plain, sharpness_aware
+from dlopt.train.gradients import Gradient, accumulated, curved, plain, sharpness_aware, unscaled
 from dlopt.train.judge import judge
 from dlopt.train.loop import Step, steps
 from dlopt.train.metrics import Metrics
 from dlopt.train.metrics_log import MetricsLog
 from dlopt.train.pace import Pace, SpeedLog
+from dlopt.train.precision import mixed, scale_of
 from dlopt.train.section import Fit, Resources, course_of
 from dlopt.train.start import first_batches, objective_of, read_statistics
 from dlopt.train.state import State
@@ -97,15 +98,19 @@ class Training:
         self.split, self.validation = (Split.open(self.data, name) for name in ("train", "validation"))
         self.share = self._share()
         self.course = course_of(self.fit, len(self.split))
+        self.scale = scale_of(train.precision)
+        if self.scale:
+            self.scale.recall(self.state.record.loss_scale)
         self.model, self.gradient = self._model(), self._gradient()
         self.pace, self.totals = Pace(), Totals(self.world)
-        self.objective = self.pace.timed(objective_of(self.fit, self.data, self.network, self.device, self.world))
+        objective = objective_of(self.fit, self.data, self.network, self.device, self.world)
+        self.objective = self.pace.timed(mixed(objective, train.precision, self.device, self.scale))
         self.diverging = Diverging(train.divergence, self.state.record.start_loss)
         if self.state.record.diverging:
             self.diverging.recall(self.state.record.diverging)
         assert self.state.watch
         self.watch = self.state.watch
-        self.agreement = Agreement(self.rank, self.world, self.device)
+        self.agreement = Agreement(self.rank, self.world, self.device, self.state.record.step)
         self.marked = self.saved = time.monotonic()
 
     @property
@@ -133,6 +138,7 @@ class Training:
         record.seconds, self.marked = record.seconds + time.monotonic() - self.marked, time.monotonic()
         self.totals.settle(record)
         record.diverging, record.watched = self.diverging.memory, self.watch.memory
+        record.loss_scale = self.scale.memory if self.scale else {}
         packed = self.state.packed()
         if self.diary:
             self.diary.flush()  # lines of steps that a checkpoint has are never written again
@@ -155,6 +161,7 @@ class Training:
             lambda index: slower * schedule.factor(begun + index, course, history),
             train.clip,
             train.centralize_gradients,
+            self.scale,
         )
         self.watch.ready(record.step + 1)
         for index, (_, rows) in enumerate(self.share.sizes()[start:]):
@@ -218,6 +225,7 @@ class Training:
         agreed = self.agreement.exchange(self.state.record.step, reason(self.out), late, self.pace.lap())
         if self.diary:
             self.diary.speed.lap(self.state.record, self.pace, agreed.busy, self.diary.writer.seconds)
+            self.diary.log.flush()  # about twice a second: who follows it sees training as it is
         return due or agreed.checkpoint, agreed.stop
 
     def _worth_saving(self) -> bool:
@@ -262,13 +270,16 @@ class Training:
         if loss is not None and record.step % train.log_every == 0:
             self._log_step(step, loss, epoch)
         look = None
-        if loss is not None and watched:
+        if step.overflowed and self.scale:
+            self.watch.pass_over()
+            self._write_health(epoch, {"step": record.step, "loss_scale": self.scale.scale})
+        elif loss is not None and watched:
             clipped = train.clip.factor(step.gradient_norm) if train.clip and step.taken else 1.0
             look = self.watch.look(record.step, loss, step.gradient_norm, clipped)
             self._write_health(epoch, look.as_json() if look else {})
         elif loss is not None and (spike := self.watch.hear(record.step, loss)):
             self._write_health(epoch, {"step": record.step, "findings": [spike.as_json()]})
-        self._refuse_divergence(self.diverging.step(step.taken, loss, look), epoch)
+        self._refuse_divergence(self.diverging.step(step.taken or step.overflowed, loss, look), epoch)
         record.start_loss = self.diverging.start_loss
 
     def _log_step(self, step: Step, loss: float, epoch: int) -> None:
@@ -320,6 +331,8 @@ class Training:
         rate = record.peak * train.divergence.factor**rollbacks
         self.diverging = Diverging(train.divergence, record.start_loss)
         self.watch.recall({}, {})
+        if self.scale:
+            self.scale.recall(record.loss_scale)
         if self.diary:
             self.diary.undo(record.epoch, record.step)
             self._write_health(record.epoch, {"step": record.step, "rollback": why, "rate": rate})
@@ -346,8 +359,9 @@ class Training:
     def _gradient(self) -> Gradient:
         train = self.fit.train
         found = plain(self.world) if train.micro_batch_size is None else accumulated(self.world, -(-train.micro_batch_size // self.world))
+        found = unscaled(found, self.scale)
         found = sharpness_aware(found, train.sharpness.rho, train.sharpness.adaptive) if train.sharpness else found
-        return curved(found, self.state.optimizer, self.world)
+        return curved(found, self.state.optimizer, self.world, self.scale)
 
     def _feed(self, epoch: int) -> Feed:
         """The feed that gives this epoch and those after it."""

@@ -26,7 +26,7 @@ from dlopt.optim.health import Watch
 from dlopt.part import Part
 from dlopt.train.checkpoints import Store, Writer, store_of
 from dlopt.train.evaluate import evaluate, thresholds_of, write_predictions
-from dlopt.train.metrics_log import HEALTH, LAYERS, NAME, RANGE, MetricsLog
+from dlopt.train.metrics_log import HEALTH, LAYERS, NAME, RANGE, STARTS, MetricsLog
 from dlopt.train.pace import SpeedLog
 from dlopt.train.section import Fit, Resources, course_of
 from dlopt.train.start import first_rows, load_network, optimizer_of, peak_of, scaled_by_data, swept
@@ -35,7 +35,7 @@ from dlopt.train.stopping import Stopped
 from dlopt.train.thresholds import signed
 from dlopt.train.training import Diary, Training, newest_of_all
 
-STARTS, PREDICTIONS = "starts.jsonl", "predictions.parquet"
+PREDICTIONS = "predictions.parquet"
 
 
 class Assignment(Part):
