@@ -86,6 +86,7 @@ def spread(folds: Sequence[Artifact]) -> dict[str, dict[str, dict[str, float]]]:
 def _steps(job: Job, home: Path, address: str | None, progress: Progress) -> Iterator[_Steps]:
     """What runs stages in a home, with Ray from the first time that one needs it."""
     from dlopt.train.fit import local_cpus
+    from dlopt.train.start import import_ahead
 
     home = home.resolve()
     _refuse_unwritable(home)
@@ -94,6 +95,7 @@ def _steps(job: Job, home: Path, address: str | None, progress: Progress) -> Ite
         @cache
         def need_ray() -> None:
             progress("ray", None, f"joining {address_of(address)}" if address_of(address) else "starting on this machine")
+            import_ahead()
             stack.enter_context(connected(address, local_cpus(job.resources)))
 
         yield _Steps(home, progress, need_ray)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import threading
 from collections.abc import Iterator
 from itertools import cycle, islice
 from typing import Any
@@ -27,6 +29,11 @@ SAMPLE = 256
 """Rows that layers are measured and scaled on before the first step."""
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32, "float16": torch.float32}
 """Of weights, by the precision of a job: half precision is for what layers compute alone."""
+
+
+def import_ahead() -> None:
+    """Import in a thread what torch's optimizers import when the first one is made, which takes a second: Ray's start is a time to wait."""
+    threading.Thread(target=importlib.import_module, args=("torch._dynamo",), name="dlopt-import", daemon=True).start()
 
 
 def load_network(fit: Fit, data: Artifact) -> Network:
