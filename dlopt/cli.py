@@ -1,6 +1,6 @@
 """The command line. Heavy imports wait until a command needs them, so that `--help` answers at once.
 
-Exit codes: 0 done, 1 a failure of the system (with its cause), 2 a mistake that the user can mend (one line).
+Exit codes: 0 done, 1 a failure of the system (with its cause), 2 a mistake that the user can mend (one line), 143 ended by SIGTERM.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     options = _parser().parse_args(arguments)
     from dlopt.part import DloptError
+    from dlopt.train.stopping import GaveUp, Stopped
 
     try:
         return int(options.command(options) or 0)
-    except DloptError as error:
+    except (DloptError, GaveUp, Stopped) as error:
         print(f"dlopt: {error}", file=sys.stderr)
-        return 2
+        return {DloptError: 2, GaveUp: 1, Stopped: 143}[type(error)]
     except KeyboardInterrupt:
         print("dlopt: stopped; the same command goes on from here", file=sys.stderr)
         return 1

@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import socket
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +21,8 @@ QUIET = {
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
@@ -29,8 +33,12 @@ QUIET = {
 """Ray's settings for a quiet terminal, for failures that show within a minute, and for workers at an ordinary priority (Ray's
 own is 15, so that anything else on the machine starves a training run); what the user has set wins."""
 
-PRIVATE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-"""What Ray does by itself on macOS and Windows: a cluster of one machine, whose processes talk over loopback and listen nowhere else."""
+PRIVATE = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+"""Of a cluster of our own. What Ray does by itself on macOS and Windows: a cluster of one machine, whose processes talk over loopback and
+listen nowhere else; and no process that watches for nodes that are about to be taken away."""
 
 CONNECT_SECONDS = 10.0
 """How long a cluster's head may take to answer."""
@@ -85,10 +93,21 @@ def connected(address: str | None = None, cpus: int | None = None, **options: An
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = address or "here"
         raise DloptError(f"--address: cannot start or join Ray at {where}: {str(error).strip().splitlines()[0]}") from error
+    _take_over()
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _take_over() -> None:
+    """What Ray does in the process of a driver that is ours to do: SIGTERM ends it with the exit code that a shell gives, 143; and the
+    deaths of workers, which Ray prints on stdout, where results go, are told by who started them."""
+    from ray._private import worker
+
+    worker.print_to_stdstream = lambda *_, **__: None
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def _refuse_unreachable(address: str | None) -> None:

@@ -20,7 +20,18 @@ from dlopt.export import Format, Onnx
 from dlopt.models import Model
 from dlopt.part import PROBABILITIES, VALUES, DloptError, Part
 from dlopt.serve import Serve
-from dlopt.train.section import Fit, Resources, Train, needs_validation, refuse_balance, refuse_loss, refuse_monitor, refuse_threshold
+from dlopt.train.parallel import refuse_parallelism
+from dlopt.train.section import (
+    Fit,
+    Resources,
+    Train,
+    needs_validation,
+    refuse_balance,
+    refuse_loss,
+    refuse_monitor,
+    refuse_other_workers,
+    refuse_threshold,
+)
 
 
 class Job(Part):
@@ -103,9 +114,31 @@ class Job(Part):
         return self
 
     @model_validator(mode="after")
-    def workers_get_rows(self) -> Self:
+    def workers_can_share_out_the_state(self) -> Self:
+        if self._most_workers > 1:
+            try:
+                refuse_parallelism(self.resources.parallelism, self.train.optimizer.kind)
+            except DloptError as error:
+                raise ValueError(str(error)) from None
+        return self
+
+    @property
+    def _most_workers(self) -> int:
+        """That are known before there is a cluster."""
         workers = self.resources.workers
-        most = 1 if workers == "auto" else workers if isinstance(workers, int) else workers[1]
+        return 1 if workers == "auto" else workers if isinstance(workers, int) else workers[1]
+
+    @model_validator(mode="after")
+    def workers_can_communicate(self) -> Self:
+        try:
+            refuse_other_workers(self.train, self.resources)
+        except DloptError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    @model_validator(mode="after")
+    def workers_get_rows(self) -> Self:
+        most = self._most_workers
         if self.train.batch_size != "full" and self.train.batch_size < most:
             raise ValueError(f"train.batch_size {self.train.batch_size} is less than {most} workers: lower workers or raise batch_size")
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,41 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 os.environ["RAY_AUTH_MODE"] = "disabled"  # the shared cluster is reached from this machine alone; tests of tokens set their own
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tensors of tests are too small to be shared out, which halves the CPU time
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--repeat", type=int, default=3, metavar="N", help="random repetitions of each fault of the chaos tests (default: 3)")
+    parser.addoption("--chaos-seed", type=int, metavar="SEED", help="what these are drawn from, to repeat those of an earlier run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.chaos_seed is None:
+        config.option.chaos_seed = random.randrange(10**6)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"chaos: --repeat {config.option.repeat} --chaos-seed {config.option.chaos_seed}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The figures that tests have measured."""
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        if report.when == "call":
+            for name, value in report.user_properties:
+                terminalreporter.write_line(f"{name}: {value}")
+
+
+@pytest.fixture
+def repeat(request: pytest.FixtureRequest) -> int:
+    """How often a random fault is repeated."""
+    return int(request.config.option.repeat)
+
+
+@pytest.fixture
+def chance(request: pytest.FixtureRequest) -> random.Random:
+    """Random numbers of a test; `--chaos-seed`, which is printed, gives the same again."""
+    print(f"--chaos-seed {request.config.option.chaos_seed}")
+    return random.Random(f"{request.config.option.chaos_seed} {request.node.name}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

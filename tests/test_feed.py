@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from torch import Tensor
@@ -27,9 +29,11 @@ from dlopt.data.augment import (
     RandomReplacement,
     RandomRotation,
 )
-from dlopt.data.feed import Batch, Feed, Mixed, Resident, Stream, shortened
-from dlopt.data.prepared import Split, as_rows, as_table, write_part
-from dlopt.data.share import EPOCH, START, WINDOW, Reader, Share
+from dlopt.data.feed import Batch, Mixed, RemoteDealer, Resident, Stream, shortened
+from dlopt.data.order import row_of
+from dlopt.data.prepared import Split, as_table, write_part
+from dlopt.data.reading import PICK, READ_BYTES, Dealer, Plan, Reader
+from dlopt.data.share import Share
 from dlopt.part import DloptError, Feature, Part, Signature, Statistics, Target
 
 CPU = torch.device("cpu")
@@ -120,6 +124,21 @@ def share(
     """A share whose order has several windows, as a large set's has."""
     found = Share.of(Split.open(data, "train"), 7, batch_size, rank, world, parts, sampling, STATISTICS)
     return replace(found, order=replace(found.order, window=window))
+
+
+class Here(Dealer):
+    """A dealer without Ray, whose tasks run when their rows are asked for."""
+
+    def _blocks(self) -> Iterator[tuple[Any, int]]:
+        reader = Reader(self.plan)
+        for task in range(len(self.plan)):
+            for block in reader({"id": np.array([task])}):
+                yield block, len(block)
+
+    def tables(self, rank: int) -> Iterator[pa.Table]:
+        while True:
+            for block, begin, end in self.take(rank):
+                yield block.slice(begin, end - begin)
 
 
 def tensors(batch: Batch) -> dict[str, Tensor]:
@@ -288,14 +307,19 @@ def test_parts_that_are_one_resampling_with_different_fills_are_refused_before_t
         share(data, parts=(RandomCrop(fill=3), RandomRotation()))
 
 
-@pytest.mark.parametrize("world", [1, 2])
+def streams(shares: list[Share], first: int, last: int, start: int = 0, read_bytes: int = READ_BYTES) -> list[Stream]:
+    """Of all workers of a group, in this process."""
+    dealer = RemoteDealer.start(Plan(shares[0], first, last, start, read_bytes))
+    return [Stream(share, first, last, CPU, start, dealer) for share in shares]
+
+
+@pytest.mark.parametrize("world", [1, 2, 5])
 def test_a_stream_gives_the_resident_batches_to_the_bit(world: int, data: Artifact, ray_cluster: None) -> None:
-    parts, sampling = ((*AUGMENT, FeatureDropout(), *MIX), "balanced") if world == 1 else (AUGMENT, "shuffle")
-    for rank in range(world):
-        shares = [share(data, rank, world, parts=parts, sampling=sampling) for _ in range(2)]
-        feeds: list[Feed] = [Resident(shares[0], CPU), Stream(shares[1], 1, 2, CPU)]
+    parts, sampling = (AUGMENT, "shuffle") if world == 2 else ((*AUGMENT, FeatureDropout(), *MIX), "balanced")
+    shares = [share(data, rank, world, parts=parts, sampling=sampling) for rank in range(world)]
+    for stream, resident in zip(streams(shares, 1, 2), [Resident(share, CPU) for share in shares], strict=True):
         for epoch in (1, 2):
-            assert same(*(list(feed.epoch(epoch)) for feed in feeds))
+            assert same(list(stream.epoch(epoch)), list(resident.epoch(epoch)))
 
 
 @pytest.mark.parametrize("target", ["multi_label", "number"])
@@ -320,15 +344,48 @@ def test_an_epoch_begins_at_any_batch_with_the_same_rest(
             assert same(list(feed.epoch(2, start)), whole[start:])
 
 
-@pytest.mark.parametrize(("rank", "world", "start", "sampling"), [(0, 1, 3, "balanced"), (1, 2, 4, "shuffle"), (1, 3, 9, "balanced")])
+@pytest.mark.parametrize(("world", "start", "sampling"), [(1, 3, "balanced"), (2, 4, "shuffle"), (3, 9, "balanced"), (2, 10, "shuffle")])
 def test_a_stream_begins_at_any_batch_and_goes_on_to_whole_epochs(
-    rank: int, world: int, start: int, sampling: Literal["shuffle", "balanced"], tmp_path: Path, ray_cluster: None
+    world: int, start: int, sampling: Literal["shuffle", "balanced"], tmp_path: Path, ray_cluster: None
 ) -> None:
     data, parts = made(tmp_path, files=(600, 303)), AUGMENT + MIX
-    resident, found = (share(data, rank, world, parts=parts, sampling=sampling, window=4) for _ in range(2))
-    stream, other = Stream(found, 2, 3, CPU, start), Resident(resident, CPU)
-    assert same(list(stream.epoch(2, start)), list(other.epoch(2))[start:])
-    assert same(list(stream.epoch(3)), list(other.epoch(3)))
+    shares = [share(data, rank, world, parts=parts, sampling=sampling, window=4) for rank in range(world)]
+    for stream, resident in zip(streams(shares, 2, 3, start), [Resident(share, CPU) for share in shares], strict=True):
+        assert same(list(stream.epoch(2, start)), list(resident.epoch(2))[start:])
+        assert same(list(stream.epoch(3)), list(resident.epoch(3)))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_uneven_ends_lose_no_row_and_count_none_twice(seed: int, tmp_path: Path) -> None:
+    """Random sizes of files, batches, windows, tasks and groups of workers, begun anywhere: both feeds give the rows of the order."""
+    random = np.random.default_rng(seed)
+    files = tuple(random.integers(1, 400, random.integers(1, 7)).tolist())
+    sampling: Literal["shuffle", "balanced"] = "balanced" if seed % 2 else "shuffle"
+    settings: dict[str, Any] = {"batch_size": int(random.integers(1, 200)), "window": int(random.integers(1, 9)), "sampling": sampling}
+    settings["parts"] = MIX if seed % 3 == 0 else ()
+    data = made(tmp_path, files=files)
+    for world in (1, int(random.integers(2, 9))):
+        shares = [share(data, rank, world, **settings) for rank in range(world)]
+        order = shares[0].order
+        start = int(random.integers(0, order.batches + 1))
+        dealer = Here(Plan(shares[0], 3, 4, start, read_bytes=int(random.integers(1, 10**6))))
+        feeds = zip([Stream(found, 3, 4, CPU, start, dealer) for found in shares], [Resident(found, CPU) for found in shares], strict=True)
+        epochs = [[same_batches(stream, resident, epoch, first) for epoch, first in ((3, start), (4, 0))] for stream, resident in feeds]
+        for number, (epoch, first) in enumerate(((3, start), (4, 0))):
+            wanted = row_of(np.concatenate([order.picks(epoch, window) for window in range(order.windows)]))
+            batches = [np.concatenate(parts) for parts in zip(*(of_rank[number] for of_rank in epochs), strict=True)]
+            assert [len(batch) for batch in batches] == [
+                min(order.batch_size, order.rows - at) for at in range(0, order.rows, order.batch_size)
+            ][first:]
+            assert np.concatenate([wanted[:0], *batches]).tolist() == wanted[first * order.batch_size :].tolist()
+            assert sampling == "balanced" or first or sorted(np.concatenate(batches).tolist()) == list(range(sum(files)))
+
+
+def same_batches(one: Stream, two: Resident, epoch: int, start: int) -> list[np.ndarray]:
+    """The rows of each batch of two feeds that give the same."""
+    batches = list(one.epoch(epoch, start))
+    assert same(batches, list(two.epoch(epoch, start)))
+    return [batch.rows for batch in batches if batch.rows is not None]
 
 
 def test_the_rest_of_a_window_reads_only_the_files_that_it_needs(tmp_path: Path) -> None:
@@ -340,9 +397,9 @@ def test_the_rest_of_a_window_reads_only_the_files_that_it_needs(tmp_path: Path)
     for number in set(range(40)) - needed:
         (data.path / f"train/part-{number:05d}.parquet").unlink()
     assert len(needed) < 40
-    blocks = list(Reader(found)({EPOCH: np.array([1]), WINDOW: np.array([0]), START: np.array([last])}))
-    assert sum(len(block) for block in blocks) == len(expected[0].target)
-    assert np.concatenate([as_rows(found.split.signature, block)["label"] for block in blocks]).tolist() == expected[0].target.tolist()
+    plan = Plan(found, 1, 1, last)
+    blocks = [block for task in range(len(plan)) for block in Reader(plan)({"id": np.array([task])})]
+    assert sorted(np.concatenate([block[PICK].to_numpy() for block in blocks])) == sorted(expected[0].rows)
 
 
 def test_batches_tell_which_rows_they_hold(data: Artifact) -> None:

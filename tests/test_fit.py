@@ -1,33 +1,75 @@
-"""What a job's resources mean on a cluster, and what is refused before anything waits for it."""
+"""What a job's resources mean on a cluster, what is refused before anything waits for it, and what becomes of workers that end too early."""
 
 from __future__ import annotations
 
 import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
+from dlopt.artifact import Artifact, once, place
 from dlopt.part import DloptError, Target
+from dlopt.progress import WARNING
 from dlopt.spec import explain
-from dlopt.train.fit import OVERSUBSCRIBED, _leaving_room, _refuse_other_target, _workers, local_cpus
+from dlopt.train import metrics_log, room, training, worker
+from dlopt.train.fit import FIT, OVERSUBSCRIBED, _refuse_other_target, local_cpus, need_of
 from dlopt.train.losses import Focal, Huber
+from dlopt.train.room import Need, refuse_never
 from dlopt.train.section import Resources, Train, refuse_monitor
+from dlopt.train.stopping import GaveUp
 from dlopt.train.thresholds import Tuned
+from tests.served import descendants
 from tests.sets import LABELS, NUMBER, THREE, TWO
+from tests.trained import prepare_digits, quick
 
 
 def test_auto_is_every_gpu_or_the_process_of_the_run() -> None:
-    assert _workers(Resources(), {"CPU": 8.0, "GPU": 2.0}) == 2
-    assert _workers(Resources(), {"CPU": 8.0}) == 0
+    assert need_of(Resources(), [{"CPU": 8.0, "GPU": 2.0}], "resident") == Need(2, 2, {"CPU": 1.0, "GPU": 1.0})
+    assert need_of(Resources(), [{"CPU": 8.0}], "resident").most == 0
 
 
-@pytest.mark.parametrize(("workers", "cpus_per_worker", "needed"), [(5, 1.0, "5"), ((3, 9), 2.0, "6")])
-def test_more_workers_than_the_cluster_has_cpus_are_refused(workers: object, cpus_per_worker: float, needed: str) -> None:
-    resources = Resources.model_validate({"workers": workers, "cpus_per_worker": cpus_per_worker})
-    with pytest.raises(
-        DloptError, match=rf"^resources\.workers: \d workers need {needed} CPUs and the cluster has 4: lower workers or cpus_per_worker$"
-    ):
-        _workers(resources, {"CPU": 4.0})
+def test_workers_have_a_gpu_each_only_where_there_are_enough() -> None:
+    nodes = [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 2.0}]
+    assert need_of(Resources(workers=3), nodes, "stream") == Need(3, 3, {"CPU": 1.0, "GPU": 1.0}, stream=True)
+    assert need_of(Resources(workers=(1, 4)), nodes, "resident") == Need(1, 4, {"CPU": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("need", "nodes", "said"),
+    [
+        (Need(5, 5, {"CPU": 1.0}), [4.0], "workers: 5 workers need 5 CPUs and the cluster has 4: lower workers or cpus_per_worker"),
+        (Need(3, 9, {"CPU": 2.0}), [3.0, 1.0], "workers: 3 workers need 6 CPUs and the cluster has 4: lower workers or cpus_per_worker"),
+        (
+            Need(2, 2, {"CPU": 4.0}),
+            [2.0, 2.0, 4.0],
+            "workers: 2 workers of 4 CPUs each do not fit on nodes of 2 x 2 CPUs, 1 x 4 CPUs: lower workers or cpus_per_worker",
+        ),
+        (
+            Need(3, 3, {"CPU": 1.0}, stream=True),
+            [4.0, 1.5],
+            "feed: a stream needs a CPU for each of 3 workers beside their own, and the cluster has 5.5: lower workers or cpus_per_worker, or "
+            "use feed: resident",
+        ),
+        (Need(2, 2, {"CPU": 1.0, "GPU": 1.0}), [8.0], "workers: 2 workers need 2 GPUs and the cluster has 0: lower workers"),
+    ],
+)
+def test_what_a_cluster_can_never_place_is_refused(need: Need, nodes: list[float], said: str) -> None:
+    with pytest.raises(DloptError) as caught:
+        refuse_never(need, [{"CPU": cpus} for cpus in nodes])
+    assert str(caught.value) == f"resources.{said}"
+
+
+def test_what_a_cluster_can_place_is_let_through() -> None:
+    refuse_never(Need(1, 9, {"CPU": 2.0}, stream=True), [{"CPU": 2.0}, {"CPU": 1.0}])
+    refuse_never(Need(10, 10, {"CPU": 0.1}), [{"CPU": 1.0}])
+    refuse_never(Need(2, 2, {"CPU": 1.0, "GPU": 1.0}), [{"CPU": 4.0, "GPU": 1.0}, {"CPU": 4.0, "GPU": 1.0}])
+    assert Need(1, 8, {"CPU": 1.0}, stream=True).fitting([{"CPU": 8.0}]) == 4
 
 
 def test_a_cluster_of_our_own_has_room_for_the_stream_beside_the_workers() -> None:
@@ -35,18 +77,7 @@ def test_a_cluster_of_our_own_has_room_for_the_stream_beside_the_workers() -> No
     assert local_cpus(Resources()) == cores
     assert local_cpus(Resources(workers=cores)) == 2 * cores
     with pytest.raises(DloptError, match=r"^resources\.workers: .* or give --address$"):
-        local_cpus(
-            Resources(
-                workers=OVERSUBSCRIBED * cores + 1,
-            )
-        )
-
-
-def test_elastic_workers_leave_a_cpu_each_for_their_stream() -> None:
-    resources = Resources(workers=(1, 8))
-    assert _leaving_room((1, 8), resources, {"CPU": 8.0}) == (1, 4)
-    assert _leaving_room((1, 2), resources, {"CPU": 8.0}) == (1, 2)
-    assert _leaving_room(3, resources, {"CPU": 8.0}) == 3
+        local_cpus(Resources(workers=OVERSUBSCRIBED * cores + 1))
 
 
 @pytest.mark.parametrize(
@@ -133,3 +164,178 @@ def test_weights_of_classes_that_make_no_sense_are_one_line(given: object) -> No
     with pytest.raises(ValidationError) as caught:
         Train.model_validate({"class_weights": given})
     assert explain(caught.value, Train) == f"class_weights: must be balanced, or a number greater than 0 for each label, not {given!r}"
+
+
+# On Ray
+
+
+class Struck(training.Training):
+    """Something happens to a worker at step 5, which a file in the model's folder names; it does so once if the file can be removed."""
+
+    def _look(self, *words: Any) -> None:
+        super()._look(*words)
+        what = self.out / "what"
+        if self.state.record.step == 5 and self.rank == 1 and what.exists():
+            told = what.read_text()
+            if "always" not in told:
+                what.unlink()
+            if told == "hang":
+                time.sleep(600)
+            if told == "sigterm":
+                os.kill(os.getpid(), signal.SIGTERM)
+            if "mistake" in told:
+                raise DloptError("train: this is a mistake")
+            if "fail" in told:
+                raise OSError("the disk is gone")
+
+
+def struck(config: dict[str, Any], *words: Any) -> dict[str, Any] | None:
+    """`train_worker`, in a process of Ray Train."""
+    worker.Training = Struck  # type: ignore[misc]
+    return original(config, *words)
+
+
+original = worker.train_worker
+
+
+@pytest.fixture(scope="module")
+def data(ray_cluster: None, mnist: None, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return prepare_digits(tmp_path_factory.mktemp("digits"), 500)
+
+
+class Training:
+    """The fit of a job of 24 steps, and what is said of it."""
+
+    def __init__(self, home: Path, data: Artifact, what: str = "", **resources: Any) -> None:
+        self.home, self.data, self.said = home, data, list[str]()
+        self.section = quick(micro_batch_size=None)
+        self.out = place(FIT, self.section, home, (data,))
+        self.out.mkdir(parents=True)
+        if what:
+            (self.out / "what").write_text(what)
+        self.resources = Resources.model_validate({"workers": 2, "checkpoint": {"every": {"steps": 3}}} | resources)
+
+    def run(self) -> str:
+        """The weights, in hexadecimal digits."""
+        made = once(FIT, self.section, self.home, self.data, resources=self.resources, progress=lambda *words: self.said.append(words[2]))
+        return made.read("weights.safetensors").hex()
+
+    @property
+    def starts(self) -> list[int]:
+        """The step that each group of workers has set out from."""
+        return [line["step"] for line in metrics_log.read(self.out / metrics_log.STARTS)]
+
+    def warned(self) -> list[str]:
+        return [text.removeprefix(WARNING) for text in self.said if text.startswith(WARNING)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: Artifact, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return Training(tmp_path_factory.mktemp("undisturbed"), data).run()
+
+
+@pytest.fixture(autouse=True)
+def striking(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "train_worker", struck)
+
+
+@pytest.mark.slow
+def test_a_worker_that_stands_still_is_replaced_and_it_is_said_where(data: Artifact, undisturbed: str, tmp_path: Path) -> None:
+    training = Training(tmp_path, data, "hang", hang_seconds=6)
+    assert training.run() == undisturbed
+    assert training.starts == [0, 3]
+    (hung,) = [text for text in training.warned() if text.startswith("no step for ")]
+    assert f"worker 1 on {os.uname().nodename} at {__file__}:" in hung
+    assert hung.endswith(" (loss 1 of 3)")
+
+
+@pytest.mark.slow
+def test_a_worker_that_gets_sigterm_saves_with_the_others_and_is_no_loss(data: Artifact, undisturbed: str, tmp_path: Path) -> None:
+    training = Training(tmp_path, data, "sigterm", max_failures=0, checkpoint={"every": {"epochs": 1}})
+    assert training.run() == undisturbed
+    first, second = training.starts
+    assert (first, second >= 5) == (0, True)
+
+
+@pytest.mark.slow
+def test_a_run_that_loses_too_many_workers_says_why_and_where_it_goes_on(data: Artifact, undisturbed: str, tmp_path: Path) -> None:
+    training = Training(tmp_path, data, "fail always", max_failures=1)
+    with pytest.raises(GaveUp) as caught:
+        training.run()
+    assert str(caught.value) == (
+        f"worker 1 on {os.uname().nodename} has failed: OSError: the disk is gone; it is loss 2, and resources.max_failures is 1: the same "
+        "command goes on from step 3"
+    )
+    (training.out / "what").unlink()
+    assert training.run() == undisturbed
+    assert training.starts == [0, 3, 3]
+
+
+def test_a_mistake_of_the_user_is_not_tried_again(data: Artifact, tmp_path: Path) -> None:
+    training = Training(tmp_path, data, "mistake always")
+    with pytest.raises(DloptError, match="^train: this is a mistake$"):
+        training.run()
+    assert training.starts == [0]
+
+
+@pytest.mark.slow
+def test_a_killed_controller_leaves_nothing_that_others_would_wait_for(data: Artifact, undisturbed: str, tmp_path: Path) -> None:
+    before, training = room.places(), Training(tmp_path, data, "hang")
+
+    def strike() -> None:
+        until(lambda: training.starts and not (training.out / "what").exists())
+        (pid,) = [pid for pid, line in descendants(os.getpid()).items() if line.startswith("ray::TrainController")]
+        os.kill(pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=strike)
+    thread.start()
+    assert training.run() == undisturbed
+    thread.join()
+    assert training.starts == [0, 3]
+    assert "the controller of Ray Train was lost (loss 1 of 3)" in training.warned()
+    assert room.places() == before
+
+
+def until(true: Callable[[], object], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert true()
+
+
+def taken(cpus: int) -> Any:
+    """So many CPUs of the shared cluster, by somebody else."""
+    from ray.util.placement_group import placement_group
+
+    found = placement_group([{"CPU": 1.0}] * cpus)
+    assert found.wait(30)
+    return found
+
+
+def test_a_run_waits_for_cpus_that_others_have_and_goes_on_when_they_are_free(data: Artifact, tmp_path: Path) -> None:
+    from ray.util.placement_group import remove_placement_group
+
+    others, training = taken(7), Training(tmp_path, data)
+
+    def free() -> None:
+        until(lambda: "waiting for 2 CPUs: 1 of 8 is free" in training.said)
+        remove_placement_group(others)
+
+    thread = threading.Thread(target=free)
+    thread.start()
+    training.run()
+    thread.join()
+    assert training.starts == [0]
+
+
+def test_a_run_does_not_wait_for_ever(data: Artifact, tmp_path: Path) -> None:
+    from ray.util.placement_group import remove_placement_group
+
+    others, before = taken(8), room.places()
+    with pytest.raises(GaveUp) as caught:
+        Training(tmp_path, data, wait_seconds=1.5).run()
+    assert str(caught.value) == (
+        "waiting for 2 CPUs: 0 of 8 are free, for 2 s (resources.wait_seconds): the same command goes on from the start"
+    )
+    assert room.places() == before
+    remove_placement_group(others)

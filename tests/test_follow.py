@@ -353,3 +353,24 @@ def test_half_a_line_is_waited_for(tmp_path: Path) -> None:
     with open(tmp_path / NAME, "a") as file:
         file.write('ss": 0.25}\n')
     assert lines.new() == (None, [{"step": 2, "loss": 0.25}])
+
+
+def test_what_a_log_has_left_out_is_written_once_it_may_if_it_still_holds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lines are some time apart; the last thing that is said before a long silence is said a moment after another one."""
+    terminal = Terminal("digits")
+    terminal.progress("fit", 0.0, "starting 2 workers")
+    said = _Said(EPOCHS, STEPS, "accuracy", Forecast(ROWS, EPOCHS), lambda: "waiting for 2 CPUs: 1 of 4 is free")
+    follower = Follower(tmp_path, said, terminal.progress, 3)
+    for second in (1.0, 2.0):
+        follower.look(second)
+        follower.again()
+    monkeypatch.setattr("dlopt.terminal.EVERY", 0.0)
+    follower.look(6.0)
+    follower.again()
+    follower.again()
+    assert capsys.readouterr().err.splitlines() == [
+        "digits: fit   0%  starting 2 workers",
+        "digits: fit   0%  waiting for 2 CPUs: 1 of 4 is free",
+    ]

@@ -345,7 +345,7 @@ def _drift(rank: int, folder: str) -> None:
             if swapped and rank:
                 network.weight[0] = network.weight[0].flip(0)
         try:
-            refuse_drift(network)
+            refuse_drift(network.state_dict())
             said.append("the same")
         except RuntimeError as error:
             said.append(str(error))

@@ -4,19 +4,24 @@ across the cluster's CPUs, while training runs. Both give each worker the same r
 from __future__ import annotations
 
 import itertools
+import math
+import uuid
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dlopt.data.order import row_of
-from dlopt.data.prepared import Rows, array_of, as_rows, empty_rows
-from dlopt.data.share import BLOCK_BYTES, EPOCH, KEPT, PARTNER, ROW, START, WINDOW, Reader, Share
+from dlopt.data.prepared import Rows, as_rows, empty_rows
+from dlopt.data.reading import PARTNER, PICK, PLACE, DealerProcess, Part, Plan
+from dlopt.data.share import Share
 from dlopt.part import DloptError, Feature, Signature
-from dlopt.session import data_context
 
 
 class Mixed(NamedTuple):
@@ -89,58 +94,148 @@ class Resident:
 
 
 class Stream:
-    """Blocks from Ray Data, cut into batches. One execution covers all epochs from `first`, of which it reads no batch before number
-    `start`, to `last`, so that the next epoch is being read while this one ends."""
+    """Rows from a `Dealer`, put in order a window ahead by a thread, so that a batch is a slice of what is there. One dealer covers all
+    epochs from `first`, of which nothing is read that only batches before number `start` have, to `last`, so that the next epoch is being
+    read while this one ends."""
 
-    def __init__(self, share: Share, first: int, last: int, device: torch.device, start: int = 0) -> None:
-        import ray.data
-
-        data_context(preserve_order=True, block_bytes=BLOCK_BYTES)
-        tasks = [
-            {EPOCH: epoch, WINDOW: window, START: skipped}
-            for epoch in range(first, last + 1)
-            for window, skipped in share.order.windows_from(start if epoch == first else 0)
-        ]
+    def __init__(self, share: Share, first: int, last: int, device: torch.device, start: int = 0, dealer: Dealing | None = None) -> None:
+        """dealer: of all workers; without it those of the process group get one together."""
+        plan = Plan(share, first, last, start)
         self.share, self.device, self.next = share, device, (first, start)
-        self.rest = pa.table({})
-        self.blocks: Iterator[pa.Table] = iter(())
-        if tasks:
-            dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(Reader(share), batch_size=1)
-            self.blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=4))
+        self.windows = plan.windows()
+        self.dealer = dealer or dealer_of_group(plan)
+        self.tables = self.dealer.tables(share.rank)
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="stream")
+        self.coming = self._order_window()
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         if (epoch, start) != self.next:
             raise ValueError(f"a stream gives its epochs in order: epoch {self.next[0]} from batch {self.next[1]} is next")
         self.next = (epoch + 1, 0)
-        for mine, total in self.share.sizes()[start:]:
-            yield self._batch(self._take(mine), total)
+        order = self.share.order
+        sizes = iter(self.share.sizes()[start:])
+        low, high = order.slots(self.share.rank, self.share.world)
+        for _, skipped in order.windows_from(start):
+            rows, done = self._window(), skipped * (high - low)
+            for mine, total in itertools.islice(sizes, order.window - skipped):
+                yield self._batch(rows, slice(done, done + mine), epoch, total)
+                done += mine
 
-    def _take(self, rows: int) -> list[pa.Table]:
-        """The next rows, whatever blocks they came in."""
-        taken = []
-        while rows:
-            if not len(self.rest):
-                self.rest = self._next_block()
-            part, self.rest = self.rest.slice(0, rows), self.rest.slice(rows)
-            rows -= len(part)
-            taken.append(part)
-        return taken
-
-    def _next_block(self) -> pa.Table:
+    def _window(self) -> Rows:
+        assert self.coming
         try:
-            return next(self.blocks)
-        except DloptError as error:  # of a worker: its trace and Ray's advice are of no use to who can mend it
+            rows = self.coming.result()
+        except DloptError as error:
             raise DloptError(str(getattr(error, "cause", error)).splitlines()[0]) from None
+        self.coming = self._order_window()
+        return rows
 
-    def _batch(self, tables: list[pa.Table], total: int) -> Batch:
-        signature = self.share.split.signature
-        parts = [_block_rows(signature, table) for table in tables] or [_no_rows(signature, self.share.mixes)]
-        rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        ids = rows.pop(ROW)
-        values = {name: _moved(torch.from_numpy(array), self.device) for name, array in rows.items()}
-        mixed = Mixed(values.pop(PARTNER), values.pop(KEPT)) if self.share.mixes else None
-        target = values.pop(signature.target.name)
-        return Batch(shortened(values, signature.inputs), target, total, mixed, rows=ids)
+    def _order_window(self) -> Future[Rows] | None:
+        """Begin to put together the next window, if there is one."""
+        found = next(self.windows, None)
+        return found and self.pool.submit(_ordered, self.tables, self.share, *found)
+
+    def _batch(self, rows: Rows, part: slice, epoch: int, total: int) -> Batch:
+        signature, picks = self.share.split.signature, rows[PICK][part]
+        inputs = {feature.name: self._moved(rows[feature.name][part]) for feature in signature.inputs}
+        target, mixed = rows[signature.target.name], None
+        if PARTNER in rows:
+            partners = rows[PARTNER][part]
+            theirs = {feature.name: self._moved(rows[feature.name][partners]) for feature in signature.inputs}
+            inputs, share = self.share.mixed(inputs, theirs, picks, epoch)
+            mixed = Mixed(self._moved(target[partners]), share.to(self.device))
+        return Batch(shortened(inputs, signature.inputs), self._moved(target[part]), total, mixed, rows=row_of(picks))
+
+    def _moved(self, values: np.ndarray) -> Tensor:
+        """On the device; a copy to a GPU does not wait."""
+        tensor = torch.from_numpy(values)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor.to(self.device)
+
+
+class Dealing(Protocol):
+    """Gives a worker its rows in the order of the windows, in tables none of which has rows of two windows."""
+
+    def tables(self, rank: int) -> Iterator[pa.Table]: ...
+
+
+class RemoteDealer:
+    """A dealer in a process of its own, which ends with this one or when nobody needs it any more."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    @classmethod
+    def start(cls, plan: Plan, name: str | None = None) -> RemoteDealer:
+        """Beside this process."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        options = {"name": name, "num_cpus": 0, "max_concurrency": plan.share.world + 1, "scheduling_strategy": here}
+        started = cls(ray.remote(DealerProcess).options(**options).remote(plan))
+        weakref.finalize(started, _end, started.actor).atexit = False  # Ray ends what belongs to a process that ends
+        return started
+
+    def tables(self, rank: int) -> Iterator[pa.Table]:
+        import ray
+
+        while True:
+            parts: list[Part] = ray.get(self.actor.take.remote(rank))
+            ray.wait(list({part.block for part in parts}), timeout=0)  # those on other nodes set out all at once
+            for part in parts:
+                yield ray.get(part.block).slice(part.begin, part.end - part.begin)
+
+
+def dealer_of_group(plan: Plan) -> RemoteDealer:
+    """One for all workers of the process group; worker 0's."""
+    import ray
+
+    if plan.share.world == 1:
+        return RemoteDealer.start(plan)
+    name = [f"dlopt-dealer-{uuid.uuid4().hex}"]
+    mine = RemoteDealer.start(plan, name[0]) if plan.share.rank == 0 else None
+    dist.broadcast_object_list(name, src=0)
+    return mine or RemoteDealer(ray.get_actor(name[0]))
+
+
+def _end(actor: Any) -> None:
+    import ray
+
+    if ray.is_initialized():
+        ray.kill(actor)
+
+
+def _ordered(tables: Iterator[pa.Table], share: Share, epoch: int, window: int, start: int) -> Rows:
+    """A worker's rows of a window, batch after batch; those that only batches before number `start` have are not filled in."""
+    found: Rows = {}
+    left = share.needed(epoch, window, start)
+    while left:
+        rows = _block_rows(share.split.signature, next(tables))
+        places = rows.pop(PLACE)
+        if not found:
+            count = share.needed(epoch, window)
+            found = {name: np.empty((count, *values.shape[1:]), values.dtype) for name, values in rows.items()}
+        for name, values in rows.items():
+            _as_items(found[name])[places] = _as_items(values)
+        left -= len(places)
+    return found or _no_rows(share)
+
+
+def _as_items(values: np.ndarray) -> np.ndarray:
+    """Values (n, ...) as n items: copying them one by one is several times as fast as numpy's way with rows."""
+    size = math.prod(values.shape[1:]) * values.itemsize
+    return values.reshape(len(values), -1).view(f"V{size}")[:, 0] if values.ndim > 1 else values
+
+
+def _block_rows(signature: Signature, table: pa.Table) -> Rows:
+    """The arrays of a block, picks and places included."""
+    extra = {name: table[name].to_numpy() for name in (PICK, PLACE, PARTNER) if name in table.column_names}
+    return as_rows(signature, table) | extra
+
+
+def _no_rows(share: Share) -> Rows:
+    none = np.zeros(0, dtype=np.int64)
+    return empty_rows(share.split.signature) | {PICK: none} | ({PARTNER: none} if share.mixes else {})
 
 
 def shortened(inputs: Mapping[str, Tensor], features: Sequence[Feature]) -> dict[str, Tensor]:
@@ -151,22 +246,3 @@ def shortened(inputs: Mapping[str, Tensor], features: Sequence[Feature]) -> dict
             longest = int((inputs[feature.name] != 0).any(dim=0).sum())
             found[feature.name] = inputs[feature.name][:, : max(1, longest)].contiguous()
     return found
-
-
-def _block_rows(signature: Signature, table: pa.Table) -> Rows:
-    """The arrays of a block, which rows of the split they are and what they are mixed with included."""
-    rows = as_rows(signature, table) | {ROW: table[ROW].to_numpy()}
-    if PARTNER in table.column_names:
-        rows[PARTNER] = array_of(table[PARTNER], signature.target.stored, signature.target.shape)
-        rows[KEPT] = array_of(table[KEPT], "float32", ())
-    return rows
-
-
-def _no_rows(signature: Signature, mixes: bool) -> Rows:
-    rows = empty_rows(signature) | {ROW: np.zeros(0, dtype=np.int64)}
-    return rows | {PARTNER: rows[signature.target.name], KEPT: np.zeros(0, dtype=np.float32)} if mixes else rows
-
-
-def _moved(values: Tensor, device: torch.device) -> Tensor:
-    """On the device; a copy to a GPU does not wait."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)

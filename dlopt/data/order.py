@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,6 +34,22 @@ LENGTH = 2**24
 def row_of(picks: np.ndarray) -> np.ndarray:
     """The rows of picks."""
     return picks % AGAIN
+
+
+def lanes(rank: int, world: int) -> tuple[int, int]:
+    """The lanes, from and up to, of worker `rank` of `world`."""
+    return rank * LANES // world, (rank + 1) * LANES // world
+
+
+class Arranged(NamedTuple):
+    """Some whole lanes of a window, in the sequence's order."""
+
+    picks: np.ndarray
+    """int64 (n,)."""
+    places: np.ndarray
+    """Where each goes in the window, batch after batch, slot after slot, int64 (n,)."""
+    lane: np.ndarray
+    """The lane of each, rising, (n,)."""
 
 
 @dataclass(frozen=True)
@@ -76,43 +93,62 @@ class Order:
 
     def slots(self, rank: int, world: int) -> tuple[int, int]:
         """The slots of a batch, from and up to, that worker `rank` of `world` computes."""
-        lanes = self.lane_of_slot
-        return int(np.searchsorted(lanes, rank * LANES // world)), int(np.searchsorted(lanes, (rank + 1) * LANES // world))
+        low, high = lanes(rank, world)
+        return int(self._first_slots[low]), int(self._first_slots[high])
 
     def picks(self, epoch: int, window: int) -> np.ndarray:
         """The picks of a window of an epoch, batch after batch, slot after slot, int64."""
+        found = self.arranged(epoch, window)
+        picks = np.empty_like(found.picks)
+        picks[found.places] = found.picks
+        return picks
+
+    def arranged(self, epoch: int, window: int, low: int = 0, high: int = LANES) -> Arranged:
+        """The picks of lanes `low` up to `high` of a window as they come in the sequence, and where they go."""
+        bounds = self.bounds(window)
+        lane = np.repeat(np.arange(low, high), np.diff(bounds[low : high + 1]))
         start = window * self.window * self.batch_size
-        stop = min(start + self.window * self.batch_size, self.rows)
-        picks = self._sequence(epoch, start, stop)
-        lane = self._lanes(len(picks))
-        by_lane = np.argsort(lane, kind="stable")
-        shuffled = picks[np.lexsort((bits(picks, self.seed, epoch, ROWS), lane[by_lane]))]
-        order = np.empty_like(picks)
-        order[by_lane] = shuffled
-        return order
+        picks = self._sequence(epoch, start + int(bounds[low]), start + int(bounds[high]))
+        number = np.arange(len(lane)) + bounds[low] - bounds[lane]  # of the row in its lane
+        width = np.diff(self._first_slots)[lane]
+        places = np.empty_like(picks)
+        shuffled = np.lexsort((bits(picks, self.seed, epoch, ROWS), lane))
+        places[shuffled] = number // width * self.batch_size + self._first_slots[lane] + number % width
+        return Arranged(picks, places, lane)
 
-    def partners(self, epoch: int, picks: np.ndarray) -> np.ndarray:
-        """For each pick of a window another one of its lane, by a random permutation without fixed points; its own where the lane
-        has no other. A worker computes whole lanes, so partners are at hand whoever computes them."""
-        lane = self._lanes(len(picks))
-        places = np.lexsort((bits(picks, self.seed, epoch, PARTNERS), lane))
-        first = np.flatnonzero(np.diff(lane[places], prepend=-1))
-        following = np.roll(places, -1)
-        following[np.append(first[1:], len(places)) - 1] = places[first]
-        partners = np.empty_like(picks)
-        partners[places] = picks[following]
+    def bounds(self, window: int) -> np.ndarray:
+        """Where in the sequence each lane of a window begins, and where the last one ends, counted from the window's beginning,
+        (LANES + 1,)."""
+        start = window * self.window * self.batch_size
+        batches, rest = divmod(min(self.window * self.batch_size, self.rows - start), self.batch_size)
+        return batches * self._first_slots + np.minimum(rest, self._first_slots)
+
+    def borders(self, epoch: int) -> np.ndarray:
+        """Where in the sequence each of the permuted chunks begins, and where the last one ends, (chunks + 1,)."""
+        ends = np.append(0, np.cumsum(self._chunk_lengths[self._permutation(epoch)]))
+        if self.classes is None:
+            return ends
+        return np.clip(-((self._offset(epoch) - ends) // self._step), 0, self.rows)
+
+    def partners(self, epoch: int, found: Arranged) -> np.ndarray:
+        """For each pick of whole lanes the index of another one of its lane, by a random permutation without fixed points; its own where
+        the lane has no other. A worker computes whole lanes, so partners are at hand whoever computes them."""
+        order = np.lexsort((bits(found.picks, self.seed, epoch, PARTNERS), found.lane))
+        first = np.flatnonzero(np.diff(found.lane[order], prepend=-1))
+        following = np.roll(order, -1)
+        following[np.append(first, len(order))[1:] - 1] = order[first]
+        partners = np.empty_like(order)
+        partners[order] = following
         return partners
-
-    def _lanes(self, rows: int) -> np.ndarray:
-        """The lane of each place of a window, (rows,)."""
-        return self.lane_of_slot[np.arange(rows) % self.batch_size]
 
     def _sequence(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """Picks from `start` up to `stop` of the sequence of permuted chunks."""
-        permutation = np.argsort(bits(np.arange(len(self.chunk_rows)), self.seed, epoch, CHUNKS), kind="stable")
+        if start == stop:
+            return np.zeros(0, dtype=np.int64)
+        permutation = self._permutation(epoch)
         points = np.arange(start, stop)
         if self.classes is not None:
-            points = points * self._step + int(stream(self.seed, epoch, POINTS) % np.uint64(self._step))
+            points = points * self._step + self._offset(epoch)
         ends = np.cumsum(self._chunk_lengths[permutation])
         touched = range(int(np.searchsorted(ends, points[0], side="right")), int(np.searchsorted(ends, points[-1], side="right")) + 1)
         parts = np.split(points, np.searchsorted(points, ends[touched.start : touched.stop - 1]))
@@ -121,6 +157,14 @@ class Order:
             chunk = int(permutation[place])
             found.append(self._hit(chunk, part - (ends[place] - self._chunk_lengths[chunk])))
         return np.concatenate(found)
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        """The chunks in the order of the epoch's sequence."""
+        return np.argsort(bits(np.arange(len(self.chunk_rows)), self.seed, epoch, CHUNKS), kind="stable")
+
+    def _offset(self, epoch: int) -> int:
+        """The first point, where the order is balanced."""
+        return int(stream(self.seed, epoch, POINTS) % np.uint64(self._step))
 
     def _hit(self, chunk: int, points: np.ndarray) -> np.ndarray:
         """The picks of a chunk on which points fall. points: how far behind the beginning of the chunk, rising."""
@@ -132,6 +176,11 @@ class Order:
         row = np.searchsorted(ends, points, side="right")
         times = (points - (ends[row] - lengths[row])) // self._step
         return first + row + AGAIN * times
+
+    @cached_property
+    def _first_slots(self) -> np.ndarray:
+        """The first slot of each lane, and the number of slots, (LANES + 1,)."""
+        return np.searchsorted(self.lane_of_slot, np.arange(LANES + 1))
 
     @cached_property
     def _starts(self) -> np.ndarray:

@@ -1,30 +1,22 @@
-"""One worker's share of every batch, and how a process of Ray Data reads it. Imports torch only to augment."""
+"""One worker's share of every batch. Imports torch only to augment."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dlopt.data.order import Order, row_of
-from dlopt.data.prepared import UNREADABLE, Rows, Split, as_table, column_of, damaged
+from dlopt.data.order import Arranged, Order, lanes
+from dlopt.data.prepared import UNREADABLE, Split, damaged
 from dlopt.part import DloptError, Feature, Statistics
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dlopt.data.augment import Augmentation
-
-EPOCH, WINDOW, START = "epoch", "window", "start"
-BLOCK_BYTES = 4 * 2**20
-"""About how many bytes a reader hands over at a time."""
-ROW, PARTNER, KEPT = "\x1frow", "\x1fpartner", "\x1fshare"
-"""Columns of a block: the number of the row in the split and, where rows are mixed, the partner's target and the row's own share. No
-column of data is called so."""
 
 
 class Picks(NamedTuple):
@@ -78,12 +70,39 @@ class Share:
 
     def picks(self, epoch: int, window: int, start: int = 0) -> Picks:
         """This worker's picks in a window, from the window's batch number `start` on."""
-        picks = self.order.picks(epoch, window)
+        found = self.order.arranged(epoch, window, *lanes(self.rank, self.world))
+        to = self.destinations(found.places)
         low, high = self.order.slots(self.rank, self.world)
-        place = np.arange(len(picks))
-        slot = place % self.order.batch_size
-        mine = (slot >= low) & (slot < high) & (place >= start * self.order.batch_size)
-        return Picks(picks[mine], self.order.partners(epoch, picks)[mine] if self.mixes else None)
+        mine = np.empty_like(found.picks)
+        mine[to] = found.picks
+        partners = None
+        if self.mixes:
+            partners = np.empty_like(mine)
+            partners[to] = found.picks[self.order.partners(epoch, found)]
+        left_out = start * (high - low)
+        return Picks(mine[left_out:], partners if partners is None else partners[left_out:])
+
+    def needed(self, epoch: int, window: int, start: int = 0) -> int:
+        """How many of this worker's rows of a window the batches from its number `start` on need."""
+        low, high = lanes(self.rank, self.world)
+        if not start:
+            bounds = self.order.bounds(window)
+            return int(bounds[high] - bounds[low])
+        found = self.order.arranged(epoch, window, low, high)
+        return int(self.wanted(found, self.order.partners(epoch, found) if self.mixes else None, start).sum())
+
+    def wanted(self, found: Arranged, partners: np.ndarray | None, start: int) -> np.ndarray:
+        """Which rows of some whole lanes the window's batches from number `start` on need, bool (n,)."""
+        wanted: np.ndarray = found.places >= start * self.order.batch_size
+        if partners is not None:
+            wanted[partners[wanted]] = True
+        return wanted
+
+    def destinations(self, places: np.ndarray) -> np.ndarray:
+        """Where rows of this worker, at these places of a window, go among its own."""
+        low, high = self.order.slots(self.rank, self.world)
+        batch, slot = np.divmod(places, self.order.batch_size)
+        return batch * (high - low) + slot - low
 
     @property
     def mixes(self) -> bool:
@@ -112,74 +131,6 @@ class Share:
 
     def _features(self, values: Mapping[str, Tensor]) -> list[Feature]:
         return [feature for feature in self.split.signature.inputs if feature.name in values]
-
-
-class Reader:
-    """A task of Ray Data: read the chunks of a window that the share uses, put their rows in order, augment, mix, hand over."""
-
-    def __init__(self, share: Share) -> None:
-        self.share = share
-
-    def __call__(self, task: dict[str, np.ndarray]) -> Iterator[pa.Table]:
-        epoch, window, first = (int(task[name][0]) for name in (EPOCH, WINDOW, START))
-        picks, partners = self.share.picks(epoch, window, first)
-        values = _Values(self.share.split, row_of(picks if partners is None else np.concatenate([picks, partners])))
-        step = max(1, BLOCK_BYTES // self.share.split.row_bytes)
-        for start in range(0, len(picks), step):
-            part = slice(start, start + step)
-            yield self._block(values, picks[part], None if partners is None else partners[part], epoch)
-
-    def _block(self, values: _Values, picks: np.ndarray, partners: np.ndarray | None, epoch: int) -> pa.Table:
-        rows = values.of(row_of(picks))
-        if not self.share.augmentations:
-            return self._table(rows, picks)
-        import torch
-
-        torch.set_num_threads(1)  # Ray gave this task one CPU
-        inputs, target = self._inputs(rows, picks, epoch)
-        if partners is None:
-            return self._table(_arrays(inputs) | target, picks)
-        theirs, their_target = self._inputs(values.of(row_of(partners)), partners, epoch)
-        inputs, share = self.share.mixed(inputs, theirs, picks, epoch)
-        table = self._table(_arrays(inputs) | target, picks)
-        return table.append_column(PARTNER, column_of(their_target[self.share.split.signature.target.name])).append_column(
-            KEPT, column_of(share.numpy())
-        )
-
-    def _table(self, rows: Rows, picks: np.ndarray) -> pa.Table:
-        return as_table(self.share.split.signature, rows).append_column(ROW, column_of(row_of(picks)))
-
-    def _inputs(self, rows: Rows, picks: np.ndarray, epoch: int) -> tuple[dict[str, Tensor], Rows]:
-        """Augmented inputs, and the target apart."""
-        import torch
-
-        name = self.share.split.signature.target.name
-        inputs = {feature.name: torch.from_numpy(rows[feature.name]) for feature in self.share.split.signature.inputs}
-        return self.share.augmented(inputs, picks, epoch), {name: rows[name]}
-
-
-class _Values:
-    """The chunks in which some rows lie, read."""
-
-    def __init__(self, split: Split, rows: np.ndarray) -> None:
-        self.starts = np.array([chunk.start for chunk in split.chunks])
-        used = np.unique(self._chunk(rows))
-        self.values = split.read([split.chunks[index] for index in used])
-        sizes = np.array([split.chunks[index].rows for index in used])
-        self.shift = np.zeros(len(self.starts), dtype=np.int64)
-        self.shift[used] = np.cumsum(sizes) - sizes - self.starts[used]
-
-    def of(self, rows: np.ndarray) -> Rows:
-        """These rows of the split, copied."""
-        place = rows + self.shift[self._chunk(rows)]
-        return {name: values[place] for name, values in self.values.items()}
-
-    def _chunk(self, rows: np.ndarray) -> np.ndarray:
-        return np.searchsorted(self.starts, rows, side="right") - 1
-
-
-def _arrays(tensors: Mapping[str, Tensor]) -> Rows:
-    return {name: values.numpy() for name, values in tensors.items()}
 
 
 def _classes(split: Split) -> np.ndarray:

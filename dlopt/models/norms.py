@@ -63,6 +63,8 @@ class BatchNorm(nn.Module):
 
     running_mean: Tensor
     running_var: Tensor
+    alone = False
+    """Whether the batch is this worker's rows only, where each trains a replica of its own."""
 
     def __init__(self, channels: int, eps: float = EPS, momentum: float = 0.1) -> None:
         super().__init__()
@@ -72,9 +74,13 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, values: Tensor) -> Tensor:
-        if self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if self.training and not self.alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             return self._over_workers(values)
-        by_batch = self.training and values.numel() > values.shape[1]
+        if self.training and values.numel() > values.shape[1]:
+            return self._normalized(values, by_batch=True)
+        return self._normalized(values, by_batch=False)
+
+    def _normalized(self, values: Tensor, by_batch: bool) -> Tensor:
         return F.batch_norm(values, self.running_mean, self.running_var, self.weight, self.bias, by_batch, self.momentum, self.eps)
 
     def _over_workers(self, values: Tensor) -> Tensor:

@@ -138,9 +138,19 @@ class Look(NamedTuple):
 class Watch:
     """Looks at a network's layers at a few steps. `ready` comes before every step, `look` after one that was watched."""
 
-    def __init__(self, network: nn.Module, health: Health) -> None:
-        self.health = health
-        self.layers = {name: _weights(layer) for name, layer in _weighted(network)}
+    def __init__(
+        self,
+        network: nn.Module,
+        health: Health,
+        share: Callable[[nn.Parameter], nn.Parameter] = lambda parameter: parameter,
+        norms: Callable[[Tensor], Tensor] = lambda held: held,
+    ) -> None:
+        """Where weights are shared out over workers, share: gives this worker's share of a parameter; norms: makes norms of whole tensors
+        of those of shares, on all workers at once."""
+        self.network, self.health, self.norms = network, health, norms
+        whole = {name: _weights(layer) for name, layer in _weighted(network)}
+        self.layers = {name: [share(weight) for weight in weights] for name, weights in whole.items()}
+        self.sizes = {name: sum(weight.numel() for weight in weights) for name, weights in whole.items()}
         self.called: list[str] = []
         self.units = _Units()
         self.hooks: list[RemovableHandle] = []
@@ -162,7 +172,11 @@ class Watch:
         with torch.no_grad():
             self.before = [weight.detach().clone() for weights in self.layers.values() for weight in weights]
         self.units.begin()
-        self.hooks = [self.modules[name].register_forward_pre_hook(self._calls(name)) for name in self.layers]
+        self.hooks = [
+            self.network.register_forward_pre_hook(lambda network, args: self.units.listen(True)),
+            self.network.register_forward_hook(lambda network, args, outputs: self.units.listen(False)),
+            *(self.modules[name].register_forward_pre_hook(self._calls(name)) for name in self.layers),
+        ]
         for layer in self.modules.values():
             if still := STILL.get(type(layer)):
                 self.hooks.append(layer.register_forward_hook(self.units.hook(*still)))
@@ -216,7 +230,7 @@ class Watch:
     def _calls(self, name: str) -> Callable[[nn.Module, Any], None]:
         def note(layer: nn.Module, args: Any) -> None:
             self.units.last = name
-            if name not in self.called:
+            if name not in self.called and self.units.listening:
                 self.called.append(name)
 
         return note
@@ -228,7 +242,8 @@ class Watch:
             torch._foreach_sub_(self.before, now)
             there = [weight.grad for weights in self.layers.values() for weight in weights if weight.grad is not None]
             dead = self.units.dead()
-            norms = torch.stack([*before, *torch._foreach_norm(self.before), *_norms(there), *dead.values()]).tolist()
+            lengths = self.norms(torch.stack([*before, *torch._foreach_norm(self.before), *_norms(there)]))
+            norms = torch.cat([lengths, *(found[None].to(lengths) for found in dead.values())]).tolist()
         share = dict(zip(dead, norms[len(norms) - len(dead) :], strict=True))
         weights, updates, gradients = iter(norms), iter(norms[len(now) :]), iter(norms[2 * len(now) :])
         found = {}
@@ -236,7 +251,7 @@ class Watch:
             with_gradient = [next(gradients) / clipped for weight in parameters if weight.grad is not None]
             found[name] = Layer(
                 name,
-                sum(weight.numel() for weight in parameters),
+                self.sizes[name],
                 math.hypot(*with_gradient) if with_gradient else None,
                 math.hypot(*(next(weights) for _ in parameters)),
                 math.hypot(*(next(updates) for _ in parameters)),
@@ -253,15 +268,20 @@ class _Units:
         self.idle: dict[str, Tensor] = {}
         self.saturating: set[str] = set()
         self.last = ""
+        self.listening = False
+        """Whether the network is in its forward pass: layers that are called on the way back compute again what has been heard."""
 
     def begin(self) -> None:
         self.last = ""
+
+    def listen(self, listening: bool) -> None:
+        self.listening = listening
 
     def hook(self, still: Callable[[Tensor, tuple[int, ...]], Tensor], saturates: bool) -> Callable[[nn.Module, Any, Tensor], None]:
         """A hook for an activation. still: outputs and all dimensions but that of the units to whether each unit gives nothing."""
 
         def note(layer: nn.Module, args: Any, outputs: Tensor) -> None:
-            if self.last and len(outputs):
+            if self.last and len(outputs) and self.listening:
                 units = outputs.dim() - 1 if outputs.dim() == 3 else 1
                 with torch.no_grad():
                     found = still(outputs.detach(), tuple(place for place in range(outputs.dim()) if place != units))

@@ -1,26 +1,28 @@
-"""The fit stage: resolves what the job runs on, hands the work to Ray Train, and watches it."""
+"""The fit stage: resolves what the job runs on, waits for room, hands the work to Ray Train, and goes on when workers are lost."""
 
 from __future__ import annotations
 
-import logging
 import os
-import shutil
 import signal
 import threading
-import uuid
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dlopt.artifact import Artifact, Stage
 from dlopt.data.prepared import Split
 from dlopt.models.own import Own, factory_of
 from dlopt.optim.schedules import refuse_too_long
 from dlopt.part import DloptError, Target
-from dlopt.progress import Progress, silent
+from dlopt.progress import WARNING, Progress, silent
+from dlopt.train import stopping
 from dlopt.train.checkpoints import CHECKPOINTS, Store, newest, said, store_of
-from dlopt.train.follow import followed
+from dlopt.train.follow import counted, followed
+from dlopt.train.metrics_log import STARTS
+from dlopt.train.parallel import refuse_parallelism
 from dlopt.train.section import (
     Fit,
     Resources,
@@ -31,96 +33,232 @@ from dlopt.train.section import (
     refuse_labels,
     refuse_loss,
     refuse_monitor,
+    refuse_other_workers,
     refuse_threshold,
 )
+from dlopt.train.stopping import RESIZE, STOP, GaveUp, Stopped
 
-COLLECTIVE_SECONDS = 300
-"""How long a worker waits for the others in one exchange before the run counts it as a failure; torch's own limit is half an hour."""
+if TYPE_CHECKING:
+    from dlopt.train.room import Need, Node
+
 OVERSUBSCRIBED = 4
 """The most workers for each core of a machine that a local cluster is started on."""
+STOP_SECONDS = 30
+"""How long workers have to save, after a SIGTERM to the run."""
 
-Workers = int | tuple[int, int]
+Work = Callable[[dict[str, Any]], dict[str, Any] | None]
 
 
 def local_cpus(resources: Resources) -> int:
     """Logical CPUs of a cluster of our own: room for the workers and for Ray Data beside them."""
     cores = os.cpu_count() or 1
-    most = _most(resources.workers) if resources.workers != "auto" else 0
+    most = _range(resources)[1] if resources.workers != "auto" else 0
     if most > OVERSUBSCRIBED * cores:
         raise DloptError(f"resources.workers: {most} workers on {cores} cores: at most {OVERSUBSCRIBED * cores} here, or give --address")
     return max(cores, int(most * (resources.cpus_per_worker + 1)))
 
 
 def fit(section: Fit, out: Path, data: Artifact, *, resources: Resources, progress: Progress = silent) -> dict[str, Any]:
-    """Train on Ray Train until the last epoch or early stopping; returns the info of the model's manifest."""
+    """Train on Ray Train until the last epoch or early stopping; returns the info of the model's manifest. Raises DloptError, Stopped when
+    it is told to end, and GaveUp when too many workers are lost or there is no room for them."""
+    from dlopt.train import room
+
+    refuse_other_workers(section.train, resources)
     _refuse_no_validation(section, data)
     train = Split.open(data, "train")
     _refuse_other_target(section.train, train.signature.target)
     refuse_too_long(section.train.schedule, course_of(section, len(train)))
-    cluster = _cluster()
-    workers = _workers(resources, cluster)
-    feed = _feed(resources, train, workers, cluster)
-    if feed == "stream":
-        workers = _leaving_room(workers, resources, cluster)
+    nodes = room.nodes()
+    feed = _feed(resources, train)
+    need = need_of(resources, nodes, feed)
+    if need.most > 1:
+        refuse_parallelism(resources.parallelism, section.train.optimizer.kind)
+    room.refuse_never(need, nodes)
+    for asked in (STOP, RESIZE):
+        stopping.take_back(out, asked)
     store = store_of(out.resolve(), resources.checkpoint)
-    progress("fit", 0.0, f"starting {_say(workers)}, {feed} feed{_going_on(store)}")
+    progress("fit", 0.0, f"starting {_say(need)}, {feed} feed{_going_on(store)}")
     config = {
         "fit": section.model_dump(mode="json"),
         "resources": resources.model_dump(mode="json"),
         "data": str(data.path.resolve()),
         "out": str(out.resolve()),
         "feed": feed,
-        "threads": max(1, int(resources.cpus_per_worker)) if workers else None,
+        "threads": max(1, int(resources.cpus_per_worker)) if need.most else None,
     }
-    with followed(out, section, train, resources, progress):
-        return _run(config, section, workers, resources, cluster, out, store)
+    run = _Run(_work(section, store), config, out.resolve(), need, resources, store, progress)
+    with followed(out, section, train, resources, progress, run.waiting), _interruptible(), _told_by_sigterm(out):
+        return run.to_the_end()
 
 
 FIT = Stage("model", fit, scratch=CHECKPOINTS)
 
 
-def _run(
-    config: dict[str, Any], section: Fit, workers: Workers, resources: Resources, cluster: dict[str, float], out: Path, store: Store
-) -> dict[str, Any]:
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
+def _work(section: Fit, store: Store) -> Work:
+    """What each worker runs."""
     from dlopt.train.worker import train_worker
 
     factory = factory_of(section.model) if isinstance(section.model, Own) else None
 
     def work(config: dict[str, Any]) -> dict[str, Any] | None:
-        return train_worker(config, factory, store)
+        with stopping.training():
+            return train_worker(config, factory, store)
 
-    logging.getLogger("ray.train").setLevel(logging.ERROR)
-    use_gpu = bool(workers) and cluster.get("GPU", 0) >= _most(workers)
-    storage = out.resolve() / "ray"
-    trainer = TorchTrainer(
-        work,
-        train_loop_config=config,
-        torch_config=TorchConfig(timeout_s=COLLECTIVE_SECONDS),
-        scaling_config=ScalingConfig(
-            num_workers=workers,
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": resources.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
-        ),
-        run_config=RunConfig(
-            name=uuid.uuid4().hex,  # Ray's own resuming is tied to its version; our checkpoints are not
-            storage_path=str(storage),
-            failure_config=FailureConfig(max_failures=resources.max_failures, controller_failure_limit=2),
-            logging_config=LoggingConfig(log_level="ERROR"),
-        ),
-    )
+    return work
+
+
+@dataclass
+class _Run:
+    """Training as one group of workers after another, until one comes to the end.
+
+    What it takes to notice, on an idle machine: half a second that the process of a worker, or of Ray Train's controller, is gone; what
+    Ray's health checks take (20 seconds) that a node is; RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S (60 seconds) that a worker's process does
+    not answer; `resources.hang_seconds` that a worker answers but makes no step.
+    """
+
+    work: Work
+    config: dict[str, Any]
+    out: Path
+    need: Need
+    resources: Resources
+    store: Store
+    progress: Progress
+    losses: int = 0
+    waits: bool = False
+    """Whether there is no room."""
+    since: float = 0.0
+    """When the group was started, by time.time()."""
+
+    def to_the_end(self) -> dict[str, Any]:
+        """The info of the model's manifest."""
+        while True:
+            workers = self._room() if self.need.most else 0
+            self.since = time.time()
+            try:
+                info = self._group(workers)
+            except Exception as error:
+                self._judge(error)
+                continue
+            if info["stopped"] == "asked":
+                raise Stopped(f"stopped at step {info['steps']}: the same command goes on from there")
+            return info
+
+    def waiting(self) -> str | None:
+        """Why nothing comes, if that is known."""
+        from dlopt.train.room import waiting_for
+
+        if self.waits:
+            return waiting_for(self.need)
+        starts = self.out / STARTS
+        set_out = starts.exists() and starts.stat().st_mtime >= self.since
+        return None if set_out or not self.need.most else f"starting {_say(self.need)}"
+
+    def _room(self) -> int:
+        """How many workers there is room for now; waits for it. Raises GaveUp and Stopped."""
+        from dlopt.train.room import Room, waiting_for
+
+        began, asked = time.monotonic(), Room.ask(self.need, self.need.least, self.need.most)
+        try:
+            while not asked.enough():
+                time.sleep(0.05)
+                waited = time.monotonic() - began
+                self.waits = waited >= 1
+                if stopping.reason(self.out) == "stop":
+                    raise Stopped("stopped before there was room for workers: the same command goes on from here")
+                if waited >= self.resources.wait_seconds:
+                    raise GaveUp(f"{waiting_for(self.need)}, for {waited:.0f} s (resources.wait_seconds): {self._where()}")
+            return self.need.least + asked.settled()
+        finally:
+            self.waits = False
+            asked.leave()
+
+    def _group(self, workers: int) -> dict[str, Any]:
+        """Train with so many workers until they end."""
+        from dlopt.train import group
+
+        with self._growing(workers):
+            return group.train(self.work, self.config, workers, self.need.worker, self.out / "ray", self.resources.hang_seconds)
+
+    @contextmanager
+    def _growing(self, workers: int) -> Iterator[None]:
+        """Within it, workers are asked to save and to end once there is room for more of them."""
+        done = threading.Event()
+        thread = threading.Thread(target=self._grow, args=(workers, done), name="dlopt-grow", daemon=True)
+        if 0 < workers < self.need.most:
+            thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            if thread.ident:
+                thread.join()
+            stopping.take_back(self.out, RESIZE)
+
+    def _grow(self, workers: int, done: threading.Event) -> None:
+        from dlopt.train.room import Room
+
+        if done.wait(self.resources.resize_seconds):
+            return
+        asked = Room.ask(self.need, 0, self.need.most - workers)
+        try:
+            while not done.wait(1.0):
+                if asked.more():
+                    asked.settled()
+                    stopping.ask(self.out, RESIZE)
+                    done.wait()
+        finally:
+            asked.leave()
+
+    def _judge(self, error: Exception) -> None:
+        """Say why a group has ended, if another one can follow it. Raises what it ended with, DloptError or GaveUp if not."""
+        from dlopt.train import group
+
+        if mistake := group.mistake_in(error):
+            raise mistake from error
+        loss = group.loss_of(error, self.out, self.since) if self.need.most else None
+        if loss is None:
+            raise error
+        if not loss.counts:
+            return
+        self.losses += 1
+        if self.losses > self.resources.max_failures:
+            borne = f"it is loss {self.losses}, and resources.max_failures is {self.resources.max_failures}"
+            raise GaveUp(f"{loss.why}; {borne}: {self._where()}") from error
+        self.progress("fit", None, f"{WARNING}{loss.why} (loss {self.losses} of {self.resources.max_failures})")
+
+    def _where(self) -> str:
+        found, _ = newest(self.store)
+        return f"the same command goes on from {f'step {found.record.step}' if found else 'the start'}"
+
+
+@contextmanager
+def _told_by_sigterm(out: Path) -> Iterator[None]:
+    """Within it, SIGTERM asks the workers to save and to end; a second one, or STOP_SECONDS, ends the run at once. Raises Stopped then."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    told: list[threading.Timer] = []
+    main = threading.main_thread().ident or 0
+
+    def hear(number: int, frame: Any) -> None:
+        if told:
+            raise KeyboardInterrupt  # the only exception that Ray lets out of what it waits in
+        stopping.ask(out)
+        told.append(threading.Timer(STOP_SECONDS, signal.pthread_kill, (main, signal.SIGTERM)))
+        told[0].daemon = True
+        told[0].start()
+
+    before = signal.signal(signal.SIGTERM, hear)
     try:
-        with _interruptible():
-            result = trainer.fit()
-    except Exception as error:
-        raise _said_by_worker(error) or error from error
+        yield
+    except KeyboardInterrupt:
+        if told:
+            raise Stopped("stopped at once: the same command goes on from the newest checkpoint") from None
+        raise
     finally:
-        shutil.rmtree(storage, ignore_errors=True)
-    if not isinstance(result.return_value, dict):
-        raise RuntimeError("Ray Train ended without the result of worker 0")
-    return result.return_value
+        for timer in told:
+            timer.cancel()
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -137,53 +275,25 @@ def _interruptible() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
-def _said_by_worker(error: BaseException) -> DloptError | None:
-    """The DloptError that a worker raised, out of what Ray wrapped around it."""
-    seen: list[BaseException] = [error]
-    for one in seen:
-        if isinstance(one, DloptError):
-            return DloptError(str(one))
-        inner = [one.__cause__, getattr(one, "cause", None), *getattr(one, "worker_failures", {}).values(), getattr(one, "_base_exc", None)]
-        seen += [found for found in inner if isinstance(found, BaseException) and all(found is not known for known in seen)]
-    return None
+def _range(resources: Resources, gpus: int = 0) -> tuple[int, int]:
+    """The least and the most workers that are asked for. gpus: of the cluster."""
+    asked = gpus if resources.workers == "auto" else resources.workers
+    return (asked, asked) if isinstance(asked, int) else asked
 
 
-def _cluster() -> dict[str, float]:
-    import ray
+def need_of(resources: Resources, nodes: list[Node], feed: str) -> Need:
+    """What `workers` means on a cluster of these nodes: workers have a GPU each where there are enough of them."""
+    from dlopt.train.room import Need
 
-    return dict(ray.cluster_resources())
-
-
-def _workers(resources: Resources, cluster: dict[str, float]) -> Workers:
-    """What `workers` means on this cluster. Raises DloptError when the cluster can never give it."""
-    if resources.workers == "auto":
-        return int(cluster.get("GPU", 0))
-    least = resources.workers if isinstance(resources.workers, int) else resources.workers[0]
-    needed, there = least * resources.cpus_per_worker, cluster.get("CPU", 0)
-    if needed > there:
-        raise DloptError(
-            f"resources.workers: {least} workers need {needed:g} CPUs and the cluster has {there:g}: lower workers or cpus_per_worker"
-        )
-    return resources.workers
+    gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    least, most = _range(resources, gpus)
+    worker = {"CPU": resources.cpus_per_worker} | ({"GPU": 1.0} if 0 < most <= gpus else {})
+    return Need(least, most, worker, stream=feed == "stream")
 
 
-def _feed(resources: Resources, train: Split, workers: Workers, cluster: dict[str, float]) -> str:
+def _feed(resources: Resources, train: Split) -> str:
     fits = len(train) * train.row_bytes <= resources.resident_bytes
-    feed = ("resident" if fits else "stream") if resources.feed == "auto" else resources.feed
-    least, there = (workers if isinstance(workers, int) else workers[0]), cluster.get("CPU", 0)
-    if feed == "stream" and least * (resources.cpus_per_worker + 1) > there:
-        raise DloptError(
-            f"resources.feed: a stream needs a CPU for each of {least} workers beside their own, and the cluster has {there:g}: "
-            "lower workers or cpus_per_worker, or use feed: resident"
-        )
-    return feed
-
-
-def _leaving_room(workers: Workers, resources: Resources, cluster: dict[str, float]) -> Workers:
-    """Elastic workers that take every CPU would wait for ever for the stream that feeds them: each needs one beside its own."""
-    if isinstance(workers, int):
-        return workers
-    return workers[0], max(workers[0], min(workers[1], int(cluster.get("CPU", 0) // (resources.cpus_per_worker + 1))))
+    return ("resident" if fits else "stream") if resources.feed == "auto" else resources.feed
 
 
 def _refuse_other_target(train: Train, target: Target) -> None:
@@ -201,10 +311,6 @@ def _refuse_no_validation(section: Fit, data: Artifact) -> None:
         raise DloptError(f"{who}: looks at the validation split, which is empty: give data.split.validation a share")
 
 
-def _most(workers: Workers) -> int:
-    return workers if isinstance(workers, int) else workers[1]
-
-
 def _going_on(store: Store) -> str:
     """Where an interrupted run goes on; raises DloptError when all its checkpoints are damaged."""
     found, damaged = newest(store)
@@ -212,7 +318,7 @@ def _going_on(store: Store) -> str:
     return after + "".join(f"; {line}" for line in damaged)
 
 
-def _say(workers: Workers) -> str:
-    if workers == 0:
+def _say(need: Need) -> str:
+    if need.most == 0:
         return "in this process"
-    return f"{workers} workers" if isinstance(workers, int) else f"{workers[0]} to {workers[1]} workers"
+    return counted(need.least) if need.least == need.most else f"{need.least} to {need.most} workers"

@@ -54,7 +54,7 @@ def followed(
     try:
         with couriers(resources.track, out, section.model_dump(mode="json")) as trackers:
             follower = Follower(out, said, progress, resources.max_failures, trackers)
-            with _repeated(follower.look):
+            with _repeated(follower):
                 yield
     finally:
         for complaint in complaints(trackers):
@@ -62,15 +62,17 @@ def followed(
 
 
 @contextmanager
-def _repeated(look: Callable[[float], None]) -> Iterator[None]:
-    """Within it, `look` is called every now and then, on a thread of its own, and once at the end."""
+def _repeated(follower: Follower) -> Iterator[None]:
+    """Within it, the follower looks every now and then, on a thread of its own, and once at the end."""
     done = threading.Event()
 
     def repeat() -> None:
         ended = False
         while not ended:
             ended = done.wait(EVERY)
-            look(time.monotonic())
+            follower.look(time.monotonic())
+            if not ended:
+                follower.again()
 
     thread = threading.Thread(target=repeat, name="dlopt-follow", daemon=True)
     thread.start()
@@ -144,6 +146,12 @@ class Follower:
         text, share = self.said.text(now), self.said.share
         if text and (text, share) != self.told:
             self.told = (text, share)
+            self.progress("fit", share, text)
+
+    def again(self) -> None:
+        """Say what still holds once more: who writes a line now and then has left it out, maybe."""
+        text, share = self.told
+        if text:
             self.progress("fit", share, text)
 
     def _read(self, now: float, quiet: bool = False) -> None:

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from dlopt.data.feed import Batch, Mixed
+from dlopt.optim.constraints import NormOf, total_norm
 from dlopt.part import Part
 from dlopt.train.objectives import Losses, Objective
 from dlopt.train.precision import LossScale
@@ -48,23 +49,25 @@ class Curved(Protocol):
     def take(self, estimate: list[Tensor]) -> None: ...
 
 
-def plain(world: int) -> Gradient:
-    """Back-propagation. DistributedDataParallel averages over workers, so the sum over them needs a factor of `world`."""
+def plain(factor: int) -> Gradient:
+    """Back-propagation. DistributedDataParallel averages over workers, so the sum over them needs a factor of as many as they are."""
 
     def gradient(objective: Objective, model: nn.Module, batch: Batch) -> Losses:
         losses = objective(model, batch)
-        (losses.loss * world if world > 1 else losses.loss).backward()
+        (losses.loss * factor if factor > 1 else losses.loss).backward()
         return losses
 
     return gradient
 
 
-def accumulated(world: int, rows: int) -> Gradient:
+def accumulated(world: int, rows: int, factor: int | None = None) -> Gradient:
     """The same in parts of at most `rows` rows of each worker, whose sum is the gradient of the batch: for less memory.
 
-    All workers take equally many parts, the last ones empty where a worker has fewer rows, and add up over workers after the last.
-    Statistics that a network takes of its batch (batch norm) are of a part.
+    All workers take equally many parts, the last ones empty where a worker has fewer rows, and add up over workers after the last (where
+    weights are shared out, after each: a whole gradient would take the memory that is short). Statistics that a network takes of its
+    batch (batch norm) are of a part. factor: on the loss, if not as many as there are workers.
     """
+    times = world if factor is None else factor
 
     def gradient(objective: Objective, model: nn.Module, batch: Batch) -> Losses:
         parts = split(batch, rows, _most(-(-len(batch.target) // rows), batch.target.device, world))
@@ -73,7 +76,7 @@ def accumulated(world: int, rows: int) -> Gradient:
             last = place == len(parts)
             with nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync():
                 losses = objective(model, part)
-                (losses.loss * world if world > 1 else losses.loss).backward()
+                (losses.loss * times if times > 1 else losses.loss).backward()
             found.append(Losses(losses.loss.detach(), losses.correct))
         correct = [losses.correct for losses in found if losses.correct is not None]
         return Losses(torch.stack([losses.loss for losses in found]).sum(), torch.stack(correct).sum() if correct else None)
@@ -119,17 +122,18 @@ def unscaled(inner: Gradient, scale: LossScale | None) -> Gradient:
     return gradient
 
 
-def sharpness_aware(inner: Gradient, rho: float, adaptive: bool = False) -> Gradient:
+def sharpness_aware(inner: Gradient, rho: float, adaptive: bool = False, norm_of: NormOf = total_norm) -> Gradient:
     """The gradient at the weights w + e, e = rho * g / |g| for the gradient g at w (Foret et al. 2021); the weights end as they were.
 
     adaptive: e = rho * w^2 * g / |w * g| (Kwon et al. 2021). Losses are those at w; buffers (a batch norm's averages) see w alone.
+    norm_of: gives the norm of the whole gradient where a worker has a share of it.
     """
 
     def gradient(objective: Objective, model: nn.Module, batch: Batch) -> Losses:
         losses = inner(objective, model, batch)
         parameters: list[Tensor] = [parameter for parameter in model.parameters() if parameter.grad is not None]
         with torch.no_grad():
-            before, ascent = [parameter.clone() for parameter in parameters], _ascent(parameters, rho, adaptive)
+            before, ascent = [parameter.clone() for parameter in parameters], _ascent(parameters, rho, adaptive, norm_of)
             torch._foreach_add_(parameters, ascent)
         for parameter in parameters:
             parameter.grad = None
@@ -142,11 +146,11 @@ def sharpness_aware(inner: Gradient, rho: float, adaptive: bool = False) -> Grad
     return gradient
 
 
-def _ascent(parameters: list[Tensor], rho: float, adaptive: bool) -> list[Tensor]:
+def _ascent(parameters: list[Tensor], rho: float, adaptive: bool, norm_of: NormOf) -> list[Tensor]:
     """The way to the worst place near by, for each parameter."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    scaled = torch._foreach_mul(gradients, torch._foreach_abs(parameters)) if adaptive else gradients
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(scaled)))
+    scaled = list(torch._foreach_mul(gradients, torch._foreach_abs(parameters))) if adaptive else gradients
+    norm = norm_of(scaled)
     ways = torch._foreach_mul(scaled, torch._foreach_abs(parameters)) if adaptive else scaled
     return list(torch._foreach_mul(ways, rho / (norm + 1e-12)))
 
@@ -171,7 +175,9 @@ def curved(inner: Gradient, optimizer: torch.optim.Optimizer, world: int, scale:
     It is z * Hz for a z of normal random numbers, which follow from the number of the step alone, so that they are the same on all
     workers and after a restart. H is that of the whole batch.
     """
-    wants = getattr(optimizer, "inner", optimizer)  # within slow weights
+    wants = optimizer
+    while hasattr(wants, "inner"):  # within slow weights, or shared out
+        wants = wants.inner
     if not isinstance(wants, Curved):
         return inner
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.data.feed import Batch
-from dlopt.optim.constraints import Clip
+from dlopt.optim.constraints import Clip, NormOf, total_norm
 from dlopt.optim.wrappers import centralize
 from dlopt.train.gradients import Gradient
 from dlopt.train.objectives import Losses, Objective
@@ -46,12 +46,13 @@ def steps(
     clip: Clip | None = None,
     centralized: bool = False,
     scale: LossScale | None = None,
+    norm_of: NormOf = total_norm,
 ) -> Iterator[Step]:
     """Train on every batch, yielding each step.
 
     factor(i): of the schedule for the i-th batch, from 0; a group's rate is its peak times that. clip: what becomes of large gradients.
     centralized: whether the mean of each unit's gradient is taken out. A step whose gradient is not finite is left out. scale: of the
-    loss, which takes note of each step.
+    loss, which takes note of each step. norm_of: gives norms of whole tensors, of which a worker may have rows.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.train()
@@ -61,14 +62,14 @@ def steps(
             group["lr"] = now * group[PEAK]
         _forget(parameters)
         losses = gradient(objective, model, batch)
-        norm = _total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        norm = norm_of([parameter.grad for parameter in parameters if parameter.grad is not None])
         found = norm.item()
         taken = math.isfinite(found)
         if taken:
             if centralized:
                 centralize(parameters)
             if clip is not None:
-                clip.apply(parameters, norm)
+                clip.apply(parameters, norm, norm_of)
             _take(optimizer, parameters, losses, lambda batch=batch: gradient(objective, model, batch))  # type: ignore[misc]
         overflowed = scale is not None and scale.note(taken)
         yield Step(losses.loss.detach(), losses.correct, now, found, taken, overflowed)
@@ -108,8 +109,3 @@ def _forget(parameters: Iterable[nn.Parameter]) -> None:
     """What optimizer.zero_grad does, without its bookkeeping."""
     for parameter in parameters:
         parameter.grad = None
-
-
-def _total_norm(gradients: list[Tensor]) -> Tensor:
-    """The 2-norm of all gradients together, as torch.nn.utils.get_total_norm for those of one device, in two thirds of its time."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))

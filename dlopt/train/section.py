@@ -14,13 +14,16 @@ from dlopt.optim.constraints import Clip, MaxNorm
 from dlopt.optim.groups import Parameters
 from dlopt.optim.health import Divergence, Health
 from dlopt.optim.optimizers import Adam, Lbfgs, Optimizer
+from dlopt.optim.optimizers_library import ScheduleFreeAdamW, ScheduleFreeSgd
 from dlopt.optim.schedules import Constant, Course, ScaleLr, Schedule
 from dlopt.optim.wrappers import Lookahead
 from dlopt.part import DloptError, Part, Target
 from dlopt.train.checkpoints import Checkpointing
+from dlopt.train.communication import Compression, PowerSgd, Synchronization, refuse_communication
 from dlopt.train.gradients import Sharpness
 from dlopt.train.losses import LossPart, losses_for
 from dlopt.train.metrics import names
+from dlopt.train.parallel import Parallelism
 from dlopt.train.precision import HALF, Precision
 from dlopt.train.thresholds import Threshold, Tuned
 from dlopt.train.track import Track
@@ -123,6 +126,11 @@ class Train(Part):
     """Numbers that training computes with. With bfloat16 and float16 layers compute in half of the bits, on what has room for it faster and
     in less memory, while weights, averages, and all that is measured and served stay float32. float16 needs scaled losses, and leaves out a
     step when a gradient is too large for the scale, which is halved then."""
+    compression: Compression | None = None
+    """What of gradients workers send to each other, if not all: for slow networks."""
+    synchronization: Synchronization | None = None
+    """Workers that train a replica each and exchange weights now and then, in place of gradients after every step: for networks that are
+    slower still. The number of replicas decides the result."""
     health: Health = Health()
     """How closely the layers are watched, and what is warned of."""
     divergence: Divergence = Divergence()
@@ -160,6 +168,26 @@ class Train(Part):
     def lbfgs_sees_the_gradient_of_its_loss(self) -> Self:
         if isinstance(self.optimizer, Lbfgs) and (self.clip or self.centralize_gradients or self.sharpness):
             raise ValueError("optimizer: lbfgs searches along the true gradient: take out clip, centralize_gradients and sharpness")
+        return self
+
+    @model_validator(mode="after")
+    def what_is_not_sent_can_be_made_up_for(self) -> Self:
+        if self.compression and self.synchronization:
+            raise ValueError("compression: with synchronization no gradients are sent: keep one of them")
+        if self.compression and isinstance(self.optimizer, Lbfgs):
+            raise ValueError("optimizer: lbfgs searches along the true gradient: take out compression")
+        if isinstance(self.compression, PowerSgd) and self.sharpness:
+            raise ValueError("compression: power_sgd makes up for a step in the next, and sharpness has two gradients a step: use bfloat16")
+        if isinstance(self.compression, PowerSgd) and self.precision == "float16":
+            raise ValueError("compression: power_sgd keeps gradients over steps, whose scale float16 changes: use precision: bfloat16")
+        return self
+
+    @model_validator(mode="after")
+    def replicas_can_be_put_together(self) -> Self:
+        if self.synchronization and isinstance(self.optimizer, Lbfgs | ScheduleFreeSgd | ScheduleFreeAdamW):
+            raise ValueError(f"synchronization: {self.optimizer.kind} must know all steps of the weights: use another optimizer")
+        if self.synchronization and self.lookahead:
+            raise ValueError("synchronization: lookahead goes back to weights of one replica: take one of them out")
         return self
 
     @model_validator(mode="after")
@@ -211,8 +239,18 @@ class Resources(Part):
     """Keep the training split in memory, stream it through Ray Data, or choose by its size."""
     resident_bytes: int = Field(2 * 2**30, ge=0)
     """The largest training split, in bytes of decoded rows, that `feed: auto` keeps in memory."""
+    parallelism: Parallelism = "ddp"
+    """What of a network each of several workers holds: ddp all of it; zero shares out the optimizer's state; fsdp shares out weights,
+    gradients and state, for networks that are too large for the memory of one, at more communication. A single worker holds it all."""
     max_failures: int = Field(3, ge=0)
-    """How often lost workers are replaced before the run fails."""
+    """How often workers that were lost, or Ray Train's controller, are replaced before the run fails. Workers that were told to end are
+    replaced without limit."""
+    hang_seconds: float = Field(300.0, gt=0)
+    """A worker that makes no step for so long is taken for lost; with workers: 0 that is only said."""
+    wait_seconds: float = Field(600.0, ge=0)
+    """How long a run waits for CPUs and GPUs that others have taken before it fails."""
+    resize_seconds: float = Field(30.0, ge=0)
+    """How long elastic workers train, at least, before more of them take over."""
     track: tuple[Track, ...] = ()
     """Where the numbers of training go while it runs, beside the folder of the model: any of prometheus, tensorboard and mlflow."""
     checkpoint: Checkpointing = Checkpointing()
@@ -235,6 +273,11 @@ def needs_validation(train: Train) -> str | None:
     if isinstance(train.threshold, Tuned):
         return "train.threshold"
     return "train.schedule" if train.schedule.watches_validation() else None
+
+
+def refuse_other_workers(train: Train, resources: Resources) -> None:
+    """Raises DloptError when workers cannot tell each other what the job wants."""
+    refuse_communication(train.compression, train.synchronization, resources.workers, resources.parallelism)
 
 
 def refuse_monitor(train: Train, kind: str, classes: int | None = None) -> None:

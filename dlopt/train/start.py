@@ -22,6 +22,7 @@ from dlopt.part import Signature, Statistics
 from dlopt.train.loop import peaked
 from dlopt.train.losses import loss_of
 from dlopt.train.objectives import Objective, class_weights, supervised
+from dlopt.train.parallel import Replicated
 from dlopt.train.range_test import STEPS, Sweep, sweep
 from dlopt.train.section import Fit
 
@@ -65,22 +66,22 @@ def peak_of(fit: Fit, rows: int) -> float | None:
     return rate * scale.factor(fit.train.rows_of_batch(rows)) if scale else rate
 
 
-def optimizer_of(fit: Fit, network: nn.Module, peak: float) -> torch.optim.Optimizer:
-    """The job's optimizer, with what is wrapped around it, on the groups of the network's parameters."""
-    part = fit.train.optimizer.model_copy(update={"lr": peak})
-    found = part.build(fit.train.parameters.of(network, part))
+def optimizer_of(fit: Fit, network: nn.Module, peak: float, parallel: Replicated | None = None) -> torch.optim.Optimizer:
+    """The job's optimizer, with what is wrapped around it, on the groups of the network's parameters. parallel: how they are shared out."""
+    parallel, part = parallel or Replicated(network), fit.train.optimizer.model_copy(update={"lr": peak})
+    found = parallel.optimizer(part.build(parallel.groups(fit.train.parameters.of(network, part))))
     return peaked(fit.train.lookahead.wrap(found) if fit.train.lookahead else found)
 
 
-def objective_of(fit: Fit, data: Artifact, network: Network, device: torch.device, world: int = 1) -> Objective:
-    """What the job minimises, each of `world` workers its part of it."""
+def objective_of(fit: Fit, data: Artifact, network: Network, device: torch.device, copies: int = 1) -> Objective:
+    """What the job minimises, each worker its part of it. copies: how many workers hold each weight."""
     train, split = fit.train, Split.open(data, "train")
     target, weights = split.signature.target, None
     if train.class_weights is not None:
         rows = data.info["labels"]["train"]
         found = class_weights(train.class_weights, target, rows, len(split), train.sampling == "balanced")
         weights = found.to(device, DTYPES[train.precision])
-    return supervised(loss_of(train.loss, target, network.output, weights), train.l1, train.l2, world)
+    return supervised(loss_of(train.loss, target, network.output, weights), train.l1, train.l2, copies)
 
 
 def swept(fit: Fit, network: Network, data: Artifact, device: torch.device) -> Sweep:

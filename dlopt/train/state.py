@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dlopt.optim.averages import Average
 from dlopt.optim.health import Watch
 from dlopt.train.packing import optimizer_state, pack, restore_optimizer, unpack
+from dlopt.train.parallel import Replicated
 
 
 @dataclass
@@ -63,31 +64,44 @@ class State:
     record: Record
     average: Average | None = None
     watch: Watch | None = None
+    parallel: Replicated = field(init=False)
+    """What of all this the worker holds."""
+    on: InitVar[Replicated | None] = None
+
+    def __post_init__(self, on: Replicated | None) -> None:
+        self.parallel = on or Replicated(self.model)
 
     def keep_best(self) -> None:
         """Take the weights as they are now for the best ones."""
-        self.best = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+        self.best = {name: value.detach().cpu().clone() for name, value in self.parallel.held.state_dict().items()}
 
     def finite(self) -> bool:
-        """Whether every weight is."""
-        return all(bool(value.isfinite().all()) for value in self.model.state_dict().values() if value.is_floating_point())
+        """Whether every weight is. All workers ask at once."""
+        held = self.parallel.held.state_dict().values()
+        return self.parallel.all(all(bool(value.isfinite().all()) for value in held if value.is_floating_point()))
 
     def packed(self) -> tuple[dict[str, Tensor], Any]:
-        """Everything but the record: what is a tensor, by names of one flat dictionary, and the rest, as JSON has it."""
-        tensors, rest = pack(optimizer_state(self.optimizer))
-        found = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        found |= {f"best.{name}": value for name, value in self.best.items()}
+        """Everything but the record: what is a tensor, by names of one flat dictionary, and the rest, as JSON has it. All workers ask at
+        once, and worker 0 gets it whole."""
+        whole = self.parallel.whole
+        tensors, rest = pack(self.parallel.whole_state(optimizer_state(self.optimizer)))
+        found = {f"model.{name}": value for name, value in whole(self.parallel.held.state_dict()).items()}
+        found |= {f"best.{name}": value for name, value in whole(self.best).items()}
         found |= {f"optimizer.{name}": value for name, value in tensors.items()}
-        found |= {f"average.{name}": value for name, value in (self.average.tensors() if self.average else {}).items()}
+        found |= {f"average.{name}": value for name, value in whole(self.average.tensors() if self.average else {}).items()}
         found |= {f"watch.{name}": value for name, value in (self.watch.tensors() if self.watch else {}).items()}
+        found |= self.parallel.memory(self.optimizer)
         return {name: value.detach().cpu().contiguous() for name, value in found.items()}, rest
 
     def restore(self, tensors: dict[str, Tensor], rest: Any, record: dict[str, Any]) -> None:
-        self.model.load_state_dict(_under("model.", tensors))
-        self.best = _under("best.", tensors)
-        restore_optimizer(self.optimizer, unpack(_under("optimizer.", tensors), rest))
+        """Become what `packed` of worker 0 said of a state, whatever workers it was of."""
+        mine = self.parallel.mine
+        self.parallel.load(_under("model.", tensors))
+        self.best = mine(_under("best.", tensors))
+        restore_optimizer(self.optimizer, self.parallel.my_state(unpack(_under("optimizer.", tensors), rest)))
         if self.average:
-            self.average.load(_under("average.", tensors))
+            self.average.load(mine(_under("average.", tensors)))
+        self.parallel.recall(tensors, self.optimizer)
         self.record = Record(**record)
         if self.watch:
             self.watch.recall(self.record.watched, _under("watch.", tensors))

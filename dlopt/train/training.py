@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,11 +22,12 @@ from dlopt.data.share import Share
 from dlopt.models import Network
 from dlopt.models.norms import BatchNorm
 from dlopt.optim.averages import reestimate
-from dlopt.optim.health import Diverging
+from dlopt.optim.health import Diverging, Look
 from dlopt.part import DloptError
 from dlopt.train import checkpoints
 from dlopt.train.agreement import Agreement
 from dlopt.train.checkpoints import Store, Writer
+from dlopt.train.communication import Apart
 from dlopt.train.evaluate import evaluate
 from dlopt.train.gradients import Gradient, accumulated, curved, plain, sharpness_aware, unscaled
 from dlopt.train.judge import judge
@@ -34,6 +35,7 @@ from dlopt.train.loop import Step, steps
 from dlopt.train.metrics import Metrics
 from dlopt.train.metrics_log import MetricsLog
 from dlopt.train.pace import Pace, SpeedLog
+from dlopt.train.parallel import Replicated
 from dlopt.train.precision import mixed, scale_of
 from dlopt.train.section import Fit, Resources, course_of
 from dlopt.train.start import first_batches, objective_of, read_statistics
@@ -41,6 +43,7 @@ from dlopt.train.state import State
 from dlopt.train.stopping import Preempted, Reason, Stopped, reason
 from dlopt.train.thresholds import fixed
 from dlopt.train.totals import Totals
+from dlopt.train.watchdog import Watchdog
 
 PURPOSE = 5  # of the random numbers that dropout draws
 REESTIMATED = 100
@@ -76,6 +79,22 @@ class Diary:
         self.writer.close()
 
 
+class Taken(NamedTuple):
+    """A step of a replica, of which the others do not know yet."""
+
+    found: Step
+    """Its loss is the replica's part of that of the whole batch."""
+    lost: bool
+    """Whether it was left out, for no good reason."""
+    look: Look | None
+    step: int
+    """Its number."""
+    mine: int
+    """Rows of the replica."""
+    rows: int
+    """Of all replicas."""
+
+
 @dataclass
 class Training:
     """What one of `world` workers trains with. The diary is worker 0's."""
@@ -91,19 +110,23 @@ class Training:
     world: int
     device: torch.device
     diary: Diary | None = None
+    watchdog: Watchdog | None = None
     feed: Feed | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         train = self.fit.train
         self.split, self.validation = (Split.open(self.data, name) for name in ("train", "validation"))
         self.share = self._share()
+        self.sizes = self.share.sizes()
         self.course = course_of(self.fit, len(self.split))
         self.scale = scale_of(train.precision)
         if self.scale:
             self.scale.recall(self.state.record.loss_scale)
-        self.model, self.gradient = self._model(), self._gradient()
+        self.model, self.gradient = self.parallel.module(), self._gradient()
         self.pace, self.totals = Pace(), Totals(self.world)
-        objective = objective_of(self.fit, self.data, self.network, self.device, self.world)
+        self.taken_apart: list[Taken] = []
+        self.due = False
+        objective = objective_of(self.fit, self.data, self.network, self.device, self.parallel.copies)
         self.objective = self.pace.timed(mixed(objective, train.precision, self.device, self.scale))
         self.diverging = Diverging(train.divergence, self.state.record.start_loss)
         if self.state.record.diverging:
@@ -112,6 +135,10 @@ class Training:
         self.watch = self.state.watch
         self.agreement = Agreement(self.rank, self.world, self.device, self.state.record.step)
         self.marked = self.saved = time.monotonic()
+
+    @property
+    def parallel(self) -> Replicated:
+        return self.state.parallel
 
     @property
     def network(self) -> Network:
@@ -128,7 +155,7 @@ class Training:
                 self._roll_back(str(why))
             else:
                 if self.world > 1:
-                    refuse_drift(self.network)
+                    refuse_drift(self.parallel.alike())
                 if self._worth_saving():
                     self.save()
 
@@ -155,38 +182,47 @@ class Training:
         found = steps(
             self.model,
             self.state.optimizer,
-            self.pace.waiting(self._feed(epoch).epoch(epoch, start)),
+            self.parallel.batches(self.pace.waiting(self._feed(epoch).epoch(epoch, start))),
             self.objective,
             self.gradient,
             lambda index: slower * schedule.factor(begun + index, course, history),
             train.clip,
             train.centralize_gradients,
             self.scale,
+            self.parallel.norm,
         )
         self.watch.ready(record.step + 1)
-        for index, (_, rows) in enumerate(self.share.sizes()[start:]):
+        for index, (_, rows) in enumerate(self.sizes[start:]):
             _seed(int(seeds[index]), self.device)
+            self.parallel.begin(record.step)
             step = next(found)
+            if self.watchdog:
+                self.watchdog.beat()
             record.step += 1
             record.batch += 1
             record.rows += rows
             if step.taken:
                 self._after_step(record.step)
+            else:
+                self.parallel.undo()
             yield step, rows
             self.watch.ready(record.step + 1)
 
     def _after_step(self, step: int) -> None:
         if self.fit.train.max_norm:
-            self.fit.train.max_norm.apply(self.network)
-        if self.state.average:
+            self.fit.train.max_norm.apply(self.parallel.held)
+        if self.state.average and not isinstance(self.parallel, Apart):
             self.state.average.update(step)
 
     def _epoch(self) -> None:
         train, record = self.fit.train, self.state.record
         began, epoch = time.monotonic(), record.epoch + 1
         for step, rows in self.steps(epoch):
-            self.totals.add(step, rows, record)
-            self._look(step, epoch)
+            if isinstance(self.parallel, Apart):
+                self._apart(self.parallel, step, rows, epoch)
+            else:
+                self.totals.add(step, rows, record)
+                self._look(step, epoch)
             self._between_steps()
         self.totals.settle(record)
         means = [total / self.share.order.rows for total in record.sums]
@@ -209,7 +245,11 @@ class Training:
     def _between_steps(self) -> None:
         """Save if it is time to, and end if it is asked for."""
         record, every = self.state.record, self.resources.checkpoint.every
-        due, stop = every.steps is not None and record.step % every.steps == 0, None
+        due, stop = (every.steps is not None and record.step % every.steps == 0) or self.due, None
+        if self.taken_apart:  # between two synchronisations
+            self.due = due
+            return
+        self.due = False
         if self.agreement.due(record.step):
             due, stop = self._agreed(due)
         if (due and record.batch < self.share.order.batches) or stop:  # after the last batch of an epoch comes a checkpoint anyway
@@ -247,6 +287,8 @@ class Training:
         """Within it, the network has the weights that are measured and kept: the averages, where there are any."""
         average, optimizer = self.state.average, self.state.optimizer
         with ExitStack() as stack:
+            if self.watchdog:
+                stack.enter_context(self.watchdog.paused())
             averaged = False
             if hasattr(optimizer, "eval"):  # of schedule-free optimizers, whose weights in training are not those of their result
                 optimizer.eval()
@@ -255,6 +297,7 @@ class Training:
             if average and average.started:
                 stack.enter_context(average.swapped())
                 averaged = True
+            stack.enter_context(self.parallel.gathered())
             if averaged and any(isinstance(layer, BatchNorm) for layer in self.network.modules()):
                 stack.enter_context(_buffers_back(self.network))
                 size = self.share.order.batch_size
@@ -264,37 +307,85 @@ class Training:
 
     def _look(self, step: Step, epoch: int) -> None:
         """Log the step if it is one to be logged, watch over layers, and refuse to go on when training has diverged."""
-        train, record = self.fit.train, self.state.record
-        logged, watched = record.step % train.log_every == 0 or record.start_loss is None, self.watch.watched(record.step)
-        loss = self._loss_of(step) if logged or watched else None
-        if loss is not None and record.step % train.log_every == 0:
-            self._log_step(step, loss, epoch)
-        look = None
+        record = self.state.record
+        loss = self._loss_of(step) if self._to_be_told(record.step) else None
+        if loss is not None and record.step % self.fit.train.log_every == 0:
+            self._log_step(step, loss, epoch, record.step, record.rows)
+        look = self._watched(step, loss, epoch)
+        self._refuse_divergence(self.diverging.step(step.taken or step.overflowed, loss, look), epoch)
+        record.start_loss = self.diverging.start_loss
+
+    def _to_be_told(self, step: int) -> bool:
+        """Whether the loss of step number `step` is needed."""
+        return step % self.fit.train.log_every == 0 or self.state.record.start_loss is None or self.watch.watched(step)
+
+    def _watched(self, step: Step, loss: float | None, epoch: int) -> Look | None:
+        """Watch over layers. loss: where it is known."""
+        train, record, look = self.fit.train, self.state.record, None
         if step.overflowed and self.scale:
             self.watch.pass_over()
             self._write_health(epoch, {"step": record.step, "loss_scale": self.scale.scale})
-        elif loss is not None and watched:
+        elif loss is not None and self.watch.watched(record.step):
             clipped = train.clip.factor(step.gradient_norm) if train.clip and step.taken else 1.0
             look = self.watch.look(record.step, loss, step.gradient_norm, clipped)
             self._write_health(epoch, look.as_json() if look else {})
         elif loss is not None and (spike := self.watch.hear(record.step, loss)):
             self._write_health(epoch, {"step": record.step, "findings": [spike.as_json()]})
-        self._refuse_divergence(self.diverging.step(step.taken or step.overflowed, loss, look), epoch)
-        record.start_loss = self.diverging.start_loss
+        return look
 
-    def _log_step(self, step: Step, loss: float, epoch: int) -> None:
+    def _apart(self, replicas: Apart, step: Step, rows: int, epoch: int) -> None:
+        """After a replica's step. Each looks at its own; what workers must know of each other's steps they tell when they synchronise."""
+        record = self.state.record
+        look = self._watched(step, step.loss.item() if self._to_be_told(record.step) else None, epoch)
+        mine, _ = self.sizes[record.batch - 1]
+        lost = not (step.taken or step.overflowed)
+        self.taken_apart.append(Taken(step._replace(loss=step.loss * (mine / rows)), lost, look, record.step, mine, rows))
+        if replicas.due(record.batch, len(self.sizes)):
+            taken, self.taken_apart = self.taken_apart, []
+            replicas.synchronise(self.state.optimizer, sum(one.mine for one in taken) / sum(one.rows for one in taken))
+            self._after_synchronisation(taken)
+            self._tell(taken, epoch)
+
+    def _after_synchronisation(self, taken: list[Taken]) -> None:
+        """Averages take the weights that there are now for those of all steps since the last time."""
+        if self.fit.train.max_norm:
+            self.fit.train.max_norm.apply(self.parallel.held)
+        for one in taken if self.state.average else []:
+            assert self.state.average
+            self.state.average.update(one.step)
+        if self.scale:
+            least = torch.tensor([self.scale.scale, self.scale.good], dtype=torch.float64, device=self.device)
+            dist.all_reduce(least, dist.ReduceOp.MIN)
+            self.scale.recall({"scale": least[0].item(), "good": int(least[1])})
+
+    def _tell(self, taken: list[Taken], epoch: int) -> None:
+        """Log steps of all replicas, and refuse to go on when training has diverged. A step counts as one if all have taken it."""
+        record = self.state.record
+        told = torch.stack([torch.stack([one.found.loss, one.found.loss.new_tensor(one.lost)]) for one in taken]).double()
+        dist.all_reduce(told)
+        rows = record.rows - sum(one.rows for one in taken)
+        for one, (loss, lost) in zip(taken, told.tolist(), strict=True):
+            rows += one.rows
+            self.totals.add(one.found, one.rows, record)
+            known = loss if self._to_be_told(one.step) else None
+            if known is not None and one.step % self.fit.train.log_every == 0:
+                self._log_step(one.found, known, epoch, one.step, rows)
+            self._refuse_divergence(self.diverging.step(not lost, known, one.look), epoch, one.step)
+            record.start_loss = self.diverging.start_loss
+
+    def _log_step(self, step: Step, loss: float, epoch: int, number: int, rows: int) -> None:
         record = self.state.record
         if not self.diary:
             return
         self.diary.log.write(
-            step=record.step,
+            step=number,
             epoch=epoch,
-            rows=record.rows,
+            rows=rows,
             loss=loss,
             rate=step.factor * record.peak,
             gradient_norm=step.gradient_norm,
         )
-        if record.step % (100 * self.fit.train.log_every) == 0:
+        if number % (100 * self.fit.train.log_every) == 0:
             self.diary.log.flush()
 
     def _loss_of(self, step: Step) -> float:
@@ -309,9 +400,9 @@ class Training:
             self.diary.health.write(epoch=epoch, **line)
             self.diary.health.flush()
 
-    def _refuse_divergence(self, why: str | None, epoch: int) -> None:
+    def _refuse_divergence(self, why: str | None, epoch: int, step: int | None = None) -> None:
         if why:
-            raise Diverged(f"epoch {epoch}, step {self.state.record.step}: {why}")
+            raise Diverged(f"epoch {epoch}, step {step or self.state.record.step}: {why}")
 
     def _roll_back(self, why: str) -> None:
         """Go back to the newest checkpoint of an epoch's end, and on at a lower rate. Raises DloptError after too many of them."""
@@ -326,7 +417,7 @@ class Training:
         found.load(self.state)
         record = self.state.record
         record.rollbacks, record.diverging = rollbacks, {}
-        self.feed = None
+        self.feed, self.taken_apart, self.due = None, [], False
         self.totals.forget()
         rate = record.peak * train.divergence.factor**rollbacks
         self.diverging = Diverging(train.divergence, record.start_loss)
@@ -351,17 +442,14 @@ class Training:
             statistics=read_statistics(self.data),
         )
 
-    def _model(self) -> nn.Module:
-        if self.world == 1:
-            return self.network
-        return nn.parallel.DistributedDataParallel(self.network, gradient_as_bucket_view=True, broadcast_buffers=False)
-
     def _gradient(self) -> Gradient:
-        train = self.fit.train
-        found = plain(self.world) if train.micro_batch_size is None else accumulated(self.world, -(-train.micro_batch_size // self.world))
-        found = unscaled(found, self.scale)
-        found = sharpness_aware(found, train.sharpness.rho, train.sharpness.adaptive) if train.sharpness else found
-        return curved(found, self.state.optimizer, self.world, self.scale)
+        train, micro, factor = self.fit.train, self.fit.train.micro_batch_size, self.parallel.factor
+        together = self.parallel.together
+        found = plain(factor) if micro is None else accumulated(together, -(-micro // self.world), factor)
+        found = unscaled(self.parallel.gradient(found), self.scale)
+        if train.sharpness:
+            found = sharpness_aware(found, train.sharpness.rho, train.sharpness.adaptive, self.parallel.norm)
+        return curved(found, self.state.optimizer, together, self.scale)
 
     def _feed(self, epoch: int) -> Feed:
         """The feed that gives this epoch and those after it."""
@@ -383,9 +471,12 @@ def newest_of_all(store: Store, rank: int, world: int, epoch_ends: bool = False)
     return (found or checkpoints.read(store, name) if name else None), damaged
 
 
-def refuse_drift(network: nn.Module) -> None:
+def refuse_drift(alike: Mapping[str, Tensor]) -> None:
     """Workers must hold the same bits: a sum of each tensor's, compared across workers. Raises RuntimeError."""
-    mine = torch.stack([_sum_of_bits(value) for value in network.state_dict().values() if value.is_floating_point()])
+    sums = [_sum_of_bits(value) for value in alike.values() if value.is_floating_point()]
+    if not sums:
+        return
+    mine = torch.stack(sums)
     lowest, highest = mine.clone(), mine.clone()
     dist.all_reduce(lowest, dist.ReduceOp.MIN)
     dist.all_reduce(highest, dist.ReduceOp.MAX)

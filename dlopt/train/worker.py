@@ -7,7 +7,8 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,14 @@ from dlopt.train.checkpoints import Store, Writer, store_of
 from dlopt.train.evaluate import evaluate, thresholds_of, write_predictions
 from dlopt.train.metrics_log import HEALTH, LAYERS, NAME, RANGE, STARTS, MetricsLog
 from dlopt.train.pace import SpeedLog
+from dlopt.train.parallel import Replicated, parallel_of
 from dlopt.train.section import Fit, Resources, course_of
 from dlopt.train.start import first_rows, load_network, optimizer_of, peak_of, scaled_by_data, swept
 from dlopt.train.state import Record, State
-from dlopt.train.stopping import Stopped
+from dlopt.train.stopping import Preempted, Stopped
 from dlopt.train.thresholds import signed
 from dlopt.train.training import Diary, Training, newest_of_all
+from dlopt.train.watchdog import Watchdog
 
 PREDICTIONS = "predictions.parquet"
 
@@ -88,18 +91,24 @@ class _Worker:
         loop_started = time.monotonic()
         try:
             if record.epoch < self.assignment.fit.train.epochs and not record.stopped:
-                self.training(data, state, diary).run()
+                with self._watched() as watchdog:
+                    self.training(data, state, diary, watchdog).run()
         except Stopped:
             return {"stopped": "asked", "steps": state.record.step}
+        except Preempted:
+            self._leave_together(diary)
+            raise
         finally:
             if diary:
                 diary.close()
+        best = state.parallel.whole(state.best)
         if self.rank != 0:
             return None
         trained, record = time.monotonic(), state.record
-        assert isinstance(state.model, Network)
-        state.model.load_state_dict(state.best)
-        info = self._finish(state.model, data, record)
+        network = state.parallel.alone(lambda: load_network(self.assignment.fit, data).to(self.device))
+        assert isinstance(network, Network)
+        network.load_state_dict(best)
+        info = self._finish(network, data, record)
         seconds = {
             "start": round(loop_started - started, 3),
             "train": round(record.seconds, 3),
@@ -108,15 +117,32 @@ class _Worker:
         speed = round(record.rows / record.seconds, 1) if record.seconds else None
         return info | {"seconds": seconds, "rows_per_second": speed, "workers": self.world, "feed": self.assignment.feed}
 
+    def _leave_together(self, diary: Diary | None) -> None:
+        """Once the checkpoint is written: Ray Train ends all workers as soon as one of them has."""
+        if diary:
+            diary.close()
+        if self.world > 1:
+            dist.barrier()
+
     @property
     def store(self) -> Store:
         return self.elsewhere or store_of(self.assignment.out, self.assignment.resources.checkpoint)
 
-    def training(self, data: Artifact, state: State, diary: Diary | None = None) -> Training:
+    def training(self, data: Artifact, state: State, diary: Diary | None = None, watchdog: Watchdog | None = None) -> Training:
         """Ready for the next step."""
         given = self.assignment
         workers = (self.rank, self.world, self.device)
-        return Training(given.fit, given.resources, data, given.out, self.store, given.feed, state, *workers, diary)
+        return Training(given.fit, given.resources, data, given.out, self.store, given.feed, state, *workers, diary, watchdog)
+
+    @contextmanager
+    def _watched(self) -> Iterator[Watchdog]:
+        """Within it, this worker may not stand still; it is ended then, unless its process is that of the run."""
+        given = self.assignment
+        watchdog = Watchdog(given.out, self.rank, given.resources.hang_seconds, fatal=given.threads is not None)
+        try:
+            yield watchdog
+        finally:
+            watchdog.close()
 
     def _diary(self, writer: Writer, record: Record, hosts: list[str]) -> Diary:
         out = self.assignment.out
@@ -130,9 +156,11 @@ class _Worker:
         found, damaged = newest_of_all(self.store, self.rank, self.world)
         network, split = load_network(fit, data).to(self.device), Split.open(data, "train")
         record = found.record if found else self._beginning(network, split, data)
-        optimizer = optimizer_of(fit, network, record.peak)
-        average = fit.train.average.build(network, course_of(fit, len(split))) if fit.train.average else None
-        state = State(network, optimizer, {}, record, average, Watch(network, fit.train.health))
+        parallel = self._parallel(network)
+        optimizer = optimizer_of(fit, network, record.peak, parallel)
+        average = fit.train.average.build(parallel.held, course_of(fit, len(split))) if fit.train.average else None
+        watch = Watch(network, fit.train.health, parallel.share, parallel.norms)
+        state = State(network, optimizer, {}, record, average, watch, parallel)
         if found:
             found.load(state)
         else:
@@ -143,6 +171,14 @@ class _Worker:
         if self.rank == 0:
             self._note_start(state.record, hosts, damaged)
         return state, hosts
+
+    def _parallel(self, network: Network) -> Replicated:
+        """What of training this worker holds, and how it comes together with the others."""
+        fit, own = self.assignment.fit, isinstance(self.assignment.fit.model, Own)
+        part = fit.train.synchronization or (fit.train.compression if self.world > 1 else None)
+        if part:
+            return part.build(network, self.rank, self.world, own, fit.seed)
+        return parallel_of(self.assignment.resources.parallelism, network, self.rank, self.world, own)
 
     def _hosts(self) -> list[str]:
         """Of each worker."""
@@ -185,7 +221,7 @@ class _Worker:
         metrics = {name: evaluate(network, splits[name], self.device, **measured) for name in ("train", "validation") if len(splits[name])}
         if len(splits["test"]):
             metrics["test"] = write_predictions(out / PREDICTIONS, network, splits["test"], self.device, **measured)
-        tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in network.state_dict().items()}
         write_atomically(out / "weights.safetensors", save_tensors(tensors))
         write_atomically(out / "signature.json", signed(data.read("signature.json"), thresholds))
         write_atomically(out / "statistics.json", data.read("statistics.json"))

@@ -1,0 +1,82 @@
+"""Less memory for more time: blocks of a network whose activations are not kept for the way back but computed again (Chen et al. 2016)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dlopt.models.depth import Residual
+from dlopt.models.encoder import Chain
+from dlopt.models.transformer import Block
+
+
+def recompute(network: nn.Module) -> int:
+    """Let the blocks of a network compute their activations again on the way back, and say how many there are; 0 changes nothing.
+
+    Names, weights, random numbers and results stay what they are, to the bit. All workers must do so, or none: what a batch norm asks
+    of the others is asked again.
+    """
+    found = list(blocks(network))
+    for block in found:
+        block.forward = partial(_recomputed, block, block.forward)
+    return len(found)
+
+
+def blocks(network: nn.Module) -> Iterator[nn.Module]:
+    """What is computed again as one: blocks of transformers, residual layers with what follows them, other layers of a chain that have
+    layers inside; where a user's own network has none of these, the layers it is made of."""
+    body = getattr(network, "body", network)
+    found = list(_blocks(body))
+    yield from found or _children(body)
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    if isinstance(module, Block | Residual) or _begins_with_residual(module):
+        yield module
+        return
+    for child in module.children():
+        inner = list(_blocks(child))
+        yield from inner
+        if not inner and isinstance(module, Chain) and any(child.children()) and any(True for _ in child.parameters()):
+            yield child
+
+
+def _begins_with_residual(module: nn.Module) -> bool:
+    return type(module) is nn.Sequential and isinstance(next(module.children(), None), Residual)
+
+
+def _children(module: nn.Module) -> Iterator[nn.Module]:
+    """Direct ones that have weights; of a list or a dictionary of layers, those in it."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from _children(child)
+        elif any(True for _ in child.parameters()):
+            yield child
+
+
+def _recomputed(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=partial(_contexts, block), **kwargs)
+
+
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Around the first computation, and around the second, which leaves no trace in running statistics."""
+    return nullcontext(), _buffers_kept(block)
+
+
+@contextmanager
+def _buffers_kept(block: nn.Module) -> Iterator[None]:
+    buffers = list(block.buffers())
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.data.copy_(value)  # not as a change of what the way back needs

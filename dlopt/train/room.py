@@ -1,0 +1,149 @@
+"""What a cluster has, and how many workers there is room for, on each node and in all. Room is asked for by placement groups: they wait in
+Ray's own queue, are seen by its autoscaler, and are given whole, so that two jobs cannot hold half of what each of them needs."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray._private.state import state
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+
+from dlopt.part import DloptError
+
+Node = dict[str, float]
+"""CPUs and GPUs, by Ray's names, of a node or of a worker."""
+SETTLE = 1.0
+"""Seconds in which more workers than the least may find room, before a group of elastic workers sets out."""
+ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a group of workers takes."""
+
+    least: int
+    most: int
+    """Workers."""
+    worker: Node
+    """For each of them."""
+    stream: bool = False
+    """Whether each needs a CPU beside its own, for what feeds it."""
+
+    def bundles(self, workers: int) -> list[Node]:
+        return [self.worker] * workers + [{"CPU": 1.0}] * (workers if self.stream else 0)
+
+    def total(self, workers: int) -> Node:
+        bundles = self.bundles(workers)
+        return {name: sum(bundle.get(name, 0) for bundle in bundles) for name in self.worker}
+
+    def alone(self, nodes: list[Node]) -> int:
+        """How many workers fit on nodes that do nothing else, without what feeds them."""
+        return sum(int(min(node.get(name, 0) / amount for name, amount in self.worker.items()) + ROUNDING) for node in nodes)
+
+    def fitting(self, nodes: list[Node]) -> int:
+        """How many workers fit on nodes that do nothing else."""
+        if not self.stream:
+            return self.alone(nodes)
+        return min(self.alone(nodes), int(sum(int(node.get("CPU", 0)) for node in nodes) / (self.worker["CPU"] + 1) + ROUNDING))
+
+
+def nodes() -> list[Node]:
+    """What each node has that is alive; of a cluster that grows by itself, the most that it can have, as if it were one node."""
+    limit = state.get_max_resources_from_cluster_config()
+    if limit:
+        return [{name: float(amount) for name, amount in limit.items()}]
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def refuse_never(need: Need, nodes: list[Node]) -> None:
+    """Raises DloptError when there can never be room for the least of workers."""
+    for name, amount in need.worker.items():
+        wanted, there = need.least * amount, sum(node.get(name, 0) for node in nodes)
+        if wanted > there + ROUNDING:
+            less = "lower workers or cpus_per_worker" if name == "CPU" else "lower workers"
+            raise DloptError(f"resources.workers: {need.least} workers need {wanted:g} {name}s and the cluster has {there:g}: {less}")
+    if need.alone(nodes) < need.least:
+        raise DloptError(
+            f"resources.workers: {need.least} workers of {_said(need.worker)} each do not fit on nodes of {_counted(nodes)}: lower workers "
+            "or cpus_per_worker"
+        )
+    if need.fitting(nodes) < need.least:
+        raise DloptError(
+            f"resources.feed: a stream needs a CPU for each of {need.least} workers beside their own, and the cluster has "
+            f"{sum(node.get('CPU', 0) for node in nodes):g}: lower workers or cpus_per_worker, or use feed: resident"
+        )
+
+
+def _counted(nodes: list[Node]) -> str:
+    """2 x 4 CPUs, 1 x 8 CPUs and 1 GPU."""
+    said = [_said({name: node[name] for name in ("CPU", "GPU") if node.get(name)}) or "nothing" for node in nodes]
+    return ", ".join(f"{said.count(one)} x {one}" for one in sorted(set(said)))
+
+
+def _said(node: Node) -> str:
+    return " and ".join(f"{amount:g} {name}{'s' * (amount != 1)}" for name, amount in node.items())
+
+
+@dataclass
+class Room:
+    """Places that have been asked for, for the least of workers together and for each worker more."""
+
+    first: list[Any] = field(default_factory=list)
+    others: list[Any] = field(default_factory=list)
+
+    @classmethod
+    def ask(cls, need: Need, least: int, most: int) -> Room:
+        """For `least` workers together, and for each one more up to `most`."""
+        first = [placement_group(need.bundles(least))] if least else []
+        return cls(first, [placement_group(need.bundles(1)) for _ in range(most - least)])
+
+    def enough(self) -> bool:
+        """Whether there is room for the least of workers."""
+        return all(place.wait(0) for place in self.first)
+
+    def more(self) -> int:
+        """For how many more there is."""
+        return sum(place.wait(0) for place in self.others)
+
+    def settled(self) -> int:
+        """For how many more there is, once no more can be expected at once."""
+        deadline = time.monotonic() + SETTLE
+        while self.more() < len(self.others) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return self.more()
+
+    def leave(self) -> None:
+        """Give all of it back."""
+        for place in self.first + self.others:
+            remove_placement_group(place)
+
+
+def waiting_for(need: Need) -> str:
+    """Why a group of workers has to wait: waiting for 2 CPUs: 1 of 4 is free."""
+    free, there, wanted = ray.available_resources(), ray.cluster_resources(), need.total(need.least)
+    name = next((name for name, amount in wanted.items() if free.get(name, 0) < amount), "CPU")
+    now = free.get(name, 0)
+    return f"waiting for {_said({name: wanted[name]})}: {now:g} of {there.get(name, 0):g} {'is' if now == 1 else 'are'} free"
+
+
+def places() -> set[str]:
+    """Of all jobs that hold some or wait for it."""
+    return {name for name, found in placement_group_table().items() if found["state"] != "REMOVED"}
+
+
+def sweep(before: set[str]) -> None:
+    """Give back places of this driver that were not there before: a controller that was killed leaves those of its workers."""
+    mine = ray.get_runtime_context().get_job_id()
+    for name, found in placement_group_table().items():
+        if found["state"] != "REMOVED" and name not in before and name.endswith(mine):
+            remove_placement_group(_group(name))
+
+
+def _group(name: str) -> Any:
+    from ray._raylet import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup
+
+    return PlacementGroup(PlacementGroupID(bytes.fromhex(name)))

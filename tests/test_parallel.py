@@ -1,0 +1,365 @@
+"""Parallelism by one word: ddp, zero and fsdp follow the curve of one worker, go on from each other's checkpoints, and hold their share."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load as load_tensors
+from torch import Tensor, nn
+
+from dlopt.artifact import Artifact
+from dlopt.models import Cnn, Mlp, TextTransformer
+from dlopt.models.own import own
+from dlopt.optim.averages import Ema
+from dlopt.optim.constraints import ClipAdaptive, ClipNorm, ClipValue, MaxNorm
+from dlopt.optim.groups import Group, Parameters
+from dlopt.optim.health import Health
+from dlopt.optim.optimizers import Adam, AdamW, Muon, Sgd
+from dlopt.optim.optimizers_library import ScheduleFreeAdamW, Sophia
+from dlopt.optim.wrappers import Lookahead
+from dlopt.part import DloptError, Signature
+from dlopt.spec import Job
+from dlopt.train import metrics_log, worker
+from dlopt.train.gradients import Sharpness, curved, plain
+from dlopt.train.loop import peaked, steps
+from dlopt.train.parallel import ACROSS, BY_PARAMETER, Replicated, Sharded, Zero, parallel_of, refuse_parallelism
+from dlopt.train.section import Fit, Resources, Train
+from dlopt.train.training import Training
+from tests import sets
+from tests.driven import PARTS, Small, batches, cross_entropy, named
+
+CPU, SECONDS = torch.device("cpu"), 120
+KINDS = ("ddp", "zero", "fsdp")
+
+
+def together(world: int, work: Callable[..., None], folder: Path, *given: Any) -> None:
+    """`work(rank, world, folder, *given)` in as many processes, which can talk to each other."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "meeting").unlink(missing_ok=True)
+    mp.spawn(_one, (world, work, folder, *given), nprocs=world)
+
+
+def _one(rank: int, world: int, work: Callable[..., None], folder: Path, *given: Any) -> None:
+    torch.set_num_threads(1)
+    limit = datetime.timedelta(seconds=SECONDS)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world, timeout=limit)
+    try:
+        work(rank, world, folder, *given)
+    finally:
+        dist.destroy_process_group()
+
+
+class Odd(nn.Module):
+    """A layer that is used twice, under two names, one that is not used, and one that is frozen from the start."""
+
+    def __init__(self, signature: Signature) -> None:
+        super().__init__()
+        width = signature.inputs[0].size
+        self.first = nn.Linear(width, 6)
+        self.twice = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+        self.twice[1].weight = self.twice[0].weight
+        self.unused, self.out = nn.Linear(7, 5), nn.Linear(6, signature.num_outputs)
+        self.fixed = nn.Linear(6, 6)
+        self.fixed.requires_grad_(False)
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        values = torch.tanh(self.first(next(iter(inputs.values())).flatten(1)))
+        for layer in self.twice:
+            values = torch.tanh(layer(values)) + values
+        return self.out(self.fixed(values))
+
+
+MLP, TEXT = Mlp(hidden=(16, 16, 8), dropout=0.0, residual=True), TextTransformer(width=8, depth=2, heads=2, dropout=0.0)
+CNN = Cnn(channels=(4, 8), hidden=16, dropout=0.0, norm="batch")
+NUMBERS, TEXTS, IMAGES = (sets.NUMBERS, sets.CATEGORIES), (sets.TEXT,), (sets.image(8, 8, 1),)
+FIXED = Parameters(groups=(Group(names="*hidden1*", freeze=True), Group(names="*bias", lr_scale=0.5, weight_decay=0.1)))
+CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "clipped": (MLP, NUMBERS, {"optimizer": Sgd(momentum=0.9, weight_decay=0.01), "clip": ClipNorm(limit=0.1), "average": Ema(decay=0.9)}),
+    "convolutions": (CNN, IMAGES, {"optimizer": Adam(lr=1e-2), "clip": ClipValue(limit=0.01), "l1": 1e-4, "l2": 1e-3}),
+    "parts": (CNN, IMAGES, {"optimizer": AdamW(lr=1e-2), "micro_batch_size": 8, "l2": 1e-3, "average": Ema(decay=0.9)}),
+    "texts": (TEXT, TEXTS, {"optimizer": AdamW(lr=1e-2), "lookahead": Lookahead(steps=3), "micro_batch_size": 16}),
+    "units": (MLP, NUMBERS, {"clip": ClipAdaptive(limit=0.05), "max_norm": MaxNorm(limit=1.0), "centralize_gradients": True}),
+    "sharp": (MLP, NUMBERS, {"optimizer": Sgd(), "sharpness": Sharpness(rho=0.1), "l1": 1e-3}),
+    "adaptive": (MLP, NUMBERS, {"optimizer": Adam(amsgrad=True), "sharpness": Sharpness(rho=0.5, adaptive=True)}),
+    "frozen": (MLP, NUMBERS, {"optimizer": AdamW(lr=1e-2), "parameters": FIXED, "clip": ClipNorm(limit=0.5)}),
+    "odd": (None, NUMBERS, {"optimizer": AdamW(lr=1e-2)}),
+    "swapped": (MLP, NUMBERS, {"optimizer": ScheduleFreeAdamW(lr=1e-2)}),
+    "hundred": (MLP, NUMBERS, {"optimizer": AdamW(lr=1e-3), "precision": "float32", "epochs": 5, "batch_size": 15}),
+}
+"""A model, inputs and how they are trained, in float64 unless it says otherwise."""
+WIDE = {
+    "muon": (MLP, NUMBERS, {"optimizer": Muon(), "lookahead": Lookahead(steps=4)}),
+    "sophia": (MLP, NUMBERS, {"optimizer": Sophia(update_period=3), "lookahead": Lookahead(steps=4)}),
+}
+"""Of optimizers that fsdp cannot have."""
+
+
+def section(name: str, **train: Any) -> Fit:
+    model, _, settings = (CASES | WIDE)[name]
+    given = {"epochs": 2, "batch_size": 30, "log_every": 1, "precision": "float64", "health": Health(every=3)} | settings | train
+    return Fit(seed=5, model=model or own(Odd), augment=(), train=Train(**given))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    """A set for each case."""
+    home = tmp_path_factory.mktemp("data")
+    return {name: sets.prepared(home, sets.signature(*inputs, target=sets.THREE)) for name, (_, inputs, _) in (CASES | WIDE).items()}
+
+
+def train(fit: Fit, data: Path, out: Path, rank: int, world: int, **resources: Any) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    given = worker.Assignment(fit=fit, data=data, out=out, feed="resident", resources=Resources(**resources))
+    worker._Worker(given, rank, world, CPU).run()
+
+
+def _curves(rank: int, world: int, folder: Path, data: dict[str, Path]) -> None:
+    for name in (*CASES, *WIDE):
+        for kind in KINDS:
+            if name in CASES or kind != "fsdp":
+                train(section(name), data[name], folder / f"{name}-{kind}", rank, world, parallelism=kind)
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+def several(request: pytest.FixtureRequest, data: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What so many workers leave of each case, by kind."""
+    folder = tmp_path_factory.mktemp(f"workers-{request.param}")
+    together(request.param, _curves, folder, {name: found.path for name, found in data.items()})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(data: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one worker leaves, which all others are measured by."""
+    folder = tmp_path_factory.mktemp("alone")
+    for name in (*CASES, *WIDE):
+        train(section(name), data[name].path, folder / name, 0, 1)
+    return folder
+
+
+def lines(out: Path, name: str = metrics_log.NAME) -> list[dict[str, Any]]:
+    return [line for line in metrics_log.read(out / name) if "loss" in line]
+
+
+def far(one: Path, other: Path, of: str = "loss") -> float:
+    """The largest relative difference of all steps."""
+    pairs = list(zip(lines(one), lines(other), strict=True))
+    assert len(pairs) >= 20
+    return max(abs(a[of] - b[of]) / abs(a[of]) for a, b in pairs)
+
+
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in (*CASES, *WIDE) for kind in KINDS if name in CASES or kind != "fsdp"])
+def test_each_kind_follows_the_curve_of_one_worker(name: str, kind: str, alone: Path, several: Path) -> None:
+    one, other, single = alone / name, several / f"{name}-{kind}", section(name).train.precision == "float32"
+    assert far(one, other) < (1e-4 if single else 1e-9)
+    assert far(one, other, "gradient_norm") < (1e-3 if single else 1e-8)
+    expected, found = (load_tensors((out / "weights.safetensors").read_bytes()) for out in (one, other))
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=0, atol=1e-4 if single else 1e-8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_look_at_the_layers_is_the_same_whoever_holds_them(kind: str, alone: Path, several: Path) -> None:
+    pairs = list(zip(lines(alone / "frozen", metrics_log.HEALTH), lines(several / f"frozen-{kind}", metrics_log.HEALTH), strict=True))
+    assert len(pairs) > 4
+    for one, other in pairs:
+        assert one["layers"] == other["layers"]
+        for of in ("gradient", "weights", "update"):
+            assert one[of] == pytest.approx(other[of], rel=1e-3)
+            assert any(one[of])
+
+
+class Killed(BaseException):
+    """Stands for the end of a process."""
+
+
+@contextmanager
+def killed_after(step: int | None) -> Iterator[None]:
+    """Within it, training ends after so many steps in all, as if its processes were killed; a checkpoint has been written after each."""
+
+    def after_step(self: Training, done: int) -> None:
+        original(self, done)
+        if done == step:
+            if self.diary:
+                self.diary.writer.wait()
+            raise Killed
+
+    original, Training._after_step = Training._after_step, after_step  # type: ignore[method-assign]
+    try:
+        yield
+    except Killed:
+        pass
+    finally:
+        Training._after_step = original  # type: ignore[method-assign]
+
+
+CHAINS = {
+    "parts": [("zero", 2, 4), ("fsdp", 3, 9), ("ddp", 1, 13), ("fsdp", 2, None)],
+    "texts": [("fsdp", 3, 6), ("zero", 2, 12), ("zero", 3, None)],
+    "swapped": [("fsdp", 2, 5), ("zero", 3, 11), ("ddp", 2, None)],
+}
+"""How a case is trained by ever other workers: of which kind, how many, and until which step."""
+
+
+def _until(rank: int, world: int, folder: Path, fit: Fit, data: Path, kind: str, step: int | None) -> None:
+    with killed_after(step):
+        train(fit, data, folder, rank, world, parallelism=kind, checkpoint={"every": {"steps": 1}})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_checkpoint_of_any_kind_and_number_of_workers_goes_on_in_any_other(
+    name: str, data: dict[str, Artifact], alone: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    for kind, world, step in CHAINS[name]:
+        together(world, _until, out, section(name), data[name].path, kind, step)
+    starts = [json.loads(line) for line in (out / worker.STARTS).read_text().splitlines()]
+    assert [line["step"] for line in starts] == [0, *[step - 1 for _, _, step in CHAINS[name] if step]]
+    assert far(alone / name, out) < 1e-9
+    expected, found = (load_tensors((folder / "weights.safetensors").read_bytes()) for folder in (alone / name, out))
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=0, atol=1e-8)
+
+
+def losses_of(part: Any, parallel: Replicated, rank: int, world: int) -> list[float]:
+    """Of some steps of a small network."""
+    network = parallel.network
+    groups = parallel.groups(Parameters().of(network, part))
+    optimizer = peaked(parallel.optimizer(part.build(groups)))
+    gradient = curved(parallel.gradient(plain(parallel.factor)), optimizer, world)
+    found = []
+    feed = batches(torch.float64)
+    mine = (_share(next(feed), rank, world) for _ in range(12))
+    for step in steps(parallel.module(), optimizer, mine, cross_entropy, gradient, lambda index: 1.0, norm_of=parallel.norm):
+        loss = step.loss.clone()
+        if world > 1:
+            dist.all_reduce(loss)
+        found.append(loss.item())
+    return found
+
+
+def _share(batch: Any, rank: int, world: int) -> Any:
+    rows = slice(rank * len(batch.target) // world, (rank + 1) * len(batch.target) // world)
+    return batch._replace(inputs={name: values[rows] for name, values in batch.inputs.items()}, target=batch.target[rows])
+
+
+def _optimizers(rank: int, world: int, folder: Path) -> None:
+    """What each optimizer does, or how it fails, whether or not it is refused."""
+    for kind in ("zero", "fsdp"):
+        found: dict[str, Any] = {}
+        for part in PARTS:
+            try:
+                found[named(part)] = losses_of(part, parallel_of(kind, Small(torch.float64), rank, world), rank, world)
+            except Exception as error:
+                found[named(part)] = f"{type(error).__name__}: {error}"
+        if rank == 0:
+            (folder / f"{kind}.json").write_text(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def optimizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("optimizers")
+    together(3, _optimizers, folder)
+    return {kind: json.loads((folder / f"{kind}.json").read_text()) for kind in ("zero", "fsdp")}
+
+
+def refused(kind: Any, part: Any) -> bool:
+    try:
+        refuse_parallelism(kind, part.kind)
+    except DloptError as error:
+        assert str(error).startswith(f"resources.parallelism: {kind} cannot shard the state of optimizer {part.kind}: use ")
+        return True
+    return False
+
+
+@pytest.mark.parametrize("kind", ["zero", "fsdp"])
+@pytest.mark.parametrize("part", PARTS, ids=named)
+def test_an_optimizer_is_refused_exactly_where_it_would_go_another_way(part: Any, kind: str, optimizers: dict[str, dict[str, Any]]) -> None:
+    alone, found = losses_of(part, Replicated(Small(torch.float64)), 0, 1), optimizers[kind][named(part)]
+    right = isinstance(found, list) and found == pytest.approx(alone, rel=1e-9)
+    assert alone[-1] != alone[1]
+    assert right != refused(kind, part), found
+
+
+def test_a_job_that_cannot_be_shared_out_is_one_line() -> None:
+    job = {"name": "a", "data": {"source": {"kind": "csv", "path": "x.csv"}, "inputs": [{"kind": "number", "columns": ["a"]}]}}
+    job["data"]["target"] = {"kind": "category", "column": "b"}  # type: ignore[index]
+    job |= {"model": {"kind": "mlp"}, "train": {"optimizer": {"kind": "lbfgs"}}, "resources": {"workers": 2, "parallelism": "zero"}}
+    with pytest.raises(ValueError, match=r"resources\.parallelism: zero cannot shard the state of optimizer lbfgs: use ddp"):
+        Job.model_validate(job)
+    Job.model_validate(job | {"resources": {"workers": 0, "parallelism": "zero"}})  # one worker holds it all
+    assert not ACROSS & BY_PARAMETER
+
+
+def _held(rank: int, world: int, folder: Path, data: Path) -> None:
+    found: dict[str, dict[str, int]] = {}
+    for kind in KINDS:
+        given = worker.Assignment(fit=section("texts"), data=data, out=folder, feed="resident", resources=Resources(parallelism=kind))
+        made = worker._Worker(given, rank, world, CPU)
+        state = made.state(Artifact.open(data))[0]
+        training = made.training(Artifact.open(data), state)
+        next(training.steps(1))
+        inner = state.optimizer.inner  # within slow weights
+        held = [value for one in inner.state.values() for value in one.values() if isinstance(value, Tensor) and value.dim()]
+        weights = [parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in state.model.parameters()]
+        storages = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes() for weight in weights}
+        average = sum(value.nbytes for value in held)
+        found[kind] = {"weights": sum(storages.values()), "optimizer": average, "parameters": sum(weight.nbytes for weight in weights)}
+    (folder / f"held-{rank}.json").write_text(json.dumps(found))
+
+
+def test_workers_hold_their_share_of_weights_and_state(
+    data: dict[str, Artifact], tmp_path: Path, record_property: Callable[[str, Any], None]
+) -> None:
+    """Bytes of local tensors."""
+    together(4, _held, tmp_path, data["texts"].path)
+    held = [json.loads((tmp_path / f"held-{rank}.json").read_text()) for rank in range(4)]
+    whole = held[0]["ddp"]
+    for kind, of in [("zero", "optimizer"), ("fsdp", "optimizer"), ("fsdp", "parameters")]:
+        shares = [one[kind][of] / whole[of] for one in held]
+        record_property(f"share of {of} held by each of 4 workers, {kind}", [round(share, 3) for share in shares])
+        assert sum(shares) == pytest.approx(1)  # nothing twice, nothing lost
+        assert max(shares) < 0.32
+    assert all(one["zero"]["parameters"] == one["ddp"]["optimizer"] / 2 == whole["parameters"] for one in held)
+    assert max(one["fsdp"]["weights"] for one in held) < 0.4 * whole["weights"]  # with what rows are padded to
+
+
+def _called(rank: int, world: int, folder: Path) -> None:
+    network = Small(torch.float64)
+    inputs = next(batches(torch.float64)).inputs
+    expected = network(inputs)
+    parallel = parallel_of("fsdp", network, rank, world)
+    assert isinstance(parallel, Sharded)
+    with parallel.gathered(), torch.no_grad():
+        found = [network(inputs) for _ in range(rank * 2)]  # worker 0 not once
+    assert all(torch.equal(one, expected) for one in found)
+    assert sum(parameter.to_local().numel() for parameter in network.parameters()) < 0.5 * 200
+    losses = losses_of(Adam(), parallel, rank, world)
+    with parallel.gathered(), torch.no_grad():
+        after = [network(inputs) for _ in range(3 - rank)]
+    assert losses == pytest.approx(losses_of(Adam(), Replicated(Small(torch.float64)), 0, 1), rel=1e-9)
+    assert after and not torch.equal(after[0], expected)
+    (folder / f"done-{rank}").touch()
+
+
+def test_weights_that_are_shared_out_can_be_gathered_so_that_each_worker_calls_the_network_as_often_as_it_likes(tmp_path: Path) -> None:
+    together(3, _called, tmp_path)
+    assert len(list(tmp_path.glob("done-*"))) == 3
+
+
+def test_one_worker_holds_everything_whatever_the_word() -> None:
+    for kind in KINDS:
+        parallel = parallel_of(kind, Small(), 0, 1)
+        assert type(parallel) is Replicated and parallel.module() is parallel.network
+        assert not isinstance(parallel, Zero)
