@@ -29,9 +29,11 @@ LAYERS = [
 RAY = {
     "dlopt.data.prepare",
     "dlopt.data.feed",
+    "dlopt.data.reading",
     "dlopt.data.sources.reading",
     "dlopt.train.worker",
-    "dlopt.train.fit",
+    "dlopt.train.group",
+    "dlopt.train.room",
     "dlopt.serve.app",
     "dlopt.session",
     "dlopt.submit",
@@ -103,7 +105,7 @@ def test_imports_go_down_only(name: str) -> None:
 def test_the_arrows_are_there_to_be_seen() -> None:
     assert "dlopt.pipeline" in imports("dlopt.cli")  # in a function
     assert "dlopt.data.prepared" in imports("dlopt.export.onnx")
-    assert "ray.data" in imports("dlopt.data.feed")
+    assert "ray.data" in imports("dlopt.data.reading")
     assert "dlopt.data.augment" in imports("dlopt.data.share") and "ray" not in roots("dlopt.data.share")
     assert depth("dlopt.cli") < depth("dlopt.spec") < depth("dlopt.train.loop") < depth("dlopt.models.mlp") < depth("dlopt.part")
 

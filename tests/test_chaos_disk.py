@@ -130,10 +130,10 @@ def assert_said_in_one_line(ended: subprocess.CompletedProcess[str], folder: Pat
 def spill() -> None:
     """What a process of its own does: a stream feed on a Ray whose memory for objects is taken up, so that it must spill to the disk."""
     home, data, disk = (Path(word) for word in sys.argv[1:])
-    import ray
-
     store = {"object_store_memory": 80 * 2**20, "object_spilling_directory": str(disk / "spill")}
     with session.connected(None, cpus=4, **store):
+        import ray
+
         taken = [ray.put(np.zeros(8 * 2**20, dtype=np.uint8)) for _ in range(9)]
         once(FIT, streamed(), home, Artifact.open(data), resources=Resources(workers=0, feed="stream", checkpoint={"every": {"steps": 5}}))
         assert len(taken) == 9

@@ -1,4 +1,4 @@
-"""What a job's resources mean on a cluster, what is refused before anything waits for it, and what becomes of workers that end too early."""
+"""What a job's resources mean on a cluster, what is refused before anything waits, and what becomes of workers that end too early."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def test_workers_have_a_gpu_each_only_where_there_are_enough() -> None:
         (
             Need(3, 3, {"CPU": 1.0}, stream=True),
             [4.0, 1.5],
-            "feed: a stream needs a CPU for each of 3 workers beside their own, and the cluster has 5.5: lower workers or cpus_per_worker, or "
-            "use feed: resident",
+            "feed: a stream needs a CPU for each of 3 workers beside their own, and the cluster has 5.5: lower workers or cpus_per_worker, "
+            "or use feed: resident",
         ),
         (Need(2, 2, {"CPU": 1.0, "GPU": 1.0}), [8.0], "workers: 2 workers need 2 GPUs and the cluster has 0: lower workers"),
     ],
@@ -273,7 +273,7 @@ def test_a_run_that_loses_too_many_workers_says_why_and_where_it_goes_on(data: A
 
 def test_a_mistake_of_the_user_is_not_tried_again(data: Artifact, tmp_path: Path) -> None:
     training = Training(tmp_path, data, "mistake always")
-    with pytest.raises(DloptError, match="^train: this is a mistake$"):
+    with pytest.raises(DloptError, match=r"^train: this is a mistake$"):
         training.run()
     assert training.starts == [0]
 
