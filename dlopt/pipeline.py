@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +90,15 @@ def _steps(job: Job, home: Path, address: str | None, progress: Progress) -> Ite
     home = home.resolve()
     _refuse_unwritable(home)
     with ExitStack() as stack:
+        there = False
 
-        @cache
-        def need_ray() -> None:
-            progress("ray", None, f"joining {address_of(address)}" if address_of(address) else "starting on this machine")
-            import_ahead()
-            stack.enter_context(connected(address, local_cpus(job.resources)))
+        def need_ray(idle: bool) -> None:
+            nonlocal there
+            if not there:
+                progress("ray", None, f"joining {address_of(address)}" if address_of(address) else "starting on this machine")
+                import_ahead(job.resources.workers in (0, "auto"))
+                stack.enter_context(connected(address, local_cpus(job.resources), idle))
+                there = True
 
         yield _Steps(home, progress, need_ray)
 
@@ -131,7 +133,8 @@ class _Steps:
 
     home: Path
     progress: Progress
-    need_ray: Callable[[], None]
+    need_ray: Callable[[bool], None]
+    """Told whether the stage has tasks for all CPUs at once."""
     suffix: str = ""
     """Tells the stages of a fold from those of the job's own split."""
     made: dict[str, float] = field(default_factory=dict)
@@ -139,7 +142,7 @@ class _Steps:
     def ray(self, stage: Stage, section: BaseModel, *parents: Artifact, found: Any = None, **context: Any) -> Artifact:
         """A stage that computes on Ray, which is started now if there is something to compute."""
         if not is_sealed(place(stage, section, self.home, parents, found)):
-            self.need_ray()
+            self.need_ray(stage.name == "data")
         return self.local(stage, section, *parents, found=found, **context)
 
     def local(self, stage: Stage, section: BaseModel, *parents: Artifact, found: Any = None, **context: Any) -> Artifact:

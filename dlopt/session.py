@@ -69,14 +69,23 @@ def address_of(address: str | None) -> str | None:
     return address or os.environ.get("RAY_ADDRESS") or None
 
 
+def started_here() -> bool:
+    """Whether this process has started its cluster, which then nobody else uses."""
+    from ray._private import worker
+
+    return bool(worker._global_node and worker._global_node.head)
+
+
 @contextmanager
-def connected(address: str | None = None, cpus: int | None = None, **options: Any) -> Iterator[None]:
+def connected(address: str | None = None, cpus: int | None = None, idle: bool = True, **options: Any) -> Iterator[None]:
     """Join the cluster at `address`, or start one here with `cpus` logical CPUs and stop it again on the way out.
 
+    idle: whether a cluster of our own starts a process for each CPU ahead of the first task; workers of Ray Train cannot make use of them.
     A process that is connected already stays as it is. Raises DloptError when the cluster cannot be reached.
     """
     address = address_of(address)
     set_environment(address)
+    os.environ.setdefault("RAY_prestart_worker_first_driver", str(int(idle)))
     import ray
 
     if ray.is_initialized():

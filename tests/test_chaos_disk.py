@@ -5,23 +5,25 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dlopt import session
-from dlopt.artifact import Artifact, once
-from dlopt.models import Mlp
+from dlopt.cli import main
 from dlopt.train.checkpoints import Disk, newest
-from dlopt.train.fit import FIT
-from dlopt.train.section import Fit, Resources, Train
-from tests.commands import here
+from tests.commands import ROOT, environment, here
 from tests.faults import (
     Strike,
+    assert_nothing_runs,
     assert_same,
     left_over,
     models,
@@ -84,7 +86,7 @@ def test_a_disk_that_fills_up_under_the_checkpoints_ends_the_run_in_a_line_and_r
 
         with Strike(strike), tracing():
             ended = here(capsys, *words)
-        assert_said_in_one_line(ended, disk / "kept")
+        assert_said_in_one_line(ended, disk / "kept", "no space")
         (model,) = models(home)
         checkpoint, damaged = newest(Disk(disk / "kept" / model.name))
         assert checkpoint and checkpoint.record.step >= step - 10 and damaged == []
@@ -111,7 +113,7 @@ def test_a_disk_that_fills_up_under_the_home_ends_the_run_in_a_line_and_room_let
 
         with Strike(strike):
             ended = here(capsys, *words)
-        assert_said_in_one_line(ended, home)
+        assert_said_in_one_line(ended, home, "o space")
         (disk / "full").unlink()
     ended = here(capsys, *words)
     assert ended.returncode == 0, ended.stderr
@@ -119,25 +121,67 @@ def test_a_disk_that_fills_up_under_the_home_ends_the_run_in_a_line_and_room_let
     assert left_over(home) == []
 
 
-def assert_said_in_one_line(ended: subprocess.CompletedProcess[str], folder: Path) -> None:
+def assert_said_in_one_line(ended: subprocess.CompletedProcess[str], *words: object) -> None:
     assert ended.returncode != 0
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("dlopt: ")]
-    assert str(folder) in line and "no space" in line.lower(), line
+    assert all(str(word) in line for word in words), line
     assert line == ended.stderr.splitlines()[-1]
     assert "Traceback" not in ended.stderr
 
 
+WIDE = """
+name: wide
+data:
+  source: {{kind: parquet, path: {path}}}
+  inputs: [{{kind: number, columns: [{columns}]}}]
+  target: {{kind: category, column: label}}
+model: {{kind: mlp, hidden: [8], dropout: 0}}
+train: {{epochs: 1, batch_size: 64, log_every: 1}}
+resources: {{workers: 0, checkpoint: {{every: {{steps: 5}}}}}}
+export: []
+"""
+
+
+def wide_job(folder: Path) -> Path:
+    """A job on 32 MiB of numbers, which are more than what Ray has room for below."""
+    generator = np.random.default_rng(3)
+    table = {f"c{column}": generator.normal(size=16384).astype(np.float32) for column in range(512)}
+    pq.write_table(pa.table(table | {"label": np.array(["x", "y"])[(table["c0"] > 0).astype(int)]}), folder / "wide.parquet")
+    (folder / "wide.yaml").write_text(WIDE.format(path=folder / "wide.parquet", columns=", ".join(table)))
+    return folder / "wide.yaml"
+
+
 def spill() -> None:
-    """What a process of its own does: a stream feed on a Ray whose memory for objects is taken up, so that it must spill to the disk."""
-    home, data, disk = (Path(word) for word in sys.argv[1:])
-    store = {"object_store_memory": 80 * 2**20, "object_spilling_directory": str(disk / "spill")}
+    """What a process of its own does: `dlopt run` with a stream feed, on a Ray of which others have taken up nearly all memory for objects,
+    so that it must spill to the disk."""
+    disk, taken, *words = sys.argv[1:]
+    store = {"object_store_memory": 80 * 2**20, "object_spilling_directory": f"{disk}/spill"}
     with session.connected(None, cpus=4, **store):
         import ray
 
-        taken = [ray.put(np.zeros(8 * 2**20, dtype=np.uint8)) for _ in range(9)]
-        once(FIT, streamed(), home, Artifact.open(data), resources=Resources(workers=0, feed="stream", checkpoint={"every": {"steps": 5}}))
-        assert len(taken) == 9
+        held = [ray.put(np.zeros(8 * 2**20, dtype=np.uint8)) for _ in range(int(taken))]
+        code = main(words)
+        assert len(held) == int(taken)
+    sys.exit(code)
 
 
-def streamed() -> Fit:
-    return Fit(seed=1, model=Mlp(hidden=(8,)), augment=(), train=Train(epochs=2, batch_size=64, log_every=1))
+@pytest.mark.slow
+def test_a_disk_that_is_full_when_ray_spills_ends_the_run_in_a_line_and_room_lets_it_go_on(
+    disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job, mark = wide_job(tmp_path), uuid.uuid4().hex
+    assert here(capsys, "prepare", job, "--home", tmp_path / "home").returncode == 0
+    shutil.copytree(tmp_path / "home", tmp_path / "undisturbed")
+    assert here(capsys, "run", job, "--home", tmp_path / "undisturbed").returncode == 0
+    words = [sys.executable, "-c", "from tests.test_chaos_disk import spill; spill()", disk]
+    command = ["run", job, "resources.feed=stream", "--home", tmp_path / "home"]
+    given = environment(DLOPT_CHAOS=mark, OMP_NUM_THREADS="1", RAY_AUTH_MODE="disabled")
+    fill(disk)
+    ended = subprocess.run([*words, "9", *command], capture_output=True, text=True, cwd=ROOT, env=given, timeout=300)
+    assert_said_in_one_line(ended, "disk", "full")
+    (disk / "full").unlink()
+    ended = subprocess.run([*words, "0", *command], capture_output=True, text=True, cwd=ROOT, env=given, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    found, undisturbed = outcome(tmp_path / "home"), outcome(tmp_path / "undisturbed")
+    assert (found.weights, found.lines) == (undisturbed.weights, undisturbed.lines)
+    assert_nothing_runs(mark)

@@ -3,15 +3,16 @@ twice. What is lost without notice is for the chaos tests."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from dlopt.train.metrics_log import STARTS
 from tests.commands import ROOT, environment, line_of
 from tests.faults import (
     RUN,
@@ -22,10 +23,10 @@ from tests.faults import (
     models,
     outcome,
     pace,
+    reached,
     starts_of,
     traces,
     wait,
-    wait_for_step,
     write_job,
 )
 from tests.nodes import Nodes, cluster
@@ -52,7 +53,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def begin(nodes: Nodes, folder: Path, home: Path, *overrides: str, pause: float = 0.0) -> subprocess.Popen[str]:
     """`dlopt run` on the cluster, whose workers wait so long before each batch, and leave a trace."""
-    home.mkdir(exist_ok=True)
+    home.mkdir()
+    if (folder / "undisturbed" / "data").exists():
+        shutil.copytree(folder / "undisturbed" / "data", home / "data")
     pace(home, pause)
     job = write_job(folder, dropout=0.0, precision="float64")
     words = [sys.executable, "-c", RUN, "run", job, *overrides, "--home", home, "--address", nodes.address]
@@ -85,10 +88,15 @@ def done_twice(home: Path) -> int:
 
 
 def set_out(process: subprocess.Popen[str], home: Path, groups: int) -> None:
-    """Until so many groups of workers have set out, and have begun a step."""
-    wait(lambda: process.poll() is not None or len(starts_of(models(home)[0])) >= groups, f"group {groups}", 180)
+    """Until so many groups of workers have set out, and the last of them has begun a step."""
+
+    def there() -> bool:
+        found = [start for out in models(home) if (out / STARTS).exists() for start in starts_of(out)]
+        before = found[-2]["time"] if groups > 1 and len(found) >= groups else 0.0
+        return len(found) >= groups and reached(home, before) > found[-1]["step"]
+
+    wait(lambda: process.poll() is not None or there(), f"group {groups}", 240)
     assert process.poll() is None, ended(process).stderr
-    wait_for_step(home, 1, time.time() - 60 if groups == 1 else starts_of(models(home)[0])[-1]["time"] - 1, process)
 
 
 def assert_nearly(found: Outcome, other: Outcome) -> None:
@@ -106,7 +114,7 @@ def undisturbed(nodes: Nodes, folder: Path) -> Outcome:
     return whole(begin(nodes, folder, folder / "undisturbed", "resources.workers=1"), folder / "undisturbed")
 
 
-def test_a_job_that_no_node_can_ever_hold_is_refused(nodes: Nodes, folder: Path, tmp_path: Path) -> None:
+def test_a_job_that_no_node_can_ever_hold_is_refused(nodes: Nodes, folder: Path, undisturbed: Outcome, tmp_path: Path) -> None:
     """Two CPUs a worker, on nodes of one, which have two together."""
     said = line_of(ended(begin(nodes, folder, tmp_path / "home", "resources.workers=1", "resources.cpus_per_worker=2")))
     assert said.startswith("resources.workers: 1 workers of 2 CPUs each do not fit on nodes of 2 x 1 CPU")
@@ -129,7 +137,7 @@ def test_a_job_waits_for_what_others_hold_and_starts_by_itself(nodes: Nodes, fol
     assert_nearly(found, undisturbed)
 
 
-def test_a_job_that_has_waited_long_enough_says_for_what(nodes: Nodes, folder: Path, tmp_path: Path) -> None:
+def test_a_job_that_has_waited_long_enough_says_for_what(nodes: Nodes, folder: Path, undisturbed: Outcome, tmp_path: Path) -> None:
     nodes.take(1)
     try:
         done = ended(begin(nodes, folder, tmp_path / "home", "resources.workers=2", "resources.wait_seconds=2"))
@@ -143,7 +151,7 @@ def test_a_job_that_has_waited_long_enough_says_for_what(nodes: Nodes, folder: P
 def test_a_node_more_trains_along_from_the_step_that_is_reached(nodes: Nodes, folder: Path, undisturbed: Outcome, tmp_path: Path) -> None:
     home = tmp_path / "home"
     given = ("resources.workers=[1, 3]", "resources.resize_seconds=1", "resources.max_failures=0", RARELY)
-    process = begin(nodes, folder, home, *given, pause=0.2)
+    process = begin(nodes, folder, home, *given, pause=0.5)
     set_out(process, home, 1)
     nodes.add()
     set_out(process, home, 2)
@@ -158,7 +166,7 @@ def test_a_node_more_trains_along_from_the_step_that_is_reached(nodes: Nodes, fo
 def test_a_node_that_is_about_to_go_away_costs_no_step(nodes: Nodes, folder: Path, undisturbed: Outcome, tmp_path: Path) -> None:
     """There are three nodes by now, and two workers; nor is it one of the failures that a run may have."""
     home = tmp_path / "home"
-    process = begin(nodes, folder, home, "resources.workers=2", "resources.max_failures=0", RARELY, pause=0.2)
+    process = begin(nodes, folder, home, "resources.workers=2", "resources.max_failures=0", RARELY, pause=0.5)
     set_out(process, home, 1)
     nodes.drain(latest(home)[1]["pid"], 300)
     set_out(process, home, 2)

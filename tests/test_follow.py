@@ -65,11 +65,11 @@ class Files:
 class Heard:
     """What a follower has said."""
 
-    def __init__(self, out: Path, failures: int = 3, waiting: str | None = None) -> None:
+    def __init__(self, out: Path, waiting: str | None = None) -> None:
         self.lines: list[tuple[float | None, str]] = []
         said = _Said(EPOCHS, STEPS, "accuracy", Forecast(ROWS, EPOCHS), lambda: self.waiting)
         self.waiting = waiting
-        self.follower = Follower(out, said, lambda stage, share, text: self.lines.append((share, text)), failures)
+        self.follower = Follower(out, said, lambda stage, share, text: self.lines.append((share, text)))
 
     def at(self, now: float) -> list[str]:
         """What is said at a second of the clock."""
@@ -152,13 +152,13 @@ def test_lost_workers_and_resizes_are_a_line_each(tmp_path: Path) -> None:
     assert heard.at(0) == ["epoch 2/4  loss 0.0667"]
     files.start(12, workers=2)
     assert heard.at(1) == [
-        "! workers lost: training goes on from step 12 with 2 workers (restart 1 of 3)",
+        "! training goes on from step 12 with 2 workers",
         "2 workers set out from step 12",
     ]
     files.start(12, workers=1)
-    assert heard.at(2)[0] == "! workers lost: training goes on from step 12, now with 1 worker (restart 2 of 3)"
+    assert heard.at(2)[0] == "! training goes on from step 12, now with 1 worker"
     files.start(14, workers=2)
-    assert heard.at(3)[0] == "! now 2 workers, from step 14"
+    assert heard.at(3)[0] == "! training goes on from step 14, now with 2 workers"
 
 
 def test_damaged_checkpoints_are_a_line_each(tmp_path: Path) -> None:
@@ -215,12 +215,12 @@ def test_what_an_earlier_process_has_gone_through_is_not_said_again(tmp_path: Pa
     files.speed(6, 1.0, slow={"rank": 0, "host": "a", "times": 9.0})
     files.step(19)
     files.health(5, findings=[{"says": "layer 0 is dead"}])
-    heard = Heard(tmp_path, failures=1)
+    heard = Heard(tmp_path)
     assert heard.at(0) == []
     files.start(18)
     assert heard.at(1) == ["2 workers set out from step 18"]
     files.start(18)
-    assert heard.at(2) == ["! workers lost: training goes on from step 18 with 2 workers (restart 1 of 1)"]
+    assert heard.at(2) == ["! training goes on from step 18 with 2 workers"]
 
 
 # Lines, each once

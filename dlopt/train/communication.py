@@ -13,8 +13,8 @@ To add one: a class with `build`, and its name in the union of its section.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,7 @@ from dlopt.data.feed import Batch
 from dlopt.models.norms import BatchNorm
 from dlopt.part import DloptError, Part
 from dlopt.train.packing import optimizer_state, pack, restore_optimizer, unpack
-from dlopt.train.parallel import Parallelism, Replicated, collected
+from dlopt.train.parallel import Parallelism, Replicated, at_once, collected
 
 WORTH = 2
 """A matrix goes as two thin ones where they have no more than one in so many of its numbers."""
@@ -88,7 +88,8 @@ class LocalSgd(Part):
 class Diloco(Part):
     """DiLoCo (Douillard et al. 2023): as local_sgd with many more steps, but the mean of the replicas' ways since the last time is taken
     for a gradient, by which SGD with Nesterov momentum steps. The job's optimizer is the inner one, and what it remembers stays with its
-    replica."""
+    replica. Where the replicas keep going the same way, outer steps are outer_lr / (1 - outer_momentum) times as long, 7 by default: give
+    the job's optimizer a lower rate than it would have otherwise."""
 
     kind: Literal["diloco"] = "diloco"
     replicas: int = Field(ge=2)
@@ -343,17 +344,6 @@ class Outer(Apart):
         super().recall(tensors, optimizer)
         for name, value in _under("exchange.", tensors).items():
             self.momentum[name].copy_(value)
-
-
-@torch.no_grad()
-def at_once(tensors: Sequence[Tensor], exchange: Callable[[Tensor], Any]) -> None:
-    """Exchange them in place, those of a type as one tensor (numbers,)."""
-    for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
-        some = [tensor for tensor in tensors if tensor.dtype == dtype]
-        flat = torch.cat([tensor.detach().reshape(-1) for tensor in some])
-        exchange(flat)
-        found = flat.split([tensor.numel() for tensor in some])
-        torch._foreach_copy_(some, [part.view(tensor.shape) for part, tensor in zip(found, some, strict=True)])
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -18,6 +18,8 @@ from dlopt.models import Network
 from dlopt.part import Feature
 from dlopt.train.objectives import Objective
 
+OPTIONS: dict[str, dict[str, str | int | bool | Callable[..., Any]]] = {"cpu": {"layout_optimization": False}}
+"""Of the compiler, by the kind of device. Convolutions with their channels last corrupt memory on a CPU in torch 2.13 (pytorch #181618)."""
 NOISY = ("torch._dynamo", "torch._inductor", "torch._functorch")
 
 
@@ -28,7 +30,8 @@ class Compiled:
         """plainly: whether layers are listened to now, for which they must be called one by one."""
         self.network, self.features, self.plainly = network, features, plainly
         self.plain: Callable[[dict[str, Tensor]], Tensor] = network.forward
-        self.fast: Callable[[dict[str, Tensor]], Tensor] = torch.compile(network.forward)
+        device = next(network.parameters()).device.type
+        self.fast: Callable[[dict[str, Tensor]], Tensor] = torch.compile(network.forward, options=OPTIONS.get(device))
 
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
         rows = len(inputs[self.features[0].name])

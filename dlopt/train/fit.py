@@ -149,9 +149,12 @@ class _Run:
 
         if self.waits:
             return waiting_for(self.need)
+        return None if self._set_out() or not self.need.most else f"starting {_say(self.need)}"
+
+    def _set_out(self) -> bool:
+        """Whether the group that was started is complete and trains."""
         starts = self.out / STARTS
-        set_out = starts.exists() and starts.stat().st_mtime >= self.since
-        return None if set_out or not self.need.most else f"starting {_say(self.need)}"
+        return starts.exists() and starts.stat().st_mtime >= self.since
 
     def _room(self) -> int:
         """How many workers there is room for now; waits for it. Raises GaveUp and Stopped."""
@@ -177,7 +180,7 @@ class _Run:
         from dlopt.train import group
 
         with self._growing(workers):
-            return group.train(self.work, self.config, workers, self.need.worker, self.out / "ray", self.resources.hang_seconds)
+            return group.train(self.work, self.config, workers, self.need, self.out / "ray", self.resources.hang_seconds)
 
     @contextmanager
     def _growing(self, workers: int) -> Iterator[None]:
@@ -197,6 +200,9 @@ class _Run:
     def _grow(self, workers: int, done: threading.Event) -> None:
         from dlopt.train.room import Room
 
+        while not self._set_out():  # until then, places that are free are its own
+            if done.wait(0.25):
+                return
         if done.wait(self.resources.resize_seconds):
             return
         asked = Room.ask(self.need, 0, self.need.most - workers)

@@ -53,7 +53,7 @@ def followed(
     trackers: list[Courier] = []
     try:
         with couriers(resources.track, out, section.model_dump(mode="json")) as trackers:
-            follower = Follower(out, said, progress, resources.max_failures, trackers)
+            follower = Follower(out, said, progress, trackers)
             with _repeated(follower):
                 yield
     finally:
@@ -129,10 +129,9 @@ def _worn(value: Any) -> Any:
 class Follower:
     """Reads what is new, and says it. Lines of an earlier process are for the trackers alone."""
 
-    def __init__(self, out: Path, said: _Said, progress: Progress, failures: int, trackers: Sequence[Courier] = ()) -> None:
+    def __init__(self, out: Path, said: _Said, progress: Progress, trackers: Sequence[Courier] = ()) -> None:
         self.starts, self.speeds, self.lines, self.watched = (Once(out / name) for name in (STARTS, SPEED, NAME, HEALTH))
-        self.said, self.progress, self.failures, self.trackers = said, progress, failures, trackers
-        self.restarts = 0
+        self.said, self.progress, self.trackers = said, progress, trackers
         self.slow: dict[int, int] = {}
         self.told = ("", 0.0)
         self._read(0.0, quiet=True)
@@ -183,7 +182,7 @@ class Follower:
         self.progress("fit", self.said.share, WARNING + text)
 
     def _set_out(self, line: Line) -> None:
-        """A group of workers sets out: the first of this process, or one in place of another."""
+        """A group of workers sets out: the first of this process, or one in place of another, of whose end the stage has said why."""
         before, workers, step = self.said.workers, line["workers"], line["step"]
         self.said.set_out(line)
         self.slow = {}
@@ -191,13 +190,8 @@ class Follower:
             self._warn(damaged)
         if before is None:
             return
-        if workers > before:
-            self._warn(f"now {counted(workers)}, from step {step}")
-            return
-        self.restarts += 1
         now = " with" if workers == before else ", now with"
-        restart = f"restart {self.restarts} of {self.failures}"
-        self._warn(f"workers lost: training goes on from step {step}{now} {counted(workers)} ({restart})")
+        self._warn(f"training goes on from step {step}{now} {counted(workers)}")
 
     def _slow(self, line: Line) -> None:
         """Once for each worker that is slow, until it has not been for a while."""

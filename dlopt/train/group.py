@@ -21,8 +21,10 @@ from ray.train.v2._internal.exceptions import (
 )
 from ray.train.v2._internal.execution.callback import WorkerCallback
 from ray.train.v2._internal.execution.context import get_train_context
+from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 
 from dlopt.part import DloptError
+from dlopt.session import started_here
 from dlopt.train import room, stopping
 from dlopt.train.metrics_log import STARTS, read
 from dlopt.train.stopping import Preempted
@@ -40,31 +42,50 @@ class Listening(WorkerCallback):
         stopping.listen(lambda: preempted.preemption_info is not None)
 
 
+class Unannounced(FixedScalingPolicy):
+    """Does not tell Ray Data's coordinator which CPUs are taken: on a cluster of our own without a stream nobody asks, and its process
+    takes two seconds to start."""
+
+    def after_controller_start(self, train_run_context: Any) -> None: ...
+
+    def _maybe_send_resource_request(self) -> None: ...
+
+
 class Trainer(TorchTrainer):
     """Without Ray's process that gives placement groups back: it asks the dashboard, and where there is none, training waits 12 seconds for
     it to end. `train` does its work."""
 
+    announced = True
+    """Whether others have to know of the CPUs that workers take."""
+
     def _create_default_callbacks(self) -> list[Any]:
         return [one for one in super()._create_default_callbacks() if not isinstance(one, PlacementGroupCleanerCallback)]
+
+    def _initialize_and_run_controller(self, **given: Any) -> Any:
+        if not self.announced:
+            given["scaling_policy"] = Unannounced(self.scaling_config)
+        return super()._initialize_and_run_controller(**given)
 
 
 def train(
     work: Callable[[dict[str, Any]], dict[str, Any] | None],
     config: dict[str, Any],
     workers: int,
-    worker: room.Node,
+    need: room.Need,
     storage: Path,
     hang_seconds: float,
 ) -> dict[str, Any]:
-    """What worker 0 returns of `work(config)`, which so many workers run. With none of them, this thread does. worker: what each takes.
-    storage: a folder for what Ray Train has to write. hang_seconds: how long an exchange among workers may take, but for a margin."""
+    """What worker 0 returns of `work(config)`, which so many workers run. With none of them, this thread does.
+
+    storage: a folder for what Ray Train has to write. hang_seconds: how long an exchange among workers may take, but for a margin.
+    """
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     before = room.places()
     trainer = Trainer(
         work,
         train_loop_config=config,
         torch_config=TorchConfig(timeout_s=int(hang_seconds) + MARGIN),
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu="GPU" in worker, resources_per_worker=worker),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu="GPU" in need.worker, resources_per_worker=need.worker),
         run_config=RunConfig(
             name=uuid.uuid4().hex,  # Ray's own resuming is tied to its version; our checkpoints are not
             storage_path=str(storage),
@@ -73,6 +94,7 @@ def train(
             callbacks=[Listening()],
         ),
     )
+    trainer.announced = need.stream or not started_here()
     try:
         found = trainer.fit().return_value
     finally:

@@ -29,7 +29,7 @@ class Step(NamedTuple):
     factor: float
     """On the peak rate."""
     gradient_norm: float
-    """Of the whole batch's gradient, before clipping; the same on every worker."""
+    """Of the whole batch's gradient, before clipping; the same on every worker, but for replicas that go their own ways."""
     taken: bool
     """Whether there was a step: not when the gradient is not finite, on all workers alike, since the reduced norm decides."""
     overflowed: bool = False

@@ -154,7 +154,43 @@ class Replicated:
         return self.network
 
 
-class Zero(Replicated):
+class Summed(Replicated):
+    """ddp, whose gradients of a user's network are added up after the way back, all at once. It may leave parameters out of a step, and
+    DistributedDataParallel looks for them in what comes out of the network alone, so that it is lost where a penalty reaches them."""
+
+    def __init__(self, network: nn.Module, rank: int, world: int, own: bool = False) -> None:
+        super().__init__(network, rank, world, own)
+        if own:
+            broadcast([value for value in network.state_dict().values() if isinstance(value, Tensor)], 0)
+
+    @property
+    def factor(self) -> int:
+        return 1 if self.own else self.world
+
+    def module(self) -> nn.Module:
+        return self.network if self.own else super().module()
+
+    def gradient(self, inner: Gradient) -> Gradient:
+        def gradient(objective: Objective, model: nn.Module, batch: Batch) -> Losses:
+            losses = inner(objective, model, batch)
+            at_once(self._gradients(), dist.all_reduce)
+            return losses
+
+        return gradient if self.own else inner
+
+    def _gradients(self) -> list[Tensor]:
+        """Of what any worker has used in this step; 0 where this one has not."""
+        parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        there = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8, device=parameters[0].device)
+        dist.all_reduce(there, dist.ReduceOp.MAX)
+        used = [parameter for parameter, one in zip(parameters, there.tolist(), strict=True) if one]
+        for parameter in used:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad for parameter in used if parameter.grad is not None]
+
+
+class Zero(Summed):
     """zero: the state of the optimizer is shared out by parameters."""
 
     def optimizer(self, built: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -394,7 +430,7 @@ class Shares(nn.Module):
 
 def parallel_of(kind: Parallelism, network: nn.Module, rank: int, world: int, own: bool = False) -> Replicated:
     """The network of a job on several workers, or on one. own: whether it is a user's, of whose parts nothing is known."""
-    made = Replicated if world == 1 else {"ddp": Replicated, "zero": Zero, "fsdp": Sharded}[kind]
+    made = Replicated if world == 1 else {"ddp": Summed, "zero": Zero, "fsdp": Sharded}[kind]
     return made(network, rank, world, own)
 
 
@@ -432,16 +468,20 @@ def owners(sizes: Sequence[int], world: int) -> list[int]:
     return found
 
 
-@torch.no_grad()
 def broadcast(tensors: Sequence[Tensor], source: int) -> None:
-    """From one worker to all, in place, those of a type in one go."""
+    """From one worker to all, in place."""
+    at_once(tensors, lambda flat: dist.broadcast(flat, source))
+
+
+@torch.no_grad()
+def at_once(tensors: Sequence[Tensor], exchange: Callable[[Tensor], Any]) -> None:
+    """Exchange them in place, those of a type as one tensor (numbers,)."""
     for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
         some = [tensor for tensor in tensors if tensor.dtype == dtype]
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in some])
-        dist.broadcast(flat, source)
-        if dist.get_rank() != source:
-            found = flat.split([tensor.numel() for tensor in some])
-            torch._foreach_copy_(some, [part.view(tensor.shape) for part, tensor in zip(found, some, strict=True)])
+        exchange(flat)
+        found = flat.split([tensor.numel() for tensor in some])
+        torch._foreach_copy_(some, [part.view(tensor.shape) for part, tensor in zip(found, some, strict=True)])
 
 
 def collected(tensors: Mapping[str, Tensor], rank: int, world: int, device: torch.device) -> list[dict[str, Tensor]]:

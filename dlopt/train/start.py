@@ -32,9 +32,11 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 """Of weights, by the precision of a job: half precision is for what layers compute alone."""
 
 
-def import_ahead() -> None:
-    """Import in a thread what torch's optimizers import when the first one is made, which takes a second: Ray's start is a time to wait."""
-    threading.Thread(target=importlib.import_module, args=("torch._dynamo",), name="dlopt-import", daemon=True).start()
+def import_ahead(trains: bool) -> None:
+    """If this process trains, import in a thread what torch imports when the first optimizer is made, which takes a second: Ray's start is
+    a time to wait. Nothing of Ray: its packages import each other in circles, at which two threads deadlock."""
+    if trains:
+        threading.Thread(target=importlib.import_module, args=("torch._dynamo",), name="dlopt-import", daemon=True).start()
 
 
 def load_network(fit: Fit, data: Artifact) -> Network:
