@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     _home(run)
     run.add_argument("--address", help="a running Ray cluster; without it, $RAY_ADDRESS, else one is started here and stopped again")
     run.add_argument("--json", action="store_true", help="print one JSON object {run, name, metrics, seconds} instead of the run's folder")
+    run.add_argument("--profile", action="store_true", help="measure what the time of training goes into: resources.profile=true")
     run.add_argument("--fresh", action="store_true", help="train from the start, whatever there is of the model or of checkpoints")
     run.add_argument(
         "--metrics-port", type=_port, metavar="PORT", help="show training to Prometheus on 127.0.0.1:PORT, as resources.track does"
@@ -150,7 +151,7 @@ def _run(options: argparse.Namespace) -> None:
     from dlopt import pipeline, spec
     from dlopt.terminal import Terminal
 
-    job = spec.load(options.job, options.overrides)
+    job = spec.load(options.job, [*options.overrides, *(["resources.profile=true"] if options.profile else [])])
     if options.metrics_port:
         job = _shown_to_prometheus(job, options.metrics_port)
     pipeline.check(job)

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from dlopt.artifact import Artifact, Stage, digest_of, discard, is_sealed, once, place, write_atomically
 from dlopt.data.split import Fold
 from dlopt.part import DloptError
-from dlopt.progress import Progress, silent
+from dlopt.progress import WARNING, Progress, silent
 from dlopt.runs import JOB, REPORT, RUN, Run
 from dlopt.session import address_of, connected
 from dlopt.spec import Job
@@ -113,8 +113,10 @@ def _fitted(job: Job, steps: _Steps, data: Artifact, fresh: bool) -> Artifact:
     from dlopt.train.checkpoints import store_of
     from dlopt.train.fit import FIT
 
+    path = place(FIT, job.fit, steps.home, (data,))
+    if job.resources.profile and is_sealed(path) and not fresh:
+        steps.progress("fit", None, f"{WARNING}resources.profile: nothing is measured, since this model is trained already: add --fresh")
     if fresh:
-        path = place(FIT, job.fit, steps.home, (data,))
         discard(path)
         store_of(path, job.resources.checkpoint).clear()
     return steps.ray(FIT, job.fit, data, resources=job.resources)

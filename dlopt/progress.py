@@ -14,3 +14,6 @@ def silent(stage: str, share: float | None, text: str) -> None:
 
 WARNING = "warning: "
 """What a text begins with that must stay to be read."""
+
+BLOCK = "\n"
+"""What a text of several lines begins with, which stays to be read too."""

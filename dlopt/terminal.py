@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from dlopt.artifact import Artifact
-from dlopt.progress import WARNING
+from dlopt.progress import BLOCK, WARNING
 from dlopt.runs import REPORT, Run
 
 UNFOLDED = 10_000
@@ -54,6 +54,9 @@ class Terminal:
         """As dlopt.progress.Progress."""
         if text.startswith(WARNING):
             self.console.print(f"[yellow]![/] {self.name}: {stage}  {escape(text)}", highlight=False, soft_wrap=True)
+            return
+        if text.startswith(BLOCK):
+            self.console.print(f"{self.name}: {stage}  {escape(text.removeprefix(BLOCK))}", highlight=False, soft_wrap=True)
             return
         if not self.console.is_terminal:
             self._line(stage, share, text)

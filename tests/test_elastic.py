@@ -23,7 +23,6 @@ from tests.faults import (
     models,
     outcome,
     pace,
-    reached,
     starts_of,
     traces,
     wait,
@@ -93,7 +92,7 @@ def set_out(process: subprocess.Popen[str], home: Path, groups: int) -> None:
     def there() -> bool:
         found = [start for out in models(home) if (out / STARTS).exists() for start in starts_of(out)]
         before = found[-2]["time"] if groups > 1 and len(found) >= groups else 0.0
-        return len(found) >= groups and reached(home, before) > found[-1]["step"]
+        return len(found) >= groups and sum(line["began"] > before for line in latest(home).values()) == found[-1]["workers"]
 
     wait(lambda: process.poll() is not None or there(), f"group {groups}", 240)
     assert process.poll() is None, ended(process).stderr
@@ -150,7 +149,7 @@ def test_a_job_that_has_waited_long_enough_says_for_what(nodes: Nodes, folder: P
 
 def test_a_node_more_trains_along_from_the_step_that_is_reached(nodes: Nodes, folder: Path, undisturbed: Outcome, tmp_path: Path) -> None:
     home = tmp_path / "home"
-    given = ("resources.workers=[1, 3]", "resources.resize_seconds=1", "resources.max_failures=0", RARELY)
+    given = ("resources.workers=[2, 3]", "resources.resize_seconds=1", "resources.max_failures=0", RARELY)
     process = begin(nodes, folder, home, *given, pause=0.5)
     set_out(process, home, 1)
     nodes.add()

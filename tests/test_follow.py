@@ -362,7 +362,7 @@ def test_what_a_log_has_left_out_is_written_once_it_may_if_it_still_holds(
     terminal = Terminal("digits")
     terminal.progress("fit", 0.0, "starting 2 workers")
     said = _Said(EPOCHS, STEPS, "accuracy", Forecast(ROWS, EPOCHS), lambda: "waiting for 2 CPUs: 1 of 4 is free")
-    follower = Follower(tmp_path, said, terminal.progress, 3)
+    follower = Follower(tmp_path, said, terminal.progress)
     for second in (1.0, 2.0):
         follower.look(second)
         follower.again()

@@ -38,7 +38,7 @@ from tests import sets
 from tests.driven import PARTS, Small, batches, cross_entropy, named
 from tests.trained import curve, fit, prepare_digits, quick
 
-CPU, SECONDS = torch.device("cpu"), 60
+CPU, SECONDS = torch.device("cpu"), 180
 KINDS = ("ddp", "zero", "fsdp")
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dlopt.models.depth import Residual
@@ -68,15 +68,18 @@ def _recomputed(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwa
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Around the first computation, and around the second, which leaves no trace in running statistics."""
-    return nullcontext(), _buffers_kept(block)
+    return nullcontext(), _BuffersKept(block)
 
 
-@contextmanager
-def _buffers_kept(block: nn.Module) -> Iterator[None]:
-    buffers = list(block.buffers())
-    before = [buffer.clone() for buffer in buffers]
-    try:
-        yield
-    finally:
-        for buffer, value in zip(buffers, before, strict=True):
+class _BuffersKept:
+    """Buffers are afterwards as they were before; may be entered again, as for second derivatives."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block, self.before = block, list[Tensor]()
+
+    def __enter__(self) -> None:
+        self.before = [buffer.clone() for buffer in self.block.buffers()]
+
+    def __exit__(self, *_: object) -> None:
+        for buffer, value in zip(self.block.buffers(), self.before, strict=True):
             buffer.data.copy_(value)  # not as a change of what the way back needs

@@ -18,8 +18,6 @@ from dlopt.models import Network
 from dlopt.part import Feature
 from dlopt.train.objectives import Objective
 
-OPTIONS: dict[str, dict[str, str | int | bool | Callable[..., Any]]] = {"cpu": {"layout_optimization": False}}
-"""Of the compiler, by the kind of device. Convolutions with their channels last corrupt memory on a CPU in torch 2.13 (pytorch #181618)."""
 NOISY = ("torch._dynamo", "torch._inductor", "torch._functorch")
 
 
@@ -30,8 +28,7 @@ class Compiled:
         """plainly: whether layers are listened to now, for which they must be called one by one."""
         self.network, self.features, self.plainly = network, features, plainly
         self.plain: Callable[[dict[str, Tensor]], Tensor] = network.forward
-        device = next(network.parameters()).device.type
-        self.fast: Callable[[dict[str, Tensor]], Tensor] = torch.compile(network.forward, options=OPTIONS.get(device))
+        self.fast: Callable[[dict[str, Tensor]], Tensor] = torch.compile(network.forward)
 
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
         rows = len(inputs[self.features[0].name])
@@ -53,16 +50,24 @@ def compile_network(
 
     Weights, buffers and random numbers are afterwards as they were. All workers come to the same end.
     """
-    why = _agreed(_failure(lambda: _try_compiler(batch.target.device)))  # alone: nobody is to wait for who has no compiler
+    why = _known(network, batch.target.device)
+    why = why or _agreed(_failure(lambda: _try_compiler(batch.target.device)))  # alone: nobody is to wait for who has no compiler
     if why is None:
-        network.forward = compiled = Compiled(network, features, plainly)  # type: ignore[method-assign, assignment]
+        network.forward = Compiled(network, features, plainly)  # type: ignore[method-assign]
         why = _agreed(_failure(lambda: _try(network, objective, batch)))
         if why:
-            network.forward = compiled.plain  # type: ignore[method-assign]
+            del network.forward
     if why is None:
         torch._dynamo.config.suppress_errors = True  # what other batches may bring
         return None
     return f"resources.compile: the network is trained as it is, not compiled: {why}"
+
+
+def _known(network: nn.Module, device: torch.device) -> str | None:
+    """What is not even to be tried: in torch 2.13 it ends the process (pytorch #181618)."""
+    if device.type == "cpu" and any(isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) for layer in network.modules()):
+        return "torch's compiler spoils the memory of convolutions on a CPU (pytorch issue 181618)"
+    return None
 
 
 def _failure(work: Callable[[], None]) -> str | None:

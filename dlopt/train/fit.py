@@ -23,6 +23,7 @@ from dlopt.train.checkpoints import CHECKPOINTS, Store, newest, said, store_of
 from dlopt.train.follow import counted, followed
 from dlopt.train.metrics_log import STARTS
 from dlopt.train.parallel import refuse_parallelism
+from dlopt.train.profile import say
 from dlopt.train.section import (
     Fit,
     Resources,
@@ -88,7 +89,10 @@ def fit(section: Fit, out: Path, data: Artifact, *, resources: Resources, progre
     }
     run = _Run(_work(section, store), config, out.resolve(), need, resources, store, progress)
     with followed(out, section, train, resources, progress, run.waiting), _interruptible(), _told_by_sigterm(out):
-        return run.to_the_end()
+        info = run.to_the_end()
+    if resources.profile:
+        say(out, progress)
+    return info
 
 
 FIT = Stage("model", fit, scratch=CHECKPOINTS)
@@ -126,6 +130,8 @@ class _Run:
     losses: int = 0
     waits: bool = False
     """Whether there is no room."""
+    promised: int = 0
+    """For how many workers there was room when the last group was asked to end for more of them."""
     since: float = 0.0
     """When the group was started, by time.time()."""
 
@@ -170,9 +176,9 @@ class _Run:
                     raise Stopped("stopped before there was room for workers: the same command goes on from here")
                 if waited >= self.resources.wait_seconds:
                     raise GaveUp(f"{waiting_for(self.need)}, for {waited:.0f} s (resources.wait_seconds): {self._where()}")
-            return self.need.least + asked.settled()
+            return self.need.least + asked.settled(self.promised - self.need.least)
         finally:
-            self.waits = False
+            self.waits, self.promised = False, 0
             asked.leave()
 
     def _group(self, workers: int) -> dict[str, Any]:
@@ -209,7 +215,7 @@ class _Run:
         try:
             while not done.wait(1.0):
                 if asked.more():
-                    asked.settled()
+                    self.promised = workers + asked.settled()
                     stopping.ask(self.out, RESIZE)
                     done.wait()
         finally:

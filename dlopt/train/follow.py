@@ -186,8 +186,8 @@ class Follower:
         before, workers, step = self.said.workers, line["workers"], line["step"]
         self.said.set_out(line)
         self.slow = {}
-        for damaged in line["damaged"]:
-            self._warn(damaged)
+        for said in [*line["damaged"], *line.get("warnings", ())]:
+            self._warn(said)
         if before is None:
             return
         now = " with" if workers == before else ", now with"

@@ -66,10 +66,15 @@ class Replicated:
         return self.world
 
     def module(self) -> nn.Module:
-        """What is called in training. A user's network may leave parameters out of a step, which takes time to find."""
+        """What is called in training. A user's network may leave parameters out of a step, which takes time to find.
+
+        It is looked for with more than two workers, too: only then gradients lie in the same buckets at the first step after a restart as
+        later, and on where they lie depends in which order three numbers are added up.
+        """
         if self.world == 1:
             return self.network
-        return DistributedDataParallel(self.network, gradient_as_bucket_view=True, broadcast_buffers=False, find_unused_parameters=self.own)
+        seek = self.own or self.world > 2
+        return DistributedDataParallel(self.network, gradient_as_bucket_view=True, broadcast_buffers=False, find_unused_parameters=seek)
 
     def groups(self, groups: Groups) -> Groups:
         """Groups of the network's parameters, as the optimizer is given them."""

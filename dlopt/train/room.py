@@ -17,6 +17,8 @@ Node = dict[str, float]
 """CPUs and GPUs, by Ray's names, of a node or of a worker."""
 SETTLE = 1.0
 """Seconds in which more workers than the least may find room, before a group of elastic workers sets out."""
+ARRIVE = 15.0
+"""The same, for as many as there was room for just before: an earlier group of workers gives back what it held, and that takes a while."""
 ROUNDING = 1e-9
 
 
@@ -108,12 +110,12 @@ class Room:
         """For how many more there is."""
         return sum(place.wait(0) for place in self.others)
 
-    def settled(self) -> int:
-        """For how many more there is, once no more can be expected at once."""
-        deadline = time.monotonic() + SETTLE
-        while self.more() < len(self.others) and time.monotonic() < deadline:
+    def settled(self, promised: int = 0) -> int:
+        """For how many more there is, once no more can be expected at once. promised: for so many there was room just before."""
+        began = time.monotonic()
+        while (more := self.more()) < len(self.others) and time.monotonic() - began < (ARRIVE if more < promised else SETTLE):
             time.sleep(0.05)
-        return self.more()
+        return more
 
     def leave(self) -> None:
         """Give all of it back."""

@@ -251,10 +251,25 @@ class Resources(Part):
     """How long a run waits for CPUs and GPUs that others have taken before it fails."""
     resize_seconds: float = Field(30.0, ge=0)
     """How long elastic workers train, at least, before more of them take over."""
+    checkpoint_activations: bool = False
+    """Keep of each block of the network what goes into it alone, and compute the rest again on the way back: less memory for about a third
+    more time, and the same bits."""
+    compile: bool = False
+    """Train the network compiled by torch.compile, with a warning where that cannot be done. It takes a minute or more to begin with, and
+    changes the last digits of what is computed and which units dropout drops."""
+    profile: bool = False
+    """Measure what the time of a step goes into: a breakdown, and a trace of some steps of each worker, in the model's folder `profile`."""
     track: tuple[Track, ...] = ()
     """Where the numbers of training go while it runs, beside the folder of the model: any of prometheus, tensorboard and mlflow."""
     checkpoint: Checkpointing = Checkpointing()
     """When training writes down where it stands, and where."""
+
+    @model_validator(mode="after")
+    def what_is_compiled_is_called_whole(self) -> Self:
+        if self.compile and (self.checkpoint_activations or self.parallelism == "fsdp"):
+            other = "checkpoint_activations" if self.checkpoint_activations else "parallelism: fsdp"
+            raise ValueError(f"compile: {other} works block by block, which cannot be compiled: take one of them out")
+        return self
 
     @model_validator(mode="after")
     def workers_fit_into_lanes(self) -> Self:

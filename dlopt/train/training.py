@@ -37,6 +37,7 @@ from dlopt.train.metrics_log import MetricsLog
 from dlopt.train.pace import Pace, SpeedLog
 from dlopt.train.parallel import Replicated
 from dlopt.train.precision import mixed, scale_of
+from dlopt.train.profile import Profile, Unprofiled
 from dlopt.train.section import Fit, Resources, course_of
 from dlopt.train.start import first_batches, objective_of, read_statistics
 from dlopt.train.state import State
@@ -122,12 +123,13 @@ class Training:
         self.scale = scale_of(train.precision)
         if self.scale:
             self.scale.recall(self.state.record.loss_scale)
-        self.model, self.gradient = self.parallel.module(), self._gradient()
+        self.profile = self._profile()
+        self.model, self.gradient = self.parallel.module(), self.profile.timed("backward", self._gradient())
         self.pace, self.totals = Pace(), Totals(self.world)
         self.taken_apart: list[Taken] = []
         self.due = False
         objective = objective_of(self.fit, self.data, self.network, self.device, self.parallel.copies)
-        self.objective = self.pace.timed(mixed(objective, train.precision, self.device, self.scale))
+        self.objective = self.profile.timed("forward", self.pace.timed(mixed(objective, train.precision, self.device, self.scale)))
         self.diverging = Diverging(train.divergence, self.state.record.start_loss)
         if self.state.record.diverging:
             self.diverging.recall(self.state.record.diverging)
@@ -158,6 +160,7 @@ class Training:
                     refuse_drift(self.parallel.alike())
                 if self._worth_saving():
                     self.save()
+        self.profile.close()
 
     def save(self) -> None:
         """A checkpoint of where training stands. All workers call it at the same step."""
@@ -166,10 +169,11 @@ class Training:
         self.totals.settle(record)
         record.diverging, record.watched = self.diverging.memory, self.watch.memory
         record.loss_scale = self.scale.memory if self.scale else {}
-        packed = self.state.packed()
-        if self.diary:
-            self.diary.flush()  # lines of steps that a checkpoint has are never written again
-            self.diary.writer.write(self.state, *packed)
+        with self.profile.within("checkpoint"):
+            packed = self.state.packed()
+            if self.diary:
+                self.diary.flush()  # lines of steps that a checkpoint has are never written again
+                self.diary.writer.write(self.state, *packed)
         self.saved = time.monotonic()
 
     def steps(self, epoch: int) -> Iterator[tuple[Step, int]]:
@@ -182,7 +186,7 @@ class Training:
         found = steps(
             self.model,
             self.state.optimizer,
-            self.parallel.batches(self.pace.waiting(self._feed(epoch).epoch(epoch, start))),
+            self.profile.batches(self.parallel.batches(self.pace.waiting(self._feed(epoch).epoch(epoch, start)))),
             self.objective,
             self.gradient,
             lambda index: slower * schedule.factor(begun + index, course, history),
@@ -342,7 +346,8 @@ class Training:
         self.taken_apart.append(Taken(step._replace(loss=step.loss * (mine / rows)), lost, look, record.step, mine, rows))
         if replicas.due(record.batch, len(self.sizes)):
             taken, self.taken_apart = self.taken_apart, []
-            replicas.synchronise(self.state.optimizer, sum(one.mine for one in taken) / sum(one.rows for one in taken))
+            with self.profile.within("all-reduce"):
+                replicas.synchronise(self.state.optimizer, sum(one.mine for one in taken) / sum(one.rows for one in taken))
             self._after_synchronisation(taken)
             self._tell(taken, epoch)
 
@@ -446,10 +451,18 @@ class Training:
         train, micro, factor = self.fit.train, self.fit.train.micro_batch_size, self.parallel.factor
         together = self.parallel.together
         found = plain(factor) if micro is None else accumulated(together, -(-micro // self.world), factor)
-        found = unscaled(self.parallel.gradient(found), self.scale)
+        found = unscaled(self.profile.reduced(self.parallel.gradient(found)), self.scale)
         if train.sharpness:
             found = sharpness_aware(found, train.sharpness.rho, train.sharpness.adaptive, self.parallel.norm)
         return curved(found, self.state.optimizer, together, self.scale)
+
+    def _profile(self) -> Unprofiled:
+        if not self.resources.profile:
+            return Unprofiled()
+        steps = self.share.order.batches * self.fit.train.epochs - self.state.record.step
+        found = Profile(self.out, self.network, self.rank, self.world, self.device, steps)
+        self.state.optimizer.step = found.timed("optimizer", self.state.optimizer.step)  # type: ignore[method-assign, assignment]
+        return found
 
     def _feed(self, epoch: int) -> Feed:
         """The feed that gives this epoch and those after it."""

@@ -22,16 +22,19 @@ from dlopt.artifact import Artifact, write_atomically
 from dlopt.data.prepared import Split
 from dlopt.models import Network
 from dlopt.models.own import Own, register
+from dlopt.models.recompute import recompute
 from dlopt.models.spread import spread
 from dlopt.optim.health import Watch
 from dlopt.part import Part
 from dlopt.train.checkpoints import Store, Writer, store_of
+from dlopt.train.compiled import compile_network
 from dlopt.train.evaluate import evaluate, thresholds_of, write_predictions
 from dlopt.train.metrics_log import HEALTH, LAYERS, NAME, RANGE, STARTS, MetricsLog
 from dlopt.train.pace import SpeedLog
 from dlopt.train.parallel import Replicated, parallel_of
+from dlopt.train.precision import mixed
 from dlopt.train.section import Fit, Resources, course_of
-from dlopt.train.start import first_rows, load_network, optimizer_of, peak_of, scaled_by_data, swept
+from dlopt.train.start import first_batches, first_rows, load_network, objective_of, optimizer_of, peak_of, scaled_by_data, swept
 from dlopt.train.state import Record, State
 from dlopt.train.stopping import Preempted, Stopped
 from dlopt.train.thresholds import signed
@@ -156,6 +159,10 @@ class _Worker:
         found, damaged = newest_of_all(self.store, self.rank, self.world)
         network, split = load_network(fit, data).to(self.device), Split.open(data, "train")
         record = found.record if found else self._beginning(network, split, data)
+        watch: Watch | None = None
+        if self.assignment.resources.checkpoint_activations:
+            recompute(network)
+        why = self._compiled(network, data, lambda: watch is not None and bool(watch.hooks))
         parallel = self._parallel(network)
         optimizer = optimizer_of(fit, network, record.peak, parallel)
         average = fit.train.average.build(parallel.held, course_of(fit, len(split))) if fit.train.average else None
@@ -169,8 +176,18 @@ class _Worker:
                 writer.write(state, *packed)
         hosts = self._hosts()
         if self.rank == 0:
-            self._note_start(state.record, hosts, damaged)
+            self._note_start(state.record, hosts, damaged, [why] if why else [])
         return state, hosts
+
+    def _compiled(self, network: Network, data: Artifact, plainly: Callable[[], bool]) -> str | None:
+        """Compile the network if that is asked for; a line on why not. plainly: whether layers must be called one by one."""
+        if not self.assignment.resources.compile:
+            return None
+        fit, split = self.assignment.fit, Split.open(data, "train")
+        rows = -(-min(fit.train.rows_of_batch(len(split)), fit.train.micro_batch_size or len(split)) // self.world)
+        batch = next(first_batches(split, rows, 1, self.device))
+        objective = mixed(objective_of(fit, data, network, self.device), fit.train.precision, self.device)
+        return compile_network(network, split.signature.inputs, objective, batch, plainly)
 
     def _parallel(self, network: Network) -> Replicated:
         """What of training this worker holds, and how it comes together with the others."""
@@ -205,10 +222,10 @@ class _Worker:
                 write_atomically(out / RANGE, json.dumps(found._asdict()))
         return Record(peak=chosen[0])
 
-    def _note_start(self, record: Record, hosts: list[str], damaged: list[str]) -> None:
+    def _note_start(self, record: Record, hosts: list[str], damaged: list[str], warnings: list[str]) -> None:
         """One line for each time that a group of workers set out: how restarts and resizes can be told afterwards."""
         where = {"epoch": record.epoch, "batch": record.batch, "step": record.step}
-        line = where | {"workers": self.world, "hosts": hosts, "damaged": damaged, "time": round(time.time(), 3)}
+        line = where | {"workers": self.world, "hosts": hosts, "damaged": damaged, "time": round(time.time(), 3), "warnings": warnings}
         with open(self.assignment.out / STARTS, "a") as file:
             file.write(json.dumps(line) + "\n")
 

@@ -1,13 +1,16 @@
-"""`dlopt`, whose worker 0 tells when it begins and when it has done its first step. It imports nothing ahead of the command's own imports."""
+"""`dlopt`, whose worker 0 tells when it begins and when it has done its first step. It imports nothing ahead of the command's imports."""
 
 from __future__ import annotations
 
 import importlib.abc
+import importlib.util
 import json
 import sys
 import time
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 FIRST = "first"
@@ -15,14 +18,22 @@ FIRST = "first"
 
 
 class Noting(importlib.abc.MetaPathFinder):
-    """Puts the notes into the worker's function once the command imports the stage."""
+    """Puts the notes into the worker's function as soon as the command imports the stage that makes it."""
 
-    def find_spec(self, name: str, *_: Any) -> None:
-        if name == "dlopt.train.fit":
-            sys.meta_path.remove(self)
-            from dlopt.train import fit
+    def find_spec(self, name: str, *_: Any) -> ModuleSpec | None:
+        if name != "dlopt.train.fit":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        assert spec and spec.loader
+        run = spec.loader.exec_module
 
-            fit._work = noted(fit._work)
+        def exec_module(module: ModuleType) -> None:
+            run(module)
+            module._work = noted(module._work)  # type: ignore[attr-defined]
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
 
 
 def noted(make: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,14 +3,26 @@
     python -m tests.bench.scale --json [--part start|split|growth]
 
 `start`: seconds from `dlopt run` with prepared data to the end of the first optimizer step, in the process of the run (`workers_0`) and
-with two workers (`workers_2`), in parts that add up; the fastest of some turns, and the CPU seconds of all processes until then.
+with two workers (`workers_2`), in parts that add up; the fastest of some turns, and the CPU seconds of all processes until then,
+which can be no more than the cores have had time for.
 
 `split`: rows/s of the CNN on MNIST, batch 256, of 2 workers with 1 thread each over those of 1 worker with 2 threads, in turn.
 
 `growth`: groups of 1, 2, 4, 8 and 16 workers on this machine, with a network of 1,400 numbers. A group's start; a whole step of training;
-an all-reduce of the gradient; the poll by which workers agree about twice a second. Wall-clock time grows as the workers share the cores;
-the CPU time that one worker spends on an exchange does not. Each is fitted by least squares with a + b * n and with a + b * log2(n), and
-the better one is extrapolated to 64 and 512 workers as if each node had this machine's cores and workers.
+an all-reduce of the gradient; the poll by which workers agree about twice a second. Each is fitted by least squares with a + b * n and
+with a + b * log2(n), and the better one is extrapolated to 64 and 512 workers. How to read it:
+
+* n workers here queue for the cores: with c cores a step takes no less than n / c times the CPU seconds of one worker, whatever it waits
+  for. So seconds by the clock say what so many workers on one machine cost, and it is the CPU time of one worker, `step_cpu` and
+  `all_reduce_cpu`, that carries over to machines of their own.
+* In a step there is one all-reduce (of more than 25 MiB there are several, which overlap with the way back), and nothing else but a poll
+  of 3 + n numbers twice a second, losses every 1000 steps, and two small ones at the end of an epoch. Gloo's is a ring: each worker
+  sends 2 (n - 1) / n times the bytes of the gradient, which hardly grows, in 2 (n - 1) rounds one after another, which does: a + b n.
+* With a core each and a real network a step costs the CPU time of one worker and 2 (n - 1) times NETWORK_SECONDS, which a message is on its
+  way; `with_a_core_each` has that sum. A tiny network so waits for the ring nearly all the time on 512 workers: there a step should have
+  more to compute, or be exchanged rarely (train.synchronization). On GPUs NCCL takes trees, whose rounds grow with log n.
+* A start is importing torch in each worker, which here goes on n / c times as long as with a core each, and Ray Train's controller, which
+  starts workers from one process: the slope that remains where nobody queues. (dlopt itself shares rows out to at most 64 workers.)
 """
 
 from __future__ import annotations
@@ -59,6 +71,8 @@ SIZES = (1, 2, 4, 8, 16)
 FAR = (64, 512)
 REPEATED = 200
 """Exchanges that are timed, after a tenth of them that are not."""
+NETWORK_SECONDS = 50e-6
+"""That a message takes from one machine to another over TCP, in a machine room."""
 TURNS = 3
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -121,19 +135,27 @@ def _started(home: Path, job: Path, workers: int) -> dict[str, Any]:
     parts, before = {}, began
     for name, when in marks.items():
         parts[name], before = round(when - before, 2), when
-    return parts | {"all": round(done - began, 2), "cpu_seconds": round(cpu, 1)}
+    return parts | {"all": round(done - began, 2), "cpu_seconds": round(sum(cpu.values()), 1), "cpu_seconds_by": cpu}
 
 
-def _cpu_seconds(pid: int) -> float:
-    """Of a process and those below it, as far as they are still there."""
-    total = 0
-    for one in (pid, *descendants(pid)):
+def _cpu_seconds(pid: int) -> dict[str, float]:
+    """Of a process and of those below it that are still there, by what they are."""
+    found: dict[str, float] = {}
+    for one, line in ({pid: "dlopt"} | descendants(pid)).items():
         try:
             fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        total += int(fields[11]) + int(fields[12])
-    return total / TICKS
+        name = _named(line)
+        found[name] = round(found.get(name, 0.0) + (int(fields[11]) + int(fields[12])) / TICKS, 2)
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def _named(line: str) -> str:
+    """RayTrainWorker of ray::RayTrainWorker.run, raylet of /a/b/raylet --c, log_monitor of python -u /a/log_monitor.py."""
+    words = line.split()
+    path = next((word for word in words if word.endswith(".py")), words[0])
+    return re.split(r"[.\s]", Path(path.removeprefix("ray::")).name)[0]
 
 
 # Two workers with a thread each against one with two
@@ -171,7 +193,12 @@ def growth(sizes: tuple[int, ...]) -> dict[str, Any]:
         found = {size: _group(Path(folder), data, size) for size in sizes}
     measured = {name: {size: found[size][name] for size in sizes} for name in found[sizes[0]]}
     fits = {name: fitted({size: value for size, value in by.items() if size > 1}) for name, by in measured.items()}
-    return {"measured": measured, "fitted": fits}
+    return {"measured": measured, "fitted": fits, "with_a_core_each": {n: round(fits["step_cpu"][n] + ring(n), 6) for n in FAR}}
+
+
+def ring(workers: int) -> float:
+    """Seconds that the messages of one all-reduce are on their way, one after another."""
+    return 2 * (workers - 1) * NETWORK_SECONDS
 
 
 def _tiny(folder: Path) -> Artifact:

@@ -7,7 +7,8 @@ Digits of MNIST (../shared/data/mnist where it is there, else the 5,000 of mlxte
 epoch is nothing but steps. The two are measured in turn, A B A B, each turn by its fastest epoch but the first; figures are medians over
 the turns, and the ratio is the median over the pairs. `best_ratio` compares the fastest epochs of all: on a machine that others
 use it says more of the code and less of them. `stream_against_resident` compares the two feeds on the same augmented digits: rows/s of
-the stream over those of the resident feed, and the share of its time that training waits for the stream's data.
+the stream over those of the resident feed, and the share of its time that training waits for the stream's data. `checkpoint_every_20`
+is what tests.bench.checkpoint measures.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ CASES: dict[str, tuple[Model, int, str, bool]] = {
 }
 
 
-FEEDS = "stream_against_resident"
+FEEDS, CHECKPOINTS = "stream_against_resident", "checkpoint_every_20"
 
 
 def measure(case: str, data: Artifact, pairs: int | None) -> dict[str, Any]:
@@ -145,18 +146,26 @@ def stream_against_resident(data: Artifact, pairs: int | None) -> dict[str, Any]
     }
 
 
+def checkpoint_every_20(data: Artifact, pairs: int | None) -> dict[str, Any]:
+    """What a checkpoint every 20 steps costs."""
+    from tests.bench import checkpoint
+
+    return checkpoint.measure(data, pairs or checkpoint.TURNS)
+
+
+OTHERS = {FEEDS: stream_against_resident, CHECKPOINTS: checkpoint_every_20}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--pairs", type=int, help=f"turns of each (default: {PAIRS})")
-    parser.add_argument("--case", action="append", choices=[*CASES, FEEDS], help="only this one (may be given several times)")
+    parser.add_argument("--case", action="append", choices=[*CASES, *OTHERS], help="only this one (may be given several times)")
     options = parser.parse_args()
     with session.connected(None, cpus=local_cpus(Resources())), tempfile.TemporaryDirectory(prefix="bench-") as folder:
         data = prepare(Path(folder))
-        cases = options.case or [*CASES, FEEDS]
-        found = {
-            case: stream_against_resident(data, options.pairs) if case == FEEDS else measure(case, data, options.pairs) for case in cases
-        }
+        cases = options.case or [*CASES, *OTHERS]
+        found = {case: OTHERS[case](data, options.pairs) if case in OTHERS else measure(case, data, options.pairs) for case in cases}
     found |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     print(json.dumps(found) if options.json else "\n".join(f"{name:>26}  {value}" for name, value in found.items()))
 
