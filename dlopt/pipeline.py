@@ -100,7 +100,7 @@ def _steps(job: Job, home: Path, address: str | None, progress: Progress) -> Ite
                 stack.enter_context(connected(address, local_cpus(job.resources), idle))
                 there = True
 
-        yield _Steps(home, progress, need_ray)
+        yield _Steps(home, progress, need_ray, joins=bool(address_of(address)))
 
 
 def _prepared(job: Job, steps: _Steps, fold: Fold | None) -> Artifact:
@@ -111,7 +111,7 @@ def _prepared(job: Job, steps: _Steps, fold: Fold | None) -> Artifact:
 
 def _fitted(job: Job, steps: _Steps, data: Artifact, fresh: bool) -> Artifact:
     from dlopt.train.checkpoints import store_of
-    from dlopt.train.fit import FIT
+    from dlopt.train.fit import FIT, needs_ray
 
     path = place(FIT, job.fit, steps.home, (data,))
     if job.resources.profile and is_sealed(path) and not fresh:
@@ -119,7 +119,8 @@ def _fitted(job: Job, steps: _Steps, data: Artifact, fresh: bool) -> Artifact:
     if fresh:
         discard(path)
         store_of(path, job.resources.checkpoint).clear()
-    return steps.ray(FIT, job.fit, data, resources=job.resources)
+    run = steps.ray if steps.joins or needs_ray(job.resources, data) else steps.local
+    return run(FIT, job.fit, data, resources=job.resources)
 
 
 def _fold(job: Job, steps: _Steps, index: int, fresh: bool) -> Artifact:
@@ -137,6 +138,8 @@ class _Steps:
     progress: Progress
     need_ray: Callable[[bool], None]
     """Told whether the stage has tasks for all CPUs at once."""
+    joins: bool = False
+    """Whether there is a cluster to be joined."""
     suffix: str = ""
     """Tells the stages of a fold from those of the job's own split."""
     made: dict[str, float] = field(default_factory=dict)

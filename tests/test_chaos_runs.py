@@ -157,7 +157,7 @@ def test_a_hung_worker_is_found_replaced_and_gone(
         assert_same(found, oracles[2])
         assert left_over(home) == []
         back_after += [recovered(home, one.time) for one in hits]
-    note(record_property, "T5 seconds to find a hung worker", found_after, HEALTH_SECONDS + 10)
+    note(record_property, "T5 seconds to find a hung worker", found_after, HEALTH_SECONDS + 10, 1.5)
     note(record_property, "T5 seconds from then to the next step", back_after, 20)
     assert_no_worker_is_left()
 

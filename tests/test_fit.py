@@ -18,6 +18,7 @@ from dlopt.part import DloptError, Target
 from dlopt.progress import WARNING
 from dlopt.spec import explain
 from dlopt.train import metrics_log, room, training, worker
+from dlopt.train.agreement import Agreement
 from dlopt.train.fit import FIT, OVERSUBSCRIBED, _refuse_other_target, local_cpus, need_of
 from dlopt.train.losses import Focal, Huber
 from dlopt.train.room import Need, refuse_never
@@ -190,8 +191,8 @@ class Struck(training.Training):
 
 
 def struck(config: dict[str, Any], *words: Any) -> dict[str, Any] | None:
-    """`train_worker`, in a process of Ray Train."""
-    worker.Training = Struck  # type: ignore[misc]
+    """`train_worker`, in a process of Ray Train; workers ask each other after every step, since there are few."""
+    worker.Training, Agreement.SECONDS = Struck, 0.0  # type: ignore[misc]
     return original(config, *words)
 
 

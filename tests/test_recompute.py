@@ -24,6 +24,7 @@ from dlopt.part import Signature
 from dlopt.train.gradients import Sharpness, accumulated
 from dlopt.train.losses import loss_of
 from dlopt.train.objectives import supervised
+from dlopt.train.parallel import Parallelism, parallel_of
 from dlopt.train.precision import Precision
 from dlopt.train.section import Fit, Resources, Train
 from dlopt.train.worker import Assignment, _Worker
@@ -146,13 +147,19 @@ def test_a_watch_counts_no_row_twice() -> None:
         network = network_of("residual mlp")
         if again:
             recompute(network)
+        with torch.no_grad():
+            for name, bias in network.named_parameters():
+                if name.endswith("linear.bias"):
+                    bias[:5] = -1000.0  # units that give nothing
         watch, inputs = Watch(network, Health()), inputs_of("residual mlp")
         for step in (1, 2):
+            torch.manual_seed(step)
             watch.ready(step)
             nn.functional.cross_entropy(network(inputs), torch.arange(48) % 3).backward()
             watch.look(step, 1.0, 1.0)
         found.append({name: idle.tolist() for name, idle in watch.units.idle.items()})
     assert found[0] == found[1] and len(found[0]) == 3
+    assert all(rows[:5] == [96] * 5 for rows in found[1].values())
 
 
 def section(model: Any, precision: Precision = "float32", **train: Any) -> Fit:
@@ -184,7 +191,7 @@ def test_a_job_gives_the_same_bits_whatever_else_it_asks_for(train: dict[str, An
     assert bits(fit, data, tmp_path / "plain", False) == bits(fit, data, tmp_path / "again", True)
 
 
-def worker(rank: int, folder: str) -> None:
+def worker(rank: int, folder: str, parallelism: Parallelism) -> None:
     """One of two; worker 1 has no row of the last batch."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     found = []
@@ -192,9 +199,10 @@ def worker(rank: int, folder: str) -> None:
         network = network_of("mlp").double()
         if again:
             recompute(network)
-        model = nn.parallel.DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-        objective, gradient = supervised(loss_of(None, sets.THREE, nn.Identity()), 0, 0, 2), accumulated(2, 10)
+        parallel = parallel_of(parallelism, network, rank, 2)
+        model, optimizer = parallel.module(), torch.optim.SGD(parallel.held.parameters(), lr=0.05)
+        objective = supervised(loss_of(None, sets.THREE, nn.Identity()), 0, 0, 2)
+        gradient = parallel.gradient(accumulated(2, 10, parallel.factor))
         for step in range(3):
             inputs = {name: values[rank::2] if step < 2 else values[: 48 * (1 - rank)] for name, values in inputs_of("mlp").items()}
             target = torch.arange(len(next(iter(inputs.values())))) % 3
@@ -202,15 +210,19 @@ def worker(rank: int, folder: str) -> None:
             optimizer.zero_grad()
             gradient(objective, model, Batch(inputs, target, 48))
             optimizer.step()
-        found.append({name: value.flatten().tolist() for name, value in network.state_dict().items()})
+        with parallel.gathered():
+            found.append({name: value.flatten().tolist() for name, value in parallel.whole(parallel.held.state_dict()).items()})
     Path(folder, str(rank)).write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_workers_with_a_batch_norm_and_micro_batches_give_the_same_bits(tmp_path: Path) -> None:
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
-    zero, one = (json.loads((tmp_path / str(rank)).read_text()) for rank in range(2))
-    assert zero[0] == zero[1] == one[0] == one[1]
+@pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
+def test_two_workers_with_a_batch_norm_and_micro_batches_give_the_same_bits(parallelism: Parallelism, tmp_path: Path) -> None:
+    mp.spawn(worker, args=(str(tmp_path), parallelism), nprocs=2)
+    plain, again = json.loads((tmp_path / "0").read_text())
+    assert plain == again
     start = {name: value.double().flatten().tolist() for name, value in network_of("mlp").state_dict().items()}
-    assert all(zero[0][name] != value for name, value in start.items() if "running" in name)
+    assert list(plain) == list(start) and all(plain[name] != value for name, value in start.items() if "running" in name)
+    if parallelism == "ddp":
+        assert json.loads((tmp_path / "1").read_text()) == [plain, again]

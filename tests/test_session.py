@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dlopt.session import PRIVATE, QUIET, address_of, set_environment
+from tests.commands import ROOT, environment
+from tests.faults import assert_nothing_runs
 
 
 @pytest.fixture
@@ -42,6 +49,18 @@ def test_what_the_user_has_set_stays(clean: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("RAY_DEDUP_LOGS", "1")
     set_environment(None)
     assert (os.environ["RAY_AUTH_MODE"], os.environ["RAY_DEDUP_LOGS"]) == ("disabled", "1")
+
+
+@pytest.mark.slow
+def test_a_driver_ends_by_sigterm_with_the_exit_code_of_shells_and_leaves_nothing(tmp_path: Path) -> None:
+    mark = uuid.uuid4().hex
+    connecting = "import time\nfrom dlopt.session import connected\nwith connected(): print('here', flush=True); time.sleep(300)"
+    words: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True, "cwd": ROOT, "env": environment(DLOPT_CHAOS=mark)}
+    process = subprocess.Popen([sys.executable, "-c", connecting], **words)
+    assert process.stdout and process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    assert_nothing_runs(mark)
 
 
 def test_the_address_is_what_was_asked_for_or_what_a_job_was_given(clean: Path, monkeypatch: pytest.MonkeyPatch) -> None:

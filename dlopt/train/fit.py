@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from dlopt.artifact import Artifact, Stage
 from dlopt.data.prepared import Split
 from dlopt.models.own import Own, factory_of
@@ -57,6 +59,11 @@ def local_cpus(resources: Resources) -> int:
     if most > OVERSUBSCRIBED * cores:
         raise DloptError(f"resources.workers: {most} workers on {cores} cores: at most {OVERSUBSCRIBED * cores} here, or give --address")
     return max(cores, int(most * (resources.cpus_per_worker + 1)))
+
+
+def needs_ray(resources: Resources, data: Artifact) -> bool:
+    """Whether training needs a cluster, if there is none yet: for workers, or for a stream."""
+    return _range(resources, torch.cuda.device_count())[1] > 0 or _feed(resources, Split.open(data, "train")) == "stream"
 
 
 def fit(section: Fit, out: Path, data: Artifact, *, resources: Resources, progress: Progress = silent) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, FailureConfig, LoggingConfig, PreemptionError, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupFailedError,
@@ -51,15 +52,19 @@ class Unannounced(FixedScalingPolicy):
     def _maybe_send_resource_request(self) -> None: ...
 
 
+SUPERFLUOUS = (PlacementGroupCleanerCallback, DatasetsCallback)
+"""Of Ray Train's parts, each with a process. The first gives placement groups back, as `train` does: it asks the dashboard, and where there
+is none, training waits 12 seconds for it to end. The second hands datasets to workers, which are given none."""
+
+
 class Trainer(TorchTrainer):
-    """Without Ray's process that gives placement groups back: it asks the dashboard, and where there is none, training waits 12 seconds for
-    it to end. `train` does its work."""
+    """Without what is superfluous."""
 
     announced = True
     """Whether others have to know of the CPUs that workers take."""
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [one for one in super()._create_default_callbacks() if not isinstance(one, PlacementGroupCleanerCallback)]
+        return [one for one in super()._create_default_callbacks() if not isinstance(one, SUPERFLUOUS)]
 
     def _initialize_and_run_controller(self, **given: Any) -> Any:
         if not self.announced:
@@ -80,7 +85,7 @@ def train(
     storage: a folder for what Ray Train has to write. hang_seconds: how long an exchange among workers may take, but for a margin.
     """
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    before = room.places()
+    before = room.places() if workers else None
     trainer = Trainer(
         work,
         train_loop_config=config,
@@ -99,7 +104,8 @@ def train(
         found = trainer.fit().return_value
     finally:
         shutil.rmtree(storage, ignore_errors=True)
-        room.sweep(before)
+        if before is not None:
+            room.sweep(before)
     if not isinstance(found, dict):
         raise RuntimeError("Ray Train ended without the result of worker 0")
     return found

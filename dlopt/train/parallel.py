@@ -205,7 +205,7 @@ class Zero(Summed):
         return kind(built, self.owners, self.rank)
 
     def whole_state(self, held: State) -> State:
-        tensors, rest = pack(held["state"])
+        tensors, rest = pack(self.my_state(held)["state"])
         rests: list[Any] = [None] * self.world
         dist.all_gather_object(rests, rest)
         found: dict[int, Any] = {}
@@ -275,11 +275,13 @@ class SharedSwapping(Shared):
     @torch.no_grad()
     def eval(self) -> None:
         self.inner.eval()
+        self._let_go()  # what it has asked for, and so made empty
         self._exchange()
 
     @torch.no_grad()
     def train(self) -> None:
         self.inner.train()
+        self._let_go()
         self._exchange()
 
 

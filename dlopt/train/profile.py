@@ -9,6 +9,7 @@ Without --profile, `Unprofiled` hands back what it is given, so that nothing is 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -238,6 +239,7 @@ def say(folder: Path, progress: Progress) -> None:
 
 
 def _tracer(device: torch.device) -> torch.profiler.profile:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it says that it begins and ends
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         kinds.append(torch.profiler.ProfilerActivity.CUDA)

@@ -3,11 +3,13 @@ Ray's own queue, are seen by its autoscaler, and are given whole, so that two jo
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+import torch
 from ray._private.state import state
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
@@ -53,7 +55,10 @@ class Need:
 
 
 def nodes() -> list[Node]:
-    """What each node has that is alive; of a cluster that grows by itself, the most that it can have, as if it were one node."""
+    """What each node has that is alive; of a cluster that grows by itself, the most that it can have, as if it were one node; without a
+    cluster this machine."""
+    if not ray.is_initialized():
+        return [{"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}]
     limit = state.get_max_resources_from_cluster_config()
     if limit:
         return [{name: float(amount) for name, amount in limit.items()}]

@@ -3,8 +3,7 @@
     python -m tests.bench.scale --json [--part start|split|growth]
 
 `start`: seconds from `dlopt run` with prepared data to the end of the first optimizer step, in the process of the run (`workers_0`) and
-with two workers (`workers_2`), in parts that add up; the fastest of some turns, and the CPU seconds of all processes until then,
-which can be no more than the cores have had time for.
+with two workers (`workers_2`), in parts that add up; the fastest of some turns, and the CPU seconds of all processes until then.
 
 `split`: rows/s of the CNN on MNIST, batch 256, of 2 workers with 1 thread each over those of 1 worker with 2 threads, in turn.
 
@@ -121,17 +120,12 @@ def _started(home: Path, job: Path, workers: int) -> dict[str, Any]:
         process.wait(60)
     if not first:
         raise RuntimeError(errors.read_text())
-    told = {name: next((when for when, line in seen if name in line), began) for name in ("starting on this machine", "fit ")}
     python = float(re.findall(rf"{FIRST} python (\S+)", errors.read_text())[0])
     set_out, done = json.loads(first[0].read_text())
     first[0].unlink()
-    marks = {
-        "python": python,
-        "imports": told["starting on this machine"],
-        "ray": told["fit "],
-        "workers": set_out,
-        "first_step": done,
-    }
+    fit = next(when for when, line in seen if ": fit " in line)
+    ray = next((when for when, line in seen if ": ray " in line), fit)
+    marks = {"python": python, "imports": ray, "ray": fit, "workers": set_out, "first_step": done}
     parts, before = {}, began
     for name, when in marks.items():
         parts[name], before = round(when - before, 2), when
