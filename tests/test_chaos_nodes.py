@@ -7,8 +7,8 @@ import json
 import random
 import subprocess
 import sys
+import traceback
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,50 +75,52 @@ class Nodes:
         self.raylets.pop(pid).wait()  # as a zombie it would still be there for its workers
 
 
-def on_cluster(act: Callable[[Nodes, Path, random.Random, int], Any], count: int) -> None:
-    """What a process of its own does: `act(nodes, folder, chance, repeat)` on a cluster of so many nodes; its answer is the last line."""
+def act() -> None:
+    """What a process of its own does: both faults on one cluster. The last line is what came of each, or why nothing did."""
     from dlopt import session
 
-    folder, seed, repeat = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    nodes = Nodes(count)
+    folder, repeat = Path(sys.argv[1]), int(sys.argv[2])
+    nodes, answers = Nodes(2), dict[str, Any]()
     try:
         with session.connected(nodes.cluster.address), tracing():
-            answer = act(nodes, folder, random.Random(seed), repeat)
+            for name, fault in {"resize": resize, "lose": lose}.items():
+                try:
+                    answers[name] = fault(nodes, folder, random.Random(f"{sys.argv[3]} {name}"), repeat)
+                except Exception:
+                    answers[name] = traceback.format_exc()
     finally:
         nodes.cluster.shutdown()
-    print(json.dumps(answer))
+    print(json.dumps(answers))
 
 
-def answer_of(function: str, folder: Path, chance: random.Random, repeat: int) -> Any:
-    """Of one of the functions below, run on a cluster; nothing of which may be left."""
-    mark = uuid.uuid4().hex
+@pytest.fixture(scope="module")
+def folder(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.getbasetemp()
+    prepared_rows(found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def answers(folder: Path, request: pytest.FixtureRequest) -> dict[str, Any]:
+    """What came of the faults on a cluster, of which nothing may be left."""
+    mark, options = uuid.uuid4().hex, request.config.option
     settings = {f"RAY_health_check_{name}": str(value) for name, value in HEALTH.items()}
     given = environment(DLOPT_CHAOS=mark, OMP_NUM_THREADS="1", RAY_AUTH_MODE="disabled", **settings)
-    words = [
-        sys.executable,
-        "-c",
-        f"from tests.test_chaos_nodes import {function}; {function}()",
-        folder,
-        str(chance.random()),
-        str(repeat),
-    ]
+    words = [sys.executable, "-c", "from tests.test_chaos_nodes import act; act()", folder, str(options.repeat), str(options.chaos_seed)]
     process = subprocess.Popen(
         words, cwd=ROOT, env=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
-        done = ended(process, 600)
+        done = ended(process, 300 + 300 * options.repeat)
     finally:
         assert_nothing_runs(mark, 60)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def lose_nodes() -> None:
-    on_cluster(_lose_nodes, 3)
-
-
-def _lose_nodes(nodes: Nodes, folder: Path, chance: random.Random, repeat: int) -> list[list[Hit]]:
+def lose(nodes: Nodes, folder: Path, chance: random.Random, repeat: int) -> list[list[Hit]]:
     """Two workers on three nodes; the node of one of them is killed, and another one joins."""
+    nodes.add()
     found = []
     for place, count in enumerate(shared_out(repeat)):
         home, hits = new_home(folder, folder / "nodes" / str(place), 0.01), list[Hit]()
@@ -137,16 +139,13 @@ def _lose_nodes(nodes: Nodes, folder: Path, chance: random.Random, repeat: int) 
     return found
 
 
-def test_a_lost_node_costs_no_bit(
-    ray_cluster: None, tmp_path_factory: pytest.TempPathFactory, chance: random.Random, repeat: int, record_property: Any
-) -> None:
+def test_a_lost_node_costs_no_bit(folder: Path, answers: dict[str, Any], repeat: int, record_property: Any) -> None:
     """T6."""
-    folder = tmp_path_factory.getbasetemp()
-    prepared_rows(folder)
+    assert isinstance(answers["lose"], list), answers["lose"]
     undisturbed = oracle(folder, 2)
     seconds: list[float] = []
     again: list[int] = []
-    for place, answer in enumerate(answer_of("lose_nodes", folder, chance, repeat)):
+    for place, answer in enumerate(answers["lose"]):
         home, hits = folder / "nodes" / str(place), [Hit(*one) for one in answer]
         found = outcome(home)
         assert found.info["restarts"] == len(hits) == shared_out(repeat)[place]
@@ -159,11 +158,7 @@ def test_a_lost_node_costs_no_bit(
     note(record_property, "T6 seconds to recover from a lost node", seconds, 45)
 
 
-def resize() -> None:
-    on_cluster(_resize, 2)
-
-
-def _resize(nodes: Nodes, folder: Path, chance: random.Random, repeat: int) -> list[dict[str, float]]:
+def resize(nodes: Nodes, folder: Path, chance: random.Random, repeat: int) -> list[dict[str, float]]:
     """One to two workers on two nodes: one of them is lost, and later another one joins; for some seeds."""
     found = []
     for seed in range(repeat):
@@ -194,14 +189,13 @@ def recovered_at(home: Path) -> float:
 
 
 def test_two_workers_one_and_two_again_follow_the_curve_of_one_on_the_same_rows(
-    ray_cluster: None, tmp_path_factory: pytest.TempPathFactory, chance: random.Random, repeat: int, record_property: Any
+    folder: Path, answers: dict[str, Any], record_property: Any
 ) -> None:
     """T2, with as many seeds as repetitions. The undisturbed run has one worker."""
-    folder = tmp_path_factory.getbasetemp()
-    prepared_rows(folder)
+    assert isinstance(answers["resize"], list), answers["resize"]
     lost: list[float] = []
     joined: list[float] = []
-    for seed, marks in enumerate(answer_of("resize", folder, chance, repeat)):
+    for seed, marks in enumerate(answers["resize"]):
         home = folder / "elastic" / str(seed)
         found, undisturbed = outcome(home), oracle(folder, 0, seed=seed, **SMOOTH)
         assert [start["workers"] for start in found.starts][-3:] == [2, 1, 2]
