@@ -49,13 +49,18 @@ def test_workers_have_a_gpu_each_only_where_there_are_enough() -> None:
         (
             Need(2, 2, {"CPU": 4.0}),
             [2.0, 2.0, 4.0],
-            "workers: 2 workers of 4 CPUs each do not fit on nodes of 2 x 2 CPUs, 1 x 4 CPUs: lower workers or cpus_per_worker",
+            "workers: 2 workers of 4 CPUs each cannot be on nodes of 2 x 2 CPUs, 1 x 4 CPUs: lower workers or cpus_per_worker",
         ),
         (
             Need(3, 3, {"CPU": 1.0}, stream=True),
             [4.0, 1.5],
             "feed: a stream needs a CPU for each of 3 workers beside their own, and the cluster has 5.5: lower workers or cpus_per_worker, "
             "or use feed: resident",
+        ),
+        (
+            Need(1, 1, {"CPU": 4.0}),
+            [2.0, 2.0],
+            "workers: 1 worker of 4 CPUs cannot be on nodes of 2 x 2 CPUs: lower workers or cpus_per_worker",
         ),
         (Need(2, 2, {"CPU": 1.0, "GPU": 1.0}), [8.0], "workers: 2 workers need 2 GPUs and the cluster has 0: lower workers"),
     ],

@@ -67,20 +67,20 @@ def nodes() -> list[Node]:
 
 def refuse_never(need: Need, nodes: list[Node]) -> None:
     """Raises DloptError when there can never be room for the least of workers."""
+    workers, less = f"{need.least} worker{'s' * (need.least != 1)}", "lower workers or cpus_per_worker"
     for name, amount in need.worker.items():
         wanted, there = need.least * amount, sum(node.get(name, 0) for node in nodes)
         if wanted > there + ROUNDING:
-            less = "lower workers or cpus_per_worker" if name == "CPU" else "lower workers"
-            raise DloptError(f"resources.workers: {need.least} workers need {wanted:g} {name}s and the cluster has {there:g}: {less}")
+            needed = f"{workers} need{'s' * (need.least == 1)} {_said({name: wanted})}"
+            mended = less if name == "CPU" else "lower workers"
+            raise DloptError(f"resources.workers: {needed} and the cluster has {there:g}: {mended}")
     if need.alone(nodes) < need.least:
-        raise DloptError(
-            f"resources.workers: {need.least} workers of {_said(need.worker)} each do not fit on nodes of {_counted(nodes)}: lower workers "
-            "or cpus_per_worker"
-        )
+        each = f"{_said(need.worker)}{' each' * (need.least > 1)}"
+        raise DloptError(f"resources.workers: {workers} of {each} cannot be on nodes of {_counted(nodes)}: {less}")
     if need.fitting(nodes) < need.least:
         raise DloptError(
-            f"resources.feed: a stream needs a CPU for each of {need.least} workers beside their own, and the cluster has "
-            f"{sum(node.get('CPU', 0) for node in nodes):g}: lower workers or cpus_per_worker, or use feed: resident"
+            f"resources.feed: a stream needs a CPU for each of {workers} beside their own, and the cluster has "
+            f"{sum(node.get('CPU', 0) for node in nodes):g}: {less}, or use feed: resident"
         )
 
 

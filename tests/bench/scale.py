@@ -56,10 +56,9 @@ from dlopt.data.sources import Parquet
 from dlopt.data.split import RandomSplit
 from dlopt.models import Cnn, Mlp
 from dlopt.optim.optimizers import Adam
-from dlopt.train import group, metrics_log, worker
+from dlopt.train import metrics_log, worker
 from dlopt.train.agreement import Agreement
 from dlopt.train.fit import FIT
-from dlopt.train.room import Need
 from dlopt.train.section import Fit, Resources, Train
 from tests.bench import train as feeds
 from tests.bench.noted import FIRST
@@ -208,10 +207,12 @@ def _tiny(folder: Path) -> Artifact:
 
 def _group(folder: Path, data: Artifact, size: int) -> dict[str, float]:
     """What a group of so many workers takes, in seconds."""
+    from dlopt.train import group, room  # which import Ray, whose settings must stand before
+
     out = folder / f"group-{size}"
     out.mkdir()
     config = {"data": str(data.path), "out": str(out), "began": time.time()}
-    return group.train(measured, config, size, Need(size, size, {"CPU": 0.1}), out / "ray", 300)
+    return group.train(measured, config, size, room.Need(size, size, {"CPU": 0.1}), out / "ray", 300)
 
 
 def measured(config: dict[str, Any]) -> dict[str, float]:
