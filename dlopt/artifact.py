@@ -151,15 +151,32 @@ def discard(path: Path) -> None:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all: to a temporary name, flushed to disk, then renamed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        flush_folder(path.parent)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within it, an error of the system says of which file it is; that a disk is full comes without."""
     try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    flush_folder(path.parent)
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def sweep(folder: Path) -> None:
+    """Take away what a process that was killed in `write_atomically` has left in a folder."""
+    for left in folder.glob(".*.[0-9]*"):
+        left.unlink(missing_ok=True)
 
 
 @cache

@@ -242,23 +242,22 @@ def rows_of(home: Path) -> dict[tuple[int, int], tuple[int, ...]]:
     return dict(sorted(found.items()))
 
 
-def latest(home: Path) -> dict[int, dict[str, Any]]:
-    """The last line of each rank, of the group of workers that is at work."""
+def latest(home: Path, since: float = 0.0) -> dict[int, dict[str, Any]]:
+    """The last line of each rank, of the group of workers that is at work. since: of workers that set out after that moment."""
     try:
         with open(home / TRACE, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 16384))
             lines = [json.loads(line) for line in file.read().split(b"\n")[1:-1]]  # the first and the last may not be whole
     except FileNotFoundError:
         return {}
-    found = {line["rank"]: line for line in lines}
+    found = {line["rank"]: line for line in lines if line["began"] > since}
     return {rank: line for rank, line in found.items() if line["world"] == lines[-1]["world"]}
 
 
 def reached(home: Path, since: float = 0.0) -> int:
-    """The number of the last step that a worker has begun, from 1; 0 before. since: only workers count that took their first batch after
-    that moment."""
-    there = [line for line in latest(home).values() if line["began"] > since]
-    return max(map(step_of, there), default=0)
+    """The number of the last step that a worker has begun, from 1; 0 before. since: of workers that set out after that
+    moment."""
+    return max(map(step_of, latest(home, since).values()), default=0)
 
 
 def steps_of_log(home: Path) -> int:
@@ -301,8 +300,14 @@ def wait(until: Callable[[], Any], what: str, seconds: float = 120) -> Any:
 
 def wait_for_step(home: Path, step: int, since: float = 0.0, process: subprocess.Popen[str] | None = None, seconds: float = 180) -> None:
     """Until workers that set out after a moment have begun it, or the process that they work for has ended, which is a failure."""
-    wait(lambda: reached(home, since) >= step or (process and process.poll() is not None), f"step {step}", seconds)
+    wait(lambda: _all_at(home, step, since) or (process and process.poll() is not None), f"step {step}", seconds)
     assert process is None or process.poll() is None, ended(process).stderr
+
+
+def _all_at(home: Path, step: int, since: float) -> bool:
+    """Whether all workers have taken a batch, and one of them is so far."""
+    found = latest(home, since)
+    return any(step_of(line) >= step and len(found) == line["world"] for line in found.values())
 
 
 class Strike(threading.Thread):

@@ -127,8 +127,9 @@ def lose(nodes: Nodes, folder: Path, chance: random.Random, repeat: int) -> list
 
         def strike(home: Path = home, hits: list[Hit] = hits, count: int = count) -> None:
             for step in steps_to_strike(chance, count):
-                wait_for_step(home, step, hits[-1].time if hits else 0.0)
-                victim, alone = chance.choice(list(latest(home).values()))["pid"], chance.random() < 0.5
+                since = hits[-1].time if hits else 0.0
+                wait_for_step(home, step, since)
+                victim, alone = chance.choice(list(latest(home, since).values()))["pid"], chance.random() < 0.5
                 hits.append(hit(home, lambda victim=victim, alone=alone: nodes.strike(victim, not alone)))  # type: ignore[misc]
                 wait(lambda: reached(home, hits[-1].time), "recovery", 180)
                 nodes.add()

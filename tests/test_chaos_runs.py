@@ -85,9 +85,10 @@ def strike_workers(home: Path, chance: random.Random, steps: list[int], act: Cal
 
     def strike() -> None:
         for step in steps:
-            wait_for_step(home, step, hits[-1].time if hits else 0.0)
+            since = hits[-1].time if hits else 0.0
+            wait_for_step(home, step, since)
             time.sleep(chance.uniform(0, 0.03))
-            pid = chance.choice([line["pid"] for line in latest(home).values()])
+            pid = chance.choice([line["pid"] for line in latest(home, since).values()])
             hits.append(hit(home, lambda pid=pid: act(pid)))
 
     return Strike(strike)

@@ -19,7 +19,7 @@ from dlopt.progress import WARNING
 from dlopt.spec import explain
 from dlopt.train import metrics_log, room, training, worker
 from dlopt.train.agreement import Agreement
-from dlopt.train.fit import FIT, OVERSUBSCRIBED, _refuse_other_target, local_cpus, need_of
+from dlopt.train.fit import FIT, OVERSUBSCRIBED, _refuse_other_target, local_cpus, need_of, needs_ray
 from dlopt.train.losses import Focal, Huber
 from dlopt.train.room import Need, refuse_never
 from dlopt.train.section import Resources, Train, refuse_monitor
@@ -207,6 +207,13 @@ original = worker.train_worker
 @pytest.fixture(scope="module")
 def data(ray_cluster: None, mnist: None, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return prepare_digits(tmp_path_factory.mktemp("digits"), 500)
+
+
+def test_training_in_the_process_of_the_run_needs_no_cluster_without_a_stream(data: Artifact) -> None:
+    assert not needs_ray(Resources(workers=0), data)
+    assert needs_ray(Resources(workers=0, feed="stream"), data)
+    assert needs_ray(Resources(workers=0, resident_bytes=1), data)
+    assert needs_ray(Resources(workers=(1, 2)), data)
 
 
 class Training:

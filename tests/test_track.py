@@ -65,7 +65,7 @@ def followed(out: Path, *parts: Any) -> Iterator[tuple[Callable[[], None], list[
     said: list[str] = []
     with couriers(parts, out, SETTINGS) as trackers:
         words = _Said(EPOCHS, STEPS, "accuracy", Forecast(ROWS, EPOCHS))
-        follower = Follower(out, words, lambda stage, share, text: said.append(text), 3, trackers)
+        follower = Follower(out, words, lambda stage, share, text: said.append(text), trackers)
         yield lambda: follower.look(0.0), trackers, said
 
 

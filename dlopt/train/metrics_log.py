@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dlopt.artifact import write_atomically
+from dlopt.artifact import write_atomically, writing
 
 NAME, HEALTH, SPEED, STARTS = "metrics.jsonl", "health.jsonl", "speed.jsonl", "starts.jsonl"
 LAYERS, RANGE = "layers.json", "range.json"
@@ -37,13 +37,16 @@ class MetricsLog:
 
     def write(self, **line: Any) -> None:
         """Add a line; a number that is not finite, which JSON does not have, becomes null."""
-        self.file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+        with writing(self.path):
+            self.file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
 
     def flush(self) -> None:
-        self.file.flush()
+        with writing(self.path):
+            self.file.flush()
 
     def close(self) -> None:
-        self.file.close()
+        with writing(self.path):
+            self.file.close()
 
 
 def _finite(value: Any) -> Any:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from safetensors.torch import save as save_tensors
 from torch import nn
 
-from dlopt.artifact import Artifact, write_atomically
+from dlopt.artifact import Artifact, sweep, write_atomically, writing
 from dlopt.data.prepared import Split
 from dlopt.models import Network
 from dlopt.models.own import Own, register
@@ -87,7 +87,7 @@ class _Worker:
         started = time.monotonic()
         data = Artifact.open(self.assignment.data)
         _be_deterministic(self.device)
-        writer = Writer(self.store, self.assignment.resources.checkpoint.keep, uuid.uuid4().hex) if self.rank == 0 else None
+        writer = self._writer() if self.rank == 0 else None
         state, hosts = self.state(data, writer)
         record = state.record
         diary = self._diary(writer, record, hosts) if writer else None
@@ -119,6 +119,12 @@ class _Worker:
         }
         speed = round(record.rows / record.seconds, 1) if record.seconds else None
         return info | {"seconds": seconds, "rows_per_second": speed, "workers": self.world, "feed": self.assignment.feed}
+
+    def _writer(self) -> Writer:
+        """Of checkpoints; whoever has trained here before writes no more, and what it has left half written goes."""
+        found = Writer(self.store, self.assignment.resources.checkpoint.keep, uuid.uuid4().hex)
+        sweep(self.assignment.out)
+        return found
 
     def _leave_together(self, diary: Diary | None) -> None:
         """Once the checkpoint is written: Ray Train ends all workers as soon as one of them has."""
@@ -226,7 +232,7 @@ class _Worker:
         """One line for each time that a group of workers set out: how restarts and resizes can be told afterwards."""
         where = {"epoch": record.epoch, "batch": record.batch, "step": record.step}
         line = where | {"workers": self.world, "hosts": hosts, "damaged": damaged, "time": round(time.time(), 3), "warnings": warnings}
-        with open(self.assignment.out / STARTS, "a") as file:
+        with writing(self.assignment.out / STARTS), open(self.assignment.out / STARTS, "a") as file:
             file.write(json.dumps(line) + "\n")
 
     def _finish(self, network: Network, data: Artifact, record: Record) -> dict[str, Any]:
