@@ -38,7 +38,8 @@ def test_auto_is_every_gpu_or_the_process_of_the_run() -> None:
 def test_workers_have_a_gpu_each_only_where_there_are_enough() -> None:
     nodes = [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 2.0}]
     assert need_of(Resources(workers=3), nodes, "stream") == Need(3, 3, {"CPU": 1.0, "GPU": 1.0}, stream=True)
-    assert need_of(Resources(workers=(1, 4)), nodes, "resident") == Need(1, 4, {"CPU": 1.0})
+    assert need_of(Resources(workers=(1, 4)), nodes, "resident") == Need(1, 4, {"CPU": 1.0, "GPU": 1.0})
+    assert need_of(Resources(workers=(4, 8)), nodes, "resident") == Need(4, 8, {"CPU": 1.0})
 
 
 @pytest.mark.parametrize(

@@ -306,7 +306,7 @@ def need_of(resources: Resources, nodes: list[Node], feed: str) -> Need:
 
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     least, most = _range(resources, gpus)
-    worker = {"CPU": resources.cpus_per_worker} | ({"GPU": 1.0} if 0 < most <= gpus else {})
+    worker = {"CPU": resources.cpus_per_worker} | ({"GPU": 1.0} if 0 < least <= gpus else {})
     return Need(least, most, worker, stream=feed == "stream")
 
 
