@@ -131,8 +131,10 @@ def lose(nodes: Nodes, folder: Path, chance: random.Random, repeat: int) -> list
                 wait_for_step(home, step, since)
                 victim, alone = chance.choice(list(latest(home, since).values()))["pid"], chance.random() < 0.5
                 hits.append(hit(home, lambda victim=victim, alone=alone: nodes.strike(victim, not alone)))  # type: ignore[misc]
+                pace(home, 0.5)  # a node takes seconds to join
                 wait(lambda: reached(home, hits[-1].time), "recovery", 180)
                 nodes.add()
+                pace(home, 0.01)
 
         with Strike(strike):
             train(folder, home)

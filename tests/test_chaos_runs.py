@@ -35,6 +35,7 @@ from tests.faults import (
     note,
     oracle,
     outcome,
+    pace,
     prepared_rows,
     reached,
     recovered,
@@ -226,9 +227,12 @@ def test_a_killed_driver_and_the_same_command_again_cost_no_bit_and_repeat_no_st
         process = start_run(home, write_job(folder), mark)
         for step in steps_to_strike(chance, count):
             wait_for_step(home, step, hits[-1].time if hits else 0.0, process)
+            pace(home, 0.5)  # what is left of the run goes on for a while, but must not come to the end
             hits.append(hit(home, process.kill))
-            ended(process)
+            process.wait()
             process = start_run(home, write_job(folder), mark)
+            wait_for_step(home, 1, hits[-1].time, process)
+            pace(home, 0.02)
         done = ended(process)
         assert done.returncode == 0, done.stderr
         found = outcome(home)
