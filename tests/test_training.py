@@ -164,15 +164,15 @@ def test_a_killed_run_with_all_of_it_goes_on_to_the_same_bits(
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     """End training after a step that it comes to for the first time."""
-    look, left = Training._look, list(steps)
+    go_on, left = Training._between_steps, list(steps)
 
-    def die(training: Training, step: Any, epoch: int) -> None:
-        look(training, step, epoch)
+    def die(training: Training) -> None:
         if left and training.state.record.step == left[0]:
             del left[0]
             raise Killed
+        go_on(training)
 
-    monkeypatch.setattr(Training, "_look", die)
+    monkeypatch.setattr(Training, "_between_steps", die)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 7, 50])
@@ -199,15 +199,15 @@ def test_a_run_that_is_told_to_end_saves_first_and_goes_on_from_there(tmp_path: 
     data, fit, out = prepared(tmp_path), section(), tmp_path / "out"
     work(fit, data, tmp_path / "whole")
     monkeypatch.setattr(Agreement, "SECONDS", 0.0)
-    look = Training._look
+    go_on = Training._between_steps
 
-    def ask(training: Training, step: Any, epoch: int) -> None:
-        look(training, step, epoch)
+    def ask(training: Training) -> None:
         if training.state.record.step == 27:
             (out / "stop").touch()
+        go_on(training)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "_look", ask)
+        patch.setattr(Training, "_between_steps", ask)
         assert work(fit, data, out) == {"stopped": "asked", "steps": 27}
     (out / "stop").unlink()
     work(fit, data, out)

@@ -25,11 +25,12 @@ from dlopt.optim.schedules import Cosine, Plateau
 from dlopt.part import DloptError, Part, Signature, Target
 from dlopt.train import metrics_log
 from dlopt.train.checkpoints import CHECKPOINTS, RECORD
+from dlopt.train.drift import refuse_drift
 from dlopt.train.evaluate import evaluate
 from dlopt.train.metrics import names
 from dlopt.train.section import EarlyStopping, Fit, Resources, Train
 from dlopt.train.start import load_network
-from dlopt.train.training import Training, refuse_drift
+from dlopt.train.training import Training
 from dlopt.train.worker import Assignment, _Worker
 from tests import sets
 from tests.test_models import numbers, statistics
@@ -231,17 +232,17 @@ def test_an_interrupted_worker_goes_on_as_if_nothing_had_happened(
 ) -> None:
     data, fit = prepared(tmp_path), section(epochs=6, optimizer=optimizer, schedule=Plateau(patience=0))
     whole = work(fit, data, tmp_path / "whole")
-    look = Training._look
+    go_on = Training._between_steps
 
-    def die(training: Training, step: Any, epoch: int) -> None:
-        look(training, step, epoch)
+    def die(training: Training) -> None:
         if training.state.record.step == 35:  # within epoch 4
             assert training.diary
             training.diary.flush()
             raise Killed
+        go_on(training)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Training, "_look", die)
+        patch.setattr(Training, "_between_steps", die)
         work(fit, data, tmp_path / "out")
     assert max(line["step"] for line in metrics_log.read(tmp_path / "out" / metrics_log.NAME)) == 35
     again = work(fit, data, tmp_path / "out")

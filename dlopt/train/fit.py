@@ -173,7 +173,7 @@ class _Run:
         """How many workers there is room for now; waits for it. Raises GaveUp and Stopped."""
         from dlopt.train.room import Room, waiting_for
 
-        began, asked = time.monotonic(), Room.ask(self.need, self.need.least, self.need.most)
+        began, asked = time.monotonic(), Room.ask(self.need, self.need.most - self.need.least)
         try:
             while not asked.enough():
                 time.sleep(0.05)
@@ -218,7 +218,7 @@ class _Run:
                 return
         if done.wait(self.resources.resize_seconds):
             return
-        asked = Room.ask(self.need, 0, self.need.most - workers)
+        asked = Room.ask(self.need, self.need.most - workers, least=False)
         try:
             while not done.wait(1.0):
                 if asked.more():

@@ -34,14 +34,15 @@ class Need:
     worker: Node
     """For each of them."""
     stream: bool = False
-    """Whether each needs a CPU beside its own, for what feeds it."""
+    """Whether one CPU more is needed, for what feeds them all."""
 
-    def bundles(self, workers: int) -> list[Node]:
-        return [self.worker] * workers + [{"CPU": 1.0}] * (workers if self.stream else 0)
+    def bundles(self) -> list[Node]:
+        """Of the least of workers."""
+        return [self.worker] * self.least + [{"CPU": 1.0}] * self.stream
 
-    def total(self, workers: int) -> Node:
-        bundles = self.bundles(workers)
-        return {name: sum(bundle.get(name, 0) for bundle in bundles) for name in self.worker}
+    def total(self) -> Node:
+        """Of the least of workers."""
+        return {name: sum(bundle.get(name, 0) for bundle in self.bundles()) for name in self.worker}
 
     def alone(self, nodes: list[Node]) -> int:
         """How many workers fit on nodes that do nothing else, without what feeds them."""
@@ -51,7 +52,8 @@ class Need:
         """How many workers fit on nodes that do nothing else."""
         if not self.stream:
             return self.alone(nodes)
-        return min(self.alone(nodes), int(sum(int(node.get("CPU", 0)) for node in nodes) / (self.worker["CPU"] + 1) + ROUNDING))
+        places = [place for place, node in enumerate(nodes) if node.get("CPU", 0) >= 1]
+        return max((self.alone([_less(node, here == place) for here, node in enumerate(nodes)]) for place in places), default=0)
 
 
 def nodes() -> list[Node]:
@@ -76,18 +78,23 @@ def refuse_never(need: Need, nodes: list[Node]) -> None:
             raise DloptError(f"resources.workers: {needed} and the cluster has {there:g}: {mended}")
     if need.alone(nodes) < need.least:
         each = f"{_said(need.worker)}{' each' * (need.least > 1)}"
-        raise DloptError(f"resources.workers: {workers} of {each} cannot be on nodes of {_counted(nodes)}: {less}")
+        raise DloptError(f"resources.workers: {workers} of {each} cannot be placed on the nodes ({_counted(nodes)}): {less}")
     if need.fitting(nodes) < need.least:
         raise DloptError(
-            f"resources.feed: a stream needs a CPU for each of {workers} beside their own, and the cluster has "
+            f"resources.feed: a stream needs a CPU beside those of {workers}, and the cluster has "
             f"{sum(node.get('CPU', 0) for node in nodes):g}: {less}, or use feed: resident"
         )
 
 
+def _less(node: Node, one: bool) -> Node:
+    """Without one of its CPUs."""
+    return node | {"CPU": node["CPU"] - 1} if one else node
+
+
 def _counted(nodes: list[Node]) -> str:
-    """2 x 4 CPUs, 1 x 8 CPUs and 1 GPU."""
+    """2 with 4 CPUs, 1 with 8 CPUs and 1 GPU."""
     said = [_said({name: node[name] for name in ("CPU", "GPU") if node.get(name)}) or "nothing" for node in nodes]
-    return ", ".join(f"{said.count(one)} x {one}" for one in sorted(set(said)))
+    return ", ".join(f"{said.count(one)} with {one}" for one in sorted(set(said)))
 
 
 def _said(node: Node) -> str:
@@ -102,10 +109,10 @@ class Room:
     others: list[Any] = field(default_factory=list)
 
     @classmethod
-    def ask(cls, need: Need, least: int, most: int) -> Room:
-        """For `least` workers together, and for each one more up to `most`."""
-        first = [placement_group(need.bundles(least))] if least else []
-        return cls(first, [placement_group(need.bundles(1)) for _ in range(most - least)])
+    def ask(cls, need: Need, more: int, least: bool = True) -> Room:
+        """For the least of workers together, if so, and for each of `more`."""
+        first = [placement_group(need.bundles())] if least else []
+        return cls(first, [placement_group([need.worker]) for _ in range(more)])
 
     def enough(self) -> bool:
         """Whether there is room for the least of workers."""
@@ -130,7 +137,7 @@ class Room:
 
 def waiting_for(need: Need) -> str:
     """Why a group of workers has to wait: waiting for 2 CPUs: 1 of 4 is free."""
-    free, there, wanted = ray.available_resources(), ray.cluster_resources(), need.total(need.least)
+    free, there, wanted = ray.available_resources(), ray.cluster_resources(), need.total()
     name = next((name for name, amount in wanted.items() if free.get(name, 0) < amount), "CPU")
     now = free.get(name, 0)
     return f"waiting for {_said({name: wanted[name]})}: {now:g} of {there.get(name, 0):g} {'is' if now == 1 else 'are'} free"

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
 from dlopt.artifact import Artifact
 from dlopt.data.counter import bits
@@ -20,21 +18,20 @@ from dlopt.data.feed import Feed, Resident, Stream
 from dlopt.data.prepared import Split
 from dlopt.data.share import Share
 from dlopt.models import Network
-from dlopt.models.norms import BatchNorm
-from dlopt.optim.averages import reestimate
-from dlopt.optim.health import Diverging, Look
 from dlopt.part import DloptError
 from dlopt.train import checkpoints
 from dlopt.train.agreement import Agreement
-from dlopt.train.checkpoints import Store, Writer
+from dlopt.train.averaged import averaged
+from dlopt.train.checkpoints import Store
 from dlopt.train.communication import Apart
+from dlopt.train.drift import refuse_drift
 from dlopt.train.evaluate import evaluate
 from dlopt.train.gradients import Gradient, accumulated, curved, plain, sharpness_aware, unscaled
 from dlopt.train.judge import judge
 from dlopt.train.loop import Step, steps
 from dlopt.train.metrics import Metrics
-from dlopt.train.metrics_log import MetricsLog
-from dlopt.train.pace import Pace, SpeedLog
+from dlopt.train.observer import Diary, Diverged, Observer, Taken
+from dlopt.train.pace import Pace
 from dlopt.train.parallel import Replicated
 from dlopt.train.precision import mixed, scale_of
 from dlopt.train.profile import Profile, Unprofiled
@@ -43,57 +40,11 @@ from dlopt.train.start import first_batches, objective_of, read_statistics
 from dlopt.train.state import State
 from dlopt.train.stopping import Preempted, Reason, Stopped, reason
 from dlopt.train.thresholds import fixed
-from dlopt.train.totals import Totals
 from dlopt.train.watchdog import Watchdog
 
 PURPOSE = 5  # of the random numbers that dropout draws
 REESTIMATED = 100
 """Batches that the statistics of batch normalization are made of, for averaged weights."""
-
-
-class Diverged(Exception):
-    """Training cannot go on from here; says why."""
-
-
-@dataclass
-class Diary:
-    """What worker 0 writes while training runs."""
-
-    writer: Writer
-    log: MetricsLog
-    health: MetricsLog
-    speed: SpeedLog
-
-    def undo(self, epoch: int, step: int) -> None:
-        """Training goes on from an earlier step."""
-        self.log.undo(epoch, step)
-        self.health.undo(epoch, step)
-
-    def flush(self) -> None:
-        self.log.flush()
-        self.health.flush()
-
-    def close(self) -> None:
-        """After what is being written is there. Raises DloptError when the last checkpoint could not be."""
-        for log in (self.log, self.health, self.speed):
-            log.close()
-        self.writer.close()
-
-
-class Taken(NamedTuple):
-    """A step of a replica, of which the others do not know yet."""
-
-    found: Step
-    """Its loss is the replica's part of that of the whole batch."""
-    lost: bool
-    """Whether it was left out, for no good reason."""
-    look: Look | None
-    step: int
-    """Its number."""
-    mine: int
-    """Rows of the replica."""
-    rows: int
-    """Of all replicas."""
 
 
 @dataclass
@@ -121,20 +72,14 @@ class Training:
         self.sizes = self.share.sizes()
         self.course = course_of(self.fit, len(self.split))
         self.scale = scale_of(train.precision)
-        if self.scale:
-            self.scale.recall(self.state.record.loss_scale)
         self.profile = self._profile()
         self.model, self.gradient = self.parallel.module(), self.profile.timed("backward", self._gradient())
-        self.pace, self.totals = Pace(), Totals(self.world)
+        self.pace = Pace()
         self.taken_apart: list[Taken] = []
         self.due = False
         objective = objective_of(self.fit, self.data, self.network, self.device, self.parallel.copies)
         self.objective = self.profile.timed("forward", self.pace.timed(mixed(objective, train.precision, self.device, self.scale)))
-        self.diverging = Diverging(train.divergence, self.state.record.start_loss)
-        if self.state.record.diverging:
-            self.diverging.recall(self.state.record.diverging)
-        assert self.state.watch
-        self.watch = self.state.watch
+        self.observer = Observer(train, self.state, self.world, self.scale, self.diary)
         self.agreement = Agreement(self.rank, self.world, self.device, self.state.record.step)
         self.marked = self.saved = time.monotonic()
 
@@ -166,9 +111,7 @@ class Training:
         """A checkpoint of where training stands. All workers call it at the same step."""
         record = self.state.record
         record.seconds, self.marked = record.seconds + time.monotonic() - self.marked, time.monotonic()
-        self.totals.settle(record)
-        record.diverging, record.watched = self.diverging.memory, self.watch.memory
-        record.loss_scale = self.scale.memory if self.scale else {}
+        self.observer.remember()
         with self.profile.within("checkpoint"):
             packed = self.state.packed()
             if self.diary:
@@ -195,7 +138,7 @@ class Training:
             self.scale,
             self.parallel.norm,
         )
-        self.watch.ready(record.step + 1)
+        self.observer.ready()
         for index, (_, rows) in enumerate(self.sizes[start:]):
             _seed(int(seeds[index]), self.device)
             self.parallel.begin(record.step)
@@ -210,7 +153,7 @@ class Training:
             else:
                 self.parallel.undo()
             yield step, rows
-            self.watch.ready(record.step + 1)
+            self.observer.ready()
 
     def _after_step(self, step: int) -> None:
         if self.fit.train.max_norm:
@@ -225,12 +168,9 @@ class Training:
             if isinstance(self.parallel, Apart):
                 self._apart(self.parallel, step, rows, epoch)
             else:
-                self.totals.add(step, rows, record)
-                self._look(step, epoch)
+                self.observer.step(step, rows, epoch)
             self._between_steps()
-        self.totals.settle(record)
-        means = [total / self.share.order.rows for total in record.sums]
-        self._refuse_divergence(self.diverging.epoch(means[0]), epoch)
+        means = self.observer.epoch(epoch, self.share.order.rows)
         with self.measured():
             self._refuse_not_finite()
             found = self._validated() if len(self.validation) else None
@@ -240,7 +180,7 @@ class Training:
             self.diary.log.write(
                 epoch=epoch,
                 step=record.step,
-                train=dict(zip(("loss", "accuracy"), means, strict=False)),
+                train=means,
                 validation=found,
                 seconds=round(time.monotonic() - began, 4),
             )
@@ -288,68 +228,23 @@ class Training:
 
     @contextmanager
     def measured(self) -> Iterator[None]:
-        """Within it, the network has the weights that are measured and kept: the averages, where there are any."""
-        average, optimizer = self.state.average, self.state.optimizer
-        with ExitStack() as stack:
-            if self.watchdog:
-                stack.enter_context(self.watchdog.paused())
-            averaged = False
-            if hasattr(optimizer, "eval"):  # of schedule-free optimizers, whose weights in training are not those of their result
-                optimizer.eval()
-                stack.callback(optimizer.train)  # type: ignore[attr-defined]
-                averaged = True
-            if average and average.started:
-                stack.enter_context(average.swapped())
-                averaged = True
-            stack.enter_context(self.parallel.gathered())
-            if averaged and any(isinstance(layer, BatchNorm) for layer in self.network.modules()):
-                stack.enter_context(_buffers_back(self.network))
-                size = self.share.order.batch_size
-                batches = first_batches(self.split, size, REESTIMATED, self.device)
-                reestimate(self.network, (batch.inputs for batch in batches))
+        """Within it, the network has the weights that are measured and kept, and no step is waited for."""
+        batches = first_batches(self.split, self.share.order.batch_size, REESTIMATED, self.device)
+        unwatched = self.watchdog.paused() if self.watchdog else nullcontext()
+        with unwatched, averaged(self.state, self.network, lambda: (batch.inputs for batch in batches)):
             yield
-
-    def _look(self, step: Step, epoch: int) -> None:
-        """Log the step if it is one to be logged, watch over layers, and refuse to go on when training has diverged."""
-        record = self.state.record
-        loss = self._loss_of(step) if self._to_be_told(record.step) else None
-        if loss is not None and record.step % self.fit.train.log_every == 0:
-            self._log_step(step, loss, epoch, record.step, record.rows)
-        look = self._watched(step, loss, epoch)
-        self._refuse_divergence(self.diverging.step(step.taken or step.overflowed, loss, look), epoch)
-        record.start_loss = self.diverging.start_loss
-
-    def _to_be_told(self, step: int) -> bool:
-        """Whether the loss of step number `step` is needed."""
-        return step % self.fit.train.log_every == 0 or self.state.record.start_loss is None or self.watch.watched(step)
-
-    def _watched(self, step: Step, loss: float | None, epoch: int) -> Look | None:
-        """Watch over layers. loss: where it is known."""
-        train, record, look = self.fit.train, self.state.record, None
-        if step.overflowed and self.scale:
-            self.watch.pass_over()
-            self._write_health(epoch, {"step": record.step, "loss_scale": self.scale.scale})
-        elif loss is not None and self.watch.watched(record.step):
-            clipped = train.clip.factor(step.gradient_norm) if train.clip and step.taken else 1.0
-            look = self.watch.look(record.step, loss, step.gradient_norm, clipped)
-            self._write_health(epoch, look.as_json() if look else {})
-        elif loss is not None and (spike := self.watch.hear(record.step, loss)):
-            self._write_health(epoch, {"step": record.step, "findings": [spike.as_json()]})
-        return look
 
     def _apart(self, replicas: Apart, step: Step, rows: int, epoch: int) -> None:
         """After a replica's step. Each looks at its own; what workers must know of each other's steps they tell when they synchronise."""
         record = self.state.record
-        look = self._watched(step, step.loss.item() if self._to_be_told(record.step) else None, epoch)
         mine, _ = self.sizes[record.batch - 1]
-        lost = not (step.taken or step.overflowed)
-        self.taken_apart.append(Taken(step._replace(loss=step.loss * (mine / rows)), lost, look, record.step, mine, rows))
+        self.taken_apart.append(self.observer.alone(step, mine, rows, epoch))
         if replicas.due(record.batch, len(self.sizes)):
             taken, self.taken_apart = self.taken_apart, []
             with self.profile.within("all-reduce"):
                 replicas.synchronise(self.state.optimizer, sum(one.mine for one in taken) / sum(one.rows for one in taken))
             self._after_synchronisation(taken)
-            self._tell(taken, epoch)
+            self.observer.together(taken, epoch)
 
     def _after_synchronisation(self, taken: list[Taken]) -> None:
         """Averages take the weights that there are now for those of all steps since the last time."""
@@ -362,52 +257,6 @@ class Training:
             least = torch.tensor([self.scale.scale, self.scale.good], dtype=torch.float64, device=self.device)
             dist.all_reduce(least, dist.ReduceOp.MIN)
             self.scale.recall({"scale": least[0].item(), "good": int(least[1])})
-
-    def _tell(self, taken: list[Taken], epoch: int) -> None:
-        """Log steps of all replicas, and refuse to go on when training has diverged. A step counts as one if all have taken it."""
-        record = self.state.record
-        told = torch.stack([torch.stack([one.found.loss, one.found.loss.new_tensor(one.lost)]) for one in taken]).double()
-        dist.all_reduce(told)
-        rows = record.rows - sum(one.rows for one in taken)
-        for one, (loss, lost) in zip(taken, told.tolist(), strict=True):
-            rows += one.rows
-            self.totals.add(one.found, one.rows, record)
-            known = loss if self._to_be_told(one.step) else None
-            if known is not None and one.step % self.fit.train.log_every == 0:
-                self._log_step(one.found, known, epoch, one.step, rows)
-            self._refuse_divergence(self.diverging.step(not lost, known, one.look), epoch, one.step)
-            record.start_loss = self.diverging.start_loss
-
-    def _log_step(self, step: Step, loss: float, epoch: int, number: int, rows: int) -> None:
-        record = self.state.record
-        if not self.diary:
-            return
-        self.diary.log.write(
-            step=number,
-            epoch=epoch,
-            rows=rows,
-            loss=loss,
-            rate=step.factor * record.peak,
-            gradient_norm=step.gradient_norm,
-        )
-        if number % (100 * self.fit.train.log_every) == 0:
-            self.diary.log.flush()
-
-    def _loss_of(self, step: Step) -> float:
-        """Of the whole batch."""
-        loss = step.loss.clone()
-        if self.world > 1:
-            dist.all_reduce(loss)
-        return loss.item()
-
-    def _write_health(self, epoch: int, line: dict[str, Any]) -> None:
-        if self.diary and line:
-            self.diary.health.write(epoch=epoch, **line)
-            self.diary.health.flush()
-
-    def _refuse_divergence(self, why: str | None, epoch: int, step: int | None = None) -> None:
-        if why:
-            raise Diverged(f"epoch {epoch}, step {step or self.state.record.step}: {why}")
 
     def _roll_back(self, why: str) -> None:
         """Go back to the newest checkpoint of an epoch's end, and on at a lower rate. Raises DloptError after too many of them."""
@@ -423,15 +272,11 @@ class Training:
         record = self.state.record
         record.rollbacks, record.diverging = rollbacks, {}
         self.feed, self.taken_apart, self.due = None, [], False
-        self.totals.forget()
+        self.observer.begin_anew()
         rate = record.peak * train.divergence.factor**rollbacks
-        self.diverging = Diverging(train.divergence, record.start_loss)
-        self.watch.recall({}, {})
-        if self.scale:
-            self.scale.recall(record.loss_scale)
         if self.diary:
             self.diary.undo(record.epoch, record.step)
-            self._write_health(record.epoch, {"step": record.step, "rollback": why, "rate": rate})
+            self.observer.write_health(record.epoch, {"step": record.step, "rollback": why, "rate": rate})
         self.save()
 
     def _share(self) -> Share:
@@ -484,39 +329,8 @@ def newest_of_all(store: Store, rank: int, world: int, epoch_ends: bool = False)
     return (found or checkpoints.read(store, name) if name else None), damaged
 
 
-def refuse_drift(alike: Mapping[str, Tensor]) -> None:
-    """Workers must hold the same bits: a sum of each tensor's, compared across workers. Raises RuntimeError."""
-    sums = [_sum_of_bits(value) for value in alike.values() if value.is_floating_point()]
-    if not sums:
-        return
-    mine = torch.stack(sums)
-    lowest, highest = mine.clone(), mine.clone()
-    dist.all_reduce(lowest, dist.ReduceOp.MIN)
-    dist.all_reduce(highest, dist.ReduceOp.MAX)
-    if not torch.equal(lowest, highest):
-        raise RuntimeError("the workers' parameters are no longer identical")
-
-
-@contextmanager
-def _buffers_back(network: nn.Module) -> Iterator[None]:
-    """Buffers are afterwards as they were before."""
-    before = {name: value.clone() for name, value in network.named_buffers()}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, value in network.named_buffers():
-                value.copy_(before[name])
-
-
 def _seed(seed: int, device: torch.device) -> None:
     """Random numbers of this device begin here. `torch.manual_seed` asks every kind of device that there may be, for ten times as long."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
-
-
-def _sum_of_bits(values: Tensor) -> Tensor:
-    """A 64-bit sum that changes with any bit and with the place of any value."""
-    words = values.contiguous().view(-1).view(torch.int32).to(torch.int64)
-    return (words * torch.arange(1, 2 * len(words), 2, device=words.device)).sum()

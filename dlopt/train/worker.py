@@ -30,6 +30,7 @@ from dlopt.train.checkpoints import Store, Writer, store_of
 from dlopt.train.compiled import compile_network
 from dlopt.train.evaluate import evaluate, thresholds_of, write_predictions
 from dlopt.train.metrics_log import HEALTH, LAYERS, NAME, RANGE, STARTS, MetricsLog
+from dlopt.train.observer import Diary
 from dlopt.train.pace import SpeedLog
 from dlopt.train.parallel import Replicated, parallel_of
 from dlopt.train.precision import mixed
@@ -38,7 +39,7 @@ from dlopt.train.start import first_batches, first_rows, load_network, objective
 from dlopt.train.state import Record, State
 from dlopt.train.stopping import Preempted, Stopped
 from dlopt.train.thresholds import signed
-from dlopt.train.training import Diary, Training, newest_of_all
+from dlopt.train.training import Training, newest_of_all
 from dlopt.train.watchdog import Watchdog
 
 PREDICTIONS = "predictions.parquet"
