@@ -61,7 +61,7 @@ data:
   split: {{kind: given, column: split}}
 model: {{kind: mlp, hidden: [64, 64], dropout: {dropout}}}
 train: {{epochs: 6, batch_size: 32, log_every: 1, optimizer: {{kind: adam, lr: 2e-3}}, precision: {precision}}}
-resources: {{workers: {workers}, checkpoint: {{every: {{steps: 5}}}}, max_failures: 20, resize_seconds: 2}}
+resources: {{workers: {workers}, checkpoint: {{every: {{steps: 5}}}}, max_failures: 20, resize_seconds: 2, wait_seconds: 120}}
 export: []
 """
 

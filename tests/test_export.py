@@ -53,7 +53,7 @@ def torchs(network: Network, rows: dict[str, np.ndarray], target: Target) -> np.
 
 
 CASES = [
-    pytest.param(IMAGES, Mlp(hidden=(32,), init="normal"), "float32", id="mlp"),
+    pytest.param(IMAGES, Mlp(hidden=(32,), init="kaiming_normal"), "float32", id="mlp"),
     pytest.param(IMAGES, Cnn(channels=(4, 8), hidden=16), "float32", id="cnn"),
     pytest.param(FEW, Mlp(hidden=(16, 16), activation="gelu"), "float32", id="numbers"),
     pytest.param(BOTH, Mlp(hidden=(16,), activation="silu"), "float32", id="both"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from pydantic import TypeAdapter
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
+from dlopt.artifact import once
 from dlopt.data.prepared import Split
 from dlopt.models import Mlp, Model
 from dlopt.optim.averages import Ema, Swa
@@ -30,11 +33,14 @@ from dlopt.part import DloptError
 from dlopt.train import metrics_log
 from dlopt.train.agreement import Agreement
 from dlopt.train.evaluate import evaluate
+from dlopt.train.fit import FIT
 from dlopt.train.gradients import Sharpness
 from dlopt.train.metrics_log import HEALTH, LAYERS, RANGE
+from dlopt.train.section import Resources
 from dlopt.train.start import load_network
+from dlopt.train.stopping import STOP, Stopped
 from dlopt.train.training import Training
-from dlopt.train.worker import STARTS
+from dlopt.train.worker import STARTS, _Worker
 from tests import sets
 from tests.test_readme import kinds
 from tests.test_worker import CPU, epochs, prepared, section, without_seconds, work
@@ -214,6 +220,24 @@ def test_a_run_that_is_told_to_end_saves_first_and_goes_on_from_there(tmp_path: 
     assert [json.loads(line)["step"] for line in (out / STARTS).read_text().splitlines()] == [0, 27]
     assert bits(out) == bits(tmp_path / "whole")
     assert without_seconds(out) == without_seconds(tmp_path / "whole")
+
+
+def test_a_run_that_is_told_to_end_while_the_model_is_measured_ends_then_and_seals_nothing_that_it_was_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, fit = prepared(tmp_path), section()
+    finish = _Worker._finish
+
+    def told(worker: _Worker, *words: Any) -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return finish(worker, *words)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match=r"^stopped after the last step: "):
+        patch.setattr(_Worker, "_finish", told)
+        once(FIT, fit, tmp_path, data, resources=Resources(workers=0))
+    made = once(FIT, fit, tmp_path, data, resources=Resources(workers=0))
+    assert made.info["restarts"] == 1 and made.info["steps"] == 40
+    assert not (made.path / STOP).exists()
 
 
 def test_checkpoints_by_the_clock_come_within_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

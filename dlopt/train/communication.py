@@ -123,6 +123,8 @@ def refuse_communication(
 class Halved(Replicated):
     """ddp whose gradients are sent in bfloat16."""
 
+    exchanged = False
+
     def module(self) -> nn.Module:
         found = super().module()
         assert isinstance(found, DistributedDataParallel)
@@ -145,6 +147,8 @@ class LowRank(Replicated):
     torch's own hook remembers by the bucket that a gradient lies in, which is another one after a restart, keeps what is not finite for
     good, and never gets a column back that was 0 once; so this one is written here.
     """
+
+    exchanged = False
 
     def __init__(self, network: nn.Module, rank: int, world: int, own: bool, part: PowerSgd, seed: int) -> None:
         super().__init__(network, rank, world, own)

@@ -270,6 +270,8 @@ def _told_by_sigterm(out: Path) -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, hear)
     try:
         yield
+        if told:
+            raise Stopped("stopped after the last step: the same command measures the model and goes on from there")
     except KeyboardInterrupt:
         if told:
             raise Stopped("stopped at once: the same command goes on from the newest checkpoint") from None
@@ -331,10 +333,9 @@ def _refuse_no_validation(section: Fit, data: Artifact) -> None:
 
 
 def _going_on(store: Store) -> str:
-    """Where an interrupted run goes on; raises DloptError when all its checkpoints are damaged."""
-    found, damaged = newest(store)
-    after = f", going on {said(found.name)}" if found else ""
-    return after + "".join(f"; {line}" for line in damaged)
+    """Where an interrupted run goes on; raises DloptError when all its checkpoints are damaged. Of single ones worker 0 tells."""
+    found, _ = newest(store)
+    return f", going on {said(found.name)}" if found else ""
 
 
 def _say(need: Need) -> str:
