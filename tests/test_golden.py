@@ -25,6 +25,8 @@ JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
 STEPS = 10
 TOLERANCE = 2e-5
 """Relative. On one machine the bits are equal; another processor adds in another order."""
+GROWTH = 1.5
+"""What that difference may be multiplied with from step to step: as it is with large steps."""
 
 
 def first_steps(job: Job, home: Path) -> dict[str, list[float]]:
@@ -51,7 +53,8 @@ def test_the_first_ten_steps_of_a_job_are_those_that_are_stored(
     found = first_steps(spec.load(path), tmp_path)
     assert len(found["loss"]) == STEPS
     for name, values in stored.items():
-        assert found[name] == pytest.approx(values, rel=TOLERANCE), name
+        for step, (one, other) in enumerate(zip(found[name], values, strict=True)):
+            assert one == pytest.approx(other, rel=TOLERANCE * GROWTH**step), (name, step)
 
 
 def main() -> None:
