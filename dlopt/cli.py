@@ -246,7 +246,8 @@ def _find_batch(options: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with Terminal(job.name) as terminal:
         data = pipeline.prepare(job, options.home, options.address, terminal.progress)
-        found = largest_batch(job.fit, data, device, options.memory and options.memory * MIB, terminal.progress)
+        limit, again = options.memory and options.memory * MIB, job.resources.checkpoint_activations
+        found = largest_batch(job.fit, data, device, limit, terminal.progress, again)
     rates = rates_for(job.fit, found.rows, found.most)
     if options.json:
         taken = {"batch_size": found.rows, "rows": found.most, "mebibytes": found.bytes / MIB, "limit": found.limit / MIB}

@@ -103,6 +103,13 @@ def test_what_would_take_far_too_much_is_not_tried(pictures: Artifact) -> None:
     assert 4096 not in trials.taken  # nothing was measured
 
 
+def test_a_trial_takes_less_where_activations_are_computed_again(tmp_path: Path) -> None:
+    data = prepared(tmp_path, signature(image(8, 8), target=THREE), train=4096)
+    deep = Fit(seed=3, model=Mlp(hidden=(256,) * 12, residual=True), augment=(), train=Train())
+    kept, again = (Trials(deep, data, CPU, 10**9, recomputed=recomputed).bytes_of(4096) for recomputed in (False, True))
+    assert again < 0.7 * kept
+
+
 def test_a_trial_leaves_the_network_as_it_was(pictures: Artifact) -> None:
     trials = Trials(wide(), pictures, CPU, 64 * MIB)
     before = {name: value.clone() for name, value in trials.network.state_dict().items()}

@@ -515,7 +515,7 @@ def spiking(losses: Sequence[float]) -> bool:
 
 
 class Divergence(Part):
-    """When training counts as diverged, and what is done: back to the newest checkpoint, and on at a lower rate."""
+    """When training counts as diverged, and what is done: back to the newest checkpoint of an epoch's end, and on at a lower rate."""
 
     patience: int = Field(5, ge=1)
     """Steps in a row with a gradient that is not finite, each of which is left out, before training goes back."""

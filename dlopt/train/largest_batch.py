@@ -21,6 +21,7 @@ from dlopt.artifact import Artifact
 from dlopt.data.feed import Batch
 from dlopt.data.prepared import Split
 from dlopt.models import Network
+from dlopt.models.recompute import recompute
 from dlopt.part import DloptError
 from dlopt.progress import Progress, silent
 from dlopt.train.gradients import curved, plain, sharpness_aware
@@ -73,10 +74,15 @@ def _bisected(fits: Callable[[int], bool], low: int, high: int) -> int:
     return low
 
 
-def largest_batch(fit: Fit, data: Artifact, device: torch.device, limit: int | None = None, progress: Progress = silent) -> Found:
-    """The largest batch of a job that takes at most `limit` bytes; without it, SHARE of what is free. Raises DloptError if none does."""
+def largest_batch(
+    fit: Fit, data: Artifact, device: torch.device, limit: int | None = None, progress: Progress = silent, recomputed: bool = False
+) -> Found:
+    """The largest batch of a job that takes at most `limit` bytes; without it, SHARE of what is free. Raises DloptError if none does.
+
+    recomputed: whether activations are computed again on the way back (resources.checkpoint_activations).
+    """
     allowed = int(SHARE * free_bytes(device)) if limit is None else limit
-    trials = Trials(fit, data, device, allowed, progress)
+    trials = Trials(fit, data, device, allowed, progress, recomputed)
     rows = largest(trials.fits, len(trials.split))
     if not rows:
         raise DloptError(
@@ -95,6 +101,8 @@ class Trials:
     limit: int
     """In bytes."""
     progress: Progress = silent
+    recomputed: bool = False
+    """Whether activations are computed again on the way back."""
     taken: dict[int, int] = field(default_factory=dict)
     """Bytes by rows."""
 
@@ -132,6 +140,8 @@ class Trials:
 
     def _train(self, rows: int) -> None:
         train, model = self.fit.train, copy.deepcopy(self.network)
+        if self.recomputed:
+            recompute(model)
         optimizer = optimizer_of(self.fit, model, RATE)
         inner = sharpness_aware(plain(1), train.sharpness.rho, train.sharpness.adaptive) if train.sharpness else plain(1)
         gradient, batch = curved(inner, optimizer, 1), self._batch(rows)

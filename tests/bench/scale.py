@@ -8,8 +8,8 @@ with two workers (`workers_2`), in parts that add up; the fastest of some turns,
 `split`: rows/s of the CNN on MNIST, batch 256, of 2 workers with 1 thread each over those of 1 worker with 2 threads, in turn.
 
 `growth`: groups of 1, 2, 4, 8 and 16 workers on this machine, with a network of 1,400 numbers. A group's start; a whole step of training;
-an all-reduce of the gradient; the poll by which workers agree about twice a second. Each is fitted by least squares with a + b * n and
-with a + b * log2(n), and the better one is extrapolated to 64 and 512 workers. How to read it:
+an all-reduce of the gradient; the poll by which workers agree about twice a second. To each a + b * n is fitted by least squares, for which
+there is a cause below, and extrapolated to 64 and 512 workers. How to read it:
 
 * n workers here queue for the cores: with c cores a step takes no less than n / c times the CPU seconds of one worker, whatever it waits
   for. So seconds by the clock say what so many workers on one machine cost, and it is the CPU time of one worker, `step_cpu` and
@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import re
 import signal
@@ -246,18 +245,12 @@ def _timed(name: str, act: Callable[[], Any]) -> dict[str, float]:
 
 
 def fitted(found: dict[int, float]) -> dict[str, Any]:
-    """The better of two curves through what was measured, and where it leads."""
-    curves = {"n": float, "log2(n)": math.log2}
-    sizes, values = np.array(list(found)), np.array(list(found.values()))
-    best: dict[str, Any] = {}
-    for name, curve in curves.items():
-        matrix = np.stack([np.ones(len(sizes)), [curve(size) for size in sizes]], axis=1)
-        (a, b), *_ = np.linalg.lstsq(matrix, values, rcond=None)
-        error = float(np.abs(matrix @ [a, b] - values).max() / np.abs(values).max())
-        if not best or error < best["error"]:
-            far = {size: round(float(a + b * curve(size)), 6) for size in FAR}
-            best = {"curve": f"a + b * {name}", "a": round(float(a), 7), "b": round(float(b), 7), "error": round(error, 4)} | far
-    return best
+    """a + b * n by least squares, the largest difference from it as a share of the largest value, and where it leads."""
+    sizes, values = np.array(list(found), dtype=float), np.array(list(found.values()))
+    matrix = np.stack([np.ones(len(sizes)), sizes], axis=1)
+    (a, b), *_ = np.linalg.lstsq(matrix, values, rcond=None)
+    error = float(np.abs(matrix @ [a, b] - values).max() / np.abs(values).max())
+    return {"a": round(float(a), 7), "b": round(float(b), 7), "error": round(error, 4)} | {n: round(float(a + b * n), 6) for n in FAR}
 
 
 def main() -> None:
