@@ -221,19 +221,25 @@ class Dealer:
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.parts = plan, [deque[Part]() for _ in range(plan.share.world)]
+        self.given: list[list[Part]] = [[] for _ in self.parts]
         self.counts, self.rank, self.left = plan.counts(), 0, 0
         self.blocks = self._blocks()
         self.lock = threading.Lock()
         self._next_count()
 
     def take(self, rank: int) -> list[Part]:
-        """What there is for a worker, in order; waits until there is something. Raises DloptError when a file is damaged."""
+        """What there is for a worker, in order; waits until there is something. Raises DloptError when a file is damaged.
+
+        It is held on to until the worker asks for more: a process that gives back one reference to a block while another one to it is
+        on its way would be left without (Ray's ReferenceCountingAssertionError).
+        """
         parts = self.parts[rank]
         while not parts:
             with self.lock:
                 if not parts:
                     self._deal(*self._next_block())
-        return [parts.popleft() for _ in range(len(parts))]
+        self.given[rank] = [parts.popleft() for _ in range(len(parts))]
+        return self.given[rank]
 
     def _next_block(self) -> tuple[Any, int]:
         try:
