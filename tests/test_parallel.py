@@ -376,31 +376,6 @@ def test_workers_hold_their_share_of_weights_and_state(
     assert max(one["fsdp"]["weights"] for one in held) < 0.4 * whole["weights"]  # with what rows are padded to
 
 
-def _swapped(rank: int, world: int, folder: Path) -> None:
-    found: list[list[Tensor]] = []
-    for exchanged in (True, False):
-        torch.manual_seed(0)
-        network = nn.Sequential(nn.Linear(40, 64), nn.ReLU(), nn.Linear(64, 3))
-        parallel = Replicated(network, rank, world)
-        parallel.exchanged = exchanged
-        module, gradients = parallel.module(), list[Tensor]()
-        for step in range(3):  # after the first, gradients lie in other places
-            generator = torch.Generator().manual_seed(10 * step + rank)
-            network.zero_grad()
-            module(torch.randn(rank + 3, 40, generator=generator)).square().sum().backward()
-            gradients += [parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None]
-        found.append(gradients)
-    torch.save(found, folder / f"gradients-{rank}.pt")
-
-
-def test_two_workers_that_swap_gradients_in_one_message_have_the_bits_of_a_ring(tmp_path: Path) -> None:
-    together(2, _swapped, tmp_path)
-    swapped, ring = torch.load(tmp_path / "gradients-0.pt")
-    assert len(swapped) == 3 * 4 and all(one.abs().sum() > 0 for one in swapped)
-    for others in (ring, *torch.load(tmp_path / "gradients-1.pt")):
-        assert all(map(torch.equal, swapped, others))
-
-
 def _called(rank: int, world: int, folder: Path) -> None:
     network = Small(torch.float64)
     inputs = next(batches(torch.float64)).inputs

@@ -34,7 +34,7 @@ is in it. checkpoint: what training waits for it. other: norms and clipping, log
 WARM, TRACED = 20, 10
 """Steps that count for nothing, and steps that are traced after them, which count for nothing either: less of both in short trainings."""
 BARS = 30
-EXCHANGES = ("gloo:", "ncclDevKernel", "nccl:")
+EXCHANGES = ("dlopt:swap", "gloo:", "ncclDevKernel", "nccl:")
 """What events of exchanges between workers are called in a trace: only the first kind that there is counts."""
 
 Given = ParamSpec("Given")
