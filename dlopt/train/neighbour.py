@@ -29,12 +29,10 @@ class Neighbour:
     from in between, that what was there before has been read.
     """
 
-    def __init__(self, rank: int, channel: socket.socket, memory: int) -> None:
-        """channel: to the other one. memory: a file descriptor, which is closed."""
+    def __init__(self, rank: int, channel: socket.socket, memory: mmap.mmap) -> None:
+        """channel: to the other one. memory: of both."""
         self.rank, self.channel = rank, channel
-        whole = torch.frombuffer(mmap.mmap(memory, 0), dtype=torch.uint8)
-        os.close(memory)
-        self.places = whole.view(2, 2, -1)
+        self.places = torch.frombuffer(memory, dtype=torch.uint8).view(2, 2, -1)
         """By the turn and the rank."""
         self.turn = 0
 
@@ -63,34 +61,37 @@ def meet(rank: int, size: int) -> Neighbour | None:
     """
     size = 8 * -(-min(size, PIECE) // 8)
     with ExitStack() as stack:
-        listener = _listener(stack) if rank == 0 and hasattr(os, "memfd_create") else None
-        told = [listener and listener.getsockname()]
+        offer = _offer(stack, 4 * size) if rank == 0 else None
+        told = [offer and offer[0].getsockname()]
         dist.broadcast_object_list(told, src=0)
         channel = _connected(told[0]) if rank == 1 and told[0] else None
         there = [channel is not None]
         dist.broadcast_object_list(there, src=1)
         if not there[0]:
             return None
-        if listener:
+        if offer:
+            listener, memory = offer
             channel, _ = listener.accept()
-            memory = os.memfd_create("dlopt")
-            os.ftruncate(memory, 4 * size)
             socket.send_fds(channel, [b"."], [memory])
         else:
             assert channel
             _, (memory,), _, _ = socket.recv_fds(channel, 1, 1)
-        return Neighbour(rank, channel, memory)
+            stack.callback(os.close, memory)
+        return Neighbour(rank, channel, mmap.mmap(memory, 4 * size))
 
 
-def _listener(stack: ExitStack) -> socket.socket | None:
-    """A socket in a folder that other users cannot look into, which is gone once both have met."""
-    found = stack.enter_context(socket.socket(socket.AF_UNIX))
+def _offer(stack: ExitStack, size: int) -> tuple[socket.socket, int] | None:
+    """A socket in a folder that other users cannot look into, and memory; both are gone once the stack is, but for who has them by then."""
     try:
-        found.bind(str(Path(stack.enter_context(TemporaryDirectory(prefix="dlopt-"))) / "socket"))
-        found.listen(1)
-    except OSError:
+        memory = os.memfd_create("dlopt")
+        stack.callback(os.close, memory)
+        os.ftruncate(memory, size)
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(str(Path(stack.enter_context(TemporaryDirectory(prefix="dlopt-"))) / "socket"))
+        listener.listen(1)
+    except (OSError, AttributeError):  # Linux alone has such memory
         return None
-    return found
+    return listener, memory
 
 
 def _connected(address: str) -> socket.socket | None:
