@@ -56,10 +56,12 @@ def chance(request: pytest.FixtureRequest) -> random.Random:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever asks for the shared cluster is marked `ray`, and comes last: the cluster is not there to slow down the rest."""
+    """Whatever asks for the shared cluster is marked `ray`, and comes last: the cluster is not there to slow down the rest. With
+    `-n 2 --dist loadgroup` one process has all of it, and the other one the rest at the same time."""
     shared = [item for item in items if "ray_cluster" in getattr(item, "fixturenames", ())]
     for item in shared:
         item.add_marker(pytest.mark.ray)
+        item.add_marker(pytest.mark.xdist_group("ray"))
     items.sort(key=lambda item: item in shared)
 
 

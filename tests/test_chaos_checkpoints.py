@@ -80,6 +80,7 @@ def points(calls: list[list[str]], numbers: range) -> list[Call]:
     ]
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_call_of_a_checkpoints_write_costs_no_bit_and_leaves_no_file(
     forks: Forks, calls: list[list[str]], data: Artifact, oracle: Path, tmp_path: Path, chance: random.Random, repeat: int
 ) -> None:

@@ -106,6 +106,7 @@ def _(values: Tensor) -> Tensor:
     raise RuntimeError("no shape of this can be known")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler here")
 def test_a_graph_that_cannot_be_compiled_is_told_of_in_one_line_and_leaves_no_trace() -> None:
     network = Network(Preprocess(SIGNATURE, {"numbers": sets.fitted(sets.NUMBERS)}), Odd(), nn.Identity())

@@ -132,7 +132,7 @@ def _curves(rank: int, world: int, folder: Path, data: dict[str, Path]) -> None:
                 train(section(name), data[name], folder / f"{name}-{kind}", rank, world, parallelism=kind)
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[pytest.param(workers, marks=pytest.mark.slow) for workers in (2, 3, 4)])
 def several(request: pytest.FixtureRequest, data: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What so many workers leave of each case, by kind."""
     folder = tmp_path_factory.mktemp(f"workers-{request.param}")
@@ -290,6 +290,7 @@ def optimizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "part"), SHARED, ids=said)
 def test_an_optimizer_that_is_shared_out_steps_as_on_three_workers_that_hold_it_all(
     kind: str, part: Any, optimizers: dict[str, list[float]]
@@ -360,6 +361,7 @@ def _held(rank: int, world: int, folder: Path, data: Path) -> None:
     (folder / f"held-{rank}.json").write_text(json.dumps(found))
 
 
+@pytest.mark.slow
 def test_workers_hold_their_share_of_weights_and_state(
     data: dict[str, Artifact], tmp_path: Path, record_property: Callable[[str, Any], None]
 ) -> None:
@@ -394,6 +396,7 @@ def _called(rank: int, world: int, folder: Path) -> None:
     (folder / f"done-{rank}").touch()
 
 
+@pytest.mark.slow
 def test_weights_that_are_shared_out_can_be_gathered_so_that_each_worker_calls_the_network_as_often_as_it_likes(tmp_path: Path) -> None:
     together(3, _called, tmp_path)
     assert len(list(tmp_path.glob("done-*"))) == 3
