@@ -98,8 +98,8 @@ def assert_all_checkpoints_are_finite(out: Path, least: int) -> None:
 
 
 def some_steps(chance: random.Random, count: int) -> list[int]:
-    """Not the first ones, from which nothing can be told yet, no two in a row, and none whose batch is the short one at the end of an epoch,
-    of which one of two workers has no row."""
+    """Not the first ones, from which nothing can be told yet, no two in a row, and none whose batch is the short one at the end of an
+    epoch, of which one of two workers has no row."""
     whole = [step for step in range(15, STEPS - 5, 2) if step % PER_EPOCH]
     return sorted(chance.sample(whole, min(count, 30)))
 
