@@ -9,7 +9,7 @@ import time
 from contextlib import nullcontext
 from multiprocessing import get_context
 from pathlib import Path
-from tempfile import gettempdir
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 from unittest import mock
 
@@ -70,10 +70,10 @@ def _averaged(rank: int, world: int, folder: Path) -> None:
 
 
 def test_numbers_of_any_kind_are_averaged_and_nothing_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shared, mine = Path("/dev/shm"), tmp_path / "temporary"
-    mine.mkdir()
-    monkeypatch.setenv("TMPDIR", str(mine))
-    together(2, _averaged, tmp_path)
+    shared = Path("/dev/shm")
+    with TemporaryDirectory(prefix="n-") as mine:  # of a short name, as a socket must have
+        monkeypatch.setenv("TMPDIR", mine)
+        together(2, _averaged, tmp_path)
     assert not list(shared.glob("*dlopt*"))
 
 
