@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dlopt.train import neighbour, parallel
 from dlopt.train.parallel import Replicated
-from tests.test_parallel import _one, together
+from tests.test_parallel import joined, together
 
 WAYS: dict[str, dict[str, Any]] = {
     "ring": {"exchanged": False},
@@ -106,7 +106,7 @@ def _killed(rank: int, world: int, folder: Path) -> None:
 
 
 def test_a_worker_does_not_wait_for_one_that_was_killed(tmp_path: Path) -> None:
-    processes = [get_context("spawn").Process(target=_one, args=(rank, 2, _killed, tmp_path)) for rank in range(2)]
+    processes = [get_context("spawn").Process(target=joined, args=(rank, 2, _killed, tmp_path)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:

@@ -46,10 +46,10 @@ def together(world: int, work: Callable[..., None], folder: Path, *given: Any) -
     """`work(rank, world, folder, *given)` in as many processes, which can talk to each other."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meeting").unlink(missing_ok=True)
-    mp.spawn(_one, (world, work, folder, *given), nprocs=world)
+    mp.spawn(joined, (world, work, folder, *given), nprocs=world)
 
 
-def _one(rank: int, world: int, work: Callable[..., None], folder: Path, *given: Any) -> None:
+def joined(rank: int, world: int, work: Callable[..., None], folder: Path, *given: Any) -> None:
     torch.set_num_threads(1)
     limit = datetime.timedelta(seconds=SECONDS)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world, timeout=limit)

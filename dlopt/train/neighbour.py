@@ -1,8 +1,8 @@
 """Two workers of one machine swap gradients through memory that both see, and tell each other so by a byte through a socket.
 
-On a CPU a worker waits longer for a message to be noticed than for its bytes: Gloo wakes three threads in a row for one. Here it is the
-thread that trains itself that waits, for one wake. Neither the memory nor the socket has a name that could outlive both processes, and the
-end of either one, however sudden, ends the other one's wait.
+On a CPU a worker waits longer for a message to be noticed than for its bytes, and Gloo has threads of its own that must notice it first.
+Here the thread that trains is the one that waits. Neither the memory nor the socket has a name that could outlive both processes, and the
+end of either one, however sudden, ends the other one's wait; of one that hangs, the watchdog does.
 """
 
 from __future__ import annotations
