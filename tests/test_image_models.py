@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dlopt.models import Cnn, Linear, Mlp, Model, Network, Resnet, Vit
 from dlopt.models.depth import Residual, StochasticDepth, rising
 from dlopt.models.norms import BatchNorm
+from dlopt.models.resnet import StridedConv2d
 from dlopt.part import DloptError, Feature, Signature, Target
 from tests.test_models import MIXED, image, mixed_rows, network, numbers, parameters, signature
 
@@ -398,6 +399,22 @@ def test_convolutions_run_with_the_channels_last_in_memory(model: Model, feature
             layer.register_forward_hook(lambda layer, given, out: found.append(out.is_contiguous(memory_format=torch.channels_last)))
     built(pixels(feature, 3))
     assert found and all(found)
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_a_strided_convolution_of_few_channels_has_the_gradients_of_torchs(format: torch.memory_format) -> None:
+    """torch's own, whose backward pass writes beyond its memory on channels that lie last, is asked in float64, which oneDNN has not."""
+    ours, values = StridedConv2d(4, 8, 1, 2).double(), torch.randn(50, 4, 7, 6, dtype=torch.float64).contiguous(memory_format=format)
+    theirs, weights = nn.Conv2d(4, 8, 1, 2).double(), torch.randn(50, 8, 4, 3, dtype=torch.float64)
+    theirs.load_state_dict(ours.state_dict())
+    found: list[list[Tensor]] = []
+    for layer in (ours, theirs):
+        given = values.clone().requires_grad_()
+        outputs = layer(given)
+        (outputs * weights).sum().backward()
+        found.append([outputs, given.grad, layer.weight.grad, layer.bias.grad])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
 def test_a_cnn_with_batch_norm_learns_its_running_statistics() -> None:

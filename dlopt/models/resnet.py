@@ -18,6 +18,15 @@ EXPANSION = 4
 """How many times a bottleneck block's 3x3 convolution is narrower than what the block gives."""
 
 
+class StridedConv2d(nn.Conv2d):
+    """A 1x1 convolution with a stride, as one without a stride of the places that count: the same sums. oneDNN's own, in torch 2.13, writes beyond
+    its memory in the backward pass where channels lie last in memory and there are fewer channels than a vector register (oneDNN issue 6035)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        down, right = self.stride
+        return nn.functional.conv2d(input[..., ::down, ::right], self.weight, self.bias)
+
+
 class Resnet(Part):
     """Stages of residual blocks, each stage but the first halving height and width, then the mean over all places (He et al. 2016).
 
@@ -131,7 +140,8 @@ class Resnet(Part):
 
     def _convolution(self, before: int, after: int, size: int, stride: int = 1) -> nn.Sequential:
         """A convolution that keeps height and width but for its stride, and the norm after it."""
-        convolution = nn.Conv2d(before, after, size, stride, padding=size // 2, bias=bias_before(self.norm))
+        kind = StridedConv2d if size == 1 and stride > 1 else nn.Conv2d
+        convolution = kind(before, after, size, stride, padding=size // 2, bias=bias_before(self.norm))
         layers = nn.Sequential()
         layers.add_module("convolution", convolution)
         if self.norm != "none":
