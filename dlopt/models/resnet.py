@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -19,12 +20,17 @@ EXPANSION = 4
 
 
 class StridedConv2d(nn.Conv2d):
-    """A 1x1 convolution with a stride, as one without a stride of the places that count: the same sums. oneDNN's own, in torch 2.13, writes beyond
-    its memory in the backward pass where channels lie last in memory and there are fewer channels than a vector register (oneDNN issue 6035)."""
+    """A 1x1 convolution with a stride, as one without a stride over the places that count: the same sums.
+
+    oneDNN's own, in torch 2.13, writes beyond its memory in the backward pass where channels lie last in memory and there are fewer of
+    them than numbers in a vector register (oneDNN issue 6035).
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         down, right = self.stride
-        return nn.functional.conv2d(input[..., ::down, ::right], self.weight, self.bias)
+        last = input.is_contiguous(memory_format=torch.channels_last)
+        places = input[..., ::down, ::right].contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        return nn.functional.conv2d(places, self.weight, self.bias)
 
 
 class Resnet(Part):
