@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -22,7 +21,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -504,22 +502,3 @@ def _whole(path: Any, folder: Any) -> Any:
     if isinstance(path, str) and not path.startswith("/") and isinstance(folder, int) and folder >= 0:
         return str(Path(f"/proc/self/fd/{folder}").readlink() / path)
     return path
-
-
-class Forks:
-    """Runs functions in forks of a process that has imported all they need, so that one takes milliseconds to begin and can be killed."""
-
-    def __init__(self) -> None:
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["torch._dynamo", "pandas", "pyarrow.compute", "tests.faults", "tests.test_worker"])
-
-    def run(self, function: Callable[..., None], *arguments: Any, seconds: float = 60) -> int:
-        """The exit code, or less than 0 the signal that ended it."""
-        process = self.context.Process(target=function, args=arguments)
-        process.start()
-        process.join(seconds)
-        assert process.exitcode is not None, f"{function.__name__} has not ended after {seconds} seconds"
-        return process.exitcode
-
-    def close(self) -> None:
-        forkserver._forkserver._stop()  # type: ignore[attr-defined]  # it would stay as long as the tests

@@ -11,21 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from dlopt.train import metrics_log
 from dlopt.train.agreement import Agreed, Agreement
 from dlopt.train.metrics_log import SPEED
 from dlopt.train.pace import Pace, Slowest, SpeedLog
 from dlopt.train.state import Record
+from tests.processes import together
 
 CPU = torch.device("cpu")
 
 
-def _talk(rank: int, folder: str) -> None:
+def _talk(rank: int, world: int, folder: Path) -> None:
     """Worker 2 is told to stop after its step 40, worker 0's clock asks for a checkpoint after step 20; steps take 1 ms."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=3)
     agreement, heard = Agreement(rank, 3, CPU), []
     agreement.SECONDS = 0.01  # type: ignore[misc]
     for step in itertools.count(1):
@@ -37,12 +35,10 @@ def _talk(rank: int, folder: str) -> None:
             if agreed.stop:
                 break
     Path(folder, f"heard-{rank}").write_text(json.dumps(heard))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def test_all_workers_hear_the_same_at_the_same_steps(tmp_path: Path) -> None:
-    mp.spawn(_talk, args=(str(tmp_path),), nprocs=3)
+    together(3, _talk, tmp_path)
     one, two, three = (json.loads((tmp_path / f"heard-{rank}").read_text()) for rank in range(3))
     assert one == two == three
     steps = [step for step, _ in one]

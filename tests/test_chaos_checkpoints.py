@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ import pytest
 from dlopt.artifact import Artifact
 from dlopt.part import DloptError
 from dlopt.train.checkpoints import CHECKPOINTS, RECORD
-from tests.faults import Call, Calls, Forks, left_over, lines_of, starts_of
+from tests.faults import Call, Calls, left_over, lines_of, starts_of
+from tests.processes import run
 from tests.test_worker import prepared, section, work
 
 pytestmark = pytest.mark.chaos
@@ -43,13 +43,6 @@ def oracle(data: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    found = Forks()
-    yield found
-    found.close()
-
-
 def assert_as_if_nothing_had_happened(out: Path, oracle: Path) -> None:
     assert (out / "weights.safetensors").read_bytes() == (oracle / "weights.safetensors").read_bytes()
     assert lines_of(out) == lines_of(oracle)
@@ -57,10 +50,10 @@ def assert_as_if_nothing_had_happened(out: Path, oracle: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def calls(forks: Forks, data: Artifact, tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
+def calls(data: Artifact, tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
     """All calls of a whole run that change something under its checkpoints."""
     folder = tmp_path_factory.mktemp("calls")
-    assert forks.run(go, data, folder / "out", folder / "notes", None, EVERY) == 0
+    assert run(go, data, folder / "out", folder / "notes", None, EVERY) == 0
     return [json.loads(line) for line in (folder / "notes").read_text().splitlines()]
 
 
@@ -82,7 +75,7 @@ def points(calls: list[list[str]], numbers: range) -> list[Call]:
 
 @pytest.mark.slow
 def test_a_kill_at_any_call_of_a_checkpoints_write_costs_no_bit_and_leaves_no_file(
-    forks: Forks, calls: list[list[str]], data: Artifact, oracle: Path, tmp_path: Path, chance: random.Random, repeat: int
+    calls: list[list[str]], data: Artifact, oracle: Path, tmp_path: Path, chance: random.Random, repeat: int
 ) -> None:
     """Every call of one checkpoint, whichever it is, and as many times `--repeat` calls anywhere in the run."""
     one = window(calls, chance.randrange(4, 10))
@@ -93,9 +86,9 @@ def test_a_kill_at_any_call_of_a_checkpoints_write_costs_no_bit_and_leaves_no_fi
     for point in points(calls, one) + chance.sample(everywhere, min(repeat, len(everywhere))):
         out = tmp_path / f"{point.number}-{point.torn}"
         where = (data, out, tmp_path / f"{out.name}.notes")
-        assert forks.run(go, *where, point, EVERY) == -9, point
+        assert run(go, *where, point, EVERY) == -9, point
         saved = max((step for path in kept(out) if (step := steps_of(path)) is not None), default=0)
-        assert forks.run(go, *where, None, EVERY) == 0, point
+        assert run(go, *where, None, EVERY) == 0, point
         start = starts_of(out)[-1]
         assert start["damaged"] == [], (point, calls[point.number - 1])
         assert start["step"] >= saved, point
@@ -149,10 +142,10 @@ KINDS = (flip, truncate, empty, swap, lose, forge)
 
 
 @pytest.fixture(scope="module")
-def interrupted(forks: Forks, calls: list[list[str]], data: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def interrupted(calls: list[list[str]], data: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was killed between two epochs' ends, with the checkpoints it has."""
     folder = tmp_path_factory.mktemp("interrupted")
-    assert forks.run(go, data, folder / "out", folder / "notes", Call(window(calls, 8)[-1]), EVERY) == -9
+    assert run(go, data, folder / "out", folder / "notes", Call(window(calls, 8)[-1]), EVERY) == -9
     assert len(kept(folder / "out")) >= 2
     return folder / "out"
 

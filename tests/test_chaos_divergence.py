@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -31,6 +29,7 @@ from dlopt.train.metrics_log import HEALTH
 from dlopt.train.section import Fit, Resources
 from dlopt.train.worker import Assignment, _Worker
 from tests import sets
+from tests.processes import together
 from tests.test_worker import CPU, section, work
 
 pytestmark = [pytest.mark.chaos, pytest.mark.usefixtures("one_thread")]
@@ -170,9 +169,7 @@ def test_a_row_of_huge_values_is_told_of_at_its_step_and_costs_hardly_any_accura
     assert_as_accurate(info, fit, data, tmp_path / "undisturbed")
 
 
-def _train(rank: int, home: str, data: str, at: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{home}/rendezvous", rank=rank, world_size=2)
+def _train(rank: int, world: int, home: Path, data: Path, at: int) -> None:
     spoil(setattr, {at}, math.inf, (1,))
     (Path(home) / "out").mkdir(exist_ok=True)
     resources = Resources.model_validate({"checkpoint": ALL})
@@ -180,15 +177,13 @@ def _train(rank: int, home: str, data: str, at: int) -> None:
     info = _Worker(assignment, rank, 2, CPU).run()
     if rank == 0:
         (Path(home) / "info.json").write_text(json.dumps(info))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_workers_leave_out_the_batch_that_poisons_one_of_them(data: Artifact, tmp_path: Path, chance: random.Random) -> None:
     """T10: all decide alike, or their weights would drift apart, which is refused."""
     (at,) = some_steps(chance, 1)
-    mp.spawn(_train, args=(str(tmp_path), str(data.path), at), nprocs=2)
+    together(2, _train, tmp_path, data.path, at)
     lines = steps(tmp_path / "out")
     assert [line["step"] for line in lines if line["gradient_norm"] is None] == [at]
     assert_all_checkpoints_are_finite(tmp_path / "out", STEPS)

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -35,6 +34,7 @@ from dlopt.train.metrics_log import STARTS
 from dlopt.train.section import Fit, Resources, Train, refuse_other_workers
 from dlopt.train.training import Training
 from dlopt.train.worker import Assignment, _Worker
+from tests.processes import together
 from tests.test_worker import CPU, prepared
 from tests.trained import curve, fit, prepare_digits, quick
 
@@ -226,10 +226,7 @@ def outer_steps(rank: int, home: Path) -> None:
     (home / f"outer-{rank}.json").write_text(json.dumps(far))
 
 
-def _work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    home = Path(folder)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def _work(rank: int, world: int, home: Path) -> None:
     low_rank(rank, home)
     outer_steps(rank, home)
     for kind in KINDS:
@@ -245,8 +242,6 @@ def _work(rank: int, folder: str) -> None:
     (home / "stopped").mkdir(exist_ok=True)
     (home / "stopped" / "stop").write_text("")
     run(rank, home, "stopped", RUNS["mean"])
-    dist.barrier()  # a process that ends while the other still talks to it may abort on its way out
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -254,14 +249,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two workers have left all that they did."""
     folder = tmp_path_factory.mktemp("communication")
     data_of(folder)
-    context = mp.spawn(_work, args=(str(folder),), nprocs=2, join=False)
-    assert context is not None
-    for _ in range(48):
-        if context.join(timeout=10):
-            return folder
-    for process in context.processes:
-        process.kill()
-    raise TimeoutError("two workers have not ended within 480 seconds")
+    together(2, _work, folder, seconds=480)
+    return folder
 
 
 def lines(out: Path) -> list[dict[str, Any]]:

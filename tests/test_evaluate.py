@@ -11,8 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 import sklearn.metrics as reference
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from dlopt.artifact import Artifact
 from dlopt.data.prepared import Split
@@ -20,6 +18,7 @@ from dlopt.export.onnx import trained_network
 from dlopt.models import Mlp, Network
 from dlopt.part import Target
 from dlopt.train.evaluate import evaluate, predict, write_predictions
+from tests.processes import together
 from tests.sets import CATEGORIES, HASHED, LABELS, NUMBER, NUMBERS, PAIR, TEXT, THREE, TWO, prepared, signature, trained
 
 CPU = torch.device("cpu")
@@ -63,15 +62,11 @@ SHARED = [*((target, 5000) for target in KINDS), (TWO, 80)]
 """Of the last one there is one chunk, and so nothing to do for one of two workers."""
 
 
-def _evaluated(rank: int, home: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{home}/rendezvous", rank=rank, world_size=2)
+def _evaluated(rank: int, world: int, home: Path) -> None:
     for index, (target, rows) in enumerate(SHARED):
         data, model = made(Path(home), target, test=rows)
         found = evaluate(trained_network(model, data), Split.open(data, "test"), CPU, rank, 2)
         (Path(home) / f"found-{index}-{rank}").write_text(json.dumps(found))
-    dist.barrier()  # a process that ends while the other still talks to it may abort on its way out
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
@@ -84,7 +79,7 @@ def test_metrics_are_the_same_however_many_workers_share_the_split_out(tmp_path:
         chunks.append(len(test.chunks))
     assert all(None not in found.values() for found in alone)
     assert chunks[-1] == 1 and all(count % 2 and count > 2 for count in chunks[:-1])  # shared out unevenly
-    mp.spawn(_evaluated, args=(str(tmp_path),), nprocs=2)
+    together(2, _evaluated, tmp_path)
     for index, expected in enumerate(alone):
         for rank in range(2):
             found = json.loads((tmp_path / f"found-{index}-{rank}").read_text())

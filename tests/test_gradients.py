@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,6 +19,7 @@ from dlopt.part import Target
 from dlopt.train.gradients import Gradient, accumulated, curved, plain, sharpness_aware, split
 from dlopt.train.objectives import Loss, Losses, Objective, supervised
 from tests.driven import Small, batches, cross_entropy, weights
+from tests.processes import together
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -230,9 +230,7 @@ def made(kind: str, world: int) -> Gradient:
     return sharpness_aware(inner, 0.3, adaptive=True) if "sharp" in kind else inner
 
 
-def _shared(rank: int, home: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{home}/rendezvous", rank=rank, world_size=2)
+def _shared(rank: int, world: int, home: Path) -> None:
     found: dict[str, Any] = {}
     for kind in KINDS:
         share = (slice(0, ROWS), slice(ROWS, ROWS))[rank] if kind == "nothing for one" else SHARES[rank]
@@ -248,13 +246,11 @@ def _shared(rank: int, home: str) -> None:
     model = DistributedDataParallel(inside, gradient_as_bucket_view=True, broadcast_buffers=False)
     found["curvature"] = estimates(model, curved(plain(2), optimizer, 2), optimizer, mine, steps=2)
     torch.save(found, f"{home}/found-{rank}")
-    dist.barrier()  # a process that ends while the other still talks to it may abort on its way out
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_workers_have_the_gradients_of_one(tmp_path: Path) -> None:
-    mp.spawn(_shared, args=(str(tmp_path),), nprocs=2)
+    together(2, _shared, tmp_path)
     found = [torch.load(tmp_path / f"found-{rank}") for rank in range(2)]
     for kind in KINDS:
         model = network()

@@ -7,7 +7,6 @@ import signal
 import socket
 import time
 from contextlib import nullcontext
-from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from dlopt.train import neighbour, parallel
 from dlopt.train.parallel import Replicated
-from tests.test_parallel import joined, together
+from tests.processes import fork, joined, together
 
 WAYS: dict[str, dict[str, Any]] = {
     "ring": {"exchanged": False},
@@ -106,9 +105,7 @@ def _killed(rank: int, world: int, folder: Path) -> None:
 
 
 def test_a_worker_does_not_wait_for_one_that_was_killed(tmp_path: Path) -> None:
-    processes = [get_context("spawn").Process(target=joined, args=(rank, 2, _killed, tmp_path)) for rank in range(2)]
-    for process in processes:
-        process.start()
+    processes = [fork(joined, rank, 2, _killed, tmp_path) for rank in range(2)]
     for process in processes:
         process.join(60)
         process.kill()

@@ -10,12 +10,11 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from dlopt.models import Network, Resnet
 from dlopt.models.norms import EPS, NORMS, BatchNorm, Norm, groups, norm
+from tests.processes import together
 from tests.test_models import image, network
 
 SHAPES = {2: (7, 12), 3: (7, 5, 12), 4: (7, 12, 4, 3)}
@@ -164,9 +163,7 @@ def stepped(model: nn.Module, parts: list[slice], world: int) -> dict[str, Tenso
     return {name.removeprefix("module."): value for name, value in model.state_dict().items()}
 
 
-def _normalised(rank: int, home: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{home}/rendezvous", rank=rank, world_size=2)
+def _normalised(rank: int, world: int, home: Path) -> None:
     parts = [slice(0, first) if rank == 0 else slice(first, None) for first, _ in SHARES]
     for dims in SHAPES:
         torch.save(trained(learned(norm("batch", 12, dims)), dims, parts), Path(home) / f"{dims}-{rank}")
@@ -175,13 +172,11 @@ def _normalised(rank: int, home: str) -> None:
     layer = learned(norm("batch", 12, 2)).eval()
     if rank == 0:
         layer(drawn(3, 12))  # the other one is not asked
-    dist.barrier()  # a process that ends while the other still talks to it may abort on its way out
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_batch_norm_over_two_workers_is_that_of_one_gradients_and_running_statistics_included(tmp_path: Path) -> None:
-    mp.spawn(_normalised, args=(str(tmp_path),), nprocs=2)
+    together(2, _normalised, tmp_path)
     for dims in SHAPES:
         alone = trained(learned(norm("batch", 12, dims)), dims, [slice(None)] * len(SHARES))
         first, second = (torch.load(tmp_path / f"{dims}-{rank}") for rank in range(2))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
@@ -36,27 +34,11 @@ from dlopt.train.section import Fit, Resources, Train
 from dlopt.train.training import Training
 from tests import sets
 from tests.driven import PARTS, Small, batches, cross_entropy, named
+from tests.processes import together
 from tests.trained import curve, fit, prepare_digits, quick
 
-CPU, SECONDS = torch.device("cpu"), 180
+CPU = torch.device("cpu")
 KINDS = ("ddp", "zero", "fsdp")
-
-
-def together(world: int, work: Callable[..., None], folder: Path, *given: Any) -> None:
-    """`work(rank, world, folder, *given)` in as many processes, which can talk to each other."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "meeting").unlink(missing_ok=True)
-    mp.spawn(joined, (world, work, folder, *given), nprocs=world)
-
-
-def joined(rank: int, world: int, work: Callable[..., None], folder: Path, *given: Any) -> None:
-    torch.set_num_threads(1)
-    limit = datetime.timedelta(seconds=SECONDS)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world, timeout=limit)
-    try:
-        work(rank, world, folder, *given)
-    finally:
-        dist.destroy_process_group()
 
 
 class Odd(nn.Module):

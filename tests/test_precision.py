@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
@@ -37,6 +35,7 @@ from dlopt.train.precision import HIGHEST, LOWEST, LossScale, Precision, mixed, 
 from dlopt.train.section import Fit, Train
 from dlopt.train.start import load_network
 from tests import sets
+from tests.processes import together
 from tests.test_models import image
 from tests.test_worker import CPU, work
 
@@ -310,9 +309,8 @@ def test_rms_norm_of_half_precision_is_that_of_float32_rounded(dtype: torch.dtyp
     torch.testing.assert_close(found, layer(values.float()).to(dtype), rtol=0, atol=0)
 
 
-def worker(rank: int, folder: str) -> None:
+def worker(rank: int, world: int, folder: Path) -> None:
     """One of two; a step overflows on worker 1 alone."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     model, scale = nn.parallel.DistributedDataParallel(Two()), LossScale(scale=2.0**4)
     mine = [batch._replace(inputs={"x": batch.inputs["x"] * (1 + rank)}, total=2 * batch.total) for batch in batches(6)]
     mine[2].inputs["x"].mul_(3e4 if rank == 1 else 1)  # beyond what float16 has: infinite there, an ordinary batch here
@@ -334,11 +332,10 @@ def worker(rank: int, folder: str) -> None:
         "mean": norm.running_mean.tolist(),
     }
     Path(folder, str(rank)).write_text(json.dumps(told))
-    dist.destroy_process_group()
 
 
 def test_two_workers_leave_out_the_same_step_though_it_overflows_on_one_alone(tmp_path: Path) -> None:
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
+    together(2, worker, tmp_path)
     zero, one = (json.loads((tmp_path / str(rank)).read_text()) for rank in range(2))
     assert zero["finite"] == [True] * 6 and one["finite"][2] is False
     assert zero["taken"] == one["taken"] == [True, True, False, True, True, True]

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from dlopt.cli import main
@@ -26,6 +24,7 @@ from dlopt.train.profile import BREAKDOWN, FOLDER, PARTS, TRACED, WARM, Clock, P
 from dlopt.train.section import Fit, Resources, Train
 from dlopt.train.worker import Assignment, _Worker
 from tests import sets
+from tests.processes import together
 from tests.test_worker import CPU
 
 OBJECTIVE = supervised(loss_of(None, sets.TWO, nn.Identity()), 0, 0, 1)
@@ -173,19 +172,17 @@ def test_time_within_a_part_is_the_inner_parts_alone_and_what_is_outside_counts_
     assert ms(found) == {name: 1e3 * seconds / 2 for name, seconds in expected.items()}
 
 
-def worker(rank: int, folder: str) -> None:
+def worker(rank: int, world: int, folder: Path) -> None:
     """One of two; the second one computes for longer."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.manual_seed(0)
     model = Two()
     profile = Profile(Path(folder), model, rank, 2, CPU, 60)
     trained(profile, nn.parallel.DistributedDataParallel(model), batches(60), forward=lambda: time.sleep(4 * NAP * rank), world=2)
     profile.close()
-    dist.destroy_process_group()
 
 
 def test_waiting_for_another_worker_is_told_from_the_way_back(tmp_path: Path) -> None:
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
+    together(2, worker, tmp_path)
     found = breakdown(tmp_path)
     zero, one = found["workers"]
     assert (zero["worker"], one["worker"]) == (0, 1) and zero["steps"] == one["steps"] == 60 - 15 - 10

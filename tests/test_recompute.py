@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from dlopt.data.feed import Batch
@@ -29,6 +27,7 @@ from dlopt.train.precision import Precision
 from dlopt.train.section import Fit, Resources, Train
 from dlopt.train.worker import Assignment, _Worker
 from tests import sets
+from tests.processes import together
 from tests.test_models import image
 from tests.test_worker import CPU
 
@@ -191,9 +190,8 @@ def test_a_job_gives_the_same_bits_whatever_else_it_asks_for(train: dict[str, An
     assert bits(fit, data, tmp_path / "plain", False) == bits(fit, data, tmp_path / "again", True)
 
 
-def worker(rank: int, folder: str, parallelism: Parallelism) -> None:
+def worker(rank: int, world: int, folder: Path, parallelism: Parallelism) -> None:
     """One of two; worker 1 has no row of the last batch."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     found = []
     for again in (False, True):
         network = network_of("mlp").double()
@@ -213,13 +211,12 @@ def worker(rank: int, folder: str, parallelism: Parallelism) -> None:
         with parallel.gathered():
             found.append({name: value.flatten().tolist() for name, value in parallel.whole(parallel.held.state_dict()).items()})
     Path(folder, str(rank)).write_text(json.dumps(found))
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
 def test_two_workers_with_a_batch_norm_and_micro_batches_give_the_same_bits(parallelism: Parallelism, tmp_path: Path) -> None:
-    mp.spawn(worker, args=(str(tmp_path), parallelism), nprocs=2)
+    together(2, worker, tmp_path, parallelism)
     plain, again = json.loads((tmp_path / "0").read_text())
     assert plain == again
     start = {name: value.double().flatten().tolist() for name, value in network_of("mlp").state_dict().items()}

@@ -6,9 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from dlopt.artifact import Artifact
 from dlopt.models import Cnn, Mlp, Model
@@ -16,6 +13,7 @@ from dlopt.train.metrics_log import STARTS
 from dlopt.train.section import Fit, Resources
 from dlopt.train.worker import Assignment, _Worker
 from tests import sets
+from tests.processes import together
 from tests.test_worker import CPU, section
 
 MODELS: dict[str, Model] = {"mlp": Mlp(hidden=(64, 64), dropout=0.1, norm="batch"), "cnn": Cnn(channels=(8, 16), hidden=64, dropout=0.0)}
@@ -26,28 +24,24 @@ def _data(home: Path) -> Artifact:
     return sets.prepared(home, sets.signature(sets.IMAGE, target=sets.THREE), train=400)
 
 
-def _train(rank: int, home: str, start: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{home}/rendezvous-{start}", rank=rank, world_size=WORKERS)
+def _train(rank: int, world: int, home: Path) -> None:
     for name, model in MODELS.items():
         out = Path(home, name)
         out.mkdir(exist_ok=True)
         fit: Fit = section(epochs=2).model_copy(update={"model": model})
         resources = Resources.model_validate({"checkpoint": {"every": {"steps": 5}, "keep": 50}})
-        _Worker(Assignment(fit=fit, data=_data(Path(home)).path, out=out, feed="resident", resources=resources), rank, WORKERS, CPU).run()
-    dist.barrier()
-    dist.destroy_process_group()
+        _Worker(Assignment(fit=fit, data=_data(Path(home)).path, out=out, feed="resident", resources=resources), rank, world, CPU).run()
 
 
 @pytest.mark.slow
 def test_three_workers_go_on_within_an_epoch_to_the_same_bits(tmp_path: Path) -> None:
     _data(tmp_path)
-    mp.spawn(_train, args=(str(tmp_path), 0), nprocs=WORKERS)
+    together(WORKERS, _train, tmp_path)
     whole = {name: (tmp_path / name / "weights.safetensors").read_bytes() for name in MODELS}
     for name in MODELS:
         for later in sorted((tmp_path / name / "checkpoints").glob("0*"))[2:]:
             shutil.rmtree(later)
-    mp.spawn(_train, args=(str(tmp_path), 1), nprocs=WORKERS)
+    together(WORKERS, _train, tmp_path)
     for name, content in whole.items():
         assert '"step": 5' in (tmp_path / name / STARTS).read_text().splitlines()[-1]
         assert (tmp_path / name / "weights.safetensors").read_bytes() == content, name

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from dlopt.train.loop import Step
 from dlopt.train.state import Record
 from dlopt.train.totals import Totals
+from tests.processes import together
 
 ROWS = [7, 7, 7, 3] * 600
 """More steps than are added up at a time."""
@@ -50,19 +49,16 @@ def test_what_was_forgotten_does_not_count() -> None:
     assert record.sums == [2.0, 1.0]
 
 
-def _add(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def _add(rank: int, world: int, folder: Path) -> None:
     totals, record = Totals(2), Record()
     for step, rows in zip(steps(rank), ROWS, strict=True):
         totals.add(step, rows, record)
     totals.settle(record)
     Path(folder, str(rank)).write_text(json.dumps(record.sums))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def test_all_workers_know_the_sum_of_all(tmp_path: Path) -> None:
-    mp.spawn(_add, args=(str(tmp_path),), nprocs=2)
+    together(2, _add, tmp_path)
     assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text()
-    together = [(a.loss.double() + b.loss.double()).item() * rows for a, b, rows in zip(steps(0), steps(1), ROWS, strict=True)]
-    assert json.loads((tmp_path / "0").read_text()) == pytest.approx([sum(together), 2 * sum(place % 5 for place in range(len(ROWS)))])
+    sums = [(a.loss.double() + b.loss.double()).item() * rows for a, b, rows in zip(steps(0), steps(1), ROWS, strict=True)]
+    assert json.loads((tmp_path / "0").read_text()) == pytest.approx([sum(sums), 2 * sum(place % 5 for place in range(len(ROWS)))])

@@ -11,8 +11,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load as load_tensors
 from torch import nn
 
@@ -33,6 +31,7 @@ from dlopt.train.start import load_network
 from dlopt.train.training import Training
 from dlopt.train.worker import Assignment, _Worker
 from tests import sets
+from tests.processes import together
 from tests.test_models import numbers, statistics
 
 SIGNATURE = Signature(inputs=(numbers("a", "b", "c", "d"),), target=Target(name="label", labels=("no", "yes")))
@@ -301,9 +300,7 @@ def _shared(home: Path, name: str, target: Target, train: dict[str, Any]) -> tup
     return fit, data, home / name
 
 
-def _train(rank: int, home: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{home}/rendezvous", rank=rank, world_size=2)
+def _train(rank: int, world: int, home: Path) -> None:
     for name, target, train in SHARED:
         fit, data, out = _shared(Path(home), name, target, train)
         (out / "two").mkdir(parents=True, exist_ok=True)
@@ -311,14 +308,12 @@ def _train(rank: int, home: str) -> None:
         info = _Worker(assignment, rank, 2, CPU).run()
         if rank == 0:
             (out / "info.json").write_text(json.dumps(info))
-    dist.barrier()  # a process that ends while the other still talks to it may abort on its way out
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_workers_follow_the_curve_of_one_for_every_kind_of_target_with_class_weights(tmp_path: Path) -> None:
     alone = [work(fit, data, out / "one") for fit, data, out in (_shared(tmp_path, *given) for given in SHARED)]
-    mp.spawn(_train, args=(str(tmp_path),), nprocs=2)
+    together(2, _train, tmp_path)
     for (name, _, _), info in zip(SHARED, alone, strict=True):
         one, two = (list(metrics_log.read(tmp_path / name / run / metrics_log.NAME)) for run in ("one", "two"))
         assert len(one) == len(two) == 33
@@ -335,8 +330,7 @@ DRIFTS = {(0.0, False): "the same", (1e-7, False): "no longer identical", (0.0, 
 """How much one number differs between two workers, whether numbers have changed places, and what is said of it."""
 
 
-def _drift(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def _drift(rank: int, world: int, folder: Path) -> None:
     said = []
     for by, swapped in DRIFTS:
         network = nn.Linear(3, 2, bias=False)
@@ -351,12 +345,10 @@ def _drift(rank: int, folder: str) -> None:
         except RuntimeError as error:
             said.append(str(error))
     Path(folder, f"said-{rank}").write_text("\n".join(said))
-    dist.barrier()  # a process that ends while the other still talks to it may abort on its way out
-    dist.destroy_process_group()
 
 
 def test_workers_whose_parameters_differ_in_one_bit_or_in_place_are_stopped(tmp_path: Path) -> None:
-    mp.spawn(_drift, args=(str(tmp_path),), nprocs=2)
+    together(2, _drift, tmp_path)
     for rank in range(2):
         for line, said in zip((tmp_path / f"said-{rank}").read_text().splitlines(), DRIFTS.values(), strict=True):
             assert line.endswith(said)
