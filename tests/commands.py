@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's, without what its own Ray and the tests have put there."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "DLOPT_", "OMP_"))}
-    return kept | more
+    """This process's, without what its own Ray and the tests have put there; and one thread, as other tests run beside."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "DLOPT_"))}
+    return kept | {"OMP_NUM_THREADS": "1"} | more
 
 
 def start(*words: object, **options: Any) -> subprocess.Popen[str]:

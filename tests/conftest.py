@@ -1,20 +1,33 @@
-"""What tests share: one local Ray cluster, the data folder beside the project, and programs that may be missing on a user's machine."""
+"""What tests share: one local Ray cluster, the data folder beside the project, and programs that may be missing on a user's machine; which
+tests run, in which order and at what cost; and that nothing is left running."""
 
 from __future__ import annotations
 
+import datetime
 import os
 import random
 import shutil
+import signal
+import zlib
 from collections.abc import Iterator
+from contextlib import ExitStack
+from multiprocessing import resource_tracker
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dlopt import session
+from tests import budgets
+from tests.budgets import METER
+from tests.processes import close
+from tests.reaper import GRACE, Reaper, left_of
 
 CPUS = 8
 """Logical CPUs of the shared cluster: room for two workers and a stream for each, whatever the machine has."""
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+SHARES = 4
+"""Into how many parts the slow tests fall, of which CI runs one a day."""
 
 os.environ["RAY_AUTH_MODE"] = "disabled"  # the shared cluster is reached from this machine alone; tests of tokens set their own
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tensors of tests are too small to be shared out, which halves the CPU time
@@ -23,23 +36,89 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tensors of tests 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--repeat", type=int, default=3, metavar="N", help="random repetitions of each fault of the chaos tests (default: 3)")
     parser.addoption("--chaos-seed", type=int, metavar="SEED", help="what these are drawn from, to repeat those of an earlier run")
+    parser.addoption("--share", metavar="K|day", help=f"with -m '': only part K of {SHARES} of the slow and chaos tests, or the day's")
+    parser.addoption("--write-budgets", action="store_true", help="store what each file has cost as its budget (tests/budgets.json)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.chaos_seed is None:
         config.option.chaos_seed = random.randrange(10**6)
+    if config.option.share == "day":
+        config.option.share = datetime.date.today().toordinal() % SHARES + 1
+    if config.option.share and int(config.option.share) not in range(1, SHARES + 1):
+        raise pytest.UsageError(f"--share: {config.option.share}: 1 to {SHARES}, or day")
+    if not hasattr(config, "workerinput"):  # not within pytest-xdist
+        config.stash[REAPER] = Reaper()
+    heed_sigterm()
+
+
+REAPER = pytest.StashKey[Reaper]()
+
+
+def heed_sigterm() -> None:
+    """SIGTERM is as good as Ctrl-C: fixtures are torn down. Ray in this process would end the test alone."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """`-n auto`: side by side where all tests run; without the start of more processes for chosen files."""
+    return min(os.cpu_count() or 1, 4) if config.args_source is config.ArgsSource.TESTPATHS else 0
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return f"chaos: --repeat {config.option.repeat} --chaos-seed {config.option.chaos_seed}"
+    chosen = f"; of slow and chaos tests part --share {config.option.share} of {SHARES}" if config.option.share else ""
+    return f"chaos: --repeat {config.option.repeat} --chaos-seed {config.option.chaos_seed}{chosen}"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The figures that tests have measured."""
+    """The figures that tests have measured, and files that cost too much."""
     for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
         if report.when == "call":
             for name, value in report.user_properties:
-                terminalreporter.write_line(f"{name}: {value}")
+                if name != budgets.NAME:
+                    terminalreporter.write_line(f"{name}: {value}")
+    for line in terminalreporter.config.stash.get(COMPLAINTS, ()):
+        terminalreporter.write_line(line, red=True)
+
+
+COMPLAINTS = pytest.StashKey[list[str]]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    """The last report of each test says what it has cost."""
+    if call.when == "setup":
+        heed_sigterm()
+    if call.when == "teardown" and not is_slow(item):
+        item.user_properties.append((budgets.NAME, round(METER.lap(), 3)))
+    elif call.when == "teardown":
+        METER.lap()
+    return (yield)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Nothing may be left running, and no file may cost more than its budget allows."""
+    close()
+    reaper = session.config.stash.get(REAPER, None)
+    reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reaper is None or reporter is None:
+        return
+    spent = budgets.by_file(reporter.stats.get("", []))
+    if session.config.option.write_budgets:
+        budgets.write(spent)
+    complaints = budgets.exceeded(spent, budgets.budgets())
+    complaints += [
+        f"left running: {pid} {line:.200}"
+        for pid, line in left_of(reaper.mark, 2 * GRACE, {resource_tracker._resource_tracker._pid}).items()
+    ]
+    session.config.stash[COMPLAINTS] = complaints
+    if complaints and not exitstatus:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def is_slow(item: pytest.Item) -> bool:
+    return any(item.get_closest_marker(name) for name in ("slow", "chaos"))
 
 
 @pytest.fixture
@@ -55,20 +134,38 @@ def chance(request: pytest.FixtureRequest) -> random.Random:
     return random.Random(f"{request.config.option.chaos_seed} {request.node.name}")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever asks for the shared cluster is marked `ray`, and comes last: the cluster is not there to slow down the rest. With
-    `-n 2 --dist loadgroup` one process has all of it, and the other one the rest at the same time."""
-    shared = [item for item in items if "ray_cluster" in getattr(item, "fixturenames", ())]
-    for item in shared:
-        item.add_marker(pytest.mark.ray)
-        item.add_marker(pytest.mark.xdist_group("ray"))
-    items.sort(key=lambda item: item in shared)
+def share_of(item: pytest.Item) -> int:
+    """1 to SHARES, by the name of the test function, so that all of its cases share what they stand on."""
+    return zlib.crc32(item.nodeid.partition("[")[0].encode()) % SHARES + 1
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Whatever asks for the shared cluster is marked `ray`, and comes last: the cluster is not there to slow down the rest. Side by side,
+    one process has all of it, and files stay whole, the longest first."""
+    if chosen := config.option.share:
+        others = [item for item in items if is_slow(item) and share_of(item) != int(chosen)]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in set(others)]
+    shared = {item for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
+    for item in items:
+        if item in shared:
+            item.add_marker(pytest.mark.ray)
+        item.add_marker(pytest.mark.xdist_group("ray" if item in shared else item.path.stem))
+    cost = {f"{file}": seconds for file, seconds in budgets.budgets().items()}
+    slow = {item.path.name for item in items if is_slow(item) and item not in shared}
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: (item not in shared, item.path.name not in slow, -cost.get(item.path.name, 0), item.path.name))
+    else:
+        items.sort(key=lambda item: item in shared)
 
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """Ray in this process and its workers, once for all tests that ask for it."""
-    with session.connected(None, cpus=CPUS, object_store_memory=512 * 2**20):
+    with ExitStack() as stack:
+        with METER.excuse():
+            stack.enter_context(session.connected(None, cpus=CPUS, object_store_memory=512 * 2**20))
+        heed_sigterm()
         yield
 
 

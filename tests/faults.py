@@ -38,6 +38,7 @@ from dlopt.train import metrics_log, worker
 from dlopt.train.checkpoints import CHECKPOINTS, Store
 from dlopt.train.fit import FIT
 from tests.commands import ROOT, environment
+from tests.reaper import bearing
 from tests.served import alive, descendants
 
 LOAD = 3.0
@@ -412,7 +413,7 @@ def start_run(home: Path, job: Path, mark: str, *overrides: str) -> subprocess.P
     """`dlopt run JOB`, which leaves a trace, in a process of its own."""
     words = [sys.executable, "-c", RUN, "run", str(job), *overrides, "--home", str(home)]
     options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    return subprocess.Popen(words, cwd=ROOT, env=environment(DLOPT_CHAOS=mark, OMP_NUM_THREADS="1", RAY_AUTH_MODE="disabled"), **options)
+    return subprocess.Popen(words, cwd=ROOT, env=environment(DLOPT_CHAOS=mark, RAY_AUTH_MODE="disabled"), **options)
 
 
 def ended(process: subprocess.Popen[str], seconds: float = 240) -> subprocess.CompletedProcess[str]:
@@ -424,19 +425,6 @@ def ended(process: subprocess.Popen[str], seconds: float = 240) -> subprocess.Co
         out, err = process.communicate()
         raise AssertionError(f"the run has not ended after {seconds} seconds: {out}{err}") from None
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
-def bearing(mark: str) -> dict[int, str]:
-    """Command lines of processes that bear a mark, wherever they hang."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                if mark.encode() in (entry / "environ").read_bytes():
-                    found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            except OSError:
-                continue
-    return found
 
 
 def assert_nothing_runs(mark: str, seconds: float = 120) -> None:

@@ -12,10 +12,12 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from multiprocessing import connection, get_context
+from multiprocessing import active_children, connection, forkserver, get_context
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
+
+from tests.budgets import METER
 
 SECONDS = 180
 """How long processes of one call may take, and wait for each other, if nothing else is said."""
@@ -27,7 +29,14 @@ context.set_forkserver_preload(
 
 def fork(function: Callable[..., None], *arguments: Any) -> ForkServerProcess:
     """A process that has begun `function(*arguments)`, which must be a module's own, in this process's environment."""
-    process = context.Process(target=_called, args=(dict(os.environ), function, arguments), daemon=True)
+    if forkserver._forkserver._forkserver_pid is None:  # type: ignore[attr-defined]
+        with METER.excuse():
+            _started(_called, {}, time.sleep, (0.0,)).join()  # the server answers when it has imported everything
+    return _started(_called, dict(os.environ), function, arguments)
+
+
+def _started(function: Callable[..., None], *arguments: Any) -> ForkServerProcess:
+    process = context.Process(target=function, args=arguments, daemon=True)
     process.start()
     return process
 
@@ -40,6 +49,14 @@ def _called(environment: Mapping[str, str], function: Callable[..., None], argum
     tempfile.tempdir = None
     torch.set_num_threads(1)
     function(*arguments)
+
+
+def close() -> None:
+    """End all processes, and their server, which each of them would keep alive."""
+    for process in active_children():
+        process.kill()
+        process.join()
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
 def run(function: Callable[..., None], *arguments: Any, seconds: float = 60) -> int:

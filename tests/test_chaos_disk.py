@@ -175,7 +175,7 @@ def test_a_disk_that_is_full_when_ray_spills_ends_the_run_in_a_line_and_room_let
     assert here(capsys, "run", job, "--home", tmp_path / "undisturbed").returncode == 0
     words = [sys.executable, "-c", "from tests.test_chaos_disk import spill; spill()", disk]
     command = ["run", job, "resources.feed=stream", "--home", tmp_path / "home"]
-    given = environment(DLOPT_CHAOS=mark, OMP_NUM_THREADS="1", RAY_AUTH_MODE="disabled")
+    given = environment(DLOPT_CHAOS=mark, RAY_AUTH_MODE="disabled")
     fill(disk)
     ended = subprocess.run([*words, "9", *command], capture_output=True, text=True, cwd=ROOT, env=given, timeout=300)
     assert_said_in_one_line(ended, "disk", "full")

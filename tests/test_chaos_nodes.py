@@ -105,7 +105,7 @@ def answers(folder: Path, request: pytest.FixtureRequest) -> dict[str, Any]:
     """What came of the faults on a cluster, of which nothing may be left."""
     mark, options = uuid.uuid4().hex, request.config.option
     settings = {f"RAY_health_check_{name}": str(value) for name, value in HEALTH.items()}
-    given = environment(DLOPT_CHAOS=mark, OMP_NUM_THREADS="1", RAY_AUTH_MODE="disabled", **settings)
+    given = environment(DLOPT_CHAOS=mark, RAY_AUTH_MODE="disabled", **settings)
     words = [sys.executable, "-c", "from tests.test_chaos_nodes import act; act()", folder, str(options.repeat), str(options.chaos_seed)]
     process = subprocess.Popen(
         words, cwd=ROOT, env=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
