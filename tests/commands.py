@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,16 @@ def here(capsys: pytest.CaptureFixture[str], *words: object) -> subprocess.Compl
     capsys.readouterr()
     code = main([*map(str, words)])
     return subprocess.CompletedProcess(words, code, *capsys.readouterr())
+
+
+def printed(*words: object) -> dict[str, Any]:
+    """What `dlopt WORDS --json` prints in this process and on its Ray, if it goes well; what it says meanwhile is under `said`."""
+    out, said = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(said):
+        code = main([*map(str, words), "--json"])
+    assert code == 0, said.getvalue()
+    (line,) = out.getvalue().splitlines()
+    return dict(json.loads(line)) | {"said": said.getvalue()}
 
 
 def refused(*words: object, **options: Any) -> str:

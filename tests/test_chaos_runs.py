@@ -54,7 +54,7 @@ from tests.served import alive
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 
-HEALTH_SECONDS = 10
+HEALTH_SECONDS = 4
 """How long Ray Train lets a worker that does not answer hang, in the test of that."""
 Record = Callable[[str, object], None]
 

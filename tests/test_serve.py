@@ -62,14 +62,19 @@ def server(request: pytest.FixtureRequest, export: Artifact, tmp_path_factory: p
             made.stop(signal.SIGTERM)
 
 
+everything_else = pytest.mark.parametrize("server", ["haproxy"], indirect=True, scope="module")
+"""What is the same whatever is in front of the replicas is tried behind HAProxy alone."""
+CLIENT = httpx.Client(trust_env=False, timeout=30, limits=httpx.Limits(max_keepalive_connections=0))
+"""Every request goes over a connection of its own."""
+
+
 def headers_of(server: Server) -> dict[str, str]:
     return {"authorization": f"Bearer {KEY if server.keys else server.key}"}
 
 
 def ask(server: Server, method: str, path: str, **options: Any) -> httpx.Response:
-    """One request with the key, on a connection of its own."""
-    options = {"headers": headers_of(server), "trust_env": False, "timeout": 30} | options
-    return httpx.request(method, server.url + path, **options)
+    """One request with the key."""
+    return CLIENT.request(method, server.url + path, **({"headers": headers_of(server)} | options))
 
 
 def direct_urls(server: Server) -> list[str]:
@@ -134,6 +139,7 @@ def test_health_is_open_and_all_else_needs_a_key(server: Server) -> None:
     assert ask(server, "GET", "/v1/models/digits").json()["model_version_status"][0]["state"] == "AVAILABLE"
 
 
+@everything_else
 def test_the_address_that_it_prints_opens_the_page(server: Server) -> None:
     address = next(line for line in server.said if "is served at" in line).split()[-1]
     assert address.startswith(server.url)
@@ -144,6 +150,7 @@ def test_the_address_that_it_prints_opens_the_page(server: Server) -> None:
         assert browser.post(server.url + PREDICT, json=BLACK).status_code == 200
 
 
+@everything_else
 def test_one_connection_carries_many_requests_and_head_has_no_body(server: Server) -> None:
     """HAProxy starts anew when a replica comes or goes, which ends connections that idle: then it gets a second try, and a third."""
     carried = [most_on_one_connection(server) for _ in range(3)]
@@ -162,6 +169,7 @@ def most_on_one_connection(server: Server) -> int:
         return int(re.search(r"Request Count: (\d+)", repr(connection))[1])  # type: ignore[index]
 
 
+@everything_else
 def test_a_client_that_expects_100_continue_gets_its_prediction(server: Server) -> None:
     body = json.dumps(BLACK).encode()
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
@@ -174,6 +182,7 @@ def test_a_client_that_expects_100_continue_gets_its_prediction(server: Server) 
 # Bad requests
 
 
+@everything_else
 def test_bad_requests_get_a_json_error_and_the_replicas_stay_up(server: Server) -> None:
     before = server.replicas
     huge = 2_000_000
@@ -198,6 +207,7 @@ def test_bad_requests_get_a_json_error_and_the_replicas_stay_up(server: Server) 
     assert server.replicas == before
 
 
+@everything_else
 def test_a_length_of_a_gibibyte_is_refused_before_the_body_comes(server: Server) -> None:
     reply = raw(server, head(server, f"Content-Length: {2**30}"))
     assert reply.startswith(b"HTTP/1.1 413 ")
@@ -212,13 +222,13 @@ def test_what_is_no_http_does_not_reach_the_model(server: Server) -> None:
     assert server.replicas == before
 
 
+@everything_else
 def test_slow_bodies_get_a_408_and_slow_heads_do_not_stay(server: Server) -> None:
     start = time.monotonic()
     reply = raw(server, head(server, "Content-Length: 100"), b"{")
     assert reply.startswith(b"HTTP/1.1 408 ")
     assert b"did not arrive within 2 seconds" in reply
-    if not server.keys:  # HAProxy's part
-        assert raw(server, b"POST / HTTP/1.1\r\nHost: test\r\n").startswith(b"HTTP/1.1 408 ")
+    assert raw(server, b"POST / HTTP/1.1\r\nHost: test\r\n").startswith(b"HTTP/1.1 408 ")  # HAProxy's part
     assert time.monotonic() - start < 2 * 10  # the socket's own time-out
 
 
@@ -232,7 +242,7 @@ def test_metrics_are_exact_over_all_replicas_whichever_is_asked(server: Server) 
     ask(server, "POST", PREDICT, content=b"{")
     urls = [server.url] * 8 if server.keys else [server.url, *direct_urls(server)]
     for url in urls:
-        text = httpx.get(f"{url}/metrics", headers=headers_of(server), trust_env=False).text
+        text = CLIENT.get(f"{url}/metrics", headers=headers_of(server)).text
         grown = {
             name: counted(text, name, model="digits", **labels) - counted(start, name, model="digits", **labels)
             for name, labels in (
@@ -261,6 +271,7 @@ scrape_configs:
 """
 
 
+@everything_else
 def test_prometheus_scrapes_it_with_the_key(server: Server, tmp_path: Path) -> None:
     binary = program("prometheus")
     (tmp_path / "prometheus.yml").write_text(
@@ -282,7 +293,7 @@ def test_prometheus_scrapes_it_with_the_key(server: Server, tmp_path: Path) -> N
 def queried(port: int, query: str) -> list[float]:
     """Values of an instant query; empty while Prometheus starts."""
     try:
-        reply = httpx.get(f"http://127.0.0.1:{port}/api/v1/query", params={"query": query}, trust_env=False)
+        reply = CLIENT.get(f"http://127.0.0.1:{port}/api/v1/query", params={"query": query})
     except httpx.TransportError:
         return []
     return [float(one["value"][1]) for one in reply.json()["data"]["result"]] if reply.status_code == 200 else []
@@ -316,12 +327,13 @@ def test_nothing_but_the_serving_port_listens_to_others_unguarded(server: Server
         assert all("haproxy" in tree[pid] for pid, _ in serving)
 
 
+@everything_else
 def test_the_replicas_own_ports_want_the_key_too(server: Server) -> None:
     urls = direct_urls(server)
-    assert len(urls) == (0 if server.keys else 2)  # only HAProxy reaches replicas over ports of their own
+    assert len(urls) == 2
     for url in urls:
-        assert httpx.post(url + PREDICT, json=BLACK, trust_env=False).status_code == 401
-        assert httpx.post(url + PREDICT, json=BLACK, headers=headers_of(server), trust_env=False).status_code == 200
+        assert CLIENT.post(url + PREDICT, json=BLACK).status_code == 401
+        assert CLIENT.post(url + PREDICT, json=BLACK, headers=headers_of(server)).status_code == 200
 
 
 # Failures
@@ -336,6 +348,7 @@ def test_a_port_in_use_is_one_line_and_nothing_is_started(export: Artifact) -> N
     assert second.process.returncode == 1
 
 
+@everything_else
 def test_a_killed_replica_comes_back_under_load(server: Server) -> None:
     before = server.replicas
     statuses: list[int] = []

@@ -13,16 +13,9 @@ import pytest
 from dlopt.artifact import Artifact
 from dlopt.data.encode import encode_rows
 from dlopt.part import Signature
-from tests.commands import ROOT, dlopt
+from tests.commands import ROOT, dlopt, printed
 
 pytestmark = pytest.mark.slow
-
-
-def run(job: str, home: Path, *overrides: str) -> dict[str, Any]:
-    """What a job prints with --json."""
-    ended = dlopt("run", ROOT / "jobs" / job, *overrides, "--home", home, "--json", timeout=500)
-    assert ended.returncode == 0, ended.stderr
-    return dict(json.loads(ended.stdout))
 
 
 def artifact(result: dict[str, Any], name: str) -> Artifact:
@@ -31,7 +24,11 @@ def artifact(result: dict[str, Any], name: str) -> Artifact:
 
 
 def test_spam_is_told_from_ham(shared: Path, tmp_path: Path) -> None:
-    result = run("sms.yaml", tmp_path, f"data.source.path={shared / 'sms' / 'sms.tsv'}")
+    """Cold, in a process and on a Ray of its own."""
+    words = ("run", ROOT / "jobs" / "sms.yaml", f"data.source.path={shared / 'sms' / 'sms.tsv'}", "--home", tmp_path, "--json")
+    ended = dlopt(*words, timeout=500)
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(ended.stdout)
     assert result["metrics"]["test"]["f1"] >= 0.93
     data, export = artifact(result, "data"), artifact(result, "export.onnx")
     assert data.info["counts"]["read"] == 5574 and data.info["counts"]["bad"] == 0
@@ -46,9 +43,9 @@ def test_spam_is_told_from_ham(shared: Path, tmp_path: Path) -> None:
         np.testing.assert_allclose(alone[0], together[row], atol=1e-6)
 
 
-def test_projects_are_tagged_by_title_and_description(shared: Path, tmp_path: Path) -> None:
-    folder = shared / "projects"
-    result = run("projects.yaml", tmp_path, f"data.source.path={folder / 'train.csv'}", f"data.test.path={folder / 'test.csv'}")
+def test_projects_are_tagged_by_title_and_description(shared: Path, ray_cluster: None, tmp_path: Path) -> None:
+    folder, job = shared / "projects", ROOT / "jobs" / "projects.yaml"
+    result = printed("run", job, "--home", tmp_path, f"data.source.path={folder / 'train.csv'}", f"data.test.path={folder / 'test.csv'}")
     assert result["metrics"]["test"]["macro_f1"] >= 0.72
     counts = artifact(result, "data").info["counts"]
     assert counts["train"] + counts["validation"] == 764 and counts["test"] == 191
