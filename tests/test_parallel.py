@@ -113,8 +113,8 @@ SEVERAL = {
     2: [("clipped", "ddp"), ("parts", "ddp"), ("frozen", "ddp"), ("odd", "ddp"), ("texts", "zero"), ("texts", "fsdp")],
     4: [("clipped", "ddp"), ("parts", "zero"), ("odd", "fsdp"), ("texts", "fsdp")],
 }
-"""By the number of workers: cases, and how they are shared out. Three have all. Two swap gradients in a way of their own, whatever the optimizer;
-among four some hold nothing of a layer."""
+"""By the number of workers: cases, and how they are shared out. Three have all. Two swap gradients in a way of their own, whatever the
+optimizer; among four some hold nothing of a layer."""
 
 
 def _curves(rank: int, world: int, folder: Path, data: dict[str, Path]) -> None:
