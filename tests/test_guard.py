@@ -118,6 +118,12 @@ def test_an_identifier_is_found(kind: str, values: Any, said: str) -> None:
     assert match and int(match[1].replace(",", "")) == pytest.approx(N, rel=0.05)  # 3 standard errors of the estimate
 
 
+def test_a_few_different_values_are_counted_exactly() -> None:
+    values = pa.array([f"id{row % 95}" for row in range(100)])
+    (finding,) = findings({"all": summarise({"odd": values}, {"odd": "category"})})
+    assert finding.text.startswith("odd: an identifier, 95 different values in 100 rows: ")
+
+
 @pytest.mark.parametrize(
     ("kind", "values"),
     [
