@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import get_args
 
 import numpy as np
@@ -29,17 +29,11 @@ KINDS = get_args(Dropout)
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def no_step() -> Iterator[None]:
-    yield
-    noise.end()
-
-
 def drawn(layer: nn.Module, values: Tensor, first: int = 0, step: int = 0) -> Tensor:
     """What a layer makes of these rows, from place `first` of a batch on, in a step."""
-    noise.begin(7, step)
-    noise.part(first, len(values), CPU)
-    found: Tensor = layer.train()(values)
+    with noise.step(7, step):
+        noise.part(first, len(values), CPU)
+        found: Tensor = layer.train()(values)
     return found
 
 
@@ -72,12 +66,13 @@ def test_rows_have_the_same_numbers_in_parts_as_in_the_whole_batch(name: str, sh
 def test_numbers_are_those_of_splitmix64_for_the_key_of_the_row() -> None:
     layer = noise.Dropout(0.5)
     layer.stream = 99
-    noise.begin(7, 5)
-    noise.part(2, 3, CPU)
-    found = layer.lanes((3, 4, 6), CPU).reshape(12, 6).numpy()
+    with noise.step(7, 700):
+        noise.part(2, 3, CPU)
+        found = layer.lanes((3, 4, 6), CPU).reshape(12, 6).numpy()
     gamma, signed = np.uint64(counter.GAMMA), np.int16
     with np.errstate(over="ignore"):
-        keys = counter.mix(np.arange(2, 5).astype(np.uint64) * gamma + counter.stream(7, 5, noise.PURPOSE)) ^ np.uint64(99)
+        step = counter.mix(np.uint64([700]) * gamma + counter.stream(7, noise.PURPOSE))
+        keys = counter.mix(np.arange(3, 6).astype(np.uint64) * gamma + step) + np.uint64(99)  # the first key is of all rows together
         places = (np.arange(4).astype(np.uint64)[:, None] << np.uint64(21)) + np.arange(2).astype(np.uint64)
         words = counter.mix(keys[:, None, None] + places * gamma)
     assert np.array_equal(words.astype("<u8").view("<u2").astype(signed).reshape(12, 8)[:, :6], found)
@@ -85,11 +80,11 @@ def test_numbers_are_those_of_splitmix64_for_the_key_of_the_row() -> None:
 
 def test_places_in_a_row_do_not_depend_on_how_long_the_longest_text_is() -> None:
     layer = named(dropout("standard", 0.5))
-    noise.begin(7, 0)
-    noise.part(0, 3, CPU)
-    short, long = (layer.lanes((3, length, 6), CPU) for length in (5, 9))  # type: ignore[operator]
+    with noise.step(7, 0):
+        noise.part(0, 3, CPU)
+        short, long = (layer.lanes((3, length, 6), CPU) for length in (5, 9))  # type: ignore[operator]
+        few, many = (layer.lanes((3, 2, length, length), CPU) for length in (5, 9))  # type: ignore[operator]
     assert torch.equal(long[:, :5], short)
-    few, many = (layer.lanes((3, 2, length, length), CPU) for length in (5, 9))  # type: ignore[operator]
     assert torch.equal(many[:, :, :5, :5], few)
 
 
@@ -100,9 +95,8 @@ def test_a_network_of_any_family_gives_rows_the_same_outputs_in_parts(family: st
         layer.training = getattr(layer, "running_mean", None) is None
 
     def outputs(low: int, high: int) -> Tensor:
-        noise.begin(7, 3)
-        noise.part(low, high - low, CPU)
-        with torch.no_grad():
+        with torch.no_grad(), noise.step(7, 3):
+            noise.part(low, high - low, CPU)
             found: Tensor = network(shortened({name: values[low:high] for name, values in inputs.items()}, FAMILIES[family][0].inputs))
         return found
 
@@ -127,9 +121,9 @@ def test_layers_steps_rows_and_places_are_independent() -> None:
 def test_numbers_are_uniform_and_what_four_of_one_word_say_together_too() -> None:
     """Chi-square of 256 and of 4,096 cells, whose deviation is sqrt(2 * cells)."""
     layer = named(dropout("standard", 0.5))
-    noise.begin(1, 0)
-    noise.part(0, 4096, CPU)
-    found = (layer.lanes((4096, 64), CPU).long() + 32768).reshape(-1, 4)  # type: ignore[operator]
+    with noise.step(1, 0):
+        noise.part(0, 4096, CPU)
+        found = (layer.lanes((4096, 64), CPU).long() + 32768).reshape(-1, 4)  # type: ignore[operator]
     for cells in (found >> 8, (found & 255), ((found >> 13) * torch.tensor([512, 64, 8, 1])).sum(1)):
         count = 4096 if cells.dim() == 1 else 256
         expected = cells.numel() / count
@@ -166,15 +160,13 @@ def test_a_layer_that_a_user_calls_twice_draws_twice_and_again_on_the_way_back()
     net = nn.Sequential(Twice(), Twice())
     noise.key(net)
     values, found = torch.ones(8, 6), []
-    noise.begin(1, 0)
-    noise.part(0, 8, CPU)
-    assert not torch.equal(net[0].drop(values), net[0].drop(values))
     for again in (False, True):
-        if again:
-            assert recompute(net) == 2
-        noise.part(0, 8, CPU)
-        net.zero_grad()
-        net(values).square().sum().backward()
+        assert recompute(net) == 2 if again else True
+        with noise.step(1, 0):
+            noise.part(0, 8, CPU)
+            assert not torch.equal(net[0].drop(values), net[0].drop(values))
+            net.zero_grad()
+            net(values).square().sum().backward()
         found.append([parameter.grad.clone() for parameter in net.parameters() if parameter.grad is not None])
     assert len(found[0]) == 4 and all(map(torch.equal, *found))
 

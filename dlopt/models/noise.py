@@ -1,12 +1,12 @@
 """The random numbers of training as pure functions of (seed, step, layer, row of the whole batch, place in the row): the same bits on any
 device, of any number of workers, in micro batches, computed again on the way back, compiled.
 
-The loop calls `begin` before each step, and the objective `part` before each forward pass, with which rows of the whole batch it is of.
+The loop takes each step within `step`; before each forward pass the objective calls `part`, with which rows of the whole batch it is of.
 A row of a step has a 64-bit key, from which each layer's numbers go on as SplitMix64 does (Steele, Lea, Flood 2014, as in
-`dlopt.data.counter`): the finalizer of key + index * gamma, in integer tensor operations. Each of its results is four numbers of 16 bits.
-The index of a place in a row has 21 bits for each dimension, so that it does not depend on how long the batch's longest text is.
+`dlopt.data.counter`): the finalizer of key + layer's stream + index * gamma, in integer tensor operations. Each result is four numbers of
+16 bits. The index of a place in a row has 21 bits for each dimension, so that it does not depend on how long the longest text is.
 
-Where no step has begun, as in a test of a layer, keys come from torch's generator. To add a layer that draws: a class of `Noisy`.
+Outside of steps, as in a test of a layer, keys come from torch's generator. To add a layer that draws: a class of `Noisy`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
@@ -30,6 +31,10 @@ AGAIN = 0xD1342543DE82EF95
 LANES, LEVELS = 2**16, 2**16 - 1
 DIMENSION = 21
 """Bits of the index for each dimension of a row but the last, whose places come four to an index."""
+KEPT = 2**16
+"""About how many keys, of as many steps as that is, are made at once; and of how many places in a row their indices are kept."""
+AGAIN = 0xD1342543DE82EF95
+"""What the stream of a layer is moved by when it is called again in the same forward pass."""
 SELU = 1.7580993408473766
 """alpha * scale of selu, which alpha dropout sets numbers to the negative of."""
 
@@ -38,10 +43,12 @@ SELU = 1.7580993408473766
 class Now:
     """What is drawn in this process now."""
 
-    step: int | None = None
-    """The key of the step; None outside of steps."""
+    step: tuple[int, int] | None = None
+    """The seed, and how many steps there were before this one; None outside of steps."""
+    keys: Tensor | None = None
+    """Of the forward pass, int64: that of all rows together, and then of each row of the whole batch."""
     rows: Tensor | None = None
-    """The key of each row of the forward pass, int64 (rows,)."""
+    """Those of the rows of this part, int64 (rows,)."""
     calls: dict[int, int] = field(default_factory=dict)
     """How often a layer, by its stream, has been called in the forward pass: of layers that may be more than once."""
 
@@ -49,21 +56,32 @@ class Now:
 now = Now()
 
 
-def begin(seed: int, step: int) -> None:
-    """A step of training begins, before which there were `step`."""
-    now.step, now.rows, now.calls = stream(seed, step, PURPOSE), None, {}
+@contextmanager
+def step(seed: int, before: int) -> Iterator[None]:
+    """Within it is a step of training, before which there were so many."""
+    now.step = seed, before
+    try:
+        yield
+    finally:
+        now.step = now.keys = now.rows = None
 
 
 def part(first: int, rows: int, device: torch.device) -> None:
     """A forward pass begins, of so many rows from place `first` of the whole batch on. Of the same rows it draws the same again."""
     if now.step is not None:
-        numbers = torch.arange(first, first + rows, device=device)
-        now.rows, now.calls = _mix(numbers.mul_(_signed(GAMMA)).add_(_signed(now.step))), {}
+        seed, before = now.step
+        count = 1 << (first + rows).bit_length()
+        steps = max(1, KEPT // count)
+        now.keys = _keys(seed, before // steps, steps, count, device)[before % steps]
+        now.rows, now.calls = now.keys[first + 1 : first + 1 + rows], {}
 
 
-def end() -> None:
-    """There are no steps any more."""
-    now.step, now.rows, now.calls = None, None, {}
+@functools.lru_cache(4)
+def _keys(seed: int, block: int, steps: int, count: int, device: torch.device) -> Tensor:
+    """int64 (steps, count), of some steps one after the other."""
+    numbers = torch.arange(block * steps, (block + 1) * steps, device=device)
+    found = _mix(numbers.mul_(_signed(GAMMA)).add_(_signed(stream(seed, PURPOSE))))
+    return _mix(found[:, None] + torch.arange(count, device=device).mul_(_signed(GAMMA)))
 
 
 def stream(*numbers: int) -> int:
@@ -92,12 +110,9 @@ class Noisy(nn.Module):
             return torch.zeros(shape, dtype=torch.int16, device=device)
         rows, sizes = _rows_of(shape, device)
         *outer, last = sizes if len(sizes) < 4 else (*sizes[:2], math.prod(sizes[2:]))
-        places = torch.arange(-(-last // 4), device=device).mul_(_signed(GAMMA))
-        for level, size in enumerate(reversed(outer), start=1):
-            apart = torch.arange(size, device=device).mul_(_signed(GAMMA << DIMENSION * level))
-            places = apart.view(-1, *[1] * level) + places
-        keys = (rows ^ _signed(self._stream())).view(-1, *[1] * places.dim())
-        found = _mix(keys + places).view(torch.int16)
+        small = not torch.compiler.is_compiling() and math.prod(sizes) <= KEPT
+        places = (_kept_places if small else _places)(self._stream(), (*outer, -(-last // 4)), device)
+        found = _mix(rows.view(-1, *[1] * places.dim()) + places).view(torch.int16)
         return (found if last % 4 == 0 else found[..., :last]).reshape(shape)
 
     def kept(self, shape: Sequence[int], p: float, device: torch.device) -> Tensor:
@@ -109,7 +124,7 @@ class Noisy(nn.Module):
             return self.stream
         before = now.calls.get(self.stream, 0)
         now.calls[self.stream] = before + 1
-        return self.stream + before * AGAIN
+        return self.stream + before * AGAIN % 2**64
 
 
 class Dropout(Noisy):
@@ -215,8 +230,21 @@ def _rows_of(shape: Sequence[int], device: torch.device) -> tuple[Tensor, Sequen
         return rows, shape[1:] or (1,)
     if count and count * times == shape[0]:
         return rows, (times, *shape[1:])
-    assert now.step is not None
-    return torch.full((1,), _signed(now.step), device=device), shape
+    assert now.keys is not None
+    return now.keys[:1], shape
+
+
+def _places(stream: int, sizes: Sequence[int], device: torch.device) -> Tensor:
+    """What is added to the key of a row for the words of so many places, of which the stream is the first, int64 of these sizes."""
+    *outer, last = sizes
+    found = torch.arange(last, device=device).mul_(_signed(GAMMA)).add_(_signed(stream))
+    for level, size in enumerate(reversed(outer), start=1):
+        apart = torch.arange(size, device=device).mul_(_signed(GAMMA << DIMENSION * level))
+        found = apart.view(-1, *[1] * level) + found
+    return found
+
+
+_kept_places = functools.lru_cache(64)(_places)
 
 
 def _mix(values: Tensor) -> Tensor:

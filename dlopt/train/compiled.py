@@ -96,12 +96,10 @@ def _try(network: nn.Module, objective: Objective, batch: Batch) -> None:
     """A step's work, without a trace."""
     training, before = network.training, [buffer.clone() for buffer in network.buffers()]
     devices = [batch.target.device] if batch.target.device.type == "cuda" else []
-    noise.begin(0, 0)
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), noise.step(0, 0):
             objective(network.train(), batch).loss.backward()
     finally:
-        noise.end()
         network.train(training)
         for parameter in network.parameters():
             parameter.grad = None

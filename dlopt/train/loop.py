@@ -60,13 +60,12 @@ def steps(
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.train()
-    try:
-        for index, batch in enumerate(batches):
-            noise.begin(seed, before + index)
-            now = factor(index)
-            for group in optimizer.param_groups:
-                group["lr"] = now * group[PEAK]
-            _forget(parameters)
+    for index, batch in enumerate(batches):
+        now = factor(index)
+        for group in optimizer.param_groups:
+            group["lr"] = now * group[PEAK]
+        _forget(parameters)
+        with noise.step(seed, before + index):
             losses = gradient(objective, model, batch)
             norm = norm_of([parameter.grad for parameter in parameters if parameter.grad is not None])
             found = norm.item()
@@ -77,10 +76,8 @@ def steps(
                 if clip is not None:
                     clip.apply(parameters, norm, norm_of)
                 _take(optimizer, parameters, losses, lambda batch=batch: gradient(objective, model, batch))  # type: ignore[misc]
-            overflowed = scale is not None and scale.note(taken)
-            yield Step(losses.loss.detach(), losses.correct, now, found, taken, overflowed)
-    finally:
-        noise.end()
+        overflowed = scale is not None and scale.note(taken)
+        yield Step(losses.loss.detach(), losses.correct, now, found, taken, overflowed)
 
 
 def peaked(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
