@@ -48,7 +48,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 
 HEALTH = {"initial_delay_ms": 1000, "period_ms": 1000, "timeout_ms": 2000, "failure_threshold": 3}
 """Of nodes: one that is gone is found within seconds."""
-SMOOTH: dict[str, Any] = {"dropout": 0.0, "precision": "float64"}
+SMOOTH: dict[str, Any] = {"precision": "float64"}
 """A job whose curve is the same on any number of workers."""
 
 

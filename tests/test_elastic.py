@@ -56,7 +56,7 @@ def begin(nodes: Nodes, folder: Path, home: Path, *overrides: str, pause: float 
     if (folder / "undisturbed" / "data").exists():
         shutil.copytree(folder / "undisturbed" / "data", home / "data")
     pace(home, pause)
-    job = write_job(folder, dropout=0.0, precision="float64")
+    job = write_job(folder, precision="float64")
     words = [sys.executable, "-c", RUN, "run", job, *overrides, "--home", home, "--address", nodes.address]
     settings = {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "DLOPT_CHAOS": MARK, "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}
     return subprocess.Popen(

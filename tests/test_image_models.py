@@ -237,7 +237,7 @@ def test_blocks_are_left_out_linearly_more_often_with_depth() -> None:
     for model in (Resnet(blocks=(1, 2), widths=(4, 8), stochastic_depth=0.6), Vit(depth=3, width=8, heads=2, stochastic_depth=0.6)):
         built = network(model, EVEN)
         found = [layer.p for layer in built.modules() if isinstance(layer, StochasticDepth)]
-        assert found == pytest.approx([0.2, 0.4, 0.6]), model.kind
+        assert found[:: len(found) // 3] == pytest.approx([0.2, 0.4, 0.6]), model.kind  # of a transformer's block, two branches
 
 
 def test_a_row_whose_branch_is_left_out_is_what_the_shortcut_gives() -> None:
@@ -269,7 +269,7 @@ def test_norms_come_between_the_weights_and_the_activation_and_stand_in_for_the_
     assert hidden.linear.bias is None
     assert network(Mlp(norm="rms"), SMALL).body.encoder.hidden1.linear.bias is not None  # it has none of its own
     block = network(Cnn(norm="batch", channels=(4,), block_dropout=0.3, dropout_kind="channel"), SMALL).body.encoder.block1
-    assert [type(layer).__name__ for layer in block] == ["Conv2d", "MaxPool2d", "BatchNorm", "ReLU", "ByChannel"]
+    assert [type(layer).__name__ for layer in block] == ["Conv2d", "MaxPool2d", "BatchNorm", "ReLU", "Dropout"] and block.dropout.channels
     assert block.convolution.bias is None
 
 

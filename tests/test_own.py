@@ -22,7 +22,7 @@ from dlopt.data.section import Data
 from dlopt.export import Onnx
 from dlopt.export.onnx import EXPORT, MODEL, fed, trained_network
 from dlopt.models import own as table
-from dlopt.models.own import Own, factory_of, own, register
+from dlopt.models.own import Own, draws_by_row, factory_of, own, register
 from dlopt.part import DloptError, Signature
 from dlopt.spec import Job
 from tests import sets
@@ -278,3 +278,40 @@ def test_a_script_ships_its_network_by_value_to_processes_that_cannot_import_it(
     network = built(part, signature(NUMBERS, target=THREE))
     assert network.body.layer.out_features == 7
     same(network({"numbers": torch.full((2, 3), 50.0)})[:1], network({"numbers": torch.full((2, 3), 50.0)})[1:])
+
+
+class Drawing(nn.Module):
+    """Takes flat rows and draws as it is told to."""
+
+    def __init__(self, signature: Signature, how: str) -> None:
+        super().__init__()
+        self.hidden, self.out = nn.Linear(signature.inputs[0].size, 16), nn.Linear(16, signature.num_outputs)
+        self.how, self.drop, self.norm = how, nn.Dropout(0.3), nn.BatchNorm1d(16)
+        self.attention = nn.MultiheadAttention(16, 2, dropout=0.3, batch_first=True)
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        values = self.norm(self.hidden(next(iter(inputs.values()))))
+        if self.how == "layers":
+            values = self.drop(torch.relu(self.drop(values)))
+        if self.how == "places":  # five tokens of each row, one after the other
+            values = self.drop(values[:, None].expand(-1, 5, -1).reshape(-1, 16)).view(-1, 5, 16).mean(1)
+        if self.how == "attention":
+            values = self.attention(*[values[:, None].expand(-1, 5, -1)] * 3)[0].mean(1)
+        if self.how == "last":
+            values = self.drop(values.T).T
+        if self.how == "function" and self.training:
+            values = values + 0.1 * torch.randn_like(values)
+        return self.out(values)
+
+
+@pytest.mark.parametrize(
+    ("how", "alone"), [("nothing", True), ("layers", True), ("places", True), ("attention", False), ("last", False), ("function", False)]
+)
+def test_it_is_known_whether_a_network_draws_row_by_row(how: str, alone: bool) -> None:
+    found = signature(NUMBERS, target=THREE)
+    network = built(own(Drawing, how=how), found).train()
+    before, drawn = {name: value.clone() for name, value in network.state_dict().items()}, torch.get_rng_state()
+    inputs = {name: torch.from_numpy(values) for name, values in inputs_of(found, 40, 1).items()}
+    assert draws_by_row(network, inputs) is alone
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    assert torch.equal(drawn, torch.get_rng_state()) and network.training

@@ -54,16 +54,18 @@ class Odd(nn.Module):
         self.unused, self.out = nn.Linear(7, 5), nn.Linear(6, signature.num_outputs)
         self.fixed = nn.Linear(6, 6)
         self.fixed.requires_grad_(False)
+        self.drop, self.noise = nn.Dropout(0.3), nn.RReLU()
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         values = torch.tanh(self.first(next(iter(inputs.values())).flatten(1)))
         for layer in self.twice:
-            values = torch.tanh(layer(values)) + values
+            values = self.drop(torch.tanh(layer(values))) + self.noise(values)
         return self.out(self.fixed(values))
 
 
-MLP, TEXT = Mlp(hidden=(16, 16, 8), dropout=0.0, residual=True), TextTransformer(width=8, depth=2, heads=2, dropout=0.0)
-CNN = Cnn(channels=(4, 8), hidden=16, dropout=0.0, norm="batch")
+MLP = Mlp(hidden=(16, 16, 8), dropout=0.2, residual=True, activation="rrelu")
+TEXT = TextTransformer(width=8, depth=2, heads=2, dropout=0.1, dropout_kind="gaussian", attention_dropout=0.1)
+CNN = Cnn(channels=(4, 8), hidden=16, dropout=0.2, block_dropout=0.1, dropout_kind="channel", norm="batch")
 GROUPED = CNN.model_copy(update={"norm": "group"})  # of batches, the statistics would be those of a part
 NUMBERS, TEXTS, IMAGES = (sets.NUMBERS, sets.CATEGORIES), (sets.TEXT,), (sets.image(8, 8, 1),)
 FIXED = Parameters(groups=(Group(names="*hidden1*", freeze=True), Group(names="*bias", lr_scale=0.5, weight_decay=0.1)))

@@ -331,7 +331,7 @@ def test_micro_batches_give_the_curve_of_whole_ones_and_a_full_batch_is_one_step
     data = prepared(tmp_path)
     fits = {"whole": section(precision="float64"), "parts": section(precision="float64", micro_batch_size=5)}
     for name, fit in fits.items():
-        work(fit.model_copy(update={"model": Mlp(hidden=(16,), dropout=0.0)}), data, tmp_path / name)
+        work(fit, data, tmp_path / name)
     one, two = ([line["loss"] for line in metrics_log.read(tmp_path / name / metrics_log.NAME) if "loss" in line] for name in fits)
     assert one == pytest.approx(two, rel=1e-9)
     info = work(section(batch_size="full", optimizer=Sgd(lr=0.5), epochs=30), data, tmp_path / "full")

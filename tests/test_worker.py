@@ -296,7 +296,7 @@ def _shared(home: Path, name: str, target: Target, train: dict[str, Any]) -> tup
     data = sets.prepared(
         home, sets.signature(sets.NUMBERS, sets.CATEGORIES, sets.TEXT, target=target), rare=1.0, train=301, validation=1500
     )
-    fit = section(epochs=3, precision="float64", **train).model_copy(update={"model": Mlp(hidden=(16,), dropout=0.0)})
+    fit = section(epochs=3, precision="float64", **train)
     return fit, data, home / name
 
 

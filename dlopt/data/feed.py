@@ -46,6 +46,8 @@ class Batch(NamedTuple):
     """Where augmentation mixes rows: with what, and how much."""
     part: float = 1.0
     """The share of the worker's rows of the batch that this is, where gradients are accumulated."""
+    first: int = 0
+    """The place in the whole batch of its first row; the others follow."""
     rows: np.ndarray | None = None
     """Which rows of the split a feed delivered, int64 (rows,): how the order can be told afterwards. The batches of all workers, by rank,
     are the order of the whole batch."""
@@ -67,13 +69,14 @@ class Resident:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         order = self.share.order
-        sizes = iter(self.share.sizes()[start:])
+        sizes, (low, _) = iter(self.share.sizes()[start:]), order.slots(self.share.rank, self.share.world)
         for window, skipped in order.windows_from(start):
             picks, partners = self.share.picks(epoch, window, skipped)
             done = 0
             for mine, total in itertools.islice(sizes, order.window - skipped):
                 part = slice(done, done + mine)
-                yield self._batch(picks[part], None if partners is None else partners[part], epoch, total)
+                batch = self._batch(picks[part], None if partners is None else partners[part], epoch, total)
+                yield batch._replace(first=low)
                 done += mine
 
     def _batch(self, picks: np.ndarray, partners: np.ndarray | None, epoch: int, total: int) -> Batch:
@@ -118,7 +121,7 @@ class Stream:
         for _, skipped in order.windows_from(start):
             rows, done = self._window(), skipped * (high - low)
             for mine, total in itertools.islice(sizes, order.window - skipped):
-                yield self._batch(rows, slice(done, done + mine), epoch, total)
+                yield self._batch(rows, slice(done, done + mine), epoch, total)._replace(first=low)
                 done += mine
 
     def _window(self) -> Rows:

@@ -13,6 +13,7 @@ from dlopt.models.cnn import Cnn
 from dlopt.models.joint import Joint
 from dlopt.models.linear import Linear
 from dlopt.models.mlp import Mlp
+from dlopt.models.noise import key
 from dlopt.models.own import Own
 from dlopt.models.preprocess import Preprocess
 from dlopt.models.resnet import Resnet
@@ -65,4 +66,5 @@ def build_network(
         torch.manual_seed(seed)
         output = Units(statistics[signature.target.name]) if signature.target.kind == "number" else nn.Identity()
         network = Network(Preprocess(signature, statistics), model.build(signature), output)
+    key(network)
     return network.to(dtype)

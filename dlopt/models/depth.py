@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dlopt.models.noise import Noisy
+
 
 class Residual(nn.Module):
     """shortcut(x) + leave_out(scale(branch(x))) (He et al. 2016); without a shortcut, x as it is."""
@@ -33,7 +35,7 @@ class Scale(nn.Module):
         return values * self.factor
 
 
-class StochasticDepth(nn.Module):
+class StochasticDepth(Noisy):
     """In training, what a branch adds to a row becomes 0 with probability p, and is divided by 1 - p where it does not, so that its mean
     is what prediction has (Huang et al. 2016). Each row, the first dimension, draws for itself."""
 
@@ -44,8 +46,8 @@ class StochasticDepth(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return values
-        kept = torch.empty(len(values), *[1] * (values.dim() - 1), dtype=values.dtype, device=values.device)
-        return values * kept.bernoulli_(1 - self.p).div_(1 - self.p)
+        kept = self.kept(values.shape[:1], self.p, values.device).to(values.dtype).mul_(1 / (1 - self.p))
+        return values * kept.view(-1, *[1] * (values.dim() - 1))
 
 
 def rising(most: float, blocks: int) -> list[float]:

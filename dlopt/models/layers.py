@@ -26,6 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dlopt.models import noise
+
 Activation = Literal[
     "linear", "sigmoid", "tanh", "relu", "leaky_relu", "prelu", "rrelu", "relu6", "relu_squared", "elu", "selu", "celu", "gelu",
     "gelu_tanh", "silu", "mish", "softplus", "softsign", "softshrink", "hardshrink", "tanhshrink", "hardsigmoid", "hardswish", "hardtanh",
@@ -64,7 +66,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,  # max(x, 0): Nair, Hinton 2010
     "leaky_relu": nn.LeakyReLU,  # x, or 0.01 x below 0: Maas et al. 2013
     "prelu": nn.PReLU,  # x, or below 0 a x, where a starts at 0.25 and is learned, one for a layer: He et al. 2015
-    "rrelu": nn.RReLU,  # x, or below 0 a x, a drawn from [1/8, 1/3] in training, their mean after it: Xu et al. 2015
+    "rrelu": noise.RReLU,  # x, or below 0 a x, a drawn from [1/8, 1/3] in training, their mean after it: Xu et al. 2015
     "relu6": nn.ReLU6,  # min(max(x, 0), 6): Krizhevsky 2010
     "relu_squared": lambda: Elementwise(_relu_squared),  # max(x, 0)^2: So et al. 2021
     "elu": nn.ELU,  # x, or e^x - 1 below 0: Clevert et al. 2016
@@ -207,41 +209,12 @@ def _sparse(weight: Tensor) -> Tensor:
 Dropout = Literal["standard", "channel", "alpha", "feature_alpha", "gaussian"]
 
 
-class ByChannel(nn.Module):
-    """Drop whole units or channels along `dim` of each row: all places of an image or a text lose the same ones.
-
-    Unlike nn.Dropout1d and nn.Dropout2d, which take a tensor with a dimension less for a single row.
-    """
-
-    def __init__(self, p: float, drop: Callable[[Tensor, float, bool], Tensor], dim: int = 1) -> None:
-        super().__init__()
-        self.p, self.drop, self.dim = p, drop, dim
-
-    def forward(self, values: Tensor) -> Tensor:
-        if not self.training or self.p == 0:
-            return values
-        return self.drop(values.movedim(self.dim, 1), self.p, True).movedim(1, self.dim)
-
-
-class GaussianDropout(nn.Module):
-    """Multiply each number by one of N(1, p / (1 - p)), which has the mean and the variance of dropout's 0 or 1 / (1 - p)."""
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
-
-    def forward(self, values: Tensor) -> Tensor:
-        if not self.training or self.p == 0:
-            return values
-        return values * (1 + math.sqrt(self.p / (1 - self.p)) * torch.randn_like(values))
-
-
 DROPOUTS: dict[str, Callable[[float], nn.Module]] = {
-    "standard": nn.Dropout,  # each number 0 with probability p, else divided by 1 - p: Srivastava et al. 2014
-    "channel": lambda p: ByChannel(p, torch.feature_dropout),  # the same for whole channels: Tompson et al. 2015
-    "alpha": nn.AlphaDropout,  # keeps mean 0 and deviation 1: for selu: Klambauer et al. 2017
-    "feature_alpha": lambda p: ByChannel(p, torch.feature_alpha_dropout),  # the same for whole channels
-    "gaussian": GaussianDropout,  # times N(1, p / (1 - p)): Srivastava et al. 2014, section 10
+    "standard": noise.Dropout,  # each number 0 with probability p, else divided by 1 - p: Srivastava et al. 2014
+    "channel": lambda p: noise.Dropout(p, channels=True),  # the same for whole channels: Tompson et al. 2015
+    "alpha": lambda p: noise.Dropout(p, alpha=True),  # keeps mean 0 and deviation 1: for selu: Klambauer et al. 2017
+    "feature_alpha": lambda p: noise.Dropout(p, alpha=True, channels=True),  # the same for whole channels
+    "gaussian": noise.GaussianDropout,  # times N(1, p / (1 - p)): Srivastava et al. 2014, section 10
 }
 
 

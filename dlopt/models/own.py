@@ -13,6 +13,7 @@ any other model. The factory itself stays in a table of the process; whoever sta
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import json
@@ -23,6 +24,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 
+from dlopt.models import noise
 from dlopt.models.preprocess import Preprocess
 from dlopt.part import DloptError, Feature, Part, Signature
 
@@ -84,6 +86,27 @@ def factory_of(part: Own) -> Factory:
         why = "and its source is another one now" if other else "not from a job file"
         raise DloptError(f"model: {part.name} comes from Python, {why}: run the program that calls dlopt.models.own.own({part.name}, ...)")
     return known
+
+
+def draws_by_row(network: nn.Module, inputs: dict[str, Tensor]) -> bool:
+    """Whether a network in training gives rows, at least two, the same outputs in two parts as all at once, as layers of
+    `dlopt.models.noise` do. Batch norms are left out of it. The network and torch's generators are afterwards as they were."""
+    network, values = copy.deepcopy(network), next(iter(inputs.values()))
+    rows, gpus = len(values), [values.device] if values.is_cuda else []
+    for layer in network.modules():
+        layer.training = getattr(layer, "running_mean", None) is None
+    with torch.random.fork_rng(devices=gpus), torch.no_grad():
+        parts = [_step_of(network, inputs, low, high) for low, high in ((0, rows), (0, rows // 2), (rows // 2, rows))]
+    return torch.allclose(torch.cat(parts[1:]), parts[0], rtol=1e-3, atol=1e-3 * float(parts[0].abs().max()), equal_nan=True)
+
+
+def _step_of(network: nn.Module, inputs: dict[str, Tensor], low: int, high: int) -> Tensor:
+    """Outputs of some rows in the first step of training."""
+    some = {name: values[low:high] for name, values in inputs.items()}
+    with noise.step(0, 0):
+        noise.part(low, high - low, next(iter(some.values())).device)
+        found: Tensor = network(some)
+    return found
 
 
 def _name(factory: Factory) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dlopt.models import noise
 from dlopt.models.depth import Residual
 from dlopt.models.encoder import Chain
 from dlopt.models.transformer import Block
@@ -67,17 +68,19 @@ def _recomputed(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwa
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Around the first computation, and around the second, which leaves no trace in running statistics."""
-    return nullcontext(), _BuffersKept(block)
+    """Around the first computation, and around the second, which draws what the first has drawn and leaves no trace in running
+    statistics."""
+    return nullcontext(), _Again(block, dict(noise.now.calls))
 
 
-class _BuffersKept:
-    """Buffers are afterwards as they were before; may be entered again, as for second derivatives."""
+class _Again:
+    """Buffers are afterwards as they were before; may be entered again, as for second derivatives. calls: of layers that draw, before."""
 
-    def __init__(self, block: nn.Module) -> None:
-        self.block, self.before = block, list[Tensor]()
+    def __init__(self, block: nn.Module, calls: dict[int, int]) -> None:
+        self.block, self.calls, self.before = block, calls, list[Tensor]()
 
     def __enter__(self) -> None:
+        noise.now.calls = dict(self.calls)
         self.before = [buffer.clone() for buffer in self.block.buffers()]
 
     def __exit__(self, *_: object) -> None:

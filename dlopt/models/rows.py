@@ -94,7 +94,9 @@ class Bag(TextLayer):
         for order, table in enumerate(self.ngrams, start=2):
             values.append(table(hashed(ids, order) % self.buckets))
             there.append(shifted(ids, order - 1) != 0)
-        return self._pooled(self.dropout(torch.cat(values, dim=1)), torch.cat(there, dim=1))
+        if self.training:  # all at once, yet so that the place of a token does not depend on the length: (rows, orders, length, width)
+            values = list(self.dropout(torch.stack(values, dim=1)).unbind(1))
+        return self._pooled(torch.cat(values, dim=1), torch.cat(there, dim=1))
 
     def _pooled(self, values: Tensor, there: Tensor) -> Tensor:
         """values: (rows, length, width); there: (rows, length), false where nothing is."""

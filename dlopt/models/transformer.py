@@ -6,6 +6,7 @@ text has the same vector in every batch.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Annotated, Literal, Self
@@ -15,6 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dlopt.models import noise
 from dlopt.models.encoder import Encoder, Headed, initialized
 from dlopt.models.layers import EMBEDDING_STD, Activation, Dropout, Init, activation, dropout, widening
 from dlopt.models.mlp import tower
@@ -188,13 +190,13 @@ class Block(nn.Module):
         self.before_hidden = norm(norms, width, 3)
         self.hidden, self.activation = nn.Linear(width, hidden * widening(name)), activation(name, dim=-1)
         self.end = residual_end(nn.Linear(hidden, width))
-        self.drop_hidden, self.drop_branch = drop_hidden, drop_branch
+        self.drop_hidden, self.drop_attended, self.drop_branch = drop_hidden, copy.deepcopy(drop_branch), drop_branch
 
     def forward(self, values: Tensor, seen: Tensor | None = None, first: bool = False) -> Tensor:
         normed = self.before_attention(values)
         if first:
             values = values[:, :1]
-        values = values + self.drop_branch(self.attention(normed[:, :1] if first else normed, normed, seen))
+        values = values + self.drop_attended(self.attention(normed[:, :1] if first else normed, normed, seen))
         hidden = self.drop_hidden(self.activation(self.hidden(self.before_hidden(values))))
         return values + self.drop_branch(self.end(hidden))
 
@@ -210,14 +212,25 @@ class Attention(nn.Module):
         super().__init__()
         self.query, self.key, self.value = nn.Linear(width, width), nn.Linear(width, width, bias=False), nn.Linear(width, width)
         self.end = residual_end(nn.Linear(width, width))
-        self.heads, self.each, self.dropped = heads, width // heads, dropped
+        self.heads, self.each, self.drop = heads, width // heads, noise.Dropout(dropped)
 
     def forward(self, asking: Tensor, values: Tensor, seen: Tensor | None = None) -> Tensor:
         query, key, value = self._split(self.query(asking)), self._split(self.key(values)), self._split(self.value(values))
         mask = None if seen is None else seen[:, None, None, :]
-        found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=self.dropped if self.training else 0.0)
+        if self.training and self.drop.p:
+            found = self._dropped(query, key, value, mask)
+        else:
+            found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         joined: Tensor = self.end(found.transpose(1, 2).reshape(asking.shape))  # no -1, which no rows at all leave open in ONNX
         return joined
+
+    def _dropped(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """The same with shares of attention dropped, which fused kernels of torch do by numbers of their own."""
+        scores = query @ key.transpose(-2, -1) / math.sqrt(self.each)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
+        found: Tensor = self.drop(scores.softmax(dim=-1)) @ value
+        return found
 
     def _split(self, values: Tensor) -> Tensor:
         """(rows, length, width) to (rows, heads, length, width of a head)."""

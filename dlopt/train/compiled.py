@@ -1,5 +1,5 @@
 """torch.compile for the network in training, or a line on why not. It is not to the bit what it was: compiled layers add up in another
-order, and draw other masks of dropout."""
+order. The masks of dropout are the same."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dlopt.data.feed import Batch
-from dlopt.models import Network
+from dlopt.models import Network, noise
 from dlopt.part import Feature
 from dlopt.train.objectives import Objective
 
@@ -36,6 +36,8 @@ class Compiled:
             return self.plain(inputs)
         for feature in self.features:
             torch._dynamo.maybe_mark_dynamic(inputs[feature.name], [0, 1] if feature.kind == "text" else [0])
+        if noise.now.rows is not None:
+            torch._dynamo.maybe_mark_dynamic(noise.now.rows, 0)
         return self.fast(inputs)
 
 
@@ -95,7 +97,7 @@ def _try(network: nn.Module, objective: Objective, batch: Batch) -> None:
     training, before = network.training, [buffer.clone() for buffer in network.buffers()]
     devices = [batch.target.device] if batch.target.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), noise.step(0, 0):
             objective(network.train(), batch).loss.backward()
     finally:
         network.train(training)

@@ -95,7 +95,7 @@ def split(batch: Batch, rows: int, parts: int) -> list[Batch]:
 def _piece(batch: Batch, piece: slice, share: float) -> Batch:
     mixed = batch.mixed and Mixed(batch.mixed.target[piece], batch.mixed.share[piece])
     inputs = {name: values[piece] for name, values in batch.inputs.items()}
-    return batch._replace(inputs=inputs, target=batch.target[piece], mixed=mixed, part=batch.part * share)
+    return batch._replace(inputs=inputs, target=batch.target[piece], mixed=mixed, part=batch.part * share, first=batch.first + piece.start)
 
 
 def _most(count: int, device: torch.device, world: int) -> int:

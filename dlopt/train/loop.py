@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.data.feed import Batch
+from dlopt.models import noise
 from dlopt.optim.constraints import Clip, NormOf, total_norm
 from dlopt.optim.wrappers import centralize
 from dlopt.train.gradients import Gradient
@@ -47,12 +48,15 @@ def steps(
     centralized: bool = False,
     scale: LossScale | None = None,
     norm_of: NormOf = total_norm,
+    seed: int = 0,
+    before: int = 0,
 ) -> Iterator[Step]:
     """Train on every batch, yielding each step.
 
     factor(i): of the schedule for the i-th batch, from 0; a group's rate is its peak times that. clip: what becomes of large gradients.
     centralized: whether the mean of each unit's gradient is taken out. A step whose gradient is not finite is left out. scale: of the
-    loss, which takes note of each step. norm_of: gives norms of whole tensors, of which a worker may have rows.
+    loss, which takes note of each step. norm_of: gives norms of whole tensors, of which a worker may have rows. What layers draw in the
+    i-th step is a function of the seed and of `before` + i.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.train()
@@ -61,16 +65,17 @@ def steps(
         for group in optimizer.param_groups:
             group["lr"] = now * group[PEAK]
         _forget(parameters)
-        losses = gradient(objective, model, batch)
-        norm = norm_of([parameter.grad for parameter in parameters if parameter.grad is not None])
-        found = norm.item()
-        taken = math.isfinite(found)
-        if taken:
-            if centralized:
-                centralize(parameters)
-            if clip is not None:
-                clip.apply(parameters, norm, norm_of)
-            _take(optimizer, parameters, losses, lambda batch=batch: gradient(objective, model, batch))  # type: ignore[misc]
+        with noise.step(seed, before + index):
+            losses = gradient(objective, model, batch)
+            norm = norm_of([parameter.grad for parameter in parameters if parameter.grad is not None])
+            found = norm.item()
+            taken = math.isfinite(found)
+            if taken:
+                if centralized:
+                    centralize(parameters)
+                if clip is not None:
+                    clip.apply(parameters, norm, norm_of)
+                _take(optimizer, parameters, losses, lambda batch=batch: gradient(objective, model, batch))  # type: ignore[misc]
         overflowed = scale is not None and scale.note(taken)
         yield Step(losses.loss.detach(), losses.correct, now, found, taken, overflowed)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.data.feed import Batch
+from dlopt.models import noise
 from dlopt.part import Target
 from dlopt.train.losses import Loss
 
@@ -31,10 +32,11 @@ def supervised(loss: Loss, l1: float, l2: float, world: int) -> Objective:
     """The loss of the rows, plus l1 times the sum of |w| and l2 times the sum of w^2 over all weights but biases: the elastic net of Zou
     and Hastie (2005) with both of them.
 
-    A row that is mixed of two has share * loss(first target) + (1 - share) * loss(second target).
+    A row that is mixed of two has share * loss(first target) + (1 - share) * loss(second target). Each call of a step draws the same masks.
     """
 
     def objective(model: nn.Module, batch: Batch) -> Losses:
+        noise.part(batch.first, len(batch.target), batch.target.device)
         outputs = _wide(model(batch.inputs))
         found = (_mixed(loss, outputs, batch) if batch.mixed else loss(outputs, batch.target, "sum")) / batch.total
         if l1 or l2:

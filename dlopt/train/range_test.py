@@ -100,16 +100,16 @@ def sweep(
     devices = {parameter.device.index for parameter in network.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
         torch.manual_seed(seed)
-        found = range_test(_stepper(network, build, batches, objective, clip), count=len(batches))
+        found = range_test(_stepper(network, build, batches, objective, clip, seed), count=len(batches))
         tried: dict[float, float] = {}
         for rate in (found.suggested * share for share in TRIED):
             torch.manual_seed(seed)
-            tried[rate] = _end(network, build, batches[: -(-len(batches) // 2)], objective, clip, rate)
+            tried[rate] = _end(network, build, batches[: -(-len(batches) // 2)], objective, clip, seed, rate)
     return found._replace(suggested=min(tried, key=lambda rate: tried[rate]))
 
 
 def _stepper(
-    network: nn.Module, build: Build, batches: Sequence[Batch], objective: Objective, clip: Clip | None
+    network: nn.Module, build: Build, batches: Sequence[Batch], objective: Objective, clip: Clip | None, seed: int
 ) -> Callable[[float], float]:
     """Takes a copy one step on at a rate, and gives the loss before it. A group whose peak does not follow the optimizer's keeps it."""
     other = build(copy.deepcopy(network), 2.0)
@@ -117,7 +117,7 @@ def _stepper(
     optimizer = build(model, 1.0)
     own = [(mine, mine[PEAK]) for mine, its in zip(optimizer.param_groups, other.param_groups, strict=True) if mine[PEAK] == its[PEAK]]
     now = [0.0]
-    taken = _steps(model, optimizer, batches, objective, clip, lambda _: now[0])
+    taken = _steps(model, optimizer, batches, objective, clip, seed, lambda _: now[0])
 
     def loss_at(rate: float) -> float:
         now[0] = rate
@@ -128,10 +128,12 @@ def _stepper(
     return loss_at
 
 
-def _end(network: nn.Module, build: Build, batches: Sequence[Batch], objective: Objective, clip: Clip | None, rate: float) -> float:
+def _end(
+    network: nn.Module, build: Build, batches: Sequence[Batch], objective: Objective, clip: Clip | None, seed: int, rate: float
+) -> float:
     """The mean loss of the last quarter of the batches at a fixed rate; infinite where it is no number."""
     model = copy.deepcopy(network)
-    losses = list(_steps(model, build(model, rate), batches, objective, clip, lambda _: 1.0))
+    losses = list(_steps(model, build(model, rate), batches, objective, clip, seed, lambda _: 1.0))
     mean = float(np.mean(losses[-(len(losses) // 4 or 1) :]))
     return mean if math.isfinite(mean) else math.inf
 
@@ -142,12 +144,13 @@ def _steps(
     batches: Sequence[Batch],
     objective: Objective,
     clip: Clip | None,
+    seed: int,
     factor: Callable[[int], float],
 ) -> Iterator[float]:
     """The losses of the steps, as training takes them; NaN for one that is left out."""
     if hasattr(optimizer, "train"):  # of schedule-free ones
         optimizer.train()
-    for step in steps(model, optimizer, batches, objective, curved(plain(1), optimizer, 1), factor, clip):
+    for step in steps(model, optimizer, batches, objective, curved(plain(1), optimizer, 1), factor, clip, seed=seed):
         yield step.loss.item() if step.taken else math.nan
 
 

@@ -42,7 +42,7 @@ from dlopt.train.stopping import Preempted, Reason, Stopped, reason
 from dlopt.train.thresholds import fixed
 from dlopt.train.watchdog import Watchdog
 
-PURPOSE = 5  # of the random numbers that dropout draws
+PURPOSE = 5  # of the random numbers that a user's own network draws from torch's generator
 REESTIMATED = 100
 """Batches that the statistics of batch normalization are made of, for averaged weights."""
 
@@ -137,6 +137,8 @@ class Training:
             train.centralize_gradients,
             self.scale,
             self.parallel.norm,
+            self.fit.seed,
+            before,
         )
         self.observer.ready()
         for index, (_, rows) in enumerate(self.sizes[start:]):

@@ -21,7 +21,7 @@ from torch import nn
 from dlopt.artifact import Artifact, sweep, write_atomically, writing
 from dlopt.data.prepared import Split
 from dlopt.models import Network
-from dlopt.models.own import Own, register
+from dlopt.models.own import Own, draws_by_row, register
 from dlopt.models.recompute import recompute
 from dlopt.models.spread import spread
 from dlopt.optim.health import Watch
@@ -167,6 +167,7 @@ class _Worker:
         network, split = load_network(fit, data).to(self.device), Split.open(data, "train")
         record = found.record if found else self._beginning(network, split, data)
         watch: Watch | None = None
+        warnings = self._said_of_own(network, split)
         if self.assignment.resources.checkpoint_activations:
             recompute(network)
         why = self._compiled(network, data, lambda: watch is not None and bool(watch.hooks))
@@ -183,8 +184,18 @@ class _Worker:
                 writer.write(state, *packed)
         hosts = self._hosts()
         if self.rank == 0:
-            self._note_start(state.record, hosts, damaged, [why] if why else [])
+            self._note_start(state.record, hosts, damaged, [*warnings, *([why] if why else [])])
         return state, hosts
+
+    def _said_of_own(self, network: Network, split: Split) -> list[str]:
+        """A line where the result of a user's network depends on how many workers there are."""
+        model = self.assignment.fit.model
+        if not isinstance(model, Own) or len(split) < 2 or draws_by_row(network, first_rows(split, self.device)):
+            return []
+        return [
+            f"model: {model.name} gives rows other outputs when they are computed in two parts, so the result depends on the number of "
+            "workers: draw with torch.nn.Dropout, AlphaDropout or RReLU, rows in the first dimension"
+        ]
 
     def _compiled(self, network: Network, data: Artifact, plainly: Callable[[], bool]) -> str | None:
         """Compile the network if that is asked for; a line on why not. plainly: whether layers must be called one by one."""
