@@ -53,6 +53,7 @@ CONTENTS = {
     "images/cat/1.png": png(1),
     "images/dog/2.png": png(2),
     "images/dog/deeper/3.png": png(3),
+    "images/dog/.ipynb_checkpoints/2.png": png(9),
     "texts/ham/1.txt": b"hello",
     "broken.parquet": b"PAR1 nonsense",
     "broken.csv": b"a,b\n1,2\n1\n",
@@ -84,7 +85,10 @@ def test_all_kinds_of_files_are_read_from_an_object_store(s3: None) -> None:
     assert Images(path="s3://data/images").peek(9).to_pylist() == [
         {"image": png(1), "label": "cat", "path": "s3://data/images/cat/1.png"},
         {"image": png(2), "label": "dog", "path": "s3://data/images/dog/2.png"},
+        {"image": png(3), "label": "dog", "path": "s3://data/images/dog/deeper/3.png"},
     ]
+    hidden = "files left out: 1 hidden, by names that begin with . or _ (dog/.ipynb_checkpoints/2.png)"
+    assert Images(path="s3://data/images").left_out() == hidden
     assert Texts(path="s3://data/texts").peek(9)["text"].to_pylist() == ["hello"]
     made = ImageTable(table=Csv(path="s3://data/lines/list.csv"), column="file", folder="s3://data/images")
     assert made.peek(9)["file"].to_pylist() == [png(1), png(2), b""]

@@ -130,6 +130,9 @@ def _look(section: Data, progress: Progress = silent) -> tuple[tuple[Feature, ..
             clean.refuse_unsortable(first)
     _refuse_foreign_outliers(section)
     features = tuple(part.feature(first) for part in section.inputs)
+    for name, source in sources(section).items() if progress is not silent else ():
+        if said := source.left_out():
+            progress("prepare", None, f"{BLOCK}data.{name}: {said}")
     for part in section.inputs:
         if isinstance(part, ImageInput) and (said := part.decided(first)):
             progress("prepare", None, BLOCK + said)

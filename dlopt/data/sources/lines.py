@@ -8,6 +8,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import pyarrow as pa
@@ -16,6 +17,7 @@ import pyarrow.json
 from pydantic import Field, field_validator, model_validator
 
 from dlopt.data.sources import records
+from dlopt.data.sources.partitions import values_of
 from dlopt.data.sources.places import COMPRESSED, Place, reading
 from dlopt.data.sources.reading import Files, Named, Piece, block_bytes, conform, dataset, no_column, wanted
 from dlopt.data.sources.records import Chunk
@@ -50,9 +52,19 @@ class Lines(Files):
     def pieces(self) -> tuple[Place, list[Piece]]:
         place, pieces = super().pieces()
         larger = [EXPANSION if piece.name.lower().endswith(COMPRESSED) else 1 for piece in pieces]
-        return place, [Piece(piece.name, piece.path, bytes=piece.bytes * more) for piece, more in zip(pieces, larger, strict=True)]
+        return place, [replace(piece, bytes=piece.bytes * more) for piece, more in zip(pieces, larger, strict=True)]
 
-    def load(self, place: Place | None, pieces: Sequence[Piece]) -> Iterator[Named]:
+    def left_out(self) -> str:
+        listing = self.listed()
+        folders = sorted({file.folder for file in listing.files if values_of(file.folder)})
+        says = (
+            f"folders such as {folders[0]} make no columns of text files: write parquet, or put the values into the files"
+            if folders
+            else ""
+        )
+        return "; ".join(filter(None, (str(listing), says)))
+
+    def load(self, place: Place | None, pieces: Sequence[Piece], columns: Sequence[str] | None = None) -> Iterator[Named]:
         for chunk in self._chunks(place, pieces, block_bytes(pieces)):
             yield chunk.name, self.parse(chunk, as_text=False)
 

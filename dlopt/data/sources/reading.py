@@ -14,7 +14,7 @@ import pyarrow as pa
 from pydantic import field_validator
 
 from dlopt.data.sources.kinds import infer_kind
-from dlopt.data.sources.places import File, Place, matching
+from dlopt.data.sources.places import File, Listing, Place, matching
 from dlopt.part import DloptError, Part
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ class Piece:
     stop: int = 0
     bytes: int = 0
     """About how much its rows take in memory."""
+    folder: str = ""
+    """The folders on the way to the file from the one that was asked for: a/b, or year=2026/month=11."""
 
 
 Named = tuple[str, pa.Table]
@@ -54,12 +56,17 @@ class Rows(Part):
         """What the artifact's digest depends on beside the job, as JSON."""
         raise NotImplementedError
 
+    def left_out(self) -> str:
+        """What lies among the files and is not read, in one line; "" for nothing."""
+        return ""
+
     def pieces(self) -> tuple[Place | None, list[Piece]]:
         """What `load` is to read, in order, and where it lies, for sources that are made of files."""
         raise NotImplementedError
 
-    def load(self, place: Place | None, pieces: Sequence[Piece]) -> Iterator[Named]:
-        """The rows of pieces, at least one table, which may have no rows. Raises DloptError."""
+    def load(self, place: Place | None, pieces: Sequence[Piece], columns: Sequence[str] | None = None) -> Iterator[Named]:
+        """The rows of pieces, at least one table, which may have no rows; of files that can be read by column not more than these
+        columns. Raises DloptError."""
         raise NotImplementedError
 
     def peek(self, rows: int) -> pa.Table:
@@ -80,7 +87,8 @@ class Rows(Part):
         """All rows, in no particular order, read by Ray's workers: the columns that are asked for, or those of the first file.
         Each file must have them; other columns are left out."""
         place, pieces = self.pieces()
-        return dataset(lambda some: self.load(place, some), pieces, wanted(self.types(), columns))
+        schema = wanted(self.types(), columns)
+        return dataset(lambda some: self.load(place, some, schema.names), pieces, schema)
 
 
 class Files(Rows):
@@ -101,9 +109,17 @@ class Files(Rows):
             raise ValueError("names no file")
         return path
 
+    def listed(self) -> Listing:
+        """The files, and what lies among them and is none of them; raises DloptError when there are none."""
+        return matching(self.path, self.endings, self.compressed)
+
     def located(self) -> tuple[Place, list[File]]:
         """The files, sorted; raises DloptError when there are none."""
-        return matching(self.path, self.endings, self.compressed)
+        found = self.listed()
+        return found.place, found.files
+
+    def left_out(self) -> str:
+        return str(self.listed())
 
     def files(self) -> list[str]:
         """Their names."""
@@ -115,7 +131,7 @@ class Files(Rows):
 
     def pieces(self) -> tuple[Place, list[Piece]]:
         place, files = self.located()
-        return place, [Piece(file.name, file.path, bytes=file.size) for file in files]
+        return place, [Piece(file.name, file.path, bytes=file.size, folder=file.folder) for file in files]
 
 
 def first_rows(tables: Iterator[Named], rows: int) -> pa.Table:
