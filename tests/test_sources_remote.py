@@ -245,7 +245,7 @@ def test_workers_read_an_object_store_that_only_this_process_knows(ray_cluster: 
     assert sorted(row["a"] for row in Parquet(path="s3://data/tables").read().take_all()) == [1, 2, 3]
     rows = Csv(path=("s3://data/lines/a.csv", "s3://data/lines/b.csv.gz")).read().take_all()
     assert sorted((row["a"], row["label"]) for row in rows) == [("1", "x"), ("2", "y"), ("3", "z")]
-    assert sorted(row["label"] for row in Images(path="s3://data/images").read().take_all()) == ["cat", "dog"]
+    assert sorted(row["label"] for row in Images(path="s3://data/images").read().take_all()) == ["cat", "dog", "dog"]
 
 
 def test_workers_read_from_a_web_server(ray_cluster: None, web: str) -> None:

@@ -41,7 +41,7 @@ from dlopt.progress import BLOCK, Progress, silent
 from dlopt.session import data_context
 
 PART_BYTES = 64 * 2**20
-"""About how many bytes of encoded rows one range has; their number follows from the rows, not from the cluster."""
+"""About how many bytes of encoded rows and of their texts one range has; their number follows from the rows, not from the cluster."""
 BUCKET_ROWS = 2**22
 """About how many rows are compared by one task when duplicates are looked for among all of them."""
 PEEK_ROWS = 64
@@ -193,7 +193,8 @@ def _plan(section: Data, features: tuple[Feature, ...], read: dict[str, list[Pie
     )
     good = sum(piece.rows for pieces in read.values() for piece in pieces)
     row_bytes = sum(feature.size * np.dtype(feature.stored).itemsize for feature in features) + 8
-    return Plan(section, section.inputs, features, target, origins, power=(good * row_bytes // PART_BYTES).bit_length())
+    size = good * row_bytes + sum(piece.text_bytes for pieces in read.values() for piece in pieces)
+    return Plan(section, section.inputs, features, target, origins, power=(size // PART_BYTES).bit_length())
 
 
 class _Ranges:

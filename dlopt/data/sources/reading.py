@@ -139,7 +139,22 @@ def first_rows(tables: Iterator[Named], rows: int) -> pa.Table:
     for _, table in tables:
         if len(table):
             break
-    return table.slice(0, rows)
+    return as_usual(table.slice(0, rows))
+
+
+def as_usual(table: pa.Table) -> pa.Table:
+    """A table of columns of the types that `plain` leaves them."""
+    schema = plain(table.schema)
+    return pa.table([as_type(column, field.type) for column, field in zip(table.columns, schema, strict=True)], schema=schema)
+
+
+def as_type(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    """A column as another type, as Arrow casts it. Raises pyarrow.ArrowException."""
+    if pa.types.is_dictionary(column.type) and usual(column.type) != column.type.value_type:  # which Arrow cannot decode
+        words = [chunk.dictionary.cast(usual(column.type)) for chunk in column.chunks]
+        arrays = [pa.DictionaryArray.from_arrays(chunk.indices, some) for chunk, some in zip(column.chunks, words, strict=True)]
+        column = pa.chunked_array(arrays, pa.dictionary(column.type.index_type, usual(column.type)))
+    return column if column.type == kind else column.cast(kind)
 
 
 def wanted(schema: pa.Schema, columns: Sequence[str] | None) -> pa.Schema:
@@ -151,9 +166,23 @@ def wanted(schema: pa.Schema, columns: Sequence[str] | None) -> pa.Schema:
 
 
 def plain(schema: pa.Schema) -> pa.Schema:
-    """A schema without dictionaries, which are the file's own affair, and without metadata."""
-    kinds = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in schema.types]
-    return pa.schema(list(zip(schema.names, kinds, strict=True)))
+    """A schema without dictionaries and views, which are the file's own affair, and without metadata."""
+    return pa.schema([(field.name, usual(field.type)) for field in schema])
+
+
+def usual(kind: pa.DataType) -> pa.DataType:
+    """A type without its dictionary, and not as a view, which polars writes; within lists and structs as well."""
+    if pa.types.is_dictionary(kind):
+        return usual(kind.value_type)
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(usual(kind.value_type), kind.list_size)
+    if pa.types.is_list(kind) or pa.types.is_list_view(kind):
+        return pa.list_(usual(kind.value_type))
+    if pa.types.is_large_list(kind) or pa.types.is_large_list_view(kind):
+        return pa.large_list(usual(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, usual(field.type)) for field in kind])
+    return {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}.get(kind, kind)
 
 
 def conform(name: str, table: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -165,7 +194,7 @@ def conform(name: str, table: pa.Table, schema: pa.Schema) -> pa.Table:
             raise no_column(name, field.name, table.column_names)
         column = there[field.name]
         try:
-            columns.append(column if column.type == field.type else column.cast(field.type))
+            columns.append(as_type(column, field.type))
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError):
             raise DloptError(
                 f"{name}: column {field.name!r} is {column.type}, where it is {field.type} in the first of the files"

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from dlopt.data.sources.partitions import added, types_of, values_of
 from dlopt.data.sources.places import File, Place, reading
-from dlopt.data.sources.reading import MAX_BLOCK, Files, Named, Piece, plain
+from dlopt.data.sources.reading import MAX_BLOCK, Files, Named, Piece, as_usual, plain
 from dlopt.part import DloptError
 
 MOST_OPENED = 256
@@ -35,9 +35,10 @@ class Parquet(Files):
         for file in files:
             with _parquet(place, file.name, file.path, PEEK_BYTES) as parquet:
                 if parquet.metadata.num_rows:
-                    return added(pa.Table.from_batches([next(parquet.iter_batches(batch_size=max(rows, 1)))]), file.folder, types)
+                    found = pa.Table.from_batches([next(parquet.iter_batches(batch_size=max(rows, 1)))])
+                    return as_usual(added(found, file.folder, types))
                 empty = added(parquet.schema_arrow.empty_table(), file.folder, types)
-        return empty
+        return as_usual(empty)
 
     def types(self) -> pa.Schema:
         """The first file's columns, in types that hold the other files' values as well: a column of whole numbers may be one of
