@@ -49,6 +49,8 @@ class Feature(Part):
     """The columns of a raw row that the tensor is made of."""
     resize: bool = False
     """Whether an encoded image of another size is resized to this one; else it is refused."""
+    background: tuple[int, int, int] = (255, 255, 255)
+    """Of an image: red, green and blue of what is behind transparent pixels."""
     indicators: bool = False
     """Of numbers: whether the model also sees, for each column, 1 where the value is missing, else 0."""
     vocabularies: tuple[tuple[str, ...], ...] = ()

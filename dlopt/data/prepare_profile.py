@@ -12,7 +12,7 @@ from dlopt.data.guess import name_of
 from dlopt.data.profile import Summary, merge, summarise
 from dlopt.data.sources import Source
 from dlopt.part import DloptError
-from dlopt.progress import Progress, silent
+from dlopt.progress import BLOCK, Progress, silent
 from dlopt.session import data_context
 
 EVERY = 2.0
@@ -25,6 +25,8 @@ def profile_source(
     """Summary of all rows of a source, or of the first `rows`. Raises DloptError when there are none, or a file cannot be read."""
     data_context(preserve_order=True, reserve=False)
     found, done, said = [], 0, time.monotonic()
+    if left_out := source.left_out():
+        progress("profile", None, BLOCK + left_out)
     progress("profile", None, "reading")
     with _saying():
         dataset = source.read() if rows is None else source.read().limit(rows)

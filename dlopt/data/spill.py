@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dlopt.data.clean import DropDuplicates, ExactDuplicates, NearDuplicateImages, NearDuplicates, NearDuplicateTexts, RowRule
 from dlopt.data.counter import mix, row_keys, string_words
-from dlopt.data.inputs.values import Reasons
+from dlopt.data.inputs.values import Reasons, is_text
 from dlopt.data.prepared import array_of, column_of
 from dlopt.data.section import Data
 from dlopt.data.split import RandomSplit, StratifiedSplit
@@ -53,6 +54,8 @@ class Piece:
     """Classes or labels of the good rows."""
     quarantine: str
     """Where rows that were set aside are, as they were read; "" when there were none."""
+    text_bytes: int = 0
+    """Of the texts, categories and labels of the good rows."""
 
 
 def identity_column(place: int) -> str:
@@ -83,8 +86,9 @@ class Spill:
         for column in self.section.columns:
             if column not in there:
                 raise DloptError(f"one of the files has no column {column!r}; its columns are {', '.join(table.column_names)}")
-        for start in range(0, len(table), self.step):
-            yield {"piece": [as_json(self.piece(table.slice(start, self.step)))]}
+        step = min(self.step, max(1, 2 * PIECE_BYTES * len(table) // max(table.nbytes, 1)))  # of few rows may be much text
+        for start in range(0, len(table), step):
+            yield {"piece": [as_json(self.piece(table.slice(start, step)))]}
 
     def piece(self, raw: pa.Table) -> Piece:
         """Judge, decode and key rows, and write them."""
@@ -97,7 +101,8 @@ class Spill:
             good = good.filter(pa.array(_mask(len(raw), ruled.keys() | bad.keys(), False)))
         labels = self.section.target.count(good[TARGET].combine_chunks())
         path = self._write(self._keyed(good)) if len(good) else ""
-        return Piece(path, len(good), len(raw), Counter(bad.values()), by_rule, labels, quarantine)
+        text_bytes = sum(pc.sum(pc.binary_length(column)).as_py() or 0 for column in good.columns if is_text(column.type))
+        return Piece(path, len(good), len(raw), Counter(bad.values()), by_rule, labels, quarantine, text_bytes)
 
     def _judged(self, raw: pa.Table) -> tuple[Reasons, Counter[int]]:
         """Rows that break a rule, and how many each rule has dropped first."""
@@ -184,7 +189,8 @@ class Spill:
 def as_json(piece: Piece) -> str:
     """A piece as it travels to the driver."""
     pairs = {name: list(getattr(piece, name).items()) for name in ("reasons", "dropped", "labels")}
-    return json.dumps({"path": piece.path, "rows": piece.rows, "read": piece.read, "quarantine": piece.quarantine, **pairs})
+    plain = {name: getattr(piece, name) for name in ("path", "rows", "read", "quarantine", "text_bytes")}
+    return json.dumps(plain | pairs)
 
 
 def from_json(text: str) -> Piece:

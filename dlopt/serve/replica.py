@@ -9,6 +9,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import numpy as np
 import onnxruntime
 
 from dlopt.artifact import Artifact
-from dlopt.data.encode import encode_rows
+from dlopt.data.encode import MOST_PIXELS, encode_rows
 from dlopt.part import DloptError, Feature, Signature
 from dlopt.serve import Serve, metrics, protocols
 from dlopt.serve.auth import Guard, Headers, token_of
@@ -32,6 +33,10 @@ INLINE_SECONDS = 0.001
 """A run that is expected to be shorter happens on the event loop: a thread would cost more than it frees."""
 LARGE = 256 * 1024
 """Bodies from here on are decoded in a thread, so that other requests go on meanwhile."""
+INLINE_PIXELS = 2**14
+"""And so are bodies whose images may have more pixels than this together, about a millisecond's work."""
+DECODERS = 2
+"""Threads for this, or as many as the model has: one large image does not hold up all others, and few are in memory at a time."""
 FLUSH_SECONDS = 0.1
 FRESH_SECONDS, ANSWER_SECONDS = 1.0, 5.0
 """Whoever asks for readiness has the model asked, at most once in so many seconds; and how long the model may take to answer."""
@@ -168,6 +173,8 @@ class Application:
         self.batcher = Batcher(self.predictor, section.max_batch, self._observe)
         self.digest_header = ((b"x-model-digest", self.digest.encode()),)
         self.page = files("dlopt.serve").joinpath("page.html").read_bytes()
+        self.most_pixels = sum(_most_pixels(feature) for feature in self.signature.inputs)
+        self.decoders = ThreadPoolExecutor(max(DECODERS, section.threads), "decode")
         self.in_flight = 0
         self.answered = time.monotonic()
         self.flush: asyncio.TimerHandle | None = None
@@ -243,7 +250,10 @@ class Application:
             self._flush_in_flight()
         try:
             body = await read_body(headers, receive, self.section)
-            request, tensors = await asyncio.to_thread(self._decode, body) if len(body) >= LARGE else self._decode(body)
+            if self._is_quick(body):
+                request, tensors = self._decode(body)
+            else:
+                request, tensors = await asyncio.get_running_loop().run_in_executor(self.decoders, self._decode, body)
             outputs = await self.batcher(tensors)
             decided = protocols.decisions(self.signature.target, outputs)
             reply = protocols.predictions(request, self.signature.target, outputs, decided)
@@ -257,6 +267,11 @@ class Application:
         self.metrics.in_flight.set(self.in_flight)
         loop = asyncio.get_running_loop()
         self.flush = loop.call_later(FLUSH_SECONDS, self._flush_in_flight) if self.in_flight else None
+
+    def _is_quick(self, body: bytes) -> bool:
+        """Whether a body is decoded in less time than a thread would cost: it is small, and so are its images."""
+        images = body.count(b"b64") + body.count(b"\\")  # an escape may stand for any letter of b64
+        return len(body) < LARGE and images * self.most_pixels <= INLINE_PIXELS
 
     def _decode(self, body: bytes) -> tuple[protocols.Request, Tensors]:
         request = protocols.parse(body, self.signature, self.section.max_rows)
@@ -325,6 +340,13 @@ def _stacked(parts: list[np.ndarray]) -> np.ndarray:
         longest = max(lengths)
         parts = [np.pad(part, ((0, 0), (0, longest - part.shape[1]))) for part in parts]
     return np.concatenate(parts)
+
+
+def _most_pixels(feature: Feature) -> int:
+    """How many pixels an encoded image may have that is sent for an input."""
+    if feature.kind != "image":
+        return 0
+    return MOST_PIXELS if feature.resize else feature.shape[0] * feature.shape[1]
 
 
 def _blank(feature: Feature) -> np.ndarray:

@@ -133,6 +133,7 @@ class Follower:
         self.starts, self.speeds, self.lines, self.watched = (Once(out / name) for name in (STARTS, SPEED, NAME, HEALTH))
         self.said, self.progress, self.trackers = said, progress, trackers
         self.slow: dict[int, int] = {}
+        self.finite = True
         self.told = ("", 0.0)
         self._read(0.0, quiet=True)
         said.forget()
@@ -169,6 +170,8 @@ class Follower:
         for line in lines:
             self._tell("epoch" if "train" in line else "step", line)
             self.said.line(line, now)
+            if "train" in line and line["validation"]:
+                self._finite(line["epoch"], line["validation"]["loss"] is not None, quiet)
         for line in self.watched.new()[1]:
             self._tell("health", line)
             if not quiet:
@@ -202,6 +205,15 @@ class Follower:
                     f"worker {found['rank']} on {found['host']} is slow: its steps take {found['times']:.1f} times as long as others'"
                 )
             self.slow[found["rank"]] = 0
+
+    def _finite(self, epoch: int, finite: bool, quiet: bool) -> None:
+        """Once for each row of epochs whose validation loss is not finite."""
+        if self.finite and not finite and not quiet:
+            self._warn(
+                f"epoch {epoch}: the loss of the validation split is not finite, so that no such epoch is the best one: "
+                "lower train.optimizer.lr or set train.clip, or look for extreme values in the validation split"
+            )
+        self.finite = finite
 
     def _watch(self, line: Line) -> None:
         for said in warned([line]):

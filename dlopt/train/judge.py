@@ -12,7 +12,10 @@ from dlopt.train.state import State
 
 def judge(state: State, train: Train, found: Metrics | None) -> None:
     """Keep the weights if this epoch is the best one, and end training when it has been too long ago. found: metrics of the
-    validation split, where there is one. The weights are those that were measured."""
+    validation split, where there is one. The weights are those that were measured.
+
+    An epoch whose validation loss is not finite is never the best one; until another one is, the newest weights are kept.
+    """
     record, stopping = state.record, train.early_stopping
     if found is None:
         record.best_epoch = record.epoch
@@ -21,7 +24,7 @@ def judge(state: State, train: Train, found: Metrics | None) -> None:
     value = monitored(train, found)
     record.history.append(value)
     if record.best_value is None or value < record.best_value:
-        record.best_value, record.best_epoch = value, record.epoch
+        record.best_value, record.best_epoch = value if math.isfinite(value) else None, record.epoch
         state.keep_best()
     margin = stopping.min_delta if stopping else 0.0
     if record.bar is None or value < record.bar - margin:
@@ -31,16 +34,17 @@ def judge(state: State, train: Train, found: Metrics | None) -> None:
 
 
 def monitored(train: Train, found: Metrics) -> float:
-    """The value that decides, the smaller the better; infinite when the model's outputs are not finite.
+    """The value that decides, the smaller the better; infinite when the loss is not finite, whatever is monitored: the accuracy of
+    outputs that are no numbers is a number.
 
     Raises DloptError when the split cannot tell it, which is no fault of the model.
     """
+    if found["loss"] is None:
+        return math.inf
     value = found[train.monitor]
-    if value is not None:
-        return value if train.monitor in SMALLER_IS_BETTER else -value
-    if found["loss"] is not None:
+    if value is None:
         raise DloptError(
             f"train.monitor: the validation split cannot tell {train.monitor} (it has too few rows or no row of a class): "
             "use monitor: loss or give data.split.validation a larger share"
         )
-    return math.inf
+    return value if train.monitor in SMALLER_IS_BETTER else -value

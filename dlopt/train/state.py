@@ -28,10 +28,10 @@ class Record:
     sums: list[float] = field(default_factory=list)
     """Of the batches done of the epoch under way: the sum of the rows' losses and, of classes, the right answers."""
     history: list[float] = field(default_factory=list)
-    """The monitored value of every epoch so far, the smaller the better; NaN where it was not finite."""
+    """The monitored value of every epoch so far, the smaller the better; infinite where the loss was not finite."""
     best_epoch: int = 0
     best_value: float | None = None
-    """The monitored value of the best epoch; the smaller the better."""
+    """The monitored value of the best epoch; the smaller the better. None while no epoch's validation loss was finite."""
     bar: float | None = None
     """The value that early stopping wants bettered by its `min_delta`."""
     bar_epoch: int = 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,9 +20,10 @@ Reasons = dict[int, str]
 
 
 def plain(column: pa.ChunkedArray | pa.Array) -> pa.Array:
-    """One array without a dictionary."""
+    """One array without a dictionary, and no view, which Arrow computes little with."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+    array = array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+    return array.cast({pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}.get(array.type, array.type))
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -70,11 +73,18 @@ def _doubles_by_row(column: pa.Array) -> tuple[np.ndarray, Reasons]:
 def texts(column: pa.ChunkedArray | pa.Array) -> pa.Array:
     """Every value as the text that stands for it (see encode.as_text), "" where it is missing; never null."""
     array = plain(column)
+    if pa.types.is_nested(array.type):
+        array = _as_json(array)
     if is_text(array.type):
         return array.cast(pa.string()).fill_null("")
     codes = array.dictionary_encode()  # so that each value is looked at once
     known = pa.array([*map(as_text, codes.dictionary.to_pylist()), ""], pa.string())
     return known.take(codes.indices.fill_null(len(known) - 1))
+
+
+def _as_json(array: pa.Array) -> pa.Array:
+    """Lists, structs and maps as JSON's texts, null where missing."""
+    return pa.array([None if value is None else json.dumps(value, default=str) for value in array.to_pylist()], pa.string())
 
 
 def dates(column: pa.ChunkedArray | pa.Array, form: str) -> tuple[pa.Array, Reasons]:

@@ -39,7 +39,7 @@ class HuggingFace(Rows):
         starts = range(0, max(len(data), 1), size)
         return None, [Piece(start=start, stop=min(start + size, len(data)), bytes=size * row) for start in starts]
 
-    def load(self, place: Place | None, pieces: Sequence[Piece]) -> Iterator[Named]:
+    def load(self, place: Place | None, pieces: Sequence[Piece], columns: Sequence[str] | None = None) -> Iterator[Named]:
         data = self._data()
         for piece in pieces:
             yield self.name, _plain(data, piece.start, piece.stop)
@@ -49,13 +49,13 @@ class HuggingFace(Rows):
         return _plain(data, 0, min(rows, len(data)))
 
     def _data(self) -> Any:
-        folder = Path(self.name).resolve()
+        folder = Path(self.name).expanduser().resolve()
         return _load(str(folder) if folder.is_dir() else self.name, self.config, self.split, self.revision, str(_files(self.name)))
 
 
 def _files(name: str) -> list[Any]:
     """Names, sizes and times of the files of a folder; of a name on the hub, nothing."""
-    found = sorted(path for path in Path(name).rglob("*") if path.is_file())
+    found = sorted(path for path in Path(name).expanduser().rglob("*") if path.is_file())
     return [[str(path), (stat := path.stat()).st_size, stat.st_mtime_ns] for path in found]
 
 

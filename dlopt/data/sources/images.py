@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import pyarrow as pa
 from pydantic import Field
 
 from dlopt.data.sources.lines import Csv, JsonLines
-from dlopt.data.sources.places import File, Place, place_of, reading
-from dlopt.data.sources.reading import Files, Named, Piece, Rows
+from dlopt.data.sources.places import Listing, Place, in_folders, place_of, reading
+from dlopt.data.sources.reading import Files, Named, Piece, Rows, first_rows
 from dlopt.data.sources.tables import Arrow, Parquet
 from dlopt.part import DloptError
 
@@ -32,24 +31,27 @@ class Folders(Files):
     what: ClassVar[str]
 
     path: str
-    """A folder that holds one folder for each class; on a disk that every node of the cluster sees, or behind s3://, gs://, abfs://."""
+    """A folder that holds one folder for each class, of files and of folders of them; on a disk that every node of the cluster sees, or
+    behind s3://, gs://, abfs://."""
 
-    def located(self) -> tuple[Place, list[File]]:
-        place, folder = place_of(self.path)
-        with reading(self.path):
-            found = place.in_folders(folder)
-        if found is None:
-            raise DloptError(f"{self.path}: no such folder; workers read it, so give a path that every node can see")
-        files = [file for file in found if file.path.lower().endswith(self.endings)]
-        if not files:
-            raise DloptError(f"{self.path}: holds no CLASS/{self.what} files ({', '.join(self.endings)})")
-        return place, sorted(files, key=lambda file: file.name)
+    def listed(self) -> Listing:
+        found = in_folders(self.path, self.endings)
+        if not found.files:
+            but = f": {found}" if found.left_out else ""
+            raise DloptError(f"{self.path}: holds no CLASS/{self.what} files ({', '.join(self.endings)}){but}")
+        return found
 
-    def load(self, place: Place | None, pieces: Sequence[Piece]) -> Iterator[Named]:
+    def peek(self, rows: int) -> pa.Table:
+        """As many rows, at most AT_ONCE, from all over the folders: files follow each other by class."""
+        place, pieces = self.pieces()
+        most = min(rows, AT_ONCE, len(pieces))
+        return first_rows(self.load(place, [pieces[number * len(pieces) // most] for number in range(most)]), most)
+
+    def load(self, place: Place | None, pieces: Sequence[Piece], columns: Sequence[str] | None = None) -> Iterator[Named]:
         assert place is not None
         for start in range(0, len(pieces), AT_ONCE):
             some = pieces[start : start + AT_ONCE]
-            labels = [PurePosixPath(piece.path).parent.name for piece in some]
+            labels = [piece.folder.partition("/")[0] for piece in some]
             values = self.values(place, some)
             yield self.path, pa.table({self.what.lower(): values, "label": labels, "path": pa.array([p.name for p in some], pa.string())})
 
@@ -116,6 +118,9 @@ class ImageTable(Rows):
                     digest.update(f"{file.path}\t{file.size}\t{file.changed}\n".encode())
                 count += len(paths)
         return [self.table.found(), count, digest.hexdigest()]
+
+    def left_out(self) -> str:
+        return self.table.left_out()
 
     def peek(self, rows: int) -> pa.Table:
         place, folder = place_of(self.folder)

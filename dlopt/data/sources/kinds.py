@@ -6,9 +6,10 @@ from datetime import datetime
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
-from dlopt.data.encode import decode_image
+from dlopt.data.encode import image_shape
 from dlopt.part import DloptError
 
 KINDS = ("number", "date", "category", "text", "image", "identifier")
@@ -79,7 +80,11 @@ def _is_image(value: Any) -> bool:
         value = value.get("bytes")
     if isinstance(value, bytes):
         try:
-            return decode_image(value, None, None).ndim == 3
+            return len(image_shape(value)) == 3
         except DloptError:
             return False
-    return isinstance(value, list) and bool(value) and isinstance(value[0], list)
+    try:
+        numbers = np.asarray(value)
+    except ValueError:  # lists of uneven lengths
+        return False
+    return isinstance(value, list) and numbers.ndim in (2, 3) and numbers.dtype.kind in "iuf"

@@ -6,8 +6,10 @@ import codecs
 import csv
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import pyarrow as pa
@@ -16,6 +18,7 @@ import pyarrow.json
 from pydantic import Field, field_validator, model_validator
 
 from dlopt.data.sources import records
+from dlopt.data.sources.partitions import values_of
 from dlopt.data.sources.places import COMPRESSED, Place, reading
 from dlopt.data.sources.reading import Files, Named, Piece, block_bytes, conform, dataset, no_column, wanted
 from dlopt.data.sources.records import Chunk
@@ -26,6 +29,11 @@ if TYPE_CHECKING:
 
 PEEK_ROWS = 1000
 """How many rows are looked at for the names of columns that not every row has."""
+LONE = re.compile("[\ud800-\udfff]")
+"""Halves of surrogate pairs, which Python's JSON has put together where both are there."""
+BLANK = "[ \t\r\n]*"
+OPENING, MARK = re.compile(rf"{BLANK}(\[{BLANK}\]|\[(?!{BLANK}$)){BLANK}"), re.compile(rf"{BLANK}([,\]]){BLANK}")
+"""What stands before the first value of an array, which may have none, and what before the others or behind the last one."""
 EXPANSION = 5
 """About how much larger a compressed text is than its file."""
 
@@ -50,9 +58,19 @@ class Lines(Files):
     def pieces(self) -> tuple[Place, list[Piece]]:
         place, pieces = super().pieces()
         larger = [EXPANSION if piece.name.lower().endswith(COMPRESSED) else 1 for piece in pieces]
-        return place, [Piece(piece.name, piece.path, bytes=piece.bytes * more) for piece, more in zip(pieces, larger, strict=True)]
+        return place, [replace(piece, bytes=piece.bytes * more) for piece, more in zip(pieces, larger, strict=True)]
 
-    def load(self, place: Place | None, pieces: Sequence[Piece]) -> Iterator[Named]:
+    def left_out(self) -> str:
+        listing = self.listed()
+        folders = sorted({file.folder for file in listing.files if values_of(file.folder)})
+        says = (
+            f"folders such as {folders[0]} make no columns of text files: write parquet, or put the values into the files"
+            if folders
+            else ""
+        )
+        return "; ".join(filter(None, (str(listing), says)))
+
+    def load(self, place: Place | None, pieces: Sequence[Piece], columns: Sequence[str] | None = None) -> Iterator[Named]:
         for chunk in self._chunks(place, pieces, block_bytes(pieces)):
             yield chunk.name, self.parse(chunk, as_text=False)
 
@@ -232,7 +250,7 @@ class JsonLines(Lines):
         first = next(texts, b"")
         texts = itertools.chain([first], texts)
         if first.lstrip()[:1] == b"[":
-            yield from records.chunks(_of_array(b"".join(texts), name), name, size)
+            yield from records.chunks(_of_array(texts, name), name, size)
         else:
             yield from records.chunks(texts, name, size)
             if not first:
@@ -287,7 +305,24 @@ def _parse_lines(chunk: Chunk) -> pa.Table:
 
 
 def of_rows(rows: Sequence[dict[str, Any]]) -> pa.Table:
-    """A table of dictionaries, with nulls where a row has no such key; values of several types become text."""
+    """A table of dictionaries, with nulls where a row has no such key; values of several types become text. Half of a surrogate pair,
+    which is no letter, becomes U+FFFD, as in browsers."""
+    try:
+        return _of_rows(rows)
+    except UnicodeEncodeError:
+        return _of_rows([_well_formed(row) for row in rows])
+
+
+def _well_formed(value: Any) -> Any:
+    """With U+FFFD for each lone surrogate in the texts of a JSON value."""
+    if isinstance(value, str):
+        return LONE.sub("\ufffd", value)
+    if isinstance(value, dict):
+        return {_well_formed(key): _well_formed(inner) for key, inner in value.items()}
+    return [_well_formed(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _of_rows(rows: Sequence[dict[str, Any]]) -> pa.Table:
     return pa.table({name: _column([row.get(name) for row in rows]) for name in dict.fromkeys(key for row in rows for key in row)})
 
 
@@ -302,13 +337,40 @@ def _as_json(values: list[Any]) -> pa.Array:
     return pa.array([value if value is None or isinstance(value, str) else json.dumps(value, default=str) for value in values], pa.string())
 
 
-def _of_array(text: bytes, name: str) -> Iterator[bytes]:
-    """An array of objects, a line each."""
+def _of_array(parts: Iterator[bytes], name: str) -> Iterator[bytes]:
+    """The objects of an array, a line each, as the text comes: no more of it is held than a part of the file and the object at hand."""
+    decoder, scan = codecs.getincrementaldecoder("utf-8")(), json.JSONDecoder().raw_decode
+    text, enough, rows, ended = "", 0, 0, False
     try:
-        rows = json.loads(text)
+        for part in itertools.chain(parts, [b""]):  # the last one is empty
+            text += decoder.decode(part, final=not part)
+            if part and len(text) < enough:
+                continue
+            place = 0
+            while not ended and (mark := (MARK if rows else OPENING).match(text, place)):
+                if "]" in mark[1]:
+                    ended, place = True, mark.end()
+                    break
+                try:
+                    row, end = scan(text, mark.end())
+                except ValueError:
+                    if not part:
+                        raise
+                    break
+                if part and end == len(text):  # of a number there may be more
+                    break
+                yield json.dumps(row).encode() + b"\n"
+                place, rows = end, rows + 1
+            enough = 0 if place else 2 * len(text)
+            text = text[place:]
+            if ended and text.strip():
+                raise ValueError(f"{text.strip()[:20]!r} stands behind its end")
+        if not ended:
+            raise ValueError(
+                f"{text.strip()[:20]!r} where a comma or the end of the array is expected" if text.strip() else "it does not end"
+            )
     except ValueError as error:
-        raise DloptError(f"{name}: is not JSON: {error}") from None
-    return (json.dumps(row).encode() + b"\n" for row in rows)
+        raise DloptError(f"{name}: is not JSON: {error}, after {rows:,} rows") from None
 
 
 def _refuse_twice(columns: Sequence[str], where: str) -> None:

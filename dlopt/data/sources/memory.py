@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dlopt.data.sources.lines import of_rows
-from dlopt.data.sources.reading import MAX_BLOCK
-from dlopt.data.sources.tables import Parquet
+from dlopt.data.sources.reading import MAX_BLOCK, as_type
+from dlopt.data.sources.tables import Parquet, is_fixed_width
 from dlopt.part import DloptError
+
+LOOK_ROWS = 1024
+"""Rows of different sizes that are written without counting their bytes."""
 
 
 def from_data(data: Any, folder: str | Path) -> Parquet:
-    """A source of what is in memory: a pyarrow Table, a pandas DataFrame, a dict of numpy arrays (images as uint8 of shape (rows, height,
-    width, channels)), or a list of dicts.
+    """A source of what is in memory: a pyarrow Table, a pandas or polars DataFrame, a dict of numpy arrays (images as uint8 of shape (rows,
+    height, width, channels)), or a list of dicts.
 
     It is written to `folder`, in a file named by its content's digest; the same content again finds the same file. Every node must
     see the folder. Raises DloptError for what makes no table.
     """
     table = _table(data)
-    table = table.cast(
-        pa.schema([(name, _usual(kind)) for name, kind in zip(table.column_names, table.schema.types, strict=True)])
-    ).combine_chunks()
     if not table.column_names:
         raise DloptError("from_data: the data has no columns")
     folder = Path(folder).resolve()
@@ -47,10 +47,26 @@ def from_data(data: Any, folder: str | Path) -> Parquet:
 
 def _written(table: pa.Table, path: Path) -> str:
     """Write a table as parquet; the digest of the file."""
-    rows = max(1, len(table) * MAX_BLOCK // max(table.nbytes, MAX_BLOCK))
-    pq.write_table(table, path, row_group_size=rows, compression="zstd")
+    schema = pa.schema([(name, _usual(kind)) for name, kind in zip(table.column_names, table.schema.types, strict=True)])
+    with pq.ParquetWriter(path, schema, compression="zstd") as sink:
+        for group in _groups(table, schema):
+            sink.write_table(group, row_group_size=max(len(group), 1))
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+
+
+def _groups(table: pa.Table, schema: pa.Schema) -> Iterator[pa.Table]:
+    """The rows in groups of about MAX_BLOCK bytes, whatever chunks the table has: a few rows are looked at at a time where their sizes
+    differ, since no array of strings holds more than two gigabytes."""
+    widths = [kind.bit_width for kind in schema.types if is_fixed_width(kind)]
+    step = LOOK_ROWS if len(widths) < len(schema) else max(1, 8 * MAX_BLOCK // sum(widths))
+    some: list[pa.Table] = []
+    for start in range(0, len(table), step):
+        columns = [as_type(column, kind) for column, kind in zip(table.slice(start, step).columns, schema.types, strict=True)]
+        some.append(pa.table(columns, schema=schema))
+        if sum(part.nbytes for part in some) >= MAX_BLOCK or start + step >= len(table):
+            yield pa.concat_tables(some).combine_chunks()
+            some = []
 
 
 def of_frame(frame: Any) -> pa.Table:
@@ -70,6 +86,10 @@ def _table(data: Any) -> pa.Table:
         return of_rows(data)
     if type(data).__module__.partition(".")[0] == "pandas" and hasattr(data, "iloc") and hasattr(data, "columns"):
         return of_frame(data)
+    if hasattr(data, "__arrow_c_stream__"):  # polars, DuckDB, ...
+        return pa.table(data)
+    if hasattr(data, "collect") and hasattr(data, "lazy"):
+        raise DloptError("from_data: a LazyFrame has no rows yet: give its .collect()")
     raise DloptError(f"from_data: a {type(data).__name__} is no table: give a Table, a DataFrame, a dict of arrays or a list of dicts")
 
 
@@ -83,6 +103,8 @@ def _usual(kind: pa.DataType) -> pa.DataType:
         return pa.binary()
     if pa.types.is_fixed_size_list(kind):
         return pa.list_(_usual(kind.value_type), kind.list_size)
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, _usual(field.type)) for field in kind])
     return pa.list_(_usual(kind.value_type)) if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
 
 

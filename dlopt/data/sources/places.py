@@ -10,10 +10,13 @@ import datetime
 import glob
 import os
 import re
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -23,12 +26,19 @@ import pyarrow.fs as fs
 
 from dlopt.part import DloptError
 
-COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
+COMPRESSED = (".gz", ".bz2", ".zst", ".lz4", ".zip")
 """Endings of compressed text files."""
+ZIP = ".zip"
+"""Of these one that holds a single text file is read."""
+HIDDEN = (".", "_")
+"""What names begin with that programs keep for themselves: .ipynb_checkpoints, ._photo.jpg, _SUCCESS. pyarrow leaves out the same."""
+HIDDEN_FILES, OTHER_FILES, LOOSE_FILES = "hidden, by names that begin with . or _", "of another kind", "in no class's folder"
 SETTINGS = ("endpoint_override", "region", "scheme", "anonymous")
 """What may follow an object store's path, as in `s3://bucket/folder?endpoint_override=127.0.0.1:9000&scheme=http`."""
 REQUESTS = 16
 """How many requests a server gets at once."""
+UNREADABLE = (pa.ArrowException, EOFError, ValueError, zlib.error, zipfile.BadZipFile)
+"""What is raised of a file that cannot be read, beside OSError; fsspec's and aiohttp's errors are OSError and ValueError."""
 CONNECT_SECONDS = 10.0
 """How long an object store may take to answer before it is said not to."""
 
@@ -44,6 +54,29 @@ class File:
     size: int = 0
     changed: int | str | None = None
     """When or how it last changed: nanoseconds, or what a web server says of it."""
+    inside: str = ""
+    """Its path within the folder that was asked for; "" of a file that was asked for itself."""
+
+    @property
+    def folder(self) -> str:
+        """The folders on the way to it from there."""
+        return self.inside.rpartition("/")[0]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What there is of some paths, and what of it is no data."""
+
+    place: Place
+    files: list[File]
+    """Sorted, each once."""
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    """Names of files, by why they are left out."""
+
+    def __str__(self) -> str:
+        """What is left out, in one line; "" for nothing."""
+        said = [f"{len(names):,} {why} ({', '.join(names[:2])}{', ...' * (len(names) > 2)})" for why, names in self.left_out.items()]
+        return f"files left out: {'; '.join(said)}" if said else ""
 
 
 @dataclass(frozen=True)
@@ -59,7 +92,7 @@ class Place:
 
     def stream(self, path: str) -> Any:
         """The bytes of a file from its beginning, decompressed if its name says that it is compressed."""
-        return self.filesystem.open_input_stream(path)
+        return unzipped(self.file(path)) if path.lower().endswith(ZIP) else self.filesystem.open_input_stream(path)
 
     def file(self, path: str) -> Any:
         """A file to be read at any place."""
@@ -81,25 +114,13 @@ class Place:
         found = self.filesystem.get_file_info(list(paths))
         return [File(self.prefix + path, path, info.size or 0, info.mtime_ns) for path, info in zip(paths, found, strict=True)]
 
-    def matching(self, path: str, endings: tuple[str, ...], compressed: bool) -> list[File]:
-        """The files of a path, a folder or a glob."""
+    def under(self, path: str) -> tuple[list[File], str]:
+        """All files of a path, a folder or a glob, and the glob's pattern from its first wildcard on; "" for no glob."""
         base, pattern = _base(path.rstrip("/"))
         if not pattern and self._kind(base) == fs.FileType.File:
-            return self.file_infos([base])
-        inside = self._inside(base)
-        if pattern:
-            matches = _regex(path).fullmatch
-            return [file for file in inside if matches(file.path)]
-        found = [file for file in inside if _ends(file.name, endings, compressed)]
-        if inside and not found:
-            raise _holds_none(self.prefix + path, endings)
-        return found
-
-    def in_folders(self, folder: str) -> list[File] | None:
-        """The files in the folders of a folder, no deeper; None where there is no such folder."""
-        depth = folder.rstrip("/").count("/") + 2
-        inside = self._inside(folder.rstrip("/"))
-        return [file for file in inside if file.path.count("/") == depth] if inside else None
+            return self.file_infos([base]), ""
+        matches = _regex(path).fullmatch if pattern else None
+        return [file for file in self._inside(base) if not matches or matches(file.path)], pattern
 
     def _kind(self, path: str) -> fs.FileType:
         return self.filesystem.get_file_info([path])[0].type
@@ -107,7 +128,8 @@ class Place:
     def _inside(self, folder: str) -> list[File]:
         """All files in a folder and in its folders."""
         infos = self.filesystem.get_file_info(fs.FileSelector(folder, recursive=True, allow_not_found=True))
-        return [File(self.prefix + i.path, i.path, i.size, i.mtime_ns) for i in infos if i.type == fs.FileType.File]
+        start = len(folder) + 1 if folder else 0
+        return [File(self.prefix + i.path, i.path, i.size, i.mtime_ns, i.path[start:]) for i in infos if i.type == fs.FileType.File]
 
 
 @dataclass(frozen=True)
@@ -116,19 +138,16 @@ class Disk(Place):
 
     filesystem: fs.FileSystem = field(default_factory=fs.LocalFileSystem)
 
-    def matching(self, path: str, endings: tuple[str, ...], compressed: bool) -> list[File]:
+    def under(self, path: str) -> tuple[list[File], str]:
+        base, pattern = _base(path)
         if Path(path).is_dir():
-            found = [str(file) for file in Path(path).rglob("*") if _ends(file.name, endings, compressed) and not file.is_dir()]
-            if not found:
-                raise _holds_none(path, endings)
+            base, pattern, found = path, "", list(_walked(path))
+        elif Path(path).is_file() or not pattern:
+            return self.file_infos([_absolute(path)] if os.path.lexists(path) else []), ""
         else:
-            found = [path] if Path(path).is_file() else glob.glob(path, recursive=True)
-        return self.file_infos([str(Path(file).parent.resolve() / Path(file).name) for file in found])  # a link's own name, not its goal's
-
-    def in_folders(self, folder: str) -> list[File] | None:
-        if not Path(folder).is_dir():
-            return None
-        return self.file_infos([str(file) for file in Path(folder).resolve().glob("*/*") if not file.is_dir()])
+            found = [os.path.relpath(file, base or ".") for file in glob.glob(path, recursive=True) if not Path(file).is_dir()]
+        root = str(Path(base).resolve()).rstrip("/")
+        return [_local_file(f"{root}/{inside}", inside) for inside in found], pattern
 
     def file_infos(self, paths: Sequence[str]) -> list[File]:
         return [_local_file(path) for path in paths]
@@ -143,7 +162,7 @@ class Azure(Place):
 
     def _inside(self, folder: str) -> list[File]:
         found = self.filesystem.handler.fs.find(folder, detail=True)
-        return [self._file(path, info) for path, info in found.items()]
+        return [replace(self._file(path, info), inside=path[len(folder) + 1 :]) for path, info in found.items()]
 
     def _info(self, path: str) -> File:
         try:
@@ -164,6 +183,8 @@ class Web(Place):
     prefix: str = "http"
 
     def stream(self, path: str) -> Any:
+        if urlsplit(path).path.lower().endswith(ZIP):
+            return unzipped(self.file(path))
         raw = pa.PythonFile(self.filesystem.open(path, block_size=0), mode="r")
         compression = pa.Codec.detect(urlsplit(path).path).name if urlsplit(path).path.endswith(COMPRESSED) else None
         return pa.CompressedInputStream(raw, compression) if compression else raw
@@ -177,12 +198,9 @@ class Web(Place):
     def file_infos(self, paths: Sequence[str]) -> list[File]:
         return self.each(lambda path: self._info(path) or File(path, path), paths)
 
-    def matching(self, path: str, endings: tuple[str, ...], compressed: bool) -> list[File]:
+    def under(self, path: str) -> tuple[list[File], str]:
         found = self._info(path)
-        return [found] if found else []
-
-    def in_folders(self, folder: str) -> list[File] | None:
-        raise DloptError(f"{folder}: http cannot list folders: copy the files, or list them in a table (kind: image_table)")
+        return [found] if found else [], ""
 
     def _info(self, path: str) -> File | None:
         try:
@@ -198,27 +216,76 @@ def place_of(path: str) -> tuple[Place, str]:
     """The file system of a path or address, and the path within it; raises DloptError when there is none for it."""
     scheme, found, rest = path.partition("://")
     if not found:
-        return Disk(), path
+        return Disk(), os.path.expanduser(path)  # noqa: PTH111 (a Path would lose a trailing slash and wildcards' meaning)
     if scheme not in PLACES:
         raise DloptError(f"{path}: {scheme}:// is not known; known are {', '.join(f'{name}://' for name in PLACES)} and plain paths")
     with reading(path):
         return PLACES[scheme](scheme, rest)
 
 
-def matching(paths: str | Sequence[str], endings: tuple[str, ...], compressed: bool = False) -> tuple[Place, list[File]]:
-    """The files of paths, folders, globs or addresses, sorted and each once; raises DloptError for what matches none."""
-    places, found = [], dict[str, File]()
+def matching(paths: str | Sequence[str], endings: tuple[str, ...], compressed: bool = False) -> Listing:
+    """The files of paths, folders, globs or addresses; raises DloptError for what matches none. In a folder only files with these endings
+    are meant; hidden ones are left out, in folders and where a wildcard does not begin as they do."""
+    places, found, left_out = [], dict[str, File](), dict[str, list[str]]()
     for path in [paths] if isinstance(paths, str) else paths:
         place, inside = place_of(path)
         with reading(path):
-            files = place.matching(inside, endings, compressed)
-        if not files:
+            files, pattern = place.under(inside)
+        if not files and not (place.is_local and Path(inside).is_dir()):
             raise DloptError(f"{path}: no such file; workers read it, so give a path that every node can see")
+        seen = [file for file in files if not is_hidden(file.inside, pattern)]
+        kept = [file for file in seen if pattern or not file.inside or _ends(file.name, endings, compressed)]
+        _leave_out(left_out, HIDDEN_FILES, files, seen)
+        _leave_out(left_out, OTHER_FILES, seen, kept)
+        if not kept:
+            raise DloptError(f"{path}: this folder holds no {' or '.join(endings)} file{_but(left_out)}")
+        if not compressed and (packed := next((file.name for file in kept if file.name.lower().endswith(ZIP)), "")):
+            raise DloptError(f"{packed}: is a zip archive: unpack it")
         places.append(place)
-        found |= {file.name: file for file in files}
+        found |= {file.name: file for file in kept}
     if any(place != places[0] for place in places):
         raise DloptError(f"{paths[0]}, {paths[1]}, ...: the files of one source must lie in one place")
-    return places[0], [found[name] for name in sorted(found)]
+    return Listing(places[0], [found[name] for name in sorted(found)], left_out)
+
+
+def in_folders(path: str, endings: tuple[str, ...]) -> Listing:
+    """The files, however deep, in the folders of a folder, which are its classes, as torchvision's ImageFolder has it, but without what is
+    hidden. Raises DloptError when there are none."""
+    place, folder = place_of(path)
+    if isinstance(place, Web):
+        raise DloptError(f"{path}: http cannot list folders: copy the files, or list them in a table (kind: image_table)")
+    with reading(path):
+        files, _ = place.under(folder.rstrip("/"))
+    if folder.lower().endswith(ZIP) and files:
+        raise DloptError(f"{path}: is a zip archive: unpack it")
+    if any(not file.inside for file in files) or (not files and not (place.is_local and Path(folder).is_dir())):
+        raise DloptError(f"{path}: no such folder; workers read it, so give a path that every node can see")
+    left_out = dict[str, list[str]]()
+    seen = [file for file in files if not is_hidden(file.inside)]
+    kind = [file for file in seen if file.path.lower().endswith(endings)]
+    kept = [file for file in kind if "/" in file.inside]
+    for why, before, after in ((HIDDEN_FILES, files, seen), (OTHER_FILES, seen, kind), (LOOSE_FILES, kind, kept)):
+        _leave_out(left_out, why, before, after)
+    return Listing(place, sorted(kept, key=lambda file: file.name), left_out)
+
+
+def is_hidden(inside: str, pattern: str = "") -> bool:
+    """Whether a file's name, or that of a folder on the way to it, begins as those do that programs keep for themselves, and no part of a
+    glob's pattern that begins so asks for it."""
+    if not any(part.startswith(HIDDEN) for part in inside.split("/")):
+        return False
+    asked = [part for part in pattern.split("/") if part.startswith(HIDDEN)]
+    return any(part.startswith(HIDDEN) and not any(fnmatchcase(part, one) for one in asked) for part in inside.split("/"))
+
+
+def _leave_out(left_out: dict[str, list[str]], why: str, before: Sequence[File], after: Sequence[File]) -> None:
+    if len(after) < len(before):
+        kept = {file.name for file in after}
+        left_out.setdefault(why, []).extend(file.inside for file in before if file.name not in kept)
+
+
+def _but(left_out: dict[str, list[str]]) -> str:
+    return f" but {len(left_out[HIDDEN_FILES])} {HIDDEN_FILES}" if HIDDEN_FILES in left_out else ""
 
 
 @contextmanager
@@ -226,17 +293,52 @@ def reading(file: str) -> Iterator[None]:
     """What pyarrow or a file system says of a file that it cannot read, in one line."""
     try:
         yield
-    except (pa.ArrowException, OSError, EOFError, ValueError) as error:  # fsspec's and aiohttp's errors are OSError and ValueError
+    except (*UNREADABLE, OSError) as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DloptError(f"{file}: cannot be read: {said}") from None
 
 
-def _local_file(path: str) -> File:
+def unzipped(archive: Any) -> Any:
+    """The bytes of the one file in a zip archive, from its beginning. Raises ValueError when there are several, or a password."""
+    try:
+        opened = zipfile.ZipFile(archive)
+    except (zipfile.BadZipFile, pa.ArrowException, OSError):
+        raise ValueError("this is no zip archive") from None
+    inside = [info for info in opened.infolist() if not info.is_dir() and not is_hidden(info.filename)]
+    if len(inside) != 1:
+        raise ValueError(f"this zip archive holds {len(inside)} files, and one can be read: unpack it")
+    if inside[0].flag_bits & 1:
+        raise ValueError("this zip archive asks for a password: unpack it")
+    return opened.open(inside[0])
+
+
+def _walked(folder: str) -> Iterator[str]:
+    """The files in a folder and in its folders, by their paths within it. Links to folders are followed, but not in circles."""
+    left = [(folder, "", frozenset[tuple[int, int]]())]
+    while left:
+        path, inside, above = left.pop()
+        stat = os.stat(path)  # noqa: PTH116
+        if (here := (stat.st_dev, stat.st_ino)) in above:
+            continue
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    left.append((entry.path, f"{inside}{entry.name}/", above | {here}))
+                else:
+                    yield inside + entry.name
+
+
+def _absolute(path: str) -> str:
+    """With a link's own name, not its goal's."""
+    return str(Path(path).parent.resolve() / Path(path).name)
+
+
+def _local_file(path: str, inside: str = "") -> File:
     try:
         stat = os.stat(path)  # noqa: PTH116
     except OSError:  # a link that leads nowhere is found out when it is read
-        return File(path, path)
-    return File(path, path, stat.st_size, stat.st_mtime_ns)
+        return File(path, path, inside=inside)
+    return File(path, path, stat.st_size, stat.st_mtime_ns, inside)
 
 
 def _ends(name: str, endings: tuple[str, ...], compressed: bool) -> bool:
@@ -244,10 +346,6 @@ def _ends(name: str, endings: tuple[str, ...], compressed: bool) -> bool:
     if compressed and name.endswith(COMPRESSED):
         name = name.rpartition(".")[0]
     return name.endswith(endings)
-
-
-def _holds_none(path: str, endings: tuple[str, ...]) -> DloptError:
-    return DloptError(f"{path}: this folder holds no {' or '.join(endings)} file")
 
 
 def _base(path: str) -> tuple[str, str]:

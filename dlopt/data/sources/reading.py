@@ -14,7 +14,7 @@ import pyarrow as pa
 from pydantic import field_validator
 
 from dlopt.data.sources.kinds import infer_kind
-from dlopt.data.sources.places import File, Place, matching
+from dlopt.data.sources.places import File, Listing, Place, matching
 from dlopt.part import DloptError, Part
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ class Piece:
     stop: int = 0
     bytes: int = 0
     """About how much its rows take in memory."""
+    folder: str = ""
+    """The folders on the way to the file from the one that was asked for: a/b, or year=2026/month=11."""
 
 
 Named = tuple[str, pa.Table]
@@ -54,12 +56,17 @@ class Rows(Part):
         """What the artifact's digest depends on beside the job, as JSON."""
         raise NotImplementedError
 
+    def left_out(self) -> str:
+        """What lies among the files and is not read, in one line; "" for nothing."""
+        return ""
+
     def pieces(self) -> tuple[Place | None, list[Piece]]:
         """What `load` is to read, in order, and where it lies, for sources that are made of files."""
         raise NotImplementedError
 
-    def load(self, place: Place | None, pieces: Sequence[Piece]) -> Iterator[Named]:
-        """The rows of pieces, at least one table, which may have no rows. Raises DloptError."""
+    def load(self, place: Place | None, pieces: Sequence[Piece], columns: Sequence[str] | None = None) -> Iterator[Named]:
+        """The rows of pieces, at least one table, which may have no rows; of files that can be read by column not more than these
+        columns. Raises DloptError."""
         raise NotImplementedError
 
     def peek(self, rows: int) -> pa.Table:
@@ -80,7 +87,8 @@ class Rows(Part):
         """All rows, in no particular order, read by Ray's workers: the columns that are asked for, or those of the first file.
         Each file must have them; other columns are left out."""
         place, pieces = self.pieces()
-        return dataset(lambda some: self.load(place, some), pieces, wanted(self.types(), columns))
+        schema = wanted(self.types(), columns)
+        return dataset(lambda some: self.load(place, some, schema.names), pieces, schema)
 
 
 class Files(Rows):
@@ -101,9 +109,17 @@ class Files(Rows):
             raise ValueError("names no file")
         return path
 
+    def listed(self) -> Listing:
+        """The files, and what lies among them and is none of them; raises DloptError when there are none."""
+        return matching(self.path, self.endings, self.compressed)
+
     def located(self) -> tuple[Place, list[File]]:
         """The files, sorted; raises DloptError when there are none."""
-        return matching(self.path, self.endings, self.compressed)
+        found = self.listed()
+        return found.place, found.files
+
+    def left_out(self) -> str:
+        return str(self.listed())
 
     def files(self) -> list[str]:
         """Their names."""
@@ -115,7 +131,7 @@ class Files(Rows):
 
     def pieces(self) -> tuple[Place, list[Piece]]:
         place, files = self.located()
-        return place, [Piece(file.name, file.path, bytes=file.size) for file in files]
+        return place, [Piece(file.name, file.path, bytes=file.size, folder=file.folder) for file in files]
 
 
 def first_rows(tables: Iterator[Named], rows: int) -> pa.Table:
@@ -123,7 +139,22 @@ def first_rows(tables: Iterator[Named], rows: int) -> pa.Table:
     for _, table in tables:
         if len(table):
             break
-    return table.slice(0, rows)
+    return as_usual(table.slice(0, rows))
+
+
+def as_usual(table: pa.Table) -> pa.Table:
+    """A table of columns of the types that `plain` leaves them."""
+    schema = plain(table.schema)
+    return pa.table([as_type(column, field.type) for column, field in zip(table.columns, schema, strict=True)], schema=schema)
+
+
+def as_type(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    """A column as another type, as Arrow casts it. Raises pyarrow.ArrowException."""
+    if pa.types.is_dictionary(column.type) and usual(column.type) != column.type.value_type:  # which Arrow cannot decode
+        words = [chunk.dictionary.cast(usual(column.type)) for chunk in column.chunks]
+        arrays = [pa.DictionaryArray.from_arrays(chunk.indices, some) for chunk, some in zip(column.chunks, words, strict=True)]
+        column = pa.chunked_array(arrays, pa.dictionary(column.type.index_type, usual(column.type)))
+    return column if column.type == kind else column.cast(kind)
 
 
 def wanted(schema: pa.Schema, columns: Sequence[str] | None) -> pa.Schema:
@@ -135,9 +166,23 @@ def wanted(schema: pa.Schema, columns: Sequence[str] | None) -> pa.Schema:
 
 
 def plain(schema: pa.Schema) -> pa.Schema:
-    """A schema without dictionaries, which are the file's own affair, and without metadata."""
-    kinds = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in schema.types]
-    return pa.schema(list(zip(schema.names, kinds, strict=True)))
+    """A schema without dictionaries and views, which are the file's own affair, and without metadata."""
+    return pa.schema([(field.name, usual(field.type)) for field in schema])
+
+
+def usual(kind: pa.DataType) -> pa.DataType:
+    """A type without its dictionary, and not as a view, which polars writes; within lists and structs as well."""
+    if pa.types.is_dictionary(kind):
+        return usual(kind.value_type)
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(usual(kind.value_type), kind.list_size)
+    if pa.types.is_list(kind) or pa.types.is_list_view(kind):
+        return pa.list_(usual(kind.value_type))
+    if pa.types.is_large_list(kind) or pa.types.is_large_list_view(kind):
+        return pa.large_list(usual(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, usual(field.type)) for field in kind])
+    return {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}.get(kind, kind)
 
 
 def conform(name: str, table: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -149,7 +194,7 @@ def conform(name: str, table: pa.Table, schema: pa.Schema) -> pa.Table:
             raise no_column(name, field.name, table.column_names)
         column = there[field.name]
         try:
-            columns.append(column if column.type == field.type else column.cast(field.type))
+            columns.append(as_type(column, field.type))
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError):
             raise DloptError(
                 f"{name}: column {field.name!r} is {column.type}, where it is {field.type} in the first of the files"

@@ -9,12 +9,17 @@ from typing import Any, ClassVar, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dlopt.data.sources.partitions import added, types_of, values_of
 from dlopt.data.sources.places import File, Place, reading
-from dlopt.data.sources.reading import MAX_BLOCK, Files, Named, Piece, plain
+from dlopt.data.sources.reading import MAX_BLOCK, Files, Named, Piece, as_usual, plain
 from dlopt.part import DloptError
 
 MOST_OPENED = 256
 """Of more files than this, only so many are opened in advance; the rest are read one by one."""
+PEEK_BYTES = 2**16
+"""Read at a time of each column for a look at the first rows."""
+BATCH_ROWS = 4096
+"""Most rows of texts that are read at a time before their bytes are counted."""
 
 
 class Parquet(Files):
@@ -26,37 +31,37 @@ class Parquet(Files):
 
     def peek(self, rows: int) -> pa.Table:
         place, files = self.located()
+        types = types_of(file.folder for file in files)
         for file in files:
-            with _parquet(place, file.name, file.path) as parquet:
+            with _parquet(place, file.name, file.path, PEEK_BYTES) as parquet:
                 if parquet.metadata.num_rows:
-                    return pa.Table.from_batches([next(parquet.iter_batches(batch_size=max(rows, 1)))])
-                empty = parquet.schema_arrow.empty_table()
-        return empty
+                    found = pa.Table.from_batches([next(parquet.iter_batches(batch_size=max(rows, 1)))])
+                    return as_usual(added(found, file.folder, types))
+                empty = added(parquet.schema_arrow.empty_table(), file.folder, types)
+        return as_usual(empty)
 
     def types(self) -> pa.Schema:
         """The first file's columns, in types that hold the other files' values as well: a column of whole numbers may be one of
         fractions where a value is missing."""
         place, files = self.located()
-        return _together(place.each(lambda file: _look(place, file)[0], files[:MOST_OPENED]), [file.name for file in files])
+        found = _together(place.each(lambda file: _look(place, file)[0], files[:MOST_OPENED]), [file.name for file in files])
+        return added(found.empty_table(), "", types_of(file.folder for file in files)).schema
 
     def pieces(self) -> tuple[Place, list[Piece]]:
         place, files = self.located()
         found = place.each(lambda file: _look(place, file)[1], files[:MOST_OPENED])
         return place, [piece for some in found for piece in some] + [
-            Piece(file.name, file.path, bytes=file.size) for file in files[MOST_OPENED:]
+            Piece(file.name, file.path, bytes=file.size, folder=file.folder) for file in files[MOST_OPENED:]
         ]
 
-    def load(self, place: Place | None, pieces: Sequence[Piece]) -> Iterator[Named]:
+    def load(self, place: Place | None, pieces: Sequence[Piece], columns: Sequence[str] | None = None) -> Iterator[Named]:
         assert place is not None
         for piece in pieces:
+            says = {name: pa.string() for name in values_of(piece.folder)}
             with _parquet(place, piece.name, piece.path) as parquet:
-                groups = list(range(piece.start, piece.stop or parquet.metadata.num_row_groups))
-                rows = sum(parquet.metadata.row_group(group).num_rows for group in groups)
-                size = sum(parquet.metadata.row_group(group).total_byte_size for group in groups)
-                batch = max(1, rows * MAX_BLOCK // max(size, MAX_BLOCK))
-                yield piece.name, parquet.schema_arrow.empty_table()
-                for some in parquet.iter_batches(batch, row_groups=groups, use_threads=False):
-                    yield piece.name, pa.Table.from_batches([some])
+                yield piece.name, added(parquet.schema_arrow.empty_table(), piece.folder, says)
+                for some in _batches_of(parquet, piece, columns):
+                    yield piece.name, added(some, piece.folder, says)
 
 
 class Arrow(Files):
@@ -66,29 +71,59 @@ class Arrow(Files):
 
     kind: Literal["arrow"] = "arrow"
 
+    def types(self) -> pa.Schema:
+        return added(super().types().empty_table(), "", types_of(file.folder for file in self.located()[1])).schema
+
     def pieces(self) -> tuple[Place, list[Piece]]:
         place, files = self.located()
         found = place.each(lambda file: _batches(place, file), files[:MOST_OPENED])
         return place, [piece for some in found for piece in some] + [
-            Piece(file.name, file.path, bytes=file.size) for file in files[MOST_OPENED:]
+            Piece(file.name, file.path, bytes=file.size, folder=file.folder) for file in files[MOST_OPENED:]
         ]
 
-    def load(self, place: Place | None, pieces: Sequence[Piece]) -> Iterator[Named]:
+    def load(self, place: Place | None, pieces: Sequence[Piece], columns: Sequence[str] | None = None) -> Iterator[Named]:
         assert place is not None
         for piece in pieces:
+            says = {name: pa.string() for name in values_of(piece.folder)}
             with reading(piece.name), place.file(piece.path) as opened:
                 is_file = _is_file(opened)
                 batches: Any = pa.ipc.open_file(opened) if is_file else pa.ipc.open_stream(opened)
-                yield piece.name, batches.schema.empty_table()
+                yield piece.name, added(batches.schema.empty_table(), piece.folder, says)
                 numbers = range(piece.start, piece.stop or batches.num_record_batches) if is_file else []
                 for batch in map(batches.get_batch, numbers) if is_file else batches:
-                    yield piece.name, pa.Table.from_batches([batch])
+                    yield piece.name, added(pa.Table.from_batches([batch]), piece.folder, says)
 
 
 @contextmanager
-def _parquet(place: Place, name: str, path: str) -> Iterator[pq.ParquetFile]:
-    with reading(name), place.file(path) as opened, pq.ParquetFile(opened) as parquet:
+def _parquet(place: Place, name: str, path: str, buffer: int = 0) -> Iterator[pq.ParquetFile]:
+    """buffer: bytes to be read at a time, so that no more is read than the rows that are wanted; 0 reads what a row group has of a column
+    at once."""
+    with reading(name), place.file(path) as opened, pq.ParquetFile(opened, buffer_size=buffer, pre_buffer=not buffer) as parquet:
         yield parquet
+
+
+def _batches_of(parquet: pq.ParquetFile, piece: Piece, columns: Sequence[str] | None) -> Iterator[pa.Table]:
+    """The rows of a piece, of about MAX_BLOCK bytes at a time: bytes of values, of which a file that holds each text once may have few."""
+    groups = list(range(piece.start, piece.stop or parquet.metadata.num_row_groups))
+    rows = sum(parquet.metadata.row_group(group).num_rows for group in groups)
+    size = sum(parquet.metadata.row_group(group).total_byte_size for group in groups)
+    batch = max(1, rows * MAX_BLOCK // max(size, MAX_BLOCK))
+    chosen = [name for name in parquet.schema_arrow.names if columns is None or name in columns]
+    if any(not is_fixed_width(parquet.schema_arrow.field(name).type) for name in chosen):
+        batch = min(batch, BATCH_ROWS)
+    some: list[pa.RecordBatch] = []
+    for one in parquet.iter_batches(batch, row_groups=groups, columns=None if columns is None else chosen, use_threads=False):
+        some.append(one)
+        if sum(part.nbytes for part in some) >= MAX_BLOCK:
+            yield pa.Table.from_batches(some)
+            some = []
+    if some:
+        yield pa.Table.from_batches(some)
+
+
+def is_fixed_width(kind: pa.DataType) -> bool:
+    """Whether all values of a type have the same size."""
+    return pa.types.is_primitive(kind) or pa.types.is_decimal(kind) or pa.types.is_fixed_size_binary(kind)
 
 
 def _look(place: Place, file: File) -> tuple[pa.Schema, list[Piece]]:
@@ -99,8 +134,8 @@ def _look(place: Place, file: File) -> tuple[pa.Schema, list[Piece]]:
 def _row_groups(file: File, metadata: pq.FileMetaData) -> list[Piece]:
     sizes = [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
     if not sizes:
-        return [Piece(file.name, file.path)]
-    return [Piece(file.name, file.path, group, group + 1, size) for group, size in enumerate(sizes)]
+        return [Piece(file.name, file.path, folder=file.folder)]
+    return [Piece(file.name, file.path, group, group + 1, size, file.folder) for group, size in enumerate(sizes)]
 
 
 def _batches(place: Place, file: File) -> list[Piece]:
@@ -108,8 +143,8 @@ def _batches(place: Place, file: File) -> list[Piece]:
     with reading(file.name), place.file(file.path) as opened:
         count = pa.ipc.open_file(opened).num_record_batches if _is_file(opened) else 0
     if not count:
-        return [Piece(file.name, file.path, bytes=file.size)]
-    return [Piece(file.name, file.path, number, number + 1, file.size // count) for number in range(count)]
+        return [Piece(file.name, file.path, bytes=file.size, folder=file.folder)]
+    return [Piece(file.name, file.path, number, number + 1, file.size // count, file.folder) for number in range(count)]
 
 
 def _together(schemas: Sequence[pa.Schema], names: Sequence[str]) -> pa.Schema:
