@@ -9,7 +9,7 @@ It is meant to be silent on sound data: a figure must be large in itself and bey
 | constant, mostly missing | one value at most; more than MOST_MISSING without a value | |
 | drifts | population stability index above DRIFT and above chance; or new values in NEW of the rows | Siddiqi 2006; Yurdakul 2020 |
 | imbalanced | a class has less than RARE of an equal share | Google's ML course: a minority of 1 to 20 % is moderate, below extreme |
-| duplicates across splits | any | |
+| duplicates across splits | more than CHANCE standard deviations beyond what chance makes of rows that have few values | see repeats.py |
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Alone:
 def warnings(
     summaries: Mapping[str, Summary],
     targets: Sequence[str] = (),
-    duplicates_across: Mapping[str, int] | None = None,
+    duplicates_across: Mapping[str, tuple[int, float]] | None = None,
     split_by: Collection[str] = (),
 ) -> list[str]:
     """What is suspicious, most telling first; see `findings`."""
@@ -107,14 +107,14 @@ def warnings(
 def findings(
     summaries: Mapping[str, Summary],
     targets: Sequence[str] = (),
-    duplicates_across: Mapping[str, int] | None = None,
+    duplicates_across: Mapping[str, tuple[int, float]] | None = None,
     split_by: Collection[str] = (),
     scores: Mapping[str, Alone] | None = None,
 ) -> list[Finding]:
     """What is suspicious about a data set.
 
     summaries: of the splits train, validation, test; or of the whole set under any one name.
-    duplicates_across: for a split, how many of its rows are in train as well.
+    duplicates_across: for a split, how many of its rows are in train as well, and how many may be by chance (see repeats.py).
     split_by: columns that the split follows (time, group), which differ between splits because they are meant to.
     scores: what `alone` says, where it has been asked already.
     """
@@ -131,7 +131,7 @@ def findings(
     drifting = [column for column in train.columns if column not in named and not _follows(column, split_by)]
     found += [_drift(column, train, summaries[split], split) for split in summaries if split != name for column in drifting]
     found += [_imbalance(column, train.columns[column], name) for column in targets]
-    found += [_duplicates(split, count, summaries.get(split)) for split, count in (duplicates_across or {}).items()]
+    found += [_duplicates(split, *counts, summaries.get(split)) for split, counts in (duplicates_across or {}).items()]
     return [finding for finding in found if finding]
 
 
@@ -257,12 +257,12 @@ def _imbalance(name: str, column: Column, split: str) -> Finding | None:
     return Finding("imbalance", name, f"{text}: weigh the classes or sample them evenly, and judge by F1 or ROC AUC, not by accuracy")
 
 
-def _duplicates(split: str, count: int, summary: Summary | None) -> Finding | None:
-    if not count:
+def _duplicates(split: str, count: int, chance: float, summary: Summary | None) -> Finding | None:
+    if count <= chance + CHANCE * math.sqrt(chance):
         return None
     share = f" ({count / summary.rows:.1%})" if summary and summary.rows else ""
     text = f"{split}: {count:,} of its rows{share} are in train as well, so its figures flatter: add `drop_duplicates` to data.clean"
-    return Finding("duplicates", split, text)
+    return Finding("duplicates", split, f"{text}, or keep copies together with `group: content` in data.split")
 
 
 def _about(column: Column) -> str:

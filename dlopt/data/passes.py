@@ -4,7 +4,7 @@ training rows, write. Each is a function of a plan and a range's number, so rang
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from dlopt.data.plan import KEEP, Plan, Selected, lost_rows, open_piece, write_l
 from dlopt.data.prepared import array_of, as_table, write_part
 from dlopt.data.profile import Summary
 from dlopt.data.quantiles import Quantiles
+from dlopt.data.repeats import Repeats, repeats
 from dlopt.data.spill import HIGH, LOW, REASON, SIDE, TARGET, TIE, free_name, identity_column, order_column
 from dlopt.data.split import NAMES, Hashed
 from dlopt.part import Feature, Signature
@@ -43,13 +44,25 @@ class Observed:
     dropped: Counter[int]
     """Rows that each part of `clean` has dropped here, by its place."""
     across: Counter[str]
-    """Rows of validation and test that equal one of train."""
+    """Rows of validation and test that equal one of train, and those of train that equal another one."""
+    repeats: Repeats | None
+    """How often rows repeat, from ranges where some are in two splits."""
     inputs: tuple[Any, ...] | None
     """What the training rows say of each input; None without training rows."""
     target: Moments | None
     """And of a target of numbers."""
     profile: dict[str, Summary]
     """What each split that has rows looks like, for the profile and the warnings."""
+
+    def by_chance(self, given: Collection[str]) -> dict[str, float]:
+        """How many rows of validation and test may equal one of train though nobody copied them. given: splits that come from a source
+        of their own, whose rows should be in train as seldom as those of train are twice."""
+        if self.repeats is None:
+            return {}
+        train = self.counts["train"]
+        found = {name: self.repeats.expected(self.counts[name], train) for name in NAMES[1:]}
+        again = self.across["train"] / max(train, 1)
+        return {name: min(rows, again * self.counts[name]) if name in given else rows for name, rows in found.items()}
 
     def merge(self, other: Observed) -> Observed:
         """Both together; in a fixed order, so that sums are the same to the last bit."""
@@ -59,6 +72,7 @@ class Observed:
             {name: self.labels[name] + other.labels[name] for name in NAMES},
             self.dropped + other.dropped,
             self.across + other.across,
+            self.repeats.merge(other.repeats) if self.repeats and other.repeats else self.repeats or other.repeats,
             tuple(mine.merge(yours) for mine, yours in pairs) or self.inputs or other.inputs,
             self.target.merge(other.target) if self.target and other.target else self.target or other.target,
             {
@@ -81,11 +95,14 @@ def observe(plan: Plan, number: int) -> Observed:
         inputs = tuple(part.observe(train, feature, caps) for part, feature in zip(plan.parts, plan.features, strict=True))
         target = plan.section.target.observe(train[TARGET]) if isinstance(plan.section.target, NumberTarget) else None
     sizes = np.bincount(found.split[found.split >= 0], minlength=len(NAMES)).tolist()
+    across, kept = found.across, np.flatnonzero(found.split >= 0)
+    leaks = any(across.get(name) for name in NAMES[1:])
     return Observed(
         dict(zip(NAMES, sizes, strict=True)),
         {name: _label_counts(plan, found.table[TARGET].combine_chunks(), found.split == index) for index, name in enumerate(NAMES)},
         Counter(found.dropped[found.dropped != KEEP].tolist()),
-        Counter(found.across),
+        Counter(across),
+        repeats(found.table.take(pa.array(kept)), plan.features, found.keys[kept]) if leaks else None,
         inputs,
         target,
         {name: _summary(plan, rows, name == "train") for name, rows in splits.items()},
@@ -173,7 +190,8 @@ def positions(plan: Plan, number: int) -> tuple[np.ndarray, np.ndarray]:
     codes = pc.index_in(found.table[TARGET].combine_chunks(), pa.array(plan.target.labels, found.table[TARGET].type))
     split = plan.section.split
     assert isinstance(split, Hashed)
-    return codes.to_numpy(zero_copy_only=False)[rows], split.position(found.keys[rows, 0])
+    copies = None if found.copies is None else found.copies[rows]
+    return codes.to_numpy(zero_copy_only=False)[rows], split.position(found.keys[rows, 0], copies)
 
 
 def binned(plan: Plan, number: int, bins: int) -> np.ndarray:
@@ -183,11 +201,14 @@ def binned(plan: Plan, number: int, bins: int) -> np.ndarray:
     return np.bincount(place, minlength=plan.target.size * bins).reshape(plan.target.size, bins)
 
 
-def within_bins(plan: Plan, number: int, bins: int, wanted: Mapping[int, frozenset[int]]) -> dict[tuple[int, int], np.ndarray]:
-    """The positions that lie in some bins of some classes: (class, bin) to positions."""
+def within_bins(plan: Plan, number: int, bins: int, wanted: Sequence[tuple[int, int]]) -> dict[tuple[int, int], np.ndarray]:
+    """The positions that lie in some bins of some classes: (class, bin) to positions, of those that have any."""
     codes, position = positions(plan, number)
-    place = np.minimum((position * bins).astype(np.int64), bins - 1)
-    return {(code, one): position[(codes == code) & (place == one)] for code, some in wanted.items() for one in some}
+    place = codes * bins + np.minimum((position * bins).astype(np.int64), bins - 1)
+    rows = np.flatnonzero(np.isin(place, [code * bins + one for code, one in wanted]))
+    rows = rows[np.argsort(place[rows], kind="stable")]
+    cells, starts = np.unique(place[rows], return_index=True)
+    return {divmod(cell, bins): part for cell, part in zip(cells.tolist(), np.split(position[rows], starts)[1:], strict=True)}
 
 
 def times(plan: Plan, number: int) -> Quantiles:

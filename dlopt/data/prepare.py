@@ -108,7 +108,8 @@ def arrange(
     clock.lap("write")
     write_atomically(out / "signature.json", signature.model_dump_json(indent=1))
     write_atomically(out / "statistics.json", json.dumps({name: found.model_dump() for name, found in statistics.items()}, indent=1))
-    described = describe(seen.profile, _target_columns(plan.target), seen.across, section.split.columns)
+    across = {name: (seen.across[name], chance) for name, chance in seen.by_chance([name for name in read if name != "source"]).items()}
+    described = describe(seen.profile, _target_columns(plan.target), across, section.split.columns)
     write_atomically(out / "profile.json", json.dumps(described))
     return account(plan, read, seen, described["warnings"], clock.seconds)
 
@@ -277,7 +278,7 @@ def _stratified(plan: Plan, split: StratifiedSplit, over: _Ranges) -> np.ndarray
         for rank in some
         if rank < below[code, -1]
     }
-    wanted = {code: frozenset(place for (other, _), place in bin_of.items() if other == code) for code in range(len(ranks))}
+    wanted = sorted({(code, place) for (code, _), place in bin_of.items()})
     found: dict[tuple[int, int], list[np.ndarray]] = {}
     for part in over.each(partial(passes.within_bins, plan, bins=bins, wanted=wanted), "cutting"):
         for key, values in part.items():
