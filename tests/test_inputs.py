@@ -678,7 +678,7 @@ def test_numbers_are_predicted_in_their_units() -> None:
     target, values, _ = target_of(single, raw)
     assert target.name == "x" and values.tolist() == [[1.5], [3.0], [4.0]] and values.dtype == np.float32
     table = pa.table({"t": single.read(raw.take([0, 2, 3]), False)[0]})
-    found = reduce(lambda mine, yours: mine.merge(yours), (single.observe(piece["t"]) for piece in cut(table, 2)))
+    found = reduce(lambda mine, yours: mine.merge(yours), (single.observe(piece["t"], target) for piece in cut(table, 2)))
     assert np.allclose([found.mean[0], found.std[0]], [np.mean([1.5, 3, 4]), np.std([1.5, 3, 4])])
 
 

@@ -17,8 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dlopt.data.clean import Outliers
+from dlopt.data.encode import shifted
+from dlopt.data.exact import raw_values, widened
 from dlopt.data.inputs.number import Bound
-from dlopt.data.prepared import array_of, column_of
+from dlopt.data.prepared import column_of
 from dlopt.data.section import Data
 from dlopt.data.spill import HIGH, LOW, SIDE, TARGET, TIE, is_local
 from dlopt.data.split import NAMES, ByRow, GivenSplit, Hashed, StratifiedSplit
@@ -110,10 +112,13 @@ class Plan:
         return dropped
 
     def _values(self, table: pa.Table, column: str) -> np.ndarray | None:
-        """A column of a number input, float32 (rows,)."""
+        """A column of a number input as the model gets it, float32 (rows,)."""
         for part in self.section.inputs:
             if part.kind == "number" and column in part.columns:
-                return array_of(table[part.tensor], "float32", (len(part.columns),))[:, part.columns.index(column)]
+                place = part.columns.index(column)
+                values = raw_values(table[part.tensor], len(part.columns))[:, place : place + 1]
+                feature = next(feature for feature in self.features if column in feature.columns and feature.name == part.tensor)
+                return shifted(values, feature.offsets and feature.offsets[feature.columns.index(column) :][:1])[:, 0]
         return None
 
     def _split(self, rows: _Rows, table: pa.Table, copies: np.ndarray | None) -> np.ndarray:
@@ -144,7 +149,7 @@ class Plan:
         for part in self.section.inputs if self.left_out else ():
             if part.kind == "number" and part.tensor in table.column_names:
                 kept = [index for index, column in enumerate(part.columns) if column not in self.left_out]
-                matrix = array_of(table[part.tensor], "float32", (len(part.columns),))[:, kept]
+                matrix = raw_values(table[part.tensor], len(part.columns))[:, kept]
                 table = table.set_column(table.column_names.index(part.tensor), part.tensor, column_of(np.ascontiguousarray(matrix)))
         return table
 
@@ -229,7 +234,7 @@ class _Rows:
 
     def columns(self, names: Sequence[str]) -> pa.Table:
         """These columns of all the rows."""
-        together = pa.concat_tables([piece.select(names) for piece in self.slices]).combine_chunks()
+        together = pa.concat_tables(widened([piece.select(names) for piece in self.slices])).combine_chunks()
         return together if (self.order[1:] > self.order[:-1]).all() else together.take(pa.array(self.order))
 
 
@@ -299,6 +304,8 @@ def _narrow(part: Any, feature: Feature, columns: tuple[str, ...]) -> tuple[Any,
         return part, feature
     kept = [index for index, column in enumerate(feature.columns) if column in columns]
     changed: dict[str, Any] = {"columns": columns, "shape": (len(columns),)}
+    if feature.offsets:
+        changed["offsets"] = tuple(feature.offsets[index] for index in kept)
     if feature.vocabularies:
         changed |= {name: tuple(getattr(feature, name)[index] for index in kept) for name in ("vocabularies", "missing")}
     return part.model_copy(update={"columns": columns}), feature.model_copy(update=changed)

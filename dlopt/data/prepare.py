@@ -28,13 +28,14 @@ from dlopt.data import passes
 from dlopt.data.account import account, refuse_bad, refuse_dropped, refuse_unlearnable
 from dlopt.data.clean import DropColumns, ExactDuplicates, NearDuplicates, Outliers
 from dlopt.data.describe import describe
+from dlopt.data.exact import offsets_of, raw_values
 from dlopt.data.inputs import NumberTarget, TextInput
-from dlopt.data.inputs.number import QUARTILES, Bound, GroupMedian
+from dlopt.data.inputs.number import QUARTILES, Bound, GroupMedian, in_units
 from dlopt.data.passes import Observed
 from dlopt.data.plan import Origin, Plan
 from dlopt.data.section import Data
 from dlopt.data.sources import Source
-from dlopt.data.spill import Piece, Spill, from_json, is_local
+from dlopt.data.spill import TARGET, Piece, Spill, from_json, is_local
 from dlopt.data.split import GivenSplit, StratifiedSplit, TimeSplit, cut
 from dlopt.part import DloptError, Feature, Signature, Statistics, Target
 from dlopt.progress import Progress, silent
@@ -114,7 +115,7 @@ def arrange(
     return account(plan, read, seen, described["warnings"], clock.seconds)
 
 
-PREPARE = Stage("data", prepare, version=2)
+PREPARE = Stage("data", prepare, version=3)
 
 
 def sources(section: Data) -> dict[str, Source]:
@@ -186,8 +187,25 @@ def _plan(section: Data, features: tuple[Feature, ...], read: dict[str, list[Pie
         Origin(f"data.{name}", forced[name], tuple(piece.path for piece in pieces if piece.rows)) for name, pieces in read.items()
     )
     good = sum(piece.rows for pieces in read.values() for piece in pieces)
+    features, target = _with_offsets(section, features, target, [piece for piece in read["source"] if piece.rows])
     row_bytes = sum(feature.size * np.dtype(feature.stored).itemsize for feature in features) + 8
     return Plan(section, section.inputs, features, target, origins, power=(good * row_bytes // PART_BYTES).bit_length())
+
+
+def _with_offsets(section: Data, features: tuple[Feature, ...], target: Target, pieces: list[Piece]) -> tuple[tuple[Feature, ...], Target]:
+    """Inputs and target with what is to be subtracted from their numbers, by a sample of the rows: those whose keys are the least."""
+    sizes = {feature.name: feature.size for feature in features if feature.kind in ("number", "date")}
+    sizes |= {TARGET: target.size} if target.kind == "number" else {}
+    if not sizes:
+        return features, target
+    sample = passes.least_keys([piece.path for piece in pieces], list(sizes), sum(piece.rows for piece in pieces))
+    shifting = [part.tensor for part in section.inputs if part.kind in ("number", "date") and part.shifts] + [TARGET]
+    offsets = {name: offsets_of(raw_values(sample[name], size)) for name, size in sizes.items() if name in shifting}
+    changed = (
+        feature.model_copy(update={"offsets": found, "dtype": "float64"}) if (found := offsets.get(feature.name)) else feature
+        for feature in features
+    )
+    return tuple(changed), target.model_copy(update={"offsets": offsets.get(TARGET, ())})
 
 
 class _Ranges:
@@ -355,7 +373,7 @@ def _fitted(plan: Plan, seen: Observed, over: _Ranges) -> tuple[Plan, Signature,
         if found:
             statistics[feature.name] = found
     if seen.target:
-        statistics[plan.target.name] = seen.target.statistics("standard").model_copy(update={"fill": ()})
+        statistics[plan.target.name] = in_units(seen.target.statistics("standard"), plan.target).model_copy(update={"fill": ()})
     signature = Signature(inputs=tuple(features[feature.name] for feature in plan.features), target=plan.target)
     return replace(plan, features=signature.inputs), signature, statistics
 

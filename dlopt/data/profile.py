@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 
 from dlopt.data.counter import bits, mix, string_words
 from dlopt.data.encode import decode_image
+from dlopt.data.exact import raw_values
 from dlopt.data.inputs.values import dates, doubles, plain, texts
 from dlopt.data.prepared import array_of
 from dlopt.part import DloptError, Feature, Target
@@ -208,7 +209,7 @@ def prepared_columns(
     for feature in features:
         if feature.kind in ("number", "date"):
             names = [f"{c}.{part}" for c in feature.columns for part in feature.parts] if feature.kind == "date" else feature.columns
-            matrix = array_of(table[feature.name], "float32", feature.shape)
+            matrix = raw_values(table[feature.name], feature.size)
             columns |= {name: matrix[:, index] for index, name in enumerate(names)}
             kinds |= dict.fromkeys(names, "number")
         elif feature.kind == "category":
@@ -220,7 +221,7 @@ def prepared_columns(
             kinds[feature.name] = feature.kind
     if target.kind != "number":
         return columns | {target.name: goal}, kinds | {target.name: target.kind}, (target.name,)
-    matrix = array_of(goal, "float32", target.shape)
+    matrix = raw_values(goal, target.size)
     columns |= {name: matrix[:, index] for index, name in enumerate(target.columns)}
     return columns, kinds | dict.fromkeys(target.columns, "number"), target.columns
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dlopt.data.prepared import array_of
+from dlopt.data.exact import raw_values
 from dlopt.part import Feature
 
 SAMPLE_ROWS, SAMPLE_CELLS = 2048, 2**19
@@ -83,7 +83,7 @@ def _columns(feature: Feature, table: pa.Table) -> list[Any]:
         columns = [table[f"{feature.name}/{column}"].combine_chunks().dictionary_encode().indices for column in feature.columns]
         return [column.to_numpy() for column in columns]
     if feature.kind in ("number", "date"):
-        return list(array_of(table[feature.name], "float32", feature.shape).T)
+        return list(raw_values(table[feature.name], feature.size).T)
     return []
 
 

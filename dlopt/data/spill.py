@@ -2,7 +2,7 @@
 
 Good rows go to piece files, Arrow tables in the order of the rows' keys, so that later passes can read any range of keys from
 all of them without holding more than that range. Rows that are set aside go to quarantine as they were read, with their reason.
-The key of a row is a 128-bit hash of its inputs and target as the model sees them.
+The key of a row is a 128-bit hash of its inputs and target: of numbers as the source has them, of others as the model sees them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 
 from dlopt.data.clean import DropDuplicates, ExactDuplicates, NearDuplicateImages, NearDuplicates, NearDuplicateTexts, RowRule
 from dlopt.data.counter import mix, row_keys, string_words
-from dlopt.data.inputs.values import Reasons
+from dlopt.data.exact import keys_of_rest, lost_in_single, raw_values, with_rest
+from dlopt.data.inputs.values import Reasons, lost_in_double
 from dlopt.data.prepared import array_of, column_of
 from dlopt.data.section import Data
 from dlopt.data.split import RandomSplit, StratifiedSplit
@@ -32,6 +33,8 @@ PIECE_BYTES = 32 * 2**20
 TARGET, SIDE, HIGH, LOW, TIE = "__target", "__side", "__high", "__low", "__tie"
 """Columns of a piece beside those of the inputs: the target, what the split goes by, the two words of the key, and a hash of what
 tells rows of one key apart."""
+DIGITS = "__digits"
+"""What columns begin with that tell apart numbers of more digits than float64 has; they go into the key alone."""
 REASON = "reason"
 
 
@@ -121,6 +124,7 @@ class Spill:
             reasons = wrong | reasons
         columns[TARGET], wrong = self.section.target.read(raw, self.whole)
         reasons = wrong | reasons
+        columns |= self._digits(raw, columns)
         split = self.section.split
         if not isinstance(split, (RandomSplit, StratifiedSplit)):
             columns[SIDE], wrong = split.side(raw)
@@ -129,6 +133,18 @@ class Spill:
             if not is_local(clean):
                 columns |= self._compared(place, clean, raw, columns)
         return columns, reasons
+
+    def _digits(self, raw: pa.Table, columns: dict[str, pa.Array]) -> dict[str, pa.Array]:
+        """Of inputs and targets of numbers with more digits than float64 holds, so in hardly any table: keys of what it does not hold."""
+        found = {}
+        for part, name in [*((part, part.tensor) for part in self.section.inputs), (self.section.target, TARGET)]:
+            if part.kind == "number":
+                values = raw_values(columns[name], len(part.columns))
+                lost = [lost_in_double(raw[column], values[:, index]) for index, column in enumerate(part.columns)]
+                if any(rest is not None for rest in lost):
+                    rest = np.stack([np.zeros(len(raw)) if rest is None else rest for rest in lost], axis=1)
+                    found[f"{DIGITS}{name}"] = column_of(keys_of_rest(rest))
+        return found
 
     def _compared(self, place: int, part: Any, raw: pa.Table, columns: dict[str, pa.Array]) -> dict[str, pa.Array]:
         if isinstance(part, NearDuplicates):
@@ -152,9 +168,18 @@ class Spill:
         return part.sketch(part.texts(raw))
 
     def _keyed(self, good: pa.Table) -> pa.Table:
-        """With the key of every row, and in the order of these."""
+        """With the key of every row, and in the order of these. What float32 holds of a row's numbers makes its key; what it does not hold
+        changes the key of the rows that have such digits."""
+        target = self.section.target
         words = [_words(feature, good) for feature in self.features]
-        keys = row_keys([*(word for group in words for word in group), _target_words(good[TARGET].combine_chunks())])
+        goal = _target_words(good[TARGET].combine_chunks(), len(target.columns))
+        keys = row_keys([*(word for group in words for word in group), goal])
+        numbers = [(feature.name, feature.size) for feature in self.features if feature.kind in ("number", "date")]
+        for name, width in [*numbers, *([(TARGET, len(target.columns))] if target.kind == "number" else [])]:
+            keys = with_rest(keys, lost_in_single(raw_values(good[name], width)))
+        for name in [name for name in good.column_names if name.startswith(DIGITS)]:
+            keys = with_rest(keys, array_of(good[name], "uint64", (2,)))
+            good = good.drop_columns([name])
         table = good.append_column(HIGH, pa.array(keys[:, 0])).append_column(LOW, pa.array(keys[:, 1]))
         if sides := [name for name in table.column_names if name == SIDE or name.startswith(("__identity", "__order"))]:
             table = table.append_column(TIE, pa.array(_tie(table, sides)))
@@ -217,13 +242,15 @@ def _words(feature: Feature, table: pa.Table) -> list[np.ndarray]:
         return [_string_words(table[f"{feature.name}/{column}"].combine_chunks()) for column in feature.columns]
     if feature.kind == "text":
         return [_string_words(table[feature.name].combine_chunks())]
-    return [array_of(table[feature.name], feature.stored, feature.shape)]
+    if feature.kind == "image":
+        return [array_of(table[feature.name], feature.stored, feature.shape)]
+    return [raw_values(table[feature.name], feature.size).astype(np.float32, copy=False)]
 
 
-def _target_words(values: pa.Array) -> np.ndarray:
-    """Words of the target's values, uint64 or float32 (rows, ...)."""
+def _target_words(values: pa.Array, width: int) -> np.ndarray:
+    """Words of the target's values, uint64 or float32 (rows, ...). width: how many numbers each is."""
     if pa.types.is_fixed_size_binary(values.type):
-        return array_of(pa.chunked_array([values]), "float32", (values.type.byte_width // 4,))
+        return raw_values(values, width).astype(np.float32, copy=False)
     if pa.types.is_integer(values.type):
         return values.cast(pa.int64()).to_numpy(zero_copy_only=False).reshape(-1, 1)
     if pa.types.is_list(values.type):

@@ -11,11 +11,11 @@ import pyarrow as pa
 from pydantic import Field, field_validator
 
 from dlopt.data import moments
-from dlopt.data.inputs.values import Reasons, floats
+from dlopt.data.exact import exact_column, values_of
+from dlopt.data.inputs.values import Reasons, numbers
 from dlopt.data.moments import Moments, nonzero
-from dlopt.data.prepared import array_of, column_of
 from dlopt.data.quantiles import Quantiles
-from dlopt.part import DloptError, Feature, Part, Statistics
+from dlopt.part import DloptError, Feature, Part, Statistics, Target
 
 Normalization = Literal["min_max", "symmetric", "standard", "robust", "max_abs", "log", "quantile", "none"]
 KNOTS = 64
@@ -74,23 +74,28 @@ class NumberInput(Part):
         """The name of the model's input."""
         return self.name
 
+    @property
+    def shifts(self) -> bool:
+        """Whether an offset may be subtracted before: not where the size of a number itself is what the model is to see."""
+        return self.normalize not in ("log", "max_abs", "none")
+
     def feature(self, table: pa.Table) -> Feature:
         return Feature(
             name=self.name, kind="number", dtype="float32", shape=(len(self.columns),), columns=self.columns, indicators=self.indicators
         )
 
     def read(self, table: pa.Table, feature: Feature) -> tuple[dict[str, pa.Array], Reasons]:
-        """A float32 matrix with NaN where missing, and the reason for every row that has something else than numbers."""
-        values = np.empty((len(table), len(feature.columns)), dtype=np.float32)
+        """A matrix with NaN where missing, and the reason for every row that has something else than numbers."""
+        values = np.empty((len(table), len(feature.columns)))
         reasons: Reasons = {}
         for index, name in enumerate(feature.columns):
-            values[:, index], wrong = floats(table[name])
+            values[:, index], wrong = numbers(table[name])
             reasons.update({row: f"{name}: {why}" for row, why in wrong.items() if row not in reasons})
-        return {feature.name: column_of(values)}, reasons
+        return {feature.name: exact_column(values)}, reasons
 
     def observe(self, table: pa.Table, feature: Feature, bounds: Mapping[str, Bound]) -> Numbers:
         """What training rows say of each column."""
-        values = bounded(array_of(table[feature.name], "float32", feature.shape), feature, bounds)
+        values = bounded(values_of(table[feature.name], feature), feature, bounds)
         wanted = [MEDIAN] if self.fill == "median" else []
         wanted += [MEDIAN, *QUARTILES] if self.normalize == "robust" else []
         wanted += [step / KNOTS for step in range(KNOTS + 1)] if self.normalize == "quantile" else []
@@ -107,8 +112,8 @@ class NumberInput(Part):
         self, seen: Numbers, feature: Feature, features: dict[str, Feature], bounds: Mapping[str, Bound] = {}
     ) -> tuple[Feature, Statistics]:
         """The statistics that the model's first layer is made of."""
-        base = seen.moments.statistics("none" if self.normalize in ("robust", "log", "quantile") else self.normalize)
-        changed: dict[str, Any] = {"fill": self._fill(seen).tolist(), "clip": self.clip}
+        base = in_units(seen.moments.statistics("none" if self.normalize in ("robust", "log", "quantile") else self.normalize), feature)
+        changed: dict[str, Any] = {"fill": self._fill(seen, feature).tolist(), "clip": self.clip}
         if self.normalize == "robust" and seen.quantiles:
             low, high = (seen.quantiles.at(p) for p in QUARTILES)
             changed |= {"shift": seen.quantiles.at(MEDIAN).tolist(), "scale": (1 / nonzero(high - low)).tolist()}
@@ -120,26 +125,25 @@ class NumberInput(Part):
             changed |= {"knots": knots.tolist()}
         changed |= _as_statistics(feature, bounds)
         if isinstance(self.fill, GroupMedian):
-            changed |= self._group_fill(seen, self.fill.by, features)
+            changed |= self._group_fill(seen, self.fill.by, feature, features)
         return feature, Statistics.model_validate(base.model_dump() | changed)
 
     def finish(self, table: pa.Table, feature: Feature) -> np.ndarray:
         """The matrix, float32 (rows, columns)."""
-        return array_of(table[feature.name], "float32", feature.shape)
+        return values_of(table[feature.name], feature)
 
-    def _fill(self, seen: Numbers) -> np.ndarray:
-        if isinstance(self.fill, float):
-            return np.full_like(seen.moments.mean, self.fill)
-        if self.fill == "zero":
-            return np.zeros_like(seen.moments.mean)
+    def _fill(self, seen: Numbers, feature: Feature) -> np.ndarray:
+        if isinstance(self.fill, float) or self.fill == "zero":
+            number = self.fill if isinstance(self.fill, float) else 0.0
+            return np.full_like(seen.moments.mean, number) - (feature.offsets or 0.0)
         if self.fill == "most_frequent" and seen.counts:
             return np.array([min(counts, key=lambda value: (-counts[value], value)) if counts else 0.0 for counts in seen.counts])
         return seen.quantiles.at(MEDIAN) if seen.quantiles and self.fill != "mean" else seen.moments.mean
 
-    def _group_fill(self, seen: Numbers, by: str, features: dict[str, Feature]) -> dict[str, Any]:
+    def _group_fill(self, seen: Numbers, by: str, feature: Feature, features: dict[str, Feature]) -> dict[str, Any]:
         """A row of fills for each code of the grouping column."""
         category = next(feature for feature in features.values() if feature.kind == "category" and by in feature.columns)
-        place, default = category.columns.index(by), self._fill(seen)
+        place, default = category.columns.index(by), self._fill(seen, feature)
         fills = np.tile(default, (category.codes[place], 1))
         codes = {value: code for code, value in enumerate(category.vocabularies[place], start=1)}
         for value, quantiles in (seen.groups or {}).items():
@@ -177,6 +181,14 @@ def bounded(values: np.ndarray, feature: Feature, bounds: Mapping[str, Bound]) -
         bounds[column].apply(values[:, index]) if column in bounds else values[:, index] for index, column in enumerate(feature.columns)
     ]
     return np.stack(columns, axis=1)
+
+
+def in_units(statistics: Statistics, known: Feature | Target) -> Statistics:
+    """Least, greatest and mean value with the offsets that were subtracted from what they are of."""
+    if not known.offsets:
+        return statistics
+    units = {name: tuple((np.array(getattr(statistics, name)) + known.offsets).tolist()) for name in ("min", "max", "mean")}
+    return statistics.model_copy(update=units)
 
 
 def no_column_twice(columns: tuple[str, ...]) -> tuple[str, ...]:
