@@ -174,7 +174,8 @@ def date_parts(values: pa.Array, parts: Sequence[str]) -> np.ndarray:
 def shifted(values: np.ndarray, offsets: Sequence[float]) -> np.ndarray:
     """Numbers (rows, columns) as the model gets them, float32: less their offsets, which are subtracted in float64. An exported graph
     does the same with what `encode_rows` gives it."""
-    return (values - np.array(offsets) if offsets else values).astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):
+        return (values - np.array(offsets) if offsets else values).astype(np.float32, copy=False)
 
 
 def encode_rows(signature: Signature, rows: Sequence[Any]) -> dict[str, np.ndarray]:

@@ -54,6 +54,14 @@ def widened(tables: Sequence[pa.Table]) -> list[pa.Table]:
     return found
 
 
+def merged(different: np.ndarray) -> int:
+    """How many of a column's different values, float64 (values,), sorted, are the same as the one before in float32, less an offset."""
+    single = shifted(different, ())
+    if (single != different).any():
+        single = shifted(different, (offset_of(different),))
+    return int(np.count_nonzero(single[1:] == single[:-1]))
+
+
 def lost_in_single(values: np.ndarray) -> np.ndarray:
     """What float32 does not hold of numbers (rows, columns), as keys uint64 (rows, 2); zeros for rows of which it holds all."""
     if values.dtype == np.float32:
@@ -75,24 +83,24 @@ def with_rest(keys: np.ndarray, rest: np.ndarray) -> np.ndarray:
     return np.where((rest != 0).any(axis=1).reshape(-1, 1), mix(keys ^ rest), keys)
 
 
-def offset_of(values: np.ndarray) -> float:
-    """What to subtract from a column so that float32 tells its values apart, float64 (rows,), NaN where missing; 0 where that is no
-    help. The least window that holds MOST of the different values decides."""
-    different = np.unique(values[np.isfinite(values)]).astype(np.float64)
+def offset_of(different: np.ndarray) -> float:
+    """What to subtract from a column so that float32 tells its different values apart, float64 (values,), sorted; 0 where that is no
+    help. The least window that holds MOST of the different values decides: its middle value it is, from which others differ by round
+    numbers if they themselves are any; and float64 holds all these differences (Sterbenz 1974)."""
     size = math.ceil(MOST * len(different))
-    if size < 2 or (different == different.astype(np.float32)).all():
+    if size < 2 or (different == shifted(different, ())).all():
         return 0.0
     widths = different[size - 1 :] - different[: len(different) - size + 1]
     first = int(widths.argmin())
     low, high = different[first], different[first + size - 1]
     if max(abs(low), abs(high)) <= CLOSE * (high - low):
         return 0.0
-    return float(np.float32(low + (high - low) / 2))
+    return float(different[first + size // 2])
 
 
 def offsets_of(values: np.ndarray) -> tuple[float, ...]:
     """The offset of each column, (rows, columns); () when none has any."""
     if values.dtype == np.float32:
         return ()
-    found = tuple(offset_of(column) for column in values.T)
+    found = tuple(offset_of(np.unique(column[~np.isnan(column)])) for column in values.T)
     return found if any(found) else ()

@@ -61,6 +61,8 @@ class Plan:
     """column: the part of `clean` that found them, and where outliers begin."""
     left_out: tuple[str, ...] = ()
     """Columns of inputs that the model does not get."""
+    warnings: tuple[str, ...] = ()
+    """What is suspicious about numbers as they were read, a line each."""
 
     @property
     def caps(self) -> dict[str, Bound]:

@@ -33,6 +33,7 @@ from dlopt.data.inputs import NumberTarget, TextInput
 from dlopt.data.inputs.number import QUARTILES, Bound, GroupMedian, in_units
 from dlopt.data.passes import Observed
 from dlopt.data.plan import Origin, Plan
+from dlopt.data.repeats import names_of
 from dlopt.data.section import Data
 from dlopt.data.sources import Source
 from dlopt.data.spill import TARGET, Piece, Spill, from_json, is_local
@@ -111,6 +112,7 @@ def arrange(
     write_atomically(out / "statistics.json", json.dumps({name: found.model_dump() for name, found in statistics.items()}, indent=1))
     across = {name: (seen.across[name], chance) for name, chance in seen.by_chance([name for name in read if name != "source"]).items()}
     described = describe(seen.profile, _target_columns(plan.target), across, section.split.columns)
+    described["warnings"] += [*_unheld(read), *plan.warnings]
     write_atomically(out / "profile.json", json.dumps(described))
     return account(plan, read, seen, described["warnings"], clock.seconds)
 
@@ -187,25 +189,47 @@ def _plan(section: Data, features: tuple[Feature, ...], read: dict[str, list[Pie
         Origin(f"data.{name}", forced[name], tuple(piece.path for piece in pieces if piece.rows)) for name, pieces in read.items()
     )
     good = sum(piece.rows for pieces in read.values() for piece in pieces)
-    features, target = _with_offsets(section, features, target, [piece for piece in read["source"] if piece.rows])
+    features, target, warnings = _with_offsets(section, features, target, [piece for piece in read["source"] if piece.rows])
     row_bytes = sum(feature.size * np.dtype(feature.stored).itemsize for feature in features) + 8
-    return Plan(section, section.inputs, features, target, origins, power=(good * row_bytes // PART_BYTES).bit_length())
+    power = (good * row_bytes // PART_BYTES).bit_length()
+    return Plan(section, section.inputs, features, target, origins, power, warnings=warnings)
 
 
-def _with_offsets(section: Data, features: tuple[Feature, ...], target: Target, pieces: list[Piece]) -> tuple[tuple[Feature, ...], Target]:
-    """Inputs and target with what is to be subtracted from their numbers, by a sample of the rows: those whose keys are the least."""
+def _with_offsets(
+    section: Data, features: tuple[Feature, ...], target: Target, pieces: list[Piece]
+) -> tuple[tuple[Feature, ...], Target, tuple[str, ...]]:
+    """Inputs and target with what is to be subtracted from their numbers, by a sample of the rows, those whose keys are the least; and
+    a line for each column of which nothing can be, though float32 does not tell its values apart."""
     sizes = {feature.name: feature.size for feature in features if feature.kind in ("number", "date")}
     sizes |= {TARGET: target.size} if target.kind == "number" else {}
     if not sizes:
-        return features, target
+        return features, target, ()
     sample = passes.least_keys([piece.path for piece in pieces], list(sizes), sum(piece.rows for piece in pieces))
-    shifting = [part.tensor for part in section.inputs if part.kind in ("number", "date") and part.shifts] + [TARGET]
-    offsets = {name: offsets_of(raw_values(sample[name], size)) for name, size in sizes.items() if name in shifting}
-    changed = (
-        feature.model_copy(update={"offsets": found, "dtype": "float64"}) if (found := offsets.get(feature.name)) else feature
-        for feature in features
-    )
-    return tuple(changed), target.model_copy(update={"offsets": offsets.get(TARGET, ())})
+    offsets = {name: offsets_of(raw_values(sample[name], size)) for name, size in sizes.items()}
+    changed, lines = list(features), list[str]()
+    for place, (part, feature) in enumerate(zip(section.inputs, features, strict=True)):
+        found = offsets.get(feature.name, ())
+        if found and part.kind in ("number", "date") and part.shifts:
+            changed[place] = feature.model_copy(update={"offsets": found, "dtype": "float64"})
+        elif found and part.kind in ("number", "date"):
+            lines += [
+                f"{name}: lies about {offset:.6g}, where float32 cannot tell apart what is close together, and `normalize: "
+                f"{part.normalize}` keeps it there: use standard"
+                for name, offset in zip(names_of(feature), found, strict=True)
+                if offset
+            ]
+    return tuple(changed), target.model_copy(update={"offsets": offsets.get(TARGET, ())}), tuple(lines)
+
+
+def _unheld(read: dict[str, list[Piece]]) -> list[str]:
+    """A line for each column of numbers with more digits than float64 holds."""
+    counts = sum((piece.digits for pieces in read.values() for piece in pieces), Counter[str]())
+    return [
+        f"{column}: {count:,} of its numbers have more digits than float64 holds, so the model sees others in their place: "
+        "take it out if it names rows, else subtract in the source what all have in common"
+        for column, count in counts.items()
+        if count
+    ]
 
 
 class _Ranges:

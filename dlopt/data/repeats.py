@@ -49,10 +49,10 @@ class Repeats:
 
     @property
     def chance(self) -> float:
-        """The chance that a row equals another one, from above. Of a column in which no pair agrees, it is that of the different rows."""
+        """The chance that a row equals another one, from above. In no column do two agree less than if each row had a value of its own."""
         if self.rich and self.rows < RICH * self.distinct:
             return 0.0
-        shares = np.where(self.equal > 0, self.equal / max(self.pairs, 1), 1 / max(self.distinct, 1))
+        shares = np.maximum(self.equal / max(self.pairs, 1), 1 / max(self.distinct, 1))
         told = [*(-np.log2(shares)).tolist(), *([math.log2(max(self.distinct, 1))] if self.rich else [])]
         return float(2.0 ** -max([*told, sum(told) / 2]))
 

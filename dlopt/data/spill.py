@@ -52,6 +52,8 @@ class Piece:
     """Why rows could not be read."""
     dropped: Counter[int]
     """How many rows each part of `clean`, by its place, has dropped."""
+    digits: Counter[str]
+    """How many numbers of each column have more digits than float64 holds."""
     labels: Counter[Any]
     """Classes or labels of the good rows."""
     quarantine: str
@@ -93,6 +95,7 @@ class Spill:
         """Judge, decode and key rows, and write them."""
         ruled, by_rule = self._judged(raw)
         columns, reasons = self._decoded(raw)
+        digits = self._digits(raw, columns)
         bad = {row: why for row, why in reasons.items() if row not in ruled}
         quarantine = self._set_aside(raw, ruled | bad)
         good = pa.table(columns)
@@ -100,7 +103,7 @@ class Spill:
             good = good.filter(pa.array(_mask(len(raw), ruled.keys() | bad.keys(), False)))
         labels = self.section.target.count(good[TARGET].combine_chunks())
         path = self._write(self._keyed(good)) if len(good) else ""
-        return Piece(path, len(good), len(raw), Counter(bad.values()), by_rule, labels, quarantine)
+        return Piece(path, len(good), len(raw), Counter(bad.values()), by_rule, digits, labels, quarantine)
 
     def _judged(self, raw: pa.Table) -> tuple[Reasons, Counter[int]]:
         """Rows that break a rule, and how many each rule has dropped first."""
@@ -124,7 +127,6 @@ class Spill:
             reasons = wrong | reasons
         columns[TARGET], wrong = self.section.target.read(raw, self.whole)
         reasons = wrong | reasons
-        columns |= self._digits(raw, columns)
         split = self.section.split
         if not isinstance(split, (RandomSplit, StratifiedSplit)):
             columns[SIDE], wrong = split.side(raw)
@@ -134,17 +136,18 @@ class Spill:
                 columns |= self._compared(place, clean, raw, columns)
         return columns, reasons
 
-    def _digits(self, raw: pa.Table, columns: dict[str, pa.Array]) -> dict[str, pa.Array]:
-        """Of inputs and targets of numbers with more digits than float64 holds, so in hardly any table: keys of what it does not hold."""
-        found = {}
+    def _digits(self, raw: pa.Table, columns: dict[str, pa.Array]) -> Counter[str]:
+        """Note keys of what float64 does not hold of inputs and targets, so in hardly any table; and count such numbers of each column."""
+        counts: Counter[str] = Counter()
         for part, name in [*((part, part.tensor) for part in self.section.inputs), (self.section.target, TARGET)]:
             if part.kind == "number":
                 values = raw_values(columns[name], len(part.columns))
                 lost = [lost_in_double(raw[column], values[:, index]) for index, column in enumerate(part.columns)]
                 if any(rest is not None for rest in lost):
                     rest = np.stack([np.zeros(len(raw)) if rest is None else rest for rest in lost], axis=1)
-                    found[f"{DIGITS}{name}"] = column_of(keys_of_rest(rest))
-        return found
+                    columns[f"{DIGITS}{name}"] = column_of(keys_of_rest(rest))
+                    counts.update(dict(zip(part.columns, np.count_nonzero(rest, axis=0).tolist(), strict=True)))
+        return counts
 
     def _compared(self, place: int, part: Any, raw: pa.Table, columns: dict[str, pa.Array]) -> dict[str, pa.Array]:
         if isinstance(part, NearDuplicates):
@@ -208,13 +211,13 @@ class Spill:
 
 def as_json(piece: Piece) -> str:
     """A piece as it travels to the driver."""
-    pairs = {name: list(getattr(piece, name).items()) for name in ("reasons", "dropped", "labels")}
+    pairs = {name: list(getattr(piece, name).items()) for name in ("reasons", "dropped", "digits", "labels")}
     return json.dumps({"path": piece.path, "rows": piece.rows, "read": piece.read, "quarantine": piece.quarantine, **pairs})
 
 
 def from_json(text: str) -> Piece:
     found = json.loads(text)
-    for name in ("reasons", "dropped", "labels"):
+    for name in ("reasons", "dropped", "digits", "labels"):
         found[name] = Counter(dict(found[name]))
     return Piece(**found)
 

@@ -96,8 +96,9 @@ def lost_in_double(column: pa.ChunkedArray | pa.Array, values: np.ndarray) -> np
 
 
 def _left(value: Decimal | str, number: float) -> float:
+    """Of a decimal number that float64 holds only nearly, nothing when it is the shortest one that is read as this float64."""
     exact = Decimal(value)
-    return 0.0 if exact == Decimal(repr(number)) else float(exact - Decimal(number))
+    return 0.0 if exact != exact.to_integral_value() and exact == Decimal(repr(number)) else float(exact - Decimal(number))
 
 
 def texts(column: pa.ChunkedArray | pa.Array) -> pa.Array:
