@@ -20,6 +20,8 @@ from dlopt.part import DloptError, Feature, Part, Statistics, Target
 Normalization = Literal["min_max", "symmetric", "standard", "robust", "max_abs", "log", "quantile", "none"]
 KNOTS = 64
 """Steps of the quantile normalization."""
+MOST_VALUES = 2**16
+"""Different values that are counted of each column for its most frequent one."""
 MEDIAN, QUARTILES = 0.5, (0.25, 0.75)
 
 
@@ -104,7 +106,7 @@ class NumberInput(Part):
             moments.of_values(values),
             moments.of_values(_signed_log(values)) if self.normalize == "log" else None,
             Quantiles.of(values, wanted) if wanted or groups else None,
-            _counts(values) if self.fill == "most_frequent" else None,
+            Frequent.of(values) if self.fill == "most_frequent" else None,
             _by_group(values, group_column(table, self.fill.by)) if isinstance(self.fill, GroupMedian) else None,
         )
 
@@ -137,7 +139,7 @@ class NumberInput(Part):
             number = self.fill if isinstance(self.fill, float) else 0.0
             return np.full_like(seen.moments.mean, number) - (feature.offsets or 0.0)
         if self.fill == "most_frequent" and seen.counts:
-            return np.array([min(counts, key=lambda value: (-counts[value], value)) if counts else 0.0 for counts in seen.counts])
+            return seen.counts.first
         return seen.quantiles.at(MEDIAN) if seen.quantiles and self.fill != "mean" else seen.moments.mean
 
     def _group_fill(self, seen: Numbers, by: str, feature: Feature, features: dict[str, Feature]) -> dict[str, Any]:
@@ -160,7 +162,7 @@ class Numbers:
     moments: Moments
     log: Moments | None
     quantiles: Quantiles | None
-    counts: list[dict[float, int]] | None
+    counts: Frequent | None
     groups: dict[str, Quantiles] | None
 
     def merge(self, other: Numbers) -> Numbers:
@@ -168,9 +170,49 @@ class Numbers:
             self.moments.merge(other.moments),
             self.log.merge(other.log) if self.log and other.log else None,
             self.quantiles.merge(other.quantiles) if self.quantiles and other.quantiles else None,
-            [_sum(mine, yours) for mine, yours in zip(self.counts, other.counts, strict=True)] if self.counts and other.counts else None,
+            self.counts.merge(other.counts) if self.counts and other.counts else None,
             _merged_groups(self.groups, other.groups) if self.groups is not None and other.groups is not None else None,
         )
+
+
+@dataclass(frozen=True)
+class Frequent:
+    """The most frequent values of each column, at most MOST_VALUES of them, so that a column of any length takes bounded memory; exact
+    while it has no more, and where it has, for every value that is among the most frequent of each piece."""
+
+    values: list[np.ndarray]
+    """float32, sorted."""
+    counts: list[np.ndarray]
+
+    @classmethod
+    def of(cls, matrix: np.ndarray) -> Frequent:
+        """Of a piece, float32 (rows, columns), NaN where missing."""
+        found = [np.unique(column[~np.isnan(column)], return_counts=True) for column in matrix.T]
+        return cls(*map(list, zip(*(_most(*pair) for pair in found), strict=True)))
+
+    def merge(self, other: Frequent) -> Frequent:
+        """Of two pieces together; in a fixed order, since what is left out depends on it."""
+        found = []
+        for mine, yours, my_counts, your_counts in zip(self.values, other.values, self.counts, other.counts, strict=True):
+            values, place = np.unique(np.concatenate([mine, yours]), return_inverse=True)
+            counts = np.zeros(len(values), np.int64)
+            np.add.at(counts, place, np.concatenate([my_counts, your_counts]))
+            found.append(_most(values, counts))
+        return Frequent(*map(list, zip(*found, strict=True)))
+
+    @property
+    def first(self) -> np.ndarray:
+        """The most frequent value of each column, float64 (columns,), the least of several; 0 where there is none."""
+        pairs = zip(self.values, self.counts, strict=True)
+        return np.array([float(values[counts.argmax()]) if len(values) else 0.0 for values, counts in pairs])
+
+
+def _most(values: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The most frequent of the sorted values, the lesser ones of those that are as frequent."""
+    if len(values) <= MOST_VALUES:
+        return values, counts
+    kept = np.sort(np.argsort(-counts, kind="stable")[:MOST_VALUES])
+    return values[kept], counts[kept]
 
 
 def bounded(values: np.ndarray, feature: Feature, bounds: Mapping[str, Bound]) -> np.ndarray:
@@ -221,19 +263,6 @@ def _signed_log(values: np.ndarray) -> np.ndarray:
     """In float64: the logarithms of large values are close together."""
     values = values.astype(np.float64)
     return np.sign(values) * np.log1p(np.abs(values))
-
-
-def _counts(values: np.ndarray) -> list[dict[float, int]]:
-    found = []
-    for column in range(values.shape[1]):
-        there = values[:, column][~np.isnan(values[:, column])]
-        distinct, counts = np.unique(there, return_counts=True)
-        found.append(dict(zip(distinct.astype(float).tolist(), counts.tolist(), strict=True)))
-    return found
-
-
-def _sum(mine: dict[float, int], yours: dict[float, int]) -> dict[float, int]:
-    return {value: mine.get(value, 0) + yours.get(value, 0) for value in mine.keys() | yours.keys()}
 
 
 def _by_group(values: np.ndarray, groups: pa.Array) -> dict[str, Quantiles]:
