@@ -40,8 +40,8 @@ class Feature(Part):
     """Name of the tensor in the model, in the ONNX graph and in requests."""
     kind: Literal["image", "number", "date", "category", "text"]
     """What the numbers mean: pixels, a column each, parts of a date each, codes of a vocabulary for each column, ids of tokens."""
-    dtype: Literal["uint8", "float32", "int32", "string"]
-    """Their type in the ONNX graph: string for categories that the graph looks up itself."""
+    dtype: Literal["uint8", "float32", "float64", "int32", "string"]
+    """Their type in the ONNX graph: string for categories that the graph looks up itself, float64 for numbers with offsets."""
     shape: tuple[int, ...]
     """Shape of one row, without the batch dimension: (height, width, channels) of an image, (columns,) of numbers and
     categories, (columns x parts,) of dates, (most tokens,) of a text, which may be cut down to the longest of a batch."""
@@ -59,6 +59,9 @@ class Feature(Part):
     """Of categories, for each column: the code of a missing value."""
     buckets: int = 0
     """Of categories that are hashed: how many codes each column has; then there are no vocabularies."""
+    offsets: tuple[float, ...] = ()
+    """Of numbers and parts of dates that float32 would not tell apart: what is subtracted from each in float64 before it becomes
+    float32, which the graph does itself; () where nothing is."""
     parts: tuple[str, ...] = ()
     """Of dates: what of each date the model sees."""
     form: str = ""
@@ -76,7 +79,7 @@ class Feature(Part):
     @property
     def stored(self) -> Literal["uint8", "float32", "int32"]:
         """The type of the numbers on disk and in training."""
-        return "int32" if self.dtype == "string" else self.dtype
+        return "int32" if self.dtype == "string" else "float32" if self.dtype == "float64" else self.dtype
 
     @property
     def codes(self) -> tuple[int, ...]:
@@ -95,6 +98,9 @@ class Target(Part):
     """The classes or labels, sorted; label i is output i of the model. Of numbers there are none."""
     columns: tuple[str, ...] = ()
     """Of numbers: the column of each output."""
+    offsets: tuple[float, ...] = ()
+    """Of numbers that float32 would not tell apart: what is subtracted from each on disk and in training, and added in float64 to what
+    comes out; () where nothing is."""
     positive: int | str | None = None
     """Of two classes: the one that precision, recall, F1 and ROC AUC are of."""
     thresholds: tuple[float, ...] = ()
@@ -141,9 +147,10 @@ class Signature(Part):
 
 
 class Statistics(Part):
-    """What the training split says of one input tensor, per channel of an image or per column of numbers, and the
-    preprocessing that follows from it, in this order: what lies outside of [lower, upper] is capped or missing, what is missing is
-    filled, the logarithm is taken, then `(x - shift) * scale` or the place among the quantiles, then clipping."""
+    """What the training split says of one input tensor, per channel of an image or per column of numbers, in the data's units; and
+    the preprocessing that follows from it, of numbers less the offsets of their feature, in this order: what lies outside of
+    [lower, upper] is capped or missing, what is missing is filled, the logarithm is taken, then `(x - shift) * scale` or the place
+    among the quantiles, then clipping."""
 
     count: int
     """Values per channel or column, missing ones included."""

@@ -265,7 +265,7 @@ def test_imbalance_and_duplicates_are_found() -> None:
     columns, kinds = planted()
     columns["y"] = pa.array(np.where(np.arange(N) % 50 == 0, "rare", "common"))
     summaries = split(columns, kinds, "y")
-    lines = warnings(summaries, ["y"], {"test": 12, "validation": 0})
+    lines = warnings(summaries, ["y"], {"test": (12, 0.5), "validation": (40, 30.0)})
     assert len(lines) == 2
     assert lines[0].startswith("y: imbalanced, class rare has") and "F1" in lines[0]
     assert lines[1].startswith(f"test: 12 of its rows ({12 / summaries['test'].rows:.1%}) are in train as well")

@@ -35,7 +35,7 @@ from dlopt.data.inputs import (
     TextInput,
     ThresholdTarget,
 )
-from dlopt.data.inputs.number import KNOTS, Bound, GroupMedian
+from dlopt.data.inputs.number import KNOTS, Bound, Frequent, GroupMedian
 from dlopt.data.prepared import array_of
 from dlopt.data.section import Data
 from dlopt.data.split import GivenSplit, TimeSplit
@@ -678,8 +678,16 @@ def test_numbers_are_predicted_in_their_units() -> None:
     target, values, _ = target_of(single, raw)
     assert target.name == "x" and values.tolist() == [[1.5], [3.0], [4.0]] and values.dtype == np.float32
     table = pa.table({"t": single.read(raw.take([0, 2, 3]), False)[0]})
-    found = reduce(lambda mine, yours: mine.merge(yours), (single.observe(piece["t"]) for piece in cut(table, 2)))
+    found = reduce(lambda mine, yours: mine.merge(yours), (single.observe(piece["t"], target) for piece in cut(table, 2)))
     assert np.allclose([found.mean[0], found.std[0]], [np.mean([1.5, 3, 4]), np.std([1.5, 3, 4])])
+
+
+def test_the_most_frequent_number_of_a_long_column_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dlopt.data.inputs.number.MOST_VALUES", 100)
+    values = np.random.default_rng(3).permutation(np.concatenate([np.arange(3000.0), np.full(90, 7.25), np.full(90, -3.5)]))
+    matrix = np.stack([values, np.full(len(values), np.nan)], axis=1).astype(np.float32)
+    found = reduce(Frequent.merge, map(Frequent.of, np.array_split(matrix, 5)))
+    assert found.first.tolist() == [-3.5, 0.0] and len(found.values[0]) == 100 and found.counts[0].max() == 90
 
 
 # What a job says

@@ -106,8 +106,8 @@ def test_another_seed_is_another_split(tmp_path: Path) -> None:
     assert abs(agree - (0.8**2 + 2 * 0.1**2)) < 0.04  # as often as by chance
 
 
-@pytest.mark.parametrize("split", [RandomSplit(), StratifiedSplit()])
-def test_equal_rows_are_never_in_two_splits(split: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("split", [RandomSplit(group="content"), StratifiedSplit(group="content")])
+def test_equal_rows_are_never_in_two_splits_where_copies_are_one_group(split: Any, tmp_path: Path) -> None:
     repeated = pa.concat_tables([TABLE.slice(0, 200)] * 10)
     data = made(split, repeated, tmp_path)
     ids = [set(rows_of(data, name)["numbers"][:, 0].tolist()) for name in SPLITS]

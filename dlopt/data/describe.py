@@ -28,7 +28,7 @@ FREQUENT = 10
 def describe(
     summaries: Mapping[str, Summary],
     targets: Sequence[str] = (),
-    duplicates_across: Mapping[str, int] | None = None,
+    duplicates_across: Mapping[str, tuple[int, float]] | None = None,
     split_by: Collection[str] = (),
 ) -> dict[str, Any]:
     """The profile of a data set, by its splits or as a whole; see guard.findings for the arguments."""

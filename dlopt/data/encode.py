@@ -225,7 +225,7 @@ def known_form(form: str) -> str:
 
 
 def date_parts(values: pa.Array, parts: Sequence[str]) -> np.ndarray:
-    """Parts of timestamps, float32 (rows, parts), NaN where missing."""
+    """Parts of timestamps, float64 (rows, parts), NaN where missing."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -240,7 +240,14 @@ def date_parts(values: pa.Array, parts: Sequence[str]) -> np.ndarray:
         return getattr(pc, name)(values)  # one of DatePart's names
 
     columns = [part(name).cast(pa.float64()).to_numpy(zero_copy_only=False) for name in parts]
-    return np.stack(columns, axis=1).astype(np.float32)
+    return np.stack(columns, axis=1)
+
+
+def shifted(values: np.ndarray, offsets: Sequence[float]) -> np.ndarray:
+    """Numbers (rows, columns) as the model gets them, float32: less their offsets, which are subtracted in float64. An exported graph
+    does the same with what `encode_rows` gives it."""
+    with np.errstate(over="ignore"):
+        return (values - np.array(offsets) if offsets else values).astype(np.float32, copy=False)
 
 
 def encode_rows(signature: Signature, rows: Sequence[Any]) -> dict[str, np.ndarray]:
@@ -315,7 +322,8 @@ def _dates(feature: Feature, name: str, values: list[Any]) -> np.ndarray:
             parse_dates(pa.array([value or None], pa.string()), feature.form)
         except DloptError as error:
             raise DloptError(f"row {index}: {name}: {error}") from None
-    return date_parts(parse_dates(pa.array([value or None for value in values], pa.string()), feature.form), feature.parts)
+    parsed = parse_dates(pa.array([value or None for value in values], pa.string()), feature.form)
+    return date_parts(parsed, feature.parts).astype(feature.dtype)
 
 
 def _value(row: Any, column: str, index: int, alone: bool) -> Any:
@@ -409,12 +417,13 @@ def _numbers(feature: Feature, rows: Sequence[Any], alone: bool) -> np.ndarray:
                 raise DloptError(f"row {index}: {column}: {value!r:.40} is not a number")
     try:
         with np.errstate(over="ignore"):
-            found = np.array([[np.nan if value is None else value for value in row] for row in values], dtype=np.float32)
+            found = np.array([[np.nan if value is None else value for value in row] for row in values], dtype=np.float64)
+            single = found.astype(np.float32)
     except OverflowError:
-        found = np.array([np.inf])
-    if np.isinf(found).any():
+        single = np.array([np.inf])
+    if np.isinf(single).any():
         raise DloptError(f"{_largest(feature, values)}: a number is too large")
-    return found
+    return found if feature.dtype == "float64" else single
 
 
 def _largest(feature: Feature, values: Sequence[Sequence[float | None]]) -> str:
@@ -425,4 +434,4 @@ def _largest(feature: Feature, values: Sequence[Sequence[float | None]]) -> str:
 
 
 def _empty(feature: Feature) -> np.ndarray:
-    return np.zeros((0, *feature.shape), dtype=feature.stored)
+    return np.zeros((0, *feature.shape), dtype=feature.dtype if feature.dtype == "float64" else feature.stored)

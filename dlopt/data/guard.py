@@ -8,8 +8,10 @@ It is meant to be silent on sound data: a figure must be large in itself and bey
 | copies the target | one column leaves less than LEAK of the error that the target's most frequent class or its mean makes | see LEAK |
 | constant, mostly missing | one value at most; more than MOST_MISSING without a value | |
 | drifts | population stability index above DRIFT and above chance; or new values in NEW of the rows | Siddiqi 2006; Yurdakul 2020 |
+| cannot be told apart | MERGED of a column's different numbers are the same as others in float32, an offset subtracted | see exact.py |
+| stands for no data | the least or greatest number is a mark such as -9999 or -3.4e38, farther off than others are apart | see _is_mark |
 | imbalanced | a class has less than RARE of an equal share | Google's ML course: a minority of 1 to 20 % is moderate, below extreme |
-| duplicates across splits | any | |
+| duplicates across splits | more than CHANCE standard deviations beyond what chance makes of rows that have few values | see repeats.py |
 """
 
 from __future__ import annotations
@@ -43,6 +45,12 @@ NEW = 0.02
 """Share of a split's rows whose values never occur in train, though they are too frequent for that to be chance."""
 RARE = 0.1
 """Share of what a class would have if all were equally frequent, below which the classes are imbalanced: 5 % of two classes."""
+MERGED = 0.05
+"""Share of the different numbers; of 10^6 random ones 1 % are the same as another in float32, which is of no consequence."""
+HUGE = 1e30
+"""What lies beyond is no measure of anything; float32 ends at 3.4e38, and netCDF fills with 9.97e36."""
+ENDS = (-(2.0**63), 2.0**63, -(2.0**31), 2.0**31 - 1, -(2.0**15))
+"""Ends of whole numbers of 64, 32 and 16 bits."""
 CELLS = 10
 """Cells of the index; the usual deciles."""
 EACH = 5
@@ -59,7 +67,7 @@ class Finding(NamedTuple):
     """Something suspicious."""
 
     what: str
-    """identifier, leak, constant, missing, unreadable, drift, imbalance or duplicates."""
+    """identifier, leak, constant, missing, unreadable, merged, no_data, drift, imbalance or duplicates."""
     column: str
     """The column; of duplicates, the split."""
     text: str
@@ -97,7 +105,7 @@ class Alone:
 def warnings(
     summaries: Mapping[str, Summary],
     targets: Sequence[str] = (),
-    duplicates_across: Mapping[str, int] | None = None,
+    duplicates_across: Mapping[str, tuple[int, float]] | None = None,
     split_by: Collection[str] = (),
 ) -> list[str]:
     """What is suspicious, most telling first; see `findings`."""
@@ -107,14 +115,14 @@ def warnings(
 def findings(
     summaries: Mapping[str, Summary],
     targets: Sequence[str] = (),
-    duplicates_across: Mapping[str, int] | None = None,
+    duplicates_across: Mapping[str, tuple[int, float]] | None = None,
     split_by: Collection[str] = (),
     scores: Mapping[str, Alone] | None = None,
 ) -> list[Finding]:
     """What is suspicious about a data set.
 
     summaries: of the splits train, validation, test; or of the whole set under any one name.
-    duplicates_across: for a split, how many of its rows are in train as well.
+    duplicates_across: for a split, how many of its rows are in train as well, and how many may be by chance (see repeats.py).
     split_by: columns that the split follows (time, group), which differ between splits because they are meant to.
     scores: what `alone` says, where it has been asked already.
     """
@@ -126,12 +134,12 @@ def findings(
     found += [_leak(column, score, targets) for column, score in (alone(train, targets) if scores is None else scores).items()]
     found += [_constant(column, train.columns[column], name) for column in train.columns]
     found += [_missing(column, train.columns[column], name) for column in train.columns]
-    found += [_unreadable(column, whole[column]) for column in train.columns]
+    found += [check(column, whole[column]) for check in (_unreadable, _merged, _no_data) for column in train.columns]
     named = {finding.column for finding in found if finding and finding.what in ("identifier", "constant")}
     drifting = [column for column in train.columns if column not in named and not _follows(column, split_by)]
     found += [_drift(column, train, summaries[split], split) for split in summaries if split != name for column in drifting]
     found += [_imbalance(column, train.columns[column], name) for column in targets]
-    found += [_duplicates(split, count, summaries.get(split)) for split, count in (duplicates_across or {}).items()]
+    found += [_duplicates(split, *counts, summaries.get(split)) for split, counts in (duplicates_across or {}).items()]
     return [finding for finding in found if finding]
 
 
@@ -231,6 +239,39 @@ def _unreadable(name: str, column: Column) -> Finding | None:
     return Finding("unreadable", name, text)
 
 
+def _merged(name: str, column: Column) -> Finding | None:
+    if column.kind != "number" or column.merged <= MERGED * column.told:
+        return None
+    text = (
+        f"{name}: {column.merged / column.told:.0%} of its different numbers are the same as others in float32, which is all that a model "
+        "sees: take it out if it names rows, else subtract or divide in the source what hides the differences"
+    )
+    return Finding("merged", name, text)
+
+
+def _no_data(name: str, column: Column) -> Finding | None:
+    values, weights = column.weighted()
+    for end in (column.low, column.high) if column.kind == "number" else ():
+        others = values[values != end]
+        if end is None or len(others) < 2 or not _is_mark(end) or np.abs(others - end).min() <= np.ptp(others):
+            continue
+        rows = int(weights[values == end].sum())
+        text = (
+            f"{name}: {end:.6g} in {max(rows, 1):,} rows, far from all others, which are from {others[0]:.6g} to {others[-1]:.6g}, "
+            "stands for no data: make it a missing value in the source, or with "
+            f"{{kind: outliers, columns: [{name}], action: missing}} in data.clean"
+        )
+        return Finding("no_data", name, text)
+    return None
+
+
+def _is_mark(number: float) -> bool:
+    """Whether programs write the number for a missing value: nines with a sign or at least four, the end of a type, or a huge one."""
+    digits = f"{abs(number):.0f}"
+    nines = number == round(number) and set(digits) == {"9"} and len(digits) >= (2 if number < 0 else 4)
+    return nines or number in ENDS or abs(number) >= HUGE
+
+
 def _drift(name: str, train: Summary, other: Summary, split: str) -> Finding | None:
     a, b = train.columns[name], other.columns[name]
     if min(a.rows, b.rows) < EACH:
@@ -257,12 +298,12 @@ def _imbalance(name: str, column: Column, split: str) -> Finding | None:
     return Finding("imbalance", name, f"{text}: weigh the classes or sample them evenly, and judge by F1 or ROC AUC, not by accuracy")
 
 
-def _duplicates(split: str, count: int, summary: Summary | None) -> Finding | None:
-    if not count:
+def _duplicates(split: str, count: int, chance: float, summary: Summary | None) -> Finding | None:
+    if count <= chance + CHANCE * math.sqrt(chance):
         return None
     share = f" ({count / summary.rows:.1%})" if summary and summary.rows else ""
     text = f"{split}: {count:,} of its rows{share} are in train as well, so its figures flatter: add `drop_duplicates` to data.clean"
-    return Finding("duplicates", split, text)
+    return Finding("duplicates", split, f"{text}, or keep copies together with `group: content` in data.split")
 
 
 def _about(column: Column) -> str:

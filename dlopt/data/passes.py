@@ -4,7 +4,7 @@ training rows, write. Each is a function of a plan and a range's number, so rang
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from dlopt.data import moments, profile
 from dlopt.data.clean import ExactDuplicates, NearDuplicates, NearDuplicateTexts, Outliers
 from dlopt.data.encode import encode_png
+from dlopt.data.exact import raw_values, values_of, widened
 from dlopt.data.inputs import NumberTarget, TextInput
 from dlopt.data.inputs.number import QUARTILES
 from dlopt.data.moments import Moments
@@ -24,12 +25,17 @@ from dlopt.data.plan import KEEP, Plan, Selected, lost_rows, open_piece, write_l
 from dlopt.data.prepared import array_of, as_table, write_part
 from dlopt.data.profile import Summary
 from dlopt.data.quantiles import Quantiles
+from dlopt.data.repeats import Repeats, names_of, repeats
 from dlopt.data.spill import HIGH, LOW, REASON, SIDE, TARGET, TIE, free_name, identity_column, order_column
 from dlopt.data.split import NAMES, Hashed
 from dlopt.part import Feature, Signature
 
 BINS = 2**16
 """Into how many bins positions in [0, 1) are counted at first, to find where a class is to be cut."""
+
+
+SAMPLE_ROWS, FEWEST = 4096, 64
+"""Rows that tell how far from 0 a column lies, and how many different ones there must be among them."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +49,25 @@ class Observed:
     dropped: Counter[int]
     """Rows that each part of `clean` has dropped here, by its place."""
     across: Counter[str]
-    """Rows of validation and test that equal one of train."""
+    """Rows of validation and test that equal one of train, and those of train that equal another one."""
+    repeats: Repeats | None
+    """How often rows repeat, from ranges where some are in two splits."""
     inputs: tuple[Any, ...] | None
     """What the training rows say of each input; None without training rows."""
     target: Moments | None
     """And of a target of numbers."""
     profile: dict[str, Summary]
     """What each split that has rows looks like, for the profile and the warnings."""
+
+    def by_chance(self, given: Collection[str]) -> dict[str, float]:
+        """How many rows of validation and test may equal one of train though nobody copied them. given: splits that come from a source
+        of their own, whose rows should be in train as seldom as those of train are twice."""
+        if self.repeats is None:
+            return {}
+        train = self.counts["train"]
+        found = {name: self.repeats.expected(self.counts[name], train) for name in NAMES[1:]}
+        again = self.across["train"] / max(train, 1)
+        return {name: min(rows, again * self.counts[name]) if name in given else rows for name, rows in found.items()}
 
     def merge(self, other: Observed) -> Observed:
         """Both together; in a fixed order, so that sums are the same to the last bit."""
@@ -59,6 +77,7 @@ class Observed:
             {name: self.labels[name] + other.labels[name] for name in NAMES},
             self.dropped + other.dropped,
             self.across + other.across,
+            self.repeats.merge(other.repeats) if self.repeats and other.repeats else self.repeats or other.repeats,
             tuple(mine.merge(yours) for mine, yours in pairs) or self.inputs or other.inputs,
             self.target.merge(other.target) if self.target and other.target else self.target or other.target,
             {
@@ -79,13 +98,16 @@ def observe(plan: Plan, number: int) -> Observed:
     if (train := splits.get("train")) is not None:
         caps = plan.caps
         inputs = tuple(part.observe(train, feature, caps) for part, feature in zip(plan.parts, plan.features, strict=True))
-        target = plan.section.target.observe(train[TARGET]) if isinstance(plan.section.target, NumberTarget) else None
+        target = plan.section.target.observe(train[TARGET], plan.target) if isinstance(plan.section.target, NumberTarget) else None
     sizes = np.bincount(found.split[found.split >= 0], minlength=len(NAMES)).tolist()
+    across, kept = found.across, np.flatnonzero(found.split >= 0)
+    leaks = any(across.get(name) for name in NAMES[1:])
     return Observed(
         dict(zip(NAMES, sizes, strict=True)),
         {name: _label_counts(plan, found.table[TARGET].combine_chunks(), found.split == index) for index, name in enumerate(NAMES)},
         Counter(found.dropped[found.dropped != KEEP].tolist()),
-        Counter(found.across),
+        Counter(across),
+        repeats(found.table.take(pa.array(kept)), plan.features, found.keys[kept]) if leaks else None,
         inputs,
         target,
         {name: _summary(plan, rows, name == "train") for name, rows in splits.items()},
@@ -135,7 +157,7 @@ def absent(plan: Plan, number: int) -> Absent:
     missing: Counter[str] = Counter()
     for feature in plan.features:
         if feature.kind == "number":
-            values = np.isnan(array_of(train[feature.name], "float32", feature.shape)).sum(axis=0).tolist()
+            values = np.isnan(raw_values(train[feature.name], feature.size)).sum(axis=0).tolist()
             missing.update(dict(zip(feature.columns, values, strict=True)))
         elif feature.kind == "category":
             missing.update({column: pc.sum(pc.equal(train[f"{feature.name}/{column}"], "")).as_py() or 0 for column in feature.columns})
@@ -145,6 +167,20 @@ def absent(plan: Plan, number: int) -> Absent:
 def tokenizer(plan: Plan, part: TextInput, feature: Feature, numbers: range) -> Feature:
     """The text input with a tokenizer of the training rows' texts, which pass by range after range."""
     return part.learn((plan.select(number, [feature.name]).of(0) for number in numbers), feature)
+
+
+def least_keys(pieces: Sequence[str], columns: Sequence[str], rows: int) -> pa.Table:
+    """Some columns of the rows with the least keys, about SAMPLE_ROWS of so many rows: the same ones however they lie in pieces, and as
+    good as drawn by lot. All of the rows where there are few different ones."""
+    tables = [open_piece(path) for path in pieces]
+    for share in (SAMPLE_ROWS / max(rows, 1), 1.0):
+        last = np.uint64(min(int(share * 2**64), 2**64 - 1))
+        ends = [int(np.searchsorted(table[HIGH].to_numpy(), last, side="right")) for table in tables]
+        found = [table.slice(0, end).select([*columns, HIGH]) for table, end in zip(tables, ends, strict=True)]
+        together = pa.concat_tables(widened(found)).combine_chunks()
+        if share >= 1 or pc.count_distinct(together[HIGH]).as_py() >= FEWEST:
+            break
+    return together
 
 
 def rows_of(path: str) -> int:
@@ -159,7 +195,7 @@ def spread(plan: Plan, number: int) -> Spread | None:
     train = plan.select(number, [feature.name for feature in matrices]).of(0)
     found: dict[str, np.ndarray] = {}
     for feature in matrices:
-        values = array_of(train[feature.name], "float32", feature.shape)
+        values = values_of(train[feature.name], feature)
         found |= {column: values[:, index] for index, column in enumerate(feature.columns)}
     matrix = np.stack([found[column] for column in columns], axis=1)
     wanted = {p for part in plan.section.clean if isinstance(part, Outliers) for p in (*QUARTILES, part.low, part.high)}
@@ -173,7 +209,8 @@ def positions(plan: Plan, number: int) -> tuple[np.ndarray, np.ndarray]:
     codes = pc.index_in(found.table[TARGET].combine_chunks(), pa.array(plan.target.labels, found.table[TARGET].type))
     split = plan.section.split
     assert isinstance(split, Hashed)
-    return codes.to_numpy(zero_copy_only=False)[rows], split.position(found.keys[rows, 0])
+    copies = None if found.copies is None else found.copies[rows]
+    return codes.to_numpy(zero_copy_only=False)[rows], split.position(found.keys[rows, 0], copies)
 
 
 def binned(plan: Plan, number: int, bins: int) -> np.ndarray:
@@ -183,11 +220,14 @@ def binned(plan: Plan, number: int, bins: int) -> np.ndarray:
     return np.bincount(place, minlength=plan.target.size * bins).reshape(plan.target.size, bins)
 
 
-def within_bins(plan: Plan, number: int, bins: int, wanted: Mapping[int, frozenset[int]]) -> dict[tuple[int, int], np.ndarray]:
-    """The positions that lie in some bins of some classes: (class, bin) to positions."""
+def within_bins(plan: Plan, number: int, bins: int, wanted: Sequence[tuple[int, int]]) -> dict[tuple[int, int], np.ndarray]:
+    """The positions that lie in some bins of some classes: (class, bin) to positions, of those that have any."""
     codes, position = positions(plan, number)
-    place = np.minimum((position * bins).astype(np.int64), bins - 1)
-    return {(code, one): position[(codes == code) & (place == one)] for code, some in wanted.items() for one in some}
+    place = codes * bins + np.minimum((position * bins).astype(np.int64), bins - 1)
+    rows = np.flatnonzero(np.isin(place, [code * bins + one for code, one in wanted]))
+    rows = rows[np.argsort(place[rows], kind="stable")]
+    cells, starts = np.unique(place[rows], return_index=True)
+    return {divmod(cell, bins): part for cell, part in zip(cells.tolist(), np.split(position[rows], starts)[1:], strict=True)}
 
 
 def times(plan: Plan, number: int) -> Quantiles:
@@ -291,7 +331,7 @@ def _write_dropped(plan: Plan, found: Selected, path: Path) -> None:
         columns |= _readable(feature, table)
     target = table[TARGET].combine_chunks()
     if pa.types.is_fixed_size_binary(target.type):
-        matrix = array_of(table[TARGET], "float32", (plan.target.size,))
+        matrix = raw_values(target, plan.target.size)
         columns |= {name: matrix[:, index] for index, name in enumerate(plan.target.columns)}
     else:
         columns[plan.target.name] = target
@@ -306,8 +346,8 @@ def _readable(feature: Feature, table: pa.Table) -> dict[str, Any]:
         return {column: table[f"{feature.name}/{column}"] for column in feature.columns}
     if feature.kind == "text":
         return {feature.name: table[feature.name]}
-    values = array_of(table[feature.name], feature.stored, feature.shape)
     if feature.kind == "image":
-        return {feature.name: pa.array([encode_png(image) for image in values], pa.binary())}
-    names = feature.columns if feature.kind == "number" else [f"{column}.{part}" for column in feature.columns for part in feature.parts]
-    return {name: values[:, index] for index, name in enumerate(names)}
+        images = array_of(table[feature.name], feature.stored, feature.shape)
+        return {feature.name: pa.array([encode_png(image) for image in images], pa.binary())}
+    values = raw_values(table[feature.name], feature.size)
+    return {name: values[:, index] for index, name in enumerate(names_of(feature))}

@@ -17,11 +17,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dlopt.data.clean import Outliers
+from dlopt.data.encode import shifted
+from dlopt.data.exact import raw_values, widened
 from dlopt.data.inputs.number import Bound
-from dlopt.data.prepared import array_of, column_of
+from dlopt.data.prepared import column_of
 from dlopt.data.section import Data
 from dlopt.data.spill import HIGH, LOW, SIDE, TARGET, TIE, is_local
-from dlopt.data.split import NAMES, GivenSplit, Hashed, StratifiedSplit
+from dlopt.data.split import NAMES, ByRow, GivenSplit, Hashed, StratifiedSplit
 from dlopt.part import Feature, Target
 
 KEEP = -1
@@ -59,6 +61,8 @@ class Plan:
     """column: the part of `clean` that found them, and where outliers begin."""
     left_out: tuple[str, ...] = ()
     """Columns of inputs that the model does not get."""
+    warnings: tuple[str, ...] = ()
+    """What is suspicious about numbers as they were read, a line each."""
 
     @property
     def caps(self) -> dict[str, Bound]:
@@ -74,8 +78,9 @@ class Plan:
         rows = _Rows.of(self, number)
         table = rows.columns([*dict.fromkeys([*columns, *self._looked_at()])])
         dropped = self._dropped(rows, table)
-        split = self._split(rows, table) if self.edges is not None else np.zeros(len(dropped), np.int64)
-        return Selected(number, self._narrowed(table), np.where(dropped == KEEP, split, -1), dropped, rows.keys, rows.origin)
+        copies = rows.copies(dropped == KEEP) if isinstance(self.section.split, ByRow) and not self.section.split.group else None
+        split = self._split(rows, table, copies) if self.edges is not None else np.zeros(len(dropped), np.int64)
+        return Selected(number, self._narrowed(table), np.where(dropped == KEEP, split, -1), dropped, rows.keys, rows.origin, copies)
 
     def without(self, left_out: Sequence[str]) -> Plan:
         """A plan whose inputs lack some columns; an input without any is gone."""
@@ -109,13 +114,16 @@ class Plan:
         return dropped
 
     def _values(self, table: pa.Table, column: str) -> np.ndarray | None:
-        """A column of a number input, float32 (rows,)."""
+        """A column of a number input as the model gets it, float32 (rows,)."""
         for part in self.section.inputs:
             if part.kind == "number" and column in part.columns:
-                return array_of(table[part.tensor], "float32", (len(part.columns),))[:, part.columns.index(column)]
+                place = part.columns.index(column)
+                values = raw_values(table[part.tensor], len(part.columns))[:, place : place + 1]
+                feature = next(feature for feature in self.features if column in feature.columns and feature.name == part.tensor)
+                return shifted(values, feature.offsets and feature.offsets[feature.columns.index(column) :][:1])[:, 0]
         return None
 
-    def _split(self, rows: _Rows, table: pa.Table) -> np.ndarray:
+    def _split(self, rows: _Rows, table: pa.Table, copies: np.ndarray | None) -> np.ndarray:
         """The index of each row's split."""
         split = self.section.split
         names = split.parts(self.section.fold)[1]
@@ -123,7 +131,7 @@ class Plan:
             part = table[SIDE].to_numpy().astype(np.int64)
         else:
             words = table[SIDE].to_numpy() if split.columns else rows.keys[:, 0]
-            position = split.position(words) if isinstance(split, Hashed) else words
+            position = split.position(words, copies) if isinstance(split, Hashed) else words
             part = self._part(position, table)
         found = np.array([NAMES.index(name) for name in names])[part]
         for index, origin in enumerate(self.origins):
@@ -143,7 +151,7 @@ class Plan:
         for part in self.section.inputs if self.left_out else ():
             if part.kind == "number" and part.tensor in table.column_names:
                 kept = [index for index, column in enumerate(part.columns) if column not in self.left_out]
-                matrix = array_of(table[part.tensor], "float32", (len(part.columns),))[:, kept]
+                matrix = raw_values(table[part.tensor], len(part.columns))[:, kept]
                 table = table.set_column(table.column_names.index(part.tensor), part.tensor, column_of(np.ascontiguousarray(matrix)))
         return table
 
@@ -162,6 +170,8 @@ class Selected:
     """uint64 (rows, 2)."""
     origin: np.ndarray
     """Index in the plan's origins; (rows,)."""
+    copies: np.ndarray | None = None
+    """Which of the equal rows of one origin that stay each is, where the split tells them apart; (rows,)."""
 
     def of(self, split: int) -> pa.Table:
         """The rows of a split."""
@@ -169,14 +179,14 @@ class Selected:
 
     @property
     def across(self) -> dict[str, int]:
-        """How many rows of validation and test equal one of train in every input and in the target."""
+        """How many rows of validation and test equal one of train in every input and in the target; and of train, another one of train."""
         kept = np.flatnonzero(self.split >= 0)
         keys, split = self.keys[kept], self.split[kept]
         if not len(kept):
             return {}
         group = np.cumsum(np.append(True, (keys[1:] != keys[:-1]).any(axis=1))) - 1
-        in_train = np.bincount(group, weights=split == 0) > 0
-        return {name: int(((split == index) & in_train[group]).sum()) for index, name in enumerate(NAMES) if index}
+        in_train = np.bincount(group, weights=split == 0)[group]
+        return {name: int(((split == index) & (in_train > (index == 0))).sum()) for index, name in enumerate(NAMES)}
 
 
 @dataclass(frozen=True)
@@ -217,9 +227,16 @@ class _Rows:
         repeated[1:] = (keys[1:] == keys[:-1]).all(axis=1) & (origin_of[1:] == origin_of[:-1])
         return cls(slices, order, keys, origin_of, repeated, np.concatenate(losses or [np.zeros(0, np.int64)])[order])
 
+    def copies(self, kept: np.ndarray) -> np.ndarray:
+        """The number of each row among the rows of its key and origin that are kept, int64 (rows,). What tells such rows apart decides
+        about their order, and what they hold is the same, so the numbers do not depend on how the rows came."""
+        number = np.cumsum(kept) - kept
+        starts = np.flatnonzero(~self.repeated)
+        return number - np.repeat(number[starts], np.diff(np.append(starts, len(number))))
+
     def columns(self, names: Sequence[str]) -> pa.Table:
         """These columns of all the rows."""
-        together = pa.concat_tables([piece.select(names) for piece in self.slices]).combine_chunks()
+        together = pa.concat_tables(widened([piece.select(names) for piece in self.slices])).combine_chunks()
         return together if (self.order[1:] > self.order[:-1]).all() else together.take(pa.array(self.order))
 
 
@@ -289,6 +306,8 @@ def _narrow(part: Any, feature: Feature, columns: tuple[str, ...]) -> tuple[Any,
         return part, feature
     kept = [index for index, column in enumerate(feature.columns) if column in columns]
     changed: dict[str, Any] = {"columns": columns, "shape": (len(columns),)}
+    if feature.offsets:
+        changed["offsets"] = tuple(feature.offsets[index] for index in kept)
     if feature.vocabularies:
         changed |= {name: tuple(getattr(feature, name)[index] for index in kept) for name in ("vocabularies", "missing")}
     return part.model_copy(update={"columns": columns}), feature.model_copy(update=changed)

@@ -28,13 +28,15 @@ from dlopt.data import passes
 from dlopt.data.account import account, refuse_bad, refuse_dropped, refuse_unlearnable
 from dlopt.data.clean import DropColumns, ExactDuplicates, NearDuplicates, Outliers
 from dlopt.data.describe import describe
+from dlopt.data.exact import offsets_of, raw_values
 from dlopt.data.inputs import ImageInput, NumberTarget, TextInput
-from dlopt.data.inputs.number import QUARTILES, Bound, GroupMedian
+from dlopt.data.inputs.number import QUARTILES, Bound, GroupMedian, in_units
 from dlopt.data.passes import Observed
 from dlopt.data.plan import Origin, Plan
+from dlopt.data.repeats import names_of
 from dlopt.data.section import Data
 from dlopt.data.sources import Source
-from dlopt.data.spill import Piece, Spill, from_json, is_local
+from dlopt.data.spill import TARGET, Piece, Spill, from_json, is_local
 from dlopt.data.split import GivenSplit, StratifiedSplit, TimeSplit, cut
 from dlopt.part import DloptError, Feature, Signature, Statistics, Target
 from dlopt.progress import BLOCK, Progress, silent
@@ -108,7 +110,9 @@ def arrange(
     clock.lap("write")
     write_atomically(out / "signature.json", signature.model_dump_json(indent=1))
     write_atomically(out / "statistics.json", json.dumps({name: found.model_dump() for name, found in statistics.items()}, indent=1))
-    described = describe(seen.profile, _target_columns(plan.target), seen.across, section.split.columns)
+    across = {name: (seen.across[name], chance) for name, chance in seen.by_chance([name for name in read if name != "source"]).items()}
+    described = describe(seen.profile, _target_columns(plan.target), across, section.split.columns)
+    described["warnings"] += [*_unheld(read), *plan.warnings]
     write_atomically(out / "profile.json", json.dumps(described))
     return account(plan, read, seen, described["warnings"], clock.seconds)
 
@@ -192,9 +196,48 @@ def _plan(section: Data, features: tuple[Feature, ...], read: dict[str, list[Pie
         Origin(f"data.{name}", forced[name], tuple(piece.path for piece in pieces if piece.rows)) for name, pieces in read.items()
     )
     good = sum(piece.rows for pieces in read.values() for piece in pieces)
+    features, target, warnings = _with_offsets(section, features, target, [piece for piece in read["source"] if piece.rows])
     row_bytes = sum(feature.size * np.dtype(feature.stored).itemsize for feature in features) + 8
     size = good * row_bytes + sum(piece.text_bytes for pieces in read.values() for piece in pieces)
-    return Plan(section, section.inputs, features, target, origins, power=(size // PART_BYTES).bit_length())
+    power = (size // PART_BYTES).bit_length()
+    return Plan(section, section.inputs, features, target, origins, power, warnings=warnings)
+
+
+def _with_offsets(
+    section: Data, features: tuple[Feature, ...], target: Target, pieces: list[Piece]
+) -> tuple[tuple[Feature, ...], Target, tuple[str, ...]]:
+    """Inputs and target with what is to be subtracted from their numbers, by a sample of the rows, those whose keys are the least; and
+    a line for each column of which nothing can be, though float32 does not tell its values apart."""
+    sizes = {feature.name: feature.size for feature in features if feature.kind in ("number", "date")}
+    sizes |= {TARGET: target.size} if target.kind == "number" else {}
+    if not sizes:
+        return features, target, ()
+    sample = passes.least_keys([piece.path for piece in pieces], list(sizes), sum(piece.rows for piece in pieces))
+    offsets = {name: offsets_of(raw_values(sample[name], size)) for name, size in sizes.items()}
+    changed, lines = list(features), list[str]()
+    for place, (part, feature) in enumerate(zip(section.inputs, features, strict=True)):
+        found = offsets.get(feature.name, ())
+        if found and part.kind in ("number", "date") and part.shifts:
+            changed[place] = feature.model_copy(update={"offsets": found, "dtype": "float64"})
+        elif found and part.kind in ("number", "date"):
+            lines += [
+                f"{name}: lies about {offset:.6g}, where float32 cannot tell apart what is close together, and `normalize: "
+                f"{part.normalize}` keeps it there: use standard"
+                for name, offset in zip(names_of(feature), found, strict=True)
+                if offset
+            ]
+    return tuple(changed), target.model_copy(update={"offsets": offsets.get(TARGET, ())}), tuple(lines)
+
+
+def _unheld(read: dict[str, list[Piece]]) -> list[str]:
+    """A line for each column of numbers with more digits than float64 holds."""
+    counts = sum((piece.digits for pieces in read.values() for piece in pieces), Counter[str]())
+    return [
+        f"{column}: {count:,} of its numbers have more digits than float64 holds, so the model sees others in their place: "
+        "take it out if it names rows, else subtract in the source what all have in common"
+        for column, count in counts.items()
+        if count
+    ]
 
 
 class _Ranges:
@@ -285,7 +328,7 @@ def _stratified(plan: Plan, split: StratifiedSplit, over: _Ranges) -> np.ndarray
         for rank in some
         if rank < below[code, -1]
     }
-    wanted = {code: frozenset(place for (other, _), place in bin_of.items() if other == code) for code in range(len(ranks))}
+    wanted = sorted({(code, place) for (code, _), place in bin_of.items()})
     found: dict[tuple[int, int], list[np.ndarray]] = {}
     for part in over.each(partial(passes.within_bins, plan, bins=bins, wanted=wanted), "cutting"):
         for key, values in part.items():
@@ -362,7 +405,7 @@ def _fitted(plan: Plan, seen: Observed, over: _Ranges) -> tuple[Plan, Signature,
         if found:
             statistics[feature.name] = found
     if seen.target:
-        statistics[plan.target.name] = seen.target.statistics("standard").model_copy(update={"fill": ()})
+        statistics[plan.target.name] = in_units(seen.target.statistics("standard"), plan.target).model_copy(update={"fill": ()})
     signature = Signature(inputs=tuple(features[feature.name] for feature in plan.features), target=plan.target)
     return replace(plan, features=signature.inputs), signature, statistics
 

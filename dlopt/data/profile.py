@@ -22,7 +22,8 @@ import pyarrow.compute as pc
 
 from dlopt.data.counter import bits, mix, string_words
 from dlopt.data.encode import decode_image
-from dlopt.data.inputs.values import dates, doubles, plain, texts
+from dlopt.data.exact import merged, raw_values
+from dlopt.data.inputs.values import DIGITS, dates, doubles, lost_in_double, plain, texts
 from dlopt.data.prepared import array_of
 from dlopt.part import DloptError, Feature, Target
 
@@ -74,6 +75,10 @@ class Column:
     """Sum of squared deviations from the mean."""
     whole: bool = True
     """Whether all numbers are whole."""
+    told: int = 0
+    """Of numbers: how many different ones there are, summed over pieces."""
+    merged: int = 0
+    """How many of these are the same as another one of their piece in float32, be it less an offset, which is all that a model sees."""
     points: str = ""
     """Packed float64 (2, points): sorted numbers and how many values each stands for."""
     thinned: bool = False
@@ -208,7 +213,7 @@ def prepared_columns(
     for feature in features:
         if feature.kind in ("number", "date"):
             names = [f"{c}.{part}" for c in feature.columns for part in feature.parts] if feature.kind == "date" else feature.columns
-            matrix = array_of(table[feature.name], "float32", feature.shape)
+            matrix = raw_values(table[feature.name], feature.size)
             columns |= {name: matrix[:, index] for index, name in enumerate(names)}
             kinds |= dict.fromkeys(names, "number")
         elif feature.kind == "category":
@@ -220,7 +225,7 @@ def prepared_columns(
             kinds[feature.name] = feature.kind
     if target.kind != "number":
         return columns | {target.name: goal}, kinds | {target.name: target.kind}, (target.name,)
-    matrix = array_of(goal, "float32", target.shape)
+    matrix = raw_values(goal, target.size)
     columns |= {name: matrix[:, index] for index, name in enumerate(target.columns)}
     return columns, kinds | dict.fromkeys(target.columns, "number"), target.columns
 
@@ -253,14 +258,28 @@ def _numbers(column: Any, step: int, points: int) -> Column:
     different, counts = _counted(looked)
     found = Column("number", rows=len(values), missing=len(values) - len(there), unreadable=unreadable, seen=len(looked))
     kept, weights = _thinned(different, counts.astype(np.float64), points)
+    told = _told(column, step, different)
     return replace(
         found,
         **_moments(there),
+        told=told,
+        merged=told - len(different) + merged(different),
         whole=bool((different == np.rint(different)).all()),
         points=_pack(np.stack([kept, weights])),
         thinned=len(kept) < len(different),
         sketch=_pack(_registers(_number_hashes(different))),
     )
+
+
+def _told(column: Any, step: int, different: np.ndarray) -> int:
+    """How many different numbers a column says: more than as float64 where whole ones have more than 53 bits."""
+    if isinstance(column, np.ndarray) or not len(different) or np.abs(different[[0, -1]]).max() < DIGITS:
+        return len(different)
+    array = plain(column)[::step]
+    values, _ = doubles(array)
+    rest = lost_in_double(array, values)
+    there = np.isfinite(values)
+    return len(different) if rest is None else len(np.unique(np.stack([values[there], rest[there]]), axis=1).T)
 
 
 def _dates(column: Any, step: int, points: int) -> Column:
@@ -483,6 +502,8 @@ def _merge(a: Column, b: Column, points: int) -> Column:
         mean=a.mean + difference * b.count / max(count, 1) if a.count else b.mean,
         squares=a.squares + b.squares + difference**2 * a.count * b.count / max(count, 1),
         whole=a.whole and b.whole,
+        told=a.told + b.told,
+        merged=a.merged + b.merged,
         points=_pack(np.stack([values, weights])) if len(values) else "",
         thinned=thinned,
         counts=counts,

@@ -2,7 +2,7 @@
 
 Good rows go to piece files, Arrow tables in the order of the rows' keys, so that later passes can read any range of keys from
 all of them without holding more than that range. Rows that are set aside go to quarantine as they were read, with their reason.
-The key of a row is a 128-bit hash of its inputs and target as the model sees them.
+The key of a row is a 128-bit hash of its inputs and target: of numbers as the source has them, of others as the model sees them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 
 from dlopt.data.clean import DropDuplicates, ExactDuplicates, NearDuplicateImages, NearDuplicates, NearDuplicateTexts, RowRule
 from dlopt.data.counter import mix, row_keys, string_words
-from dlopt.data.inputs.values import Reasons, is_text
+from dlopt.data.exact import keys_of_rest, lost_in_single, raw_values, with_rest
+from dlopt.data.inputs.values import Reasons, is_text, lost_in_double
 from dlopt.data.prepared import array_of, column_of
 from dlopt.data.section import Data
 from dlopt.data.split import RandomSplit, StratifiedSplit
@@ -33,6 +34,8 @@ PIECE_BYTES = 32 * 2**20
 TARGET, SIDE, HIGH, LOW, TIE = "__target", "__side", "__high", "__low", "__tie"
 """Columns of a piece beside those of the inputs: the target, what the split goes by, the two words of the key, and a hash of what
 tells rows of one key apart."""
+DIGITS = "__digits"
+"""What columns begin with that tell apart numbers of more digits than float64 has; they go into the key alone."""
 REASON = "reason"
 
 
@@ -50,6 +53,8 @@ class Piece:
     """Why rows could not be read."""
     dropped: Counter[int]
     """How many rows each part of `clean`, by its place, has dropped."""
+    digits: Counter[str]
+    """How many numbers of each column have more digits than float64 holds."""
     labels: Counter[Any]
     """Classes or labels of the good rows."""
     quarantine: str
@@ -94,6 +99,7 @@ class Spill:
         """Judge, decode and key rows, and write them."""
         ruled, by_rule = self._judged(raw)
         columns, reasons = self._decoded(raw)
+        digits = self._digits(raw, columns)
         bad = {row: why for row, why in reasons.items() if row not in ruled}
         quarantine = self._set_aside(raw, ruled | bad)
         good = pa.table(columns)
@@ -102,7 +108,7 @@ class Spill:
         labels = self.section.target.count(good[TARGET].combine_chunks())
         path = self._write(self._keyed(good)) if len(good) else ""
         text_bytes = sum(pc.sum(pc.binary_length(column)).as_py() or 0 for column in good.columns if is_text(column.type))
-        return Piece(path, len(good), len(raw), Counter(bad.values()), by_rule, labels, quarantine, text_bytes)
+        return Piece(path, len(good), len(raw), Counter(bad.values()), by_rule, digits, labels, quarantine, text_bytes)
 
     def _judged(self, raw: pa.Table) -> tuple[Reasons, Counter[int]]:
         """Rows that break a rule, and how many each rule has dropped first."""
@@ -135,6 +141,19 @@ class Spill:
                 columns |= self._compared(place, clean, raw, columns)
         return columns, reasons
 
+    def _digits(self, raw: pa.Table, columns: dict[str, pa.Array]) -> Counter[str]:
+        """Note keys of what float64 does not hold of inputs and targets, so in hardly any table; and count such numbers of each column."""
+        counts: Counter[str] = Counter()
+        for part, name in [*((part, part.tensor) for part in self.section.inputs), (self.section.target, TARGET)]:
+            if part.kind == "number":
+                values = raw_values(columns[name], len(part.columns))
+                lost = [lost_in_double(raw[column], values[:, index]) for index, column in enumerate(part.columns)]
+                if any(rest is not None for rest in lost):
+                    rest = np.stack([np.zeros(len(raw)) if rest is None else rest for rest in lost], axis=1)
+                    columns[f"{DIGITS}{name}"] = column_of(keys_of_rest(rest))
+                    counts.update(dict(zip(part.columns, np.count_nonzero(rest, axis=0).tolist(), strict=True)))
+        return counts
+
     def _compared(self, place: int, part: Any, raw: pa.Table, columns: dict[str, pa.Array]) -> dict[str, pa.Array]:
         if isinstance(part, NearDuplicates):
             return {identity_column(place): column_of(_matrix(self._sketch(part, raw, columns)))}
@@ -157,9 +176,18 @@ class Spill:
         return part.sketch(part.texts(raw))
 
     def _keyed(self, good: pa.Table) -> pa.Table:
-        """With the key of every row, and in the order of these."""
+        """With the key of every row, and in the order of these. What float32 holds of a row's numbers makes its key; what it does not hold
+        changes the key of the rows that have such digits."""
+        target = self.section.target
         words = [_words(feature, good) for feature in self.features]
-        keys = row_keys([*(word for group in words for word in group), _target_words(good[TARGET].combine_chunks())])
+        goal = _target_words(good[TARGET].combine_chunks(), len(target.columns))
+        keys = row_keys([*(word for group in words for word in group), goal])
+        numbers = [(feature.name, feature.size) for feature in self.features if feature.kind in ("number", "date")]
+        for name, width in [*numbers, *([(TARGET, len(target.columns))] if target.kind == "number" else [])]:
+            keys = with_rest(keys, lost_in_single(raw_values(good[name], width)))
+        for name in [name for name in good.column_names if name.startswith(DIGITS)]:
+            keys = with_rest(keys, array_of(good[name], "uint64", (2,)))
+            good = good.drop_columns([name])
         table = good.append_column(HIGH, pa.array(keys[:, 0])).append_column(LOW, pa.array(keys[:, 1]))
         if sides := [name for name in table.column_names if name == SIDE or name.startswith(("__identity", "__order"))]:
             table = table.append_column(TIE, pa.array(_tie(table, sides)))
@@ -188,14 +216,14 @@ class Spill:
 
 def as_json(piece: Piece) -> str:
     """A piece as it travels to the driver."""
-    pairs = {name: list(getattr(piece, name).items()) for name in ("reasons", "dropped", "labels")}
+    pairs = {name: list(getattr(piece, name).items()) for name in ("reasons", "dropped", "digits", "labels")}
     plain = {name: getattr(piece, name) for name in ("path", "rows", "read", "quarantine", "text_bytes")}
     return json.dumps(plain | pairs)
 
 
 def from_json(text: str) -> Piece:
     found = json.loads(text)
-    for name in ("reasons", "dropped", "labels"):
+    for name in ("reasons", "dropped", "digits", "labels"):
         found[name] = Counter(dict(found[name]))
     return Piece(**found)
 
@@ -223,13 +251,15 @@ def _words(feature: Feature, table: pa.Table) -> list[np.ndarray]:
         return [_string_words(table[f"{feature.name}/{column}"].combine_chunks()) for column in feature.columns]
     if feature.kind == "text":
         return [_string_words(table[feature.name].combine_chunks())]
-    return [array_of(table[feature.name], feature.stored, feature.shape)]
+    if feature.kind == "image":
+        return [array_of(table[feature.name], feature.stored, feature.shape)]
+    return [raw_values(table[feature.name], feature.size).astype(np.float32, copy=False)]
 
 
-def _target_words(values: pa.Array) -> np.ndarray:
-    """Words of the target's values, uint64 or float32 (rows, ...)."""
+def _target_words(values: pa.Array, width: int) -> np.ndarray:
+    """Words of the target's values, uint64 or float32 (rows, ...). width: how many numbers each is."""
     if pa.types.is_fixed_size_binary(values.type):
-        return array_of(pa.chunked_array([values]), "float32", (values.type.byte_width // 4,))
+        return raw_values(values, width).astype(np.float32, copy=False)
     if pa.types.is_integer(values.type):
         return values.cast(pa.int64()).to_numpy(zero_copy_only=False).reshape(-1, 1)
     if pa.types.is_list(values.type):

@@ -1,7 +1,10 @@
 """Splits as pure functions of a row: independent of the order of rows, of blocks and of workers.
 
-A split gives every row a position: by a hash of its content or of its group, where equal ones never fall into two splits, or by time.
-Edges cut the positions into parts, and each part belongs to a split.
+A split gives every row a position: by a hash of its content and of which copy of that content it is, by a hash of its group, where
+equal ones never fall into two splits, or by time. Edges cut the positions into parts, and each part belongs to a split.
+
+Rows of equal content are told apart by their number among them. Were they not, all copies of an input and its label would be on one
+side: a test row's own label would be rarer in training than it is, and a model that learns well would score worse than chance.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, field_validator, model_validator
 
-from dlopt.data.counter import mix, stream, string_words
+from dlopt.data.counter import bits, mix, stream, string_words
 from dlopt.data.encode import known_form
 from dlopt.data.inputs.values import Reasons, dates, doubles, is_text, plain, texts
 from dlopt.part import DloptError, Part
@@ -72,15 +75,30 @@ class Hashed(Shares):
     seed: int = Field(0, ge=0)
     """Another seed, another split; apart from the job's seed, so that repeated trainings compare on the same rows."""
 
-    def position(self, words: np.ndarray) -> np.ndarray:
-        """Where each row stands in [0, 1). words: uint64 (rows,), a hash of the row or of its group."""
+    def position(self, words: np.ndarray, copies: np.ndarray | None = None) -> np.ndarray:
+        """Where each row stands in [0, 1).
+
+        words: uint64 (rows,), a hash of the row or of its group. copies: int64 (rows,), which of several equal rows each is; the first,
+        0, stands where it does without.
+        """
+        if copies is not None and (again := np.flatnonzero(copies)).size:
+            words = words.copy()
+            words[again] ^= bits(copies[again], 29)
         return (mix(words ^ stream(17, self.seed)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def edges(self, fold: Fold | None) -> np.ndarray:
         return cut(self.parts(fold)[0])
 
 
-class RandomSplit(Hashed):
+class ByRow(Hashed):
+    """By the hash of each row."""
+
+    group: Literal["content"] | None = None
+    """content: rows that are equal in every input and the target stay together in one split. Without it each copy is a row like any
+    other, as in a survey, where equal answers are other people's."""
+
+
+class RandomSplit(ByRow):
     """Each row by its own hash: a row stays in its split whatever other rows come or go; sizes vary by chance."""
 
     kind: Literal["random"] = "random"
@@ -106,7 +124,7 @@ class GroupSplit(Hashed):
         return pa.array(words), dict.fromkeys(missing.tolist(), f"{self.column}: no group to split by")
 
 
-class StratifiedSplit(Hashed):
+class StratifiedSplit(ByRow):
     """Exact shares of every class: its rows in the order of their hashes, cut at the rounded counts."""
 
     kind: Literal["stratified"] = "stratified"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +89,14 @@ def _unit(network: Network) -> np.ndarray | float:
 def compare(content: bytes, signature: Signature, split: Split, expected: np.ndarray, unit: np.ndarray | float = 1.0) -> tuple[float, int]:
     """Run the file on a split: the largest difference in units, NaN when an output is, and how many rows get other labels.
 
-    expected: torch's probabilities or numbers, float64 (rows, outputs).
+    expected: torch's probabilities or numbers less the target's offsets, float64 (rows, outputs).
     """
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     largest, other_labels, start = 0.0, 0, 0
+    offsets = np.array(signature.target.offsets or 0.0)
     for chunk in split.chunks:
         (found,) = session.run([signature.target.output], fed(signature, split.read([chunk])))
-        part = expected[start : start + len(found)]
+        found, part = found - offsets if signature.target.offsets else found, expected[start : start + len(found)]
         largest = float(np.maximum(largest, _differences(found, part, signature, unit).max()))  # Python's max would lose a NaN
         other_labels += _other_labels(found, part, signature.target) if signature.target.kind != "number" else 0
         start += len(found)
@@ -105,7 +107,8 @@ def _differences(found: np.ndarray, expected: np.ndarray, signature: Signature, 
     """In units; of numbers, whose size has nothing to do with their spread, what is beyond the two last places of float32."""
     difference = np.abs(found - expected)
     if signature.target.kind == "number":
-        difference = np.maximum(difference - 2 * np.spacing(np.abs(expected).astype(np.float32)), 0)
+        rounding = 2 * np.spacing(np.abs(expected).astype(np.float32)) + np.spacing(np.abs(signature.target.offsets or 0.0))
+        difference = np.maximum(difference - rounding, 0)
     return np.asarray(difference / unit)
 
 
@@ -122,13 +125,16 @@ def _other_labels(found: np.ndarray, expected: np.ndarray, target: Target) -> in
 
 
 def fed(signature: Signature, rows: Rows) -> Rows:
-    """Prepared rows as the graph takes them: codes of categories as strings again, and texts as long as the longest of them."""
+    """Prepared rows as the graph takes them: codes of categories as strings again, numbers with their offsets, and texts as long as the
+    longest of them."""
     return {feature.name: _fed(feature, rows[feature.name]) for feature in signature.inputs}
 
 
 def _fed(feature: Feature, values: np.ndarray) -> np.ndarray:
     if feature.dtype == "string":
         return _strings(feature, values)
+    if feature.offsets:
+        return values + np.array(feature.offsets)
     return values[:, : max(1, int(np.count_nonzero(values, axis=1).max()))] if feature.kind == "text" else values
 
 
@@ -146,14 +152,25 @@ def _strings(feature: Feature, codes: np.ndarray) -> np.ndarray:
 
 
 class _Graph(nn.Module):
-    """Tensors in the order of the signature to probabilities or numbers, as the file has them."""
+    """Tensors in the order of the signature to probabilities or numbers, as the file has them: what has offsets as float64 in the data's
+    units, of which the network sees the difference from the offset (as dlopt.data.encode.shifted computes it), in float32."""
 
     def __init__(self, network: Network, signature: Signature) -> None:
         super().__init__()
-        self.network, self.names, self.target = network, [feature.name for feature in signature.inputs], signature.target
+        self.network, self.inputs, self.target = network, signature.inputs, signature.target
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return activated(self.target, self.network(dict(zip(self.names, inputs, strict=True))))
+        given = {feature.name: _shifted(values, feature) for feature, values in zip(self.inputs, inputs, strict=True)}
+        outputs = activated(self.target, self.network(given))
+        return outputs.double() + _double(self.target.offsets) if self.target.offsets else outputs
+
+
+def _shifted(values: Tensor, feature: Feature) -> Tensor:
+    return (values - _double(feature.offsets)).float() if feature.offsets else values
+
+
+def _double(numbers: Sequence[float]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
 def _graph(network: Network, signature: Signature, digest: str) -> bytes:
@@ -176,7 +193,7 @@ def _traced(network: Network, signature: Signature) -> bytes:
         warnings.simplefilter("ignore")  # of tracing being deprecated; what a trace could get wrong, `compare` sees
         torch.onnx.export(
             _Graph(network, signature).eval(),
-            tuple(torch.zeros(2, *feature.shape, dtype=getattr(torch, feature.stored)) for feature in signature.inputs),
+            tuple(torch.zeros(2, *feature.shape, dtype=getattr(torch, _traced_type(feature))) for feature in signature.inputs),
             file,  # type: ignore[arg-type]  # a buffer will do when tracing
             input_names=names,
             output_names=[output],
@@ -185,6 +202,10 @@ def _traced(network: Network, signature: Signature) -> bytes:
             dynamo=False,
         )
     return file.getvalue()
+
+
+def _traced_type(feature: Feature) -> str:
+    return feature.dtype if feature.offsets else feature.stored
 
 
 def _look_up(model: onnx.ModelProto, index: int, feature: Feature) -> None:

@@ -43,14 +43,14 @@ class Network(nn.Module):
 
 
 class Units(nn.Module):
-    """Standardised outputs to numbers in the data's units: values * std + mean, by the target's training rows."""
+    """Standardised outputs to numbers in the data's units, less the target's offsets: values * std + mean, by its training rows."""
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, statistics: Statistics) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.tensor(statistics.mean, dtype=torch.float64))
+        self.register_buffer("mean", torch.tensor(statistics.shift, dtype=torch.float64))
         std = torch.tensor(statistics.std, dtype=torch.float64)
         self.register_buffer("std", torch.where(std > 0, std, 1.0))  # of a number that is always the same
 

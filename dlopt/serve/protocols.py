@@ -28,7 +28,7 @@ VERSION = "1"
 """A run's model never changes, so there is one version; the digest says which model it is."""
 SIGNATURE_NAME = "serving_default"
 MODEL_PATH = re.compile(r"/v1/models/(?P<name>[^/:]+)(?:/versions/(?P<version>[0-9]+))?(?P<rest>|:predict|/metadata)")
-DTYPES = {"uint8": "DT_UINT8", "float32": "DT_FLOAT", "int32": "DT_INT32", "string": "DT_STRING"}
+DTYPES = {"uint8": "DT_UINT8", "float32": "DT_FLOAT", "float64": "DT_DOUBLE", "int32": "DT_INT32", "string": "DT_STRING"}
 THRESHOLD = 0.5
 """A row gets every label of a multi_label target without thresholds that is more probable, in the metrics as in the replies."""
 
@@ -175,7 +175,7 @@ def _tensor_of(feature: Feature) -> Json:
 def _outputs_of(target: Target) -> Json:
     """The tensors of a reply, by name. Labels of a row, of which there may be any number, are a dimension of -1."""
     if target.kind == "number":
-        return {column: _tensor(column, "DT_FLOAT", ()) for column in target.columns}
+        return {column: _tensor(column, "DT_DOUBLE" if target.offsets else "DT_FLOAT", ()) for column in target.columns}
     kind = "DT_STRING" if isinstance(target.labels[0], str) else "DT_INT64"
     label = _tensor("label", kind, ()) if target.kind == "category" else _tensor("labels", kind, (-1,))
     return {label["name"]: label, "probabilities": _tensor("probabilities", "DT_FLOAT", (target.size,))}

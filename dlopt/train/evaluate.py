@@ -9,7 +9,7 @@ and, by the kind of the target,
                    score (float32)                     of two classes: the probability of the positive one
     multi_label    labels, predicted (list<int64>)     indices of the labels that the row has, and that it is given
                    probabilities (fixed list<float32>) of every label; predicted are those above a half, or from their thresholds on
-    number         target.{column} (float32)           of each number, in the data's units
+    number         target.{column} (float32)           of each number, in the data's units; float64 where the target has offsets
                    predicted.{column} (float32)
 """
 
@@ -60,7 +60,7 @@ def evaluate(
 
 
 def predict(network: Network, split: Split, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Probabilities or numbers, float64 (rows, outputs), and the targets of a whole split, in row order."""
+    """Probabilities, or numbers less the target's offsets, float64 (rows, outputs), and the targets of a whole split, in row order."""
     target = split.signature.target
     found = [(activated(target, outputs).cpu(), wanted.cpu()) for outputs, wanted in _outputs(network, split, device, split.chunks)]
     return torch.cat([outputs for outputs, _ in found]), torch.cat([wanted for _, wanted in found])
@@ -114,9 +114,11 @@ def _columns(target: Target, outputs: Tensor, wanted: Tensor) -> dict[str, pa.Ar
         flat = pa.array(outputs.float().numpy().reshape(-1))
         probabilities = pa.FixedSizeListArray.from_arrays(flat, target.size)
         return {"labels": _indices(wanted > 0), "predicted": _indices(decided(target, outputs)), "probabilities": probabilities}
-    columns = {}
+    columns, outputs = {}, outputs.float()
+    if target.offsets:
+        wanted, outputs = (values.double() + torch.tensor(target.offsets, dtype=torch.float64) for values in (wanted, outputs))
     for index, name in enumerate(target.columns):
-        columns |= {f"target.{name}": wanted[:, index], f"predicted.{name}": outputs[:, index].float()}
+        columns |= {f"target.{name}": wanted[:, index], f"predicted.{name}": outputs[:, index]}
     return {name: pa.array(values.numpy()) for name, values in columns.items()}
 
 

@@ -11,10 +11,10 @@ from pydantic import Field, field_validator
 
 from dlopt.data import moments
 from dlopt.data.encode import date_parts, known_form
-from dlopt.data.inputs.number import Bound, no_column_twice
+from dlopt.data.exact import exact_column, values_of
+from dlopt.data.inputs.number import Bound, in_units, no_column_twice
 from dlopt.data.inputs.values import Reasons, dates
 from dlopt.data.moments import Moments
-from dlopt.data.prepared import array_of, column_of
 from dlopt.part import Feature, Part, Statistics
 
 DatePart = Literal["year", "quarter", "month", "week", "day", "day_of_year", "weekday", "hour", "minute", "second", "days"]
@@ -50,26 +50,31 @@ class DateInput(Part):
         """The name of the model's input."""
         return self.name
 
+    @property
+    def shifts(self) -> bool:
+        """Whether an offset may be subtracted before: not where the size of a number itself is what the model is to see."""
+        return self.normalize not in ("max_abs", "none")
+
     def feature(self, table: pa.Table) -> Feature:
         shape = (len(self.columns) * len(self.parts),)
         return Feature(name=self.name, kind="date", dtype="float32", shape=shape, columns=self.columns, parts=self.parts, form=self.form)
 
     def read(self, table: pa.Table, feature: Feature) -> tuple[dict[str, pa.Array], Reasons]:
-        """The parts as a float32 matrix, and the reason for every row with something else than a date."""
+        """The parts as a matrix, and the reason for every row with something else than a date."""
         reasons: Reasons = {}
         found = []
         for column in feature.columns:
             moments_in_time, wrong = dates(table[column], feature.form)
             found.append(date_parts(moments_in_time, feature.parts))
             reasons.update({row: f"{column}: {why}" for row, why in wrong.items() if row not in reasons})
-        return {feature.name: column_of(np.concatenate(found, axis=1))}, reasons
+        return {feature.name: exact_column(np.concatenate(found, axis=1))}, reasons
 
     def observe(self, table: pa.Table, feature: Feature, bounds: Mapping[str, Bound]) -> Moments:
-        return moments.of_values(array_of(table[feature.name], "float32", feature.shape))
+        return moments.of_values(values_of(table[feature.name], feature))
 
     def fit(self, seen: Moments, feature: Feature, features: dict[str, Feature]) -> tuple[Feature, Statistics]:
-        return feature, seen.statistics(self.normalize)
+        return feature, in_units(seen.statistics(self.normalize), feature)
 
     def finish(self, table: pa.Table, feature: Feature) -> np.ndarray:
         """Parts of the dates, float32 (rows, columns x parts)."""
-        return array_of(table[feature.name], "float32", feature.shape)
+        return values_of(table[feature.name], feature)

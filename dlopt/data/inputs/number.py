@@ -11,15 +11,17 @@ import pyarrow as pa
 from pydantic import Field, field_validator
 
 from dlopt.data import moments
-from dlopt.data.inputs.values import Reasons, floats
+from dlopt.data.exact import exact_column, values_of
+from dlopt.data.inputs.values import Reasons, numbers
 from dlopt.data.moments import Moments, nonzero
-from dlopt.data.prepared import array_of, column_of
 from dlopt.data.quantiles import Quantiles
-from dlopt.part import DloptError, Feature, Part, Statistics
+from dlopt.part import DloptError, Feature, Part, Statistics, Target
 
 Normalization = Literal["min_max", "symmetric", "standard", "robust", "max_abs", "log", "quantile", "none"]
 KNOTS = 64
 """Steps of the quantile normalization."""
+MOST_VALUES = 2**16
+"""Different values that are counted of each column for its most frequent one."""
 MEDIAN, QUARTILES = 0.5, (0.25, 0.75)
 
 
@@ -74,23 +76,28 @@ class NumberInput(Part):
         """The name of the model's input."""
         return self.name
 
+    @property
+    def shifts(self) -> bool:
+        """Whether an offset may be subtracted before: not where the size of a number itself is what the model is to see."""
+        return self.normalize not in ("log", "max_abs", "none")
+
     def feature(self, table: pa.Table) -> Feature:
         return Feature(
             name=self.name, kind="number", dtype="float32", shape=(len(self.columns),), columns=self.columns, indicators=self.indicators
         )
 
     def read(self, table: pa.Table, feature: Feature) -> tuple[dict[str, pa.Array], Reasons]:
-        """A float32 matrix with NaN where missing, and the reason for every row that has something else than numbers."""
-        values = np.empty((len(table), len(feature.columns)), dtype=np.float32)
+        """A matrix with NaN where missing, and the reason for every row that has something else than numbers."""
+        values = np.empty((len(table), len(feature.columns)))
         reasons: Reasons = {}
         for index, name in enumerate(feature.columns):
-            values[:, index], wrong = floats(table[name])
+            values[:, index], wrong = numbers(table[name])
             reasons.update({row: f"{name}: {why}" for row, why in wrong.items() if row not in reasons})
-        return {feature.name: column_of(values)}, reasons
+        return {feature.name: exact_column(values)}, reasons
 
     def observe(self, table: pa.Table, feature: Feature, bounds: Mapping[str, Bound]) -> Numbers:
         """What training rows say of each column."""
-        values = bounded(array_of(table[feature.name], "float32", feature.shape), feature, bounds)
+        values = bounded(values_of(table[feature.name], feature), feature, bounds)
         wanted = [MEDIAN] if self.fill == "median" else []
         wanted += [MEDIAN, *QUARTILES] if self.normalize == "robust" else []
         wanted += [step / KNOTS for step in range(KNOTS + 1)] if self.normalize == "quantile" else []
@@ -99,7 +106,7 @@ class NumberInput(Part):
             moments.of_values(values),
             moments.of_values(_signed_log(values)) if self.normalize == "log" else None,
             Quantiles.of(values, wanted) if wanted or groups else None,
-            _counts(values) if self.fill == "most_frequent" else None,
+            Frequent.of(values) if self.fill == "most_frequent" else None,
             _by_group(values, group_column(table, self.fill.by)) if isinstance(self.fill, GroupMedian) else None,
         )
 
@@ -107,8 +114,8 @@ class NumberInput(Part):
         self, seen: Numbers, feature: Feature, features: dict[str, Feature], bounds: Mapping[str, Bound] = {}
     ) -> tuple[Feature, Statistics]:
         """The statistics that the model's first layer is made of."""
-        base = seen.moments.statistics("none" if self.normalize in ("robust", "log", "quantile") else self.normalize)
-        changed: dict[str, Any] = {"fill": self._fill(seen).tolist(), "clip": self.clip}
+        base = in_units(seen.moments.statistics("none" if self.normalize in ("robust", "log", "quantile") else self.normalize), feature)
+        changed: dict[str, Any] = {"fill": self._fill(seen, feature).tolist(), "clip": self.clip}
         if self.normalize == "robust" and seen.quantiles:
             low, high = (seen.quantiles.at(p) for p in QUARTILES)
             changed |= {"shift": seen.quantiles.at(MEDIAN).tolist(), "scale": (1 / nonzero(high - low)).tolist()}
@@ -120,26 +127,25 @@ class NumberInput(Part):
             changed |= {"knots": knots.tolist()}
         changed |= _as_statistics(feature, bounds)
         if isinstance(self.fill, GroupMedian):
-            changed |= self._group_fill(seen, self.fill.by, features)
+            changed |= self._group_fill(seen, self.fill.by, feature, features)
         return feature, Statistics.model_validate(base.model_dump() | changed)
 
     def finish(self, table: pa.Table, feature: Feature) -> np.ndarray:
         """The matrix, float32 (rows, columns)."""
-        return array_of(table[feature.name], "float32", feature.shape)
+        return values_of(table[feature.name], feature)
 
-    def _fill(self, seen: Numbers) -> np.ndarray:
-        if isinstance(self.fill, float):
-            return np.full_like(seen.moments.mean, self.fill)
-        if self.fill == "zero":
-            return np.zeros_like(seen.moments.mean)
+    def _fill(self, seen: Numbers, feature: Feature) -> np.ndarray:
+        if isinstance(self.fill, float) or self.fill == "zero":
+            number = self.fill if isinstance(self.fill, float) else 0.0
+            return np.full_like(seen.moments.mean, number) - (feature.offsets or 0.0)
         if self.fill == "most_frequent" and seen.counts:
-            return np.array([min(counts, key=lambda value: (-counts[value], value)) if counts else 0.0 for counts in seen.counts])
+            return seen.counts.first
         return seen.quantiles.at(MEDIAN) if seen.quantiles and self.fill != "mean" else seen.moments.mean
 
-    def _group_fill(self, seen: Numbers, by: str, features: dict[str, Feature]) -> dict[str, Any]:
+    def _group_fill(self, seen: Numbers, by: str, feature: Feature, features: dict[str, Feature]) -> dict[str, Any]:
         """A row of fills for each code of the grouping column."""
         category = next(feature for feature in features.values() if feature.kind == "category" and by in feature.columns)
-        place, default = category.columns.index(by), self._fill(seen)
+        place, default = category.columns.index(by), self._fill(seen, feature)
         fills = np.tile(default, (category.codes[place], 1))
         codes = {value: code for code, value in enumerate(category.vocabularies[place], start=1)}
         for value, quantiles in (seen.groups or {}).items():
@@ -156,7 +162,7 @@ class Numbers:
     moments: Moments
     log: Moments | None
     quantiles: Quantiles | None
-    counts: list[dict[float, int]] | None
+    counts: Frequent | None
     groups: dict[str, Quantiles] | None
 
     def merge(self, other: Numbers) -> Numbers:
@@ -164,9 +170,49 @@ class Numbers:
             self.moments.merge(other.moments),
             self.log.merge(other.log) if self.log and other.log else None,
             self.quantiles.merge(other.quantiles) if self.quantiles and other.quantiles else None,
-            [_sum(mine, yours) for mine, yours in zip(self.counts, other.counts, strict=True)] if self.counts and other.counts else None,
+            self.counts.merge(other.counts) if self.counts and other.counts else None,
             _merged_groups(self.groups, other.groups) if self.groups is not None and other.groups is not None else None,
         )
+
+
+@dataclass(frozen=True)
+class Frequent:
+    """The most frequent values of each column, at most MOST_VALUES of them, so that a column of any length takes bounded memory; exact
+    while it has no more, and where it has, for every value that is among the most frequent of each piece."""
+
+    values: list[np.ndarray]
+    """float32, sorted."""
+    counts: list[np.ndarray]
+
+    @classmethod
+    def of(cls, matrix: np.ndarray) -> Frequent:
+        """Of a piece, float32 (rows, columns), NaN where missing."""
+        found = [np.unique(column[~np.isnan(column)], return_counts=True) for column in matrix.T]
+        return cls(*map(list, zip(*(_most(*pair) for pair in found), strict=True)))
+
+    def merge(self, other: Frequent) -> Frequent:
+        """Of two pieces together; in a fixed order, since what is left out depends on it."""
+        found = []
+        for mine, yours, my_counts, your_counts in zip(self.values, other.values, self.counts, other.counts, strict=True):
+            values, place = np.unique(np.concatenate([mine, yours]), return_inverse=True)
+            counts = np.zeros(len(values), np.int64)
+            np.add.at(counts, place, np.concatenate([my_counts, your_counts]))
+            found.append(_most(values, counts))
+        return Frequent(*map(list, zip(*found, strict=True)))
+
+    @property
+    def first(self) -> np.ndarray:
+        """The most frequent value of each column, float64 (columns,), the least of several; 0 where there is none."""
+        pairs = zip(self.values, self.counts, strict=True)
+        return np.array([float(values[counts.argmax()]) if len(values) else 0.0 for values, counts in pairs])
+
+
+def _most(values: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The most frequent of the sorted values, the lesser ones of those that are as frequent."""
+    if len(values) <= MOST_VALUES:
+        return values, counts
+    kept = np.sort(np.argsort(-counts, kind="stable")[:MOST_VALUES])
+    return values[kept], counts[kept]
 
 
 def bounded(values: np.ndarray, feature: Feature, bounds: Mapping[str, Bound]) -> np.ndarray:
@@ -177,6 +223,14 @@ def bounded(values: np.ndarray, feature: Feature, bounds: Mapping[str, Bound]) -
         bounds[column].apply(values[:, index]) if column in bounds else values[:, index] for index, column in enumerate(feature.columns)
     ]
     return np.stack(columns, axis=1)
+
+
+def in_units(statistics: Statistics, known: Feature | Target) -> Statistics:
+    """Least, greatest and mean value with the offsets that were subtracted from what they are of."""
+    if not known.offsets:
+        return statistics
+    units = {name: tuple((np.array(getattr(statistics, name)) + known.offsets).tolist()) for name in ("min", "max", "mean")}
+    return statistics.model_copy(update=units)
 
 
 def no_column_twice(columns: tuple[str, ...]) -> tuple[str, ...]:
@@ -209,19 +263,6 @@ def _signed_log(values: np.ndarray) -> np.ndarray:
     """In float64: the logarithms of large values are close together."""
     values = values.astype(np.float64)
     return np.sign(values) * np.log1p(np.abs(values))
-
-
-def _counts(values: np.ndarray) -> list[dict[float, int]]:
-    found = []
-    for column in range(values.shape[1]):
-        there = values[:, column][~np.isnan(values[:, column])]
-        distinct, counts = np.unique(there, return_counts=True)
-        found.append(dict(zip(distinct.astype(float).tolist(), counts.tolist(), strict=True)))
-    return found
-
-
-def _sum(mine: dict[float, int], yours: dict[float, int]) -> dict[float, int]:
-    return {value: mine.get(value, 0) + yours.get(value, 0) for value in mine.keys() | yours.keys()}
 
 
 def _by_group(values: np.ndarray, groups: pa.Array) -> dict[str, Quantiles]:

@@ -14,10 +14,10 @@ from pydantic import Field, field_validator, model_validator
 
 from dlopt.data import moments
 from dlopt.data.encode import as_text
+from dlopt.data.exact import exact_column, values_of
 from dlopt.data.inputs.number import no_column_twice
-from dlopt.data.inputs.values import TRUTH, Reasons, doubles, floats, is_text, plain
+from dlopt.data.inputs.values import TRUTH, Reasons, doubles, is_text, numbers, plain
 from dlopt.data.moments import Moments
-from dlopt.data.prepared import array_of, column_of
 from dlopt.part import DloptError, Part, Target
 
 MOST_LABELS = 100_000
@@ -217,14 +217,14 @@ class NumberTarget(Part):
         return False
 
     def read(self, table: pa.Table, whole: bool) -> tuple[pa.Array, Reasons]:
-        """A float32 matrix, and the reason for every row that lacks a number."""
-        values = np.empty((len(table), len(self.columns)), dtype=np.float32)
+        """A matrix, and the reason for every row that lacks a number."""
+        values = np.empty((len(table), len(self.columns)))
         reasons: Reasons = {}
         for index, column in enumerate(self.columns):
-            values[:, index], wrong = floats(table[column])
+            values[:, index], wrong = numbers(table[column])
             missing = dict.fromkeys(np.flatnonzero(np.isnan(values[:, index])).tolist(), "no value")
             reasons = {row: f"{column}: {why}" for row, why in (missing | wrong).items()} | reasons
-        return column_of(values), reasons
+        return exact_column(values), reasons
 
     def count(self, values: pa.Array) -> Counter[Any]:
         return Counter()
@@ -232,13 +232,13 @@ class NumberTarget(Part):
     def target(self, counts: Mapping[Any, int]) -> Target:
         return Target(name=self.columns[0] if len(self.columns) == 1 else self.name, kind="number", columns=self.columns)
 
-    def observe(self, values: pa.ChunkedArray) -> Moments:
+    def observe(self, values: pa.ChunkedArray, target: Target) -> Moments:
         """What training rows say of each column."""
-        return moments.of_values(array_of(values, "float32", (len(self.columns),)))
+        return moments.of_values(values_of(values, target))
 
     def finish(self, values: pa.Array, target: Target) -> np.ndarray:
         """The numbers, float32 (rows, columns)."""
-        return array_of(pa.chunked_array([values]), "float32", target.shape)
+        return values_of(values, target)
 
 
 AnyTarget = Annotated[CategoryTarget | ThresholdTarget | MultiLabelTarget | NumberTarget, Field(discriminator="kind")]

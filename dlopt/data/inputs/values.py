@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
+from decimal import Decimal
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +15,10 @@ from dlopt.part import DloptError
 
 MISSING = ("", "NA", "N/A", "n/a", "#N/A", "NaN", "nan", "NULL", "null", "None")
 """How a text file says that a number or a date is missing."""
+TOO_LARGE = 2.0**128 - 2.0**103
+"""From here on float32 rounds to infinity."""
+DIGITS = 2.0**53
+"""From here on float64 does not hold every whole number."""
 TRUTH = {"true": 1, "false": 0}
 
 Reasons = dict[int, str]
@@ -35,14 +41,12 @@ def without_markers(array: pa.Array) -> pa.Array:
     return pc.if_else(pc.is_in(array, pa.array(MISSING, array.type)), None, array) if is_text(array.type) else array
 
 
-def floats(column: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, Reasons]:
-    """Values as float32, which is what the model sees, with NaN where missing; and the reason for each row that is no number.
-    Equal values have equal bits: there is one zero and one NaN."""
+def numbers(column: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, Reasons]:
+    """Values as float64 with NaN where missing, and the reason for each row that is no number, or one that the model's float32 cannot
+    reach. Equal values have equal bits: there is one zero and one NaN."""
     values, reasons = doubles(column)
-    with np.errstate(over="ignore"):
-        values = values.astype(np.float32)
-    values += 0
-    infinite = np.isinf(values)
+    values = values + 0.0
+    infinite = np.abs(values) >= TOO_LARGE
     values[infinite | np.isnan(values)] = np.nan
     return values, reasons | {int(row): "a number is too large" for row in np.flatnonzero(infinite)}
 
@@ -68,6 +72,35 @@ def _doubles_by_row(column: pa.Array) -> tuple[np.ndarray, Reasons]:
         except (TypeError, ValueError):
             reasons[row] = f"{value!r:.40} is not a number"
     return values, reasons
+
+
+def lost_in_double(column: pa.ChunkedArray | pa.Array, values: np.ndarray) -> np.ndarray | None:
+    """What float64 does not hold of numbers that were read as `values`, float64 (rows,): of whole numbers of more than 53 bits, and of
+    decimal ones as long. None where it holds all."""
+    array = without_markers(plain(column))
+    kind, large = array.type, np.abs(values)
+    least = DIGITS / (10.0**kind.scale if pa.types.is_decimal(kind) else 1)
+    if pa.types.is_floating(kind) or not (large >= least).any():
+        return None
+    rows = np.flatnonzero(large >= least)
+    some, near = array.take(pa.array(rows)), values[rows]
+    rest = np.zeros(len(values))
+    if is_text(kind):
+        with suppress(pa.ArrowInvalid):
+            some = some.cast(pa.int64())
+    if pa.types.is_integer(some.type):  # in two halves, each of which float64 holds
+        high = pc.shift_right(some, pa.scalar(32, some.type)).cast(pa.float64()).to_numpy(zero_copy_only=False)
+        low = pc.bit_wise_and(some, pa.scalar(2**32 - 1, some.type)).cast(pa.float64()).to_numpy(zero_copy_only=False)
+        rest[rows] = (high * 2.0**32 - near) + low
+    elif is_text(kind) or pa.types.is_decimal(kind):
+        rest[rows] = [_left(value, float(number)) for value, number in zip(some.to_pylist(), near, strict=True)]
+    return rest if rest.any() else None
+
+
+def _left(value: Decimal | str, number: float) -> float:
+    """Of a decimal number that float64 holds only nearly, nothing when it is the shortest one that is read as this float64."""
+    exact = Decimal(value)
+    return 0.0 if exact != exact.to_integral_value() and exact == Decimal(repr(number)) else float(exact - Decimal(number))
 
 
 def texts(column: pa.ChunkedArray | pa.Array) -> pa.Array:
