@@ -173,7 +173,7 @@ def test_the_sample_is_a_fair_one() -> None:
 
 
 def test_values_of_the_wrong_type_are_counted_and_not_taken_for_numbers() -> None:
-    column = summarise({"x": pa.array(["1", "2.5", "NA", "", "two", None])}, {"x": "number"}).columns["x"]
+    column = summarise({"x": pa.array(["1", "2.5", None, "", "two", None])}, {"x": "number"}).columns["x"]
     assert (column.rows, column.missing, column.unreadable, column.count) == (6, 4, 1, 2)
     assert (column.low, column.high) == (1.0, 2.5)
     when = summarise({"d": pa.array(["2020-01-01", "never", None])}, {"d": "date"}).columns["d"]

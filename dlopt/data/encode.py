@@ -6,14 +6,14 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from datetime import UTC, date, datetime
-from decimal import Decimal
+from datetime import UTC, datetime
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from dlopt.data.canonical import ColumnType, as_text
 from dlopt.data.counter import string_words
 from dlopt.data.text import join_texts, tokens_of
 from dlopt.part import DloptError, Feature, Signature
@@ -73,19 +73,6 @@ def encode_png(pixels: np.ndarray) -> bytes:
 def _in_bytes(image: Image.Image) -> Image.Image:
     """16-bit grey as 8-bit grey: 65,535 becomes 255."""
     return Image.fromarray(((np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
-
-
-def as_text(value: Any) -> str:
-    """The text that stands for a category, whatever type a source or a client gave it: 7, 7.0 and "7" are one; "" is missing."""
-    if value is None or value != value:
-        return ""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float):
-        return str(int(value)) if value.is_integer() else repr(value)
-    if isinstance(value, Decimal):
-        return f"{value.normalize():f}"
-    return value.isoformat() if isinstance(value, (date, datetime)) else str(value)
 
 
 def hashed(values: pa.Array, buckets: int) -> np.ndarray:
@@ -192,7 +179,7 @@ def _encode(signature: Signature, feature: Feature, rows: Sequence[Any]) -> np.n
     if feature.kind == "category":
         return _categories(feature, columns)
     if feature.kind == "text":
-        return _no_wider(tokens_of(feature).encode(join_texts([_texts(name, values) for name, values in columns.items()])))
+        return _no_wider(tokens_of(feature).encode(join_texts([_texts(feature, name, values) for name, values in columns.items()])))
     return np.concatenate([_dates(feature, name, values) for name, values in columns.items()], axis=1)
 
 
@@ -211,23 +198,28 @@ def _columns(feature: Feature, rows: Sequence[Any], alone: bool) -> dict[str, li
 
 def _categories(feature: Feature, columns: dict[str, list[Any]]) -> np.ndarray:
     """Texts, object (rows, columns), or int32 codes where they are hashed."""
-    found = [[_category(name, index, value) for index, value in enumerate(values)] for name, values in columns.items()]
+    found = []
+    for name, values in columns.items():
+        kind = feature.type_of(name)
+        found.append([_category(name, index, value, kind, feature.markers) for index, value in enumerate(values)])
     if feature.buckets:
         return np.stack([(string_words(values) % np.uint64(feature.buckets)).astype(np.int32) for values in found], axis=1)
     return np.array(found, dtype=object).T.reshape(len(found[0]), len(found))
 
 
-def _category(name: str, index: int, value: Any) -> str:
+def _category(name: str, index: int, value: Any, kind: ColumnType, missing: tuple[str, ...]) -> str:
     if value is not None and not isinstance(value, (str, int, float)):
         raise DloptError(f"row {index}: {name}: give a string, a number, true, false or null")
-    return as_text(value)
+    return as_text(value, kind, missing)
 
 
-def _texts(name: str, values: list[Any]) -> list[str | None]:
+def _texts(feature: Feature, name: str, values: list[Any]) -> list[str]:
+    """Texts as they were trained on, "" where missing."""
     for index, value in enumerate(values):
         if value is not None and not isinstance(value, str):
             raise DloptError(f"row {index}: {name}: {value!r:.40} is not a text")
-    return values
+    kind = feature.type_of(name) if feature.kind == "text" else "string"
+    return [as_text(value, kind, feature.markers) for value in values]
 
 
 def _no_wider(ids: np.ndarray) -> np.ndarray:
@@ -238,12 +230,17 @@ def _no_wider(ids: np.ndarray) -> np.ndarray:
 def _dates(feature: Feature, name: str, values: list[Any]) -> np.ndarray:
     import pyarrow as pa
 
-    for index, value in enumerate(_texts(name, values)):
-        try:
-            parse_dates(pa.array([value or None], pa.string()), feature.form)
-        except DloptError as error:
-            raise DloptError(f"row {index}: {name}: {error}") from None
-    return date_parts(parse_dates(pa.array([value or None for value in values], pa.string()), feature.form), feature.parts)
+    written = [value or None for value in _texts(feature, name, values)]
+    try:
+        found = parse_dates(pa.array(written, pa.string()), feature.form)
+    except DloptError:
+        for index, value in enumerate(written):
+            try:
+                parse_dates(pa.array([value], pa.string()), feature.form)
+            except DloptError as error:
+                raise DloptError(f"row {index}: {name}: {error}") from None
+        raise
+    return date_parts(found, feature.parts)
 
 
 def _value(row: Any, column: str, index: int, alone: bool) -> Any:
@@ -332,16 +329,21 @@ def _numbers(feature: Feature, rows: Sequence[Any], alone: bool) -> np.ndarray:
         return _empty(feature)
     for index, row in enumerate(values):
         for column, value in zip(feature.columns, row, strict=True):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))) and not _says_missing(feature, value):
                 raise DloptError(f"row {index}: {column}: {value!r:.40} is not a number")
     try:
         with np.errstate(over="ignore"):
-            found = np.array([[np.nan if value is None else value for value in row] for row in values], dtype=np.float32)
+            numbers = [[np.nan if value is None or isinstance(value, str) else value for value in row] for row in values]
+            found = np.array(numbers, dtype=np.float32)
     except OverflowError:
         found = np.array([np.inf])
     if np.isinf(found).any():
         raise DloptError(f"{feature.name}: a number is too large")
     return found
+
+
+def _says_missing(feature: Feature, value: Any) -> bool:
+    return isinstance(value, str) and (value == "" or value in feature.markers)
 
 
 def _empty(feature: Feature) -> np.ndarray:

@@ -27,6 +27,7 @@ from dlopt.artifact import Stage, write_atomically
 from dlopt.data import passes
 from dlopt.data.account import account, refuse_bad, refuse_dropped, refuse_unlearnable
 from dlopt.data.clean import DropColumns, ExactDuplicates, NearDuplicates, Outliers
+from dlopt.data.columns import Columns
 from dlopt.data.describe import describe
 from dlopt.data.inputs import NumberTarget, TextInput
 from dlopt.data.inputs.number import QUARTILES, Bound, GroupMedian
@@ -74,8 +75,10 @@ def prepare(section: Data, out: Path, *, progress: Progress = silent) -> dict[st
     features, whole = _look(section)
     progress("prepare", None, "reading")
     try:
-        first_pass = Spill(section, features, whole, str(spill))
-        read = {name: _read(name, source, first_pass, progress) for name, source in sources(section).items()}
+        read = {
+            name: _read(name, source, Spill(section, features, whole, str(spill), meaning), progress)
+            for (name, source), meaning in zip(sources(section).items(), _meanings(section), strict=True)
+        }
         clock.lap("read")
         info = arrange(section, features, read, out, run=on_cluster, progress=progress)
     finally:
@@ -113,7 +116,7 @@ def arrange(
     return account(plan, read, seen, described["warnings"], clock.seconds)
 
 
-PREPARE = Stage("data", prepare, version=2)
+PREPARE = Stage("data", prepare, version=3)
 
 
 def sources(section: Data) -> dict[str, Source]:
@@ -129,7 +132,27 @@ def _look(section: Data) -> tuple[tuple[Feature, ...], bool]:
         if isinstance(clean, ExactDuplicates):
             clean.refuse_unsortable(first)
     _refuse_foreign_outliers(section)
-    return tuple(part.feature(first) for part in section.inputs), section.target.whole(first)
+    meaning = next(_meanings(section))
+    return tuple(_meant(part.feature(first), meaning) for part in section.inputs), section.target.whole(first)
+
+
+def _meanings(section: Data) -> Iterator[Columns]:
+    """What the columns of each source mean: the types are those of `data.source`, whatever the files of another look like. Raises
+    DloptError where one states another type."""
+    types = section.source.meaning().types
+    for name, source in sources(section).items():
+        stated, missing = source.stated()
+        for column, kind in stated.items():
+            if types.get(column, kind) != kind:
+                raise DloptError(f"data.{name}.types: {column!r} is {kind}, and {types[column]} in data.source: state one type in both")
+        yield Columns(types, missing)
+
+
+def _meant(feature: Feature, meaning: Columns) -> Feature:
+    """With what training knows of its columns, so that requests are read alike."""
+    types = tuple(meaning.type_of(column) for column in feature.columns) if feature.kind in ("category", "text") else ()
+    markers = tuple(marker for marker in meaning.missing if marker) if feature.kind != "image" else ()
+    return feature.model_copy(update={"types": types, "markers": markers})
 
 
 def _first_rows(section: Data, where: str, source: Source) -> pa.Table:

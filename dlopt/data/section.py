@@ -93,6 +93,14 @@ class Data(Part):
         return self
 
     @property
+    def compared(self) -> tuple[str, ...]:
+        """The raw columns whose values are compared as texts: of categories, texts, labels, groups, and those that cleaning looks at."""
+        inputs = [column for part in self.inputs if part.kind in ("category", "text") for column in part.columns]
+        labels = self.target.columns if self.target.kind in ("category", "multi_label") else ()
+        split = () if isinstance(self.split, TimeSplit) else self.split.columns
+        return tuple(dict.fromkeys([*inputs, *labels, *split, *(column for part in self.clean for column in cleaned_columns(part))]))
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """The raw columns that are read, each once."""
         cleaning = [column for part in self.clean for column in cleaned_columns(part)]

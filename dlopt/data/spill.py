@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dlopt.data.clean import DropDuplicates, ExactDuplicates, NearDuplicateImages, NearDuplicates, NearDuplicateTexts, RowRule
+from dlopt.data.columns import Columns
 from dlopt.data.counter import mix, row_keys, string_words
 from dlopt.data.inputs.values import Reasons
 from dlopt.data.prepared import array_of, column_of
@@ -73,8 +74,15 @@ def is_local(part: Any) -> bool:
 class Spill:
     """A function for Ray Data's map_batches: blocks of raw rows to one line for each piece, a pickled Piece."""
 
-    def __init__(self, section: Data, features: tuple[Feature, ...], whole: bool, folder: str) -> None:
-        self.section, self.features, self.whole, self.folder = section, features, whole, Path(folder)
+    def __init__(
+        self,
+        section: Data,
+        features: tuple[Feature, ...],
+        whole: bool,
+        folder: str,
+        meaning: Columns = Columns(),  # noqa: B008
+    ) -> None:
+        self.section, self.features, self.whole, self.folder, self.meaning = section, features, whole, Path(folder), meaning
         row_bytes = sum(feature.size * np.dtype(feature.stored).itemsize for feature in features) + 64
         self.step = max(1, PIECE_BYTES // row_bytes)
 
@@ -88,8 +96,9 @@ class Spill:
 
     def piece(self, raw: pa.Table) -> Piece:
         """Judge, decode and key rows, and write them."""
-        ruled, by_rule = self._judged(raw)
-        columns, reasons = self._decoded(raw)
+        said = self.meaning.canonical(raw, self.section.compared)
+        ruled, by_rule = self._judged(said)
+        columns, reasons = self._decoded(said)
         bad = {row: why for row, why in reasons.items() if row not in ruled}
         quarantine = self._set_aside(raw, ruled | bad)
         good = pa.table(columns)

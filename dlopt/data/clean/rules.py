@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from dlopt.data.clean.base import Cleaning, ColumnCleaning
 from dlopt.data.clean.duplicates import identities
-from dlopt.data.inputs.values import doubles, plain, texts, without_markers
+from dlopt.data.inputs.values import doubles, plain, texts, without_empty
 
 Violation = tuple[np.ndarray, str]
 """Which rows violate a rule, bool of shape (rows,), and how."""
@@ -182,7 +182,7 @@ class DropColumns(Cleaning):
 
 def is_missing(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
     """Whether each value is null, not a number, or a text that says so."""
-    return without_markers(plain(column)).is_null(nan_is_null=True).to_numpy(zero_copy_only=False)
+    return without_empty(plain(column)).is_null(nan_is_null=True).to_numpy(zero_copy_only=False)
 
 
 def _where(dropped: np.ndarray, reasons: list[str], which: np.ndarray) -> pa.Array:

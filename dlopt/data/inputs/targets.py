@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from pydantic import Field, field_validator, model_validator
 
 from dlopt.data import moments
-from dlopt.data.encode import as_text
+from dlopt.data.canonical import as_text
 from dlopt.data.inputs.number import no_column_twice
 from dlopt.data.inputs.values import TRUTH, Reasons, doubles, floats, is_text, plain
 from dlopt.data.moments import Moments

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import pyarrow as pa
 from pydantic import Field
 
+from dlopt.data.columns import Columns
 from dlopt.data.sources.lines import Csv, JsonLines
 from dlopt.data.sources.places import File, Place, place_of, reading
 from dlopt.data.sources.reading import Files, Named, Piece, Rows
@@ -18,6 +19,8 @@ from dlopt.part import DloptError
 
 if TYPE_CHECKING:
     from ray.data import Dataset
+
+    from dlopt.data.canonical import ColumnType
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 AT_ONCE = 64
@@ -33,6 +36,12 @@ class Folders(Files):
 
     path: str
     """A folder that holds one folder for each class; on a disk that every node of the cluster sees, or behind s3://, gs://, abfs://."""
+
+    missing: tuple[str, ...] = ("",)
+    """Texts that say that a value is missing; a folder's name never does."""
+
+    def meaning(self) -> Columns:
+        return Columns(self.types, self.missing)
 
     def located(self) -> tuple[Place, list[File]]:
         place, folder = place_of(self.path)
@@ -117,7 +126,13 @@ class ImageTable(Rows):
                 count += len(paths)
         return [self.table.found(), count, digest.hexdigest()]
 
-    def peek(self, rows: int) -> pa.Table:
+    def meaning(self) -> Columns:
+        return self.table.meaning()
+
+    def stated(self) -> tuple[dict[str, ColumnType], tuple[str, ...]]:
+        return self.table.stated()
+
+    def first(self, rows: int) -> pa.Table:
         place, folder = place_of(self.folder)
         return self._with_images(self.table.peek(rows), place, folder)
 

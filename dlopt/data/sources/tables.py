@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dlopt.data.sources.places import File, Place, reading
-from dlopt.data.sources.reading import MAX_BLOCK, Files, Named, Piece, plain
+from dlopt.data.sources.reading import MAX_BLOCK, Files, Named, Piece, conform, plain
 from dlopt.part import DloptError
 
 MOST_OPENED = 256
@@ -24,20 +24,22 @@ class Parquet(Files):
 
     kind: Literal["parquet"] = "parquet"
 
-    def peek(self, rows: int) -> pa.Table:
+    def first(self, rows: int) -> pa.Table:
         place, files = self.located()
         for file in files:
             with _parquet(place, file.name, file.path) as parquet:
+                found = parquet.schema_arrow.empty_table()
                 if parquet.metadata.num_rows:
-                    return pa.Table.from_batches([next(parquet.iter_batches(batch_size=max(rows, 1)))])
-                empty = parquet.schema_arrow.empty_table()
-        return empty
+                    found = pa.Table.from_batches([next(parquet.iter_batches(batch_size=max(rows, 1)))])
+                    break
+        shared = {field.name: field.type for field in self.layout(())}
+        return conform(file.name, found, pa.schema([(field.name, shared.get(field.name, field.type)) for field in plain(found.schema)]))
 
-    def types(self) -> pa.Schema:
+    def layout(self, columns: Sequence[str] | None = None) -> pa.Schema:
         """The first file's columns, in types that hold the other files' values as well: a column of whole numbers may be one of
         fractions where a value is missing."""
         place, files = self.located()
-        return _together(place.each(lambda file: _look(place, file)[0], files[:MOST_OPENED]), [file.name for file in files])
+        return _together(place.each(lambda file: _look(place, file)[0], files[:MOST_OPENED]), [file.name for file in files], columns)
 
     def pieces(self) -> tuple[Place, list[Piece]]:
         place, files = self.located()
@@ -112,18 +114,21 @@ def _batches(place: Place, file: File) -> list[Piece]:
     return [Piece(file.name, file.path, number, number + 1, file.size // count) for number in range(count)]
 
 
-def _together(schemas: Sequence[pa.Schema], names: Sequence[str]) -> pa.Schema:
-    """One schema for the columns of the first one."""
+def _together(schemas: Sequence[pa.Schema], names: Sequence[str], asked: Collection[str] | None) -> pa.Schema:
+    """One schema for the columns of the first one. Of a column that nobody has asked for the type may change. Raises DloptError."""
     schemas = [plain(schema) for schema in schemas]
-    found = schemas[0]
+    found = dict(zip(schemas[0].names, schemas[0].types, strict=True))
     for schema, name in zip(schemas[1:], names[1:], strict=False):
-        there = set(schema.names)
-        shared = pa.schema([schema.field(column) for column in found.names if column in there])
-        try:
-            found = pa.unify_schemas([found, shared], promote_options="permissive")
-        except pa.ArrowException as error:
-            raise DloptError(f"{name}: its columns are not those of {names[0]}: {str(error).splitlines()[0]}") from None
-    return found
+        for field in schema:
+            if field.name not in found or found[field.name] == field.type:
+                continue
+            try:
+                both = [pa.schema([(field.name, kind)]) for kind in (found[field.name], field.type)]
+                found[field.name] = pa.unify_schemas(both, promote_options="permissive").field(0).type
+            except pa.ArrowException as error:
+                if asked is None or field.name in asked:
+                    raise DloptError(f"{name}: its columns are not those of {names[0]}: {str(error).splitlines()[0]}") from None
+    return pa.schema(list(found.items()))
 
 
 def _is_file(opened: Any) -> bool:
