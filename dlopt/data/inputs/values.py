@@ -8,11 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dlopt.data.canonical import as_text
+from dlopt.data.canonical import TRUTH, as_text
 from dlopt.data.encode import parse_dates
 from dlopt.part import DloptError
-
-TRUTH = {"true": 1, "false": 0}
 
 Reasons = dict[int, str]
 """Row number within the table to why it cannot be used."""
@@ -60,7 +58,7 @@ def _doubles_by_row(column: pa.Array) -> tuple[np.ndarray, Reasons]:
         if value is None:
             continue
         try:
-            values[row] = float(TRUTH.get(str(value).lower(), value))
+            values[row] = float(TRUTH.get(str(value).lower(), value) if "_" not in str(value) else "")  # 1_000 is Python's own
         except OverflowError:
             values[row] = np.inf
         except (TypeError, ValueError):

@@ -280,8 +280,8 @@ class JsonLines(Lines):
             return column
         if field.type == pa.string() and _may_be_nested(column.type):
             raise DloptError(
-                f"{chunk.name}: after line {chunk.line}, column {field.name!r} holds a list or an object, and none in the first rows of the "
-                f"files: types: {{{field.name}: string}} reads it as JSON's text"
+                f"{chunk.name}: after line {chunk.line}, column {field.name!r} holds a list or an object, and none in the first rows of "
+                f"the files: types: {{{field.name}: string}} reads it as JSON's text"
             )
         return _as_json(column.to_pylist()) if pa.types.is_nested(column.type) else _as_texts(column)
 
