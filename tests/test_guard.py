@@ -243,7 +243,8 @@ def test_columns_that_the_split_follows_may_drift() -> None:
     days = {"train": np.arange(977.0), "test": np.zeros(300)}
     summaries = {name: summarise({"when.days": values}, {"when.days": "number"}) for name, values in days.items()}
     assert [found.what for found in findings(summaries)] == ["drift"]
-    assert findings(summaries, split_by=("when",)) == []
+    assert findings(summaries, split_by=("when", "when.days")) == []
+    assert [found.what for found in findings(summaries, split_by=("when",))] == ["drift"]  # another column, whose name begins alike
 
 
 def test_imbalance_and_duplicates_are_found() -> None:

@@ -37,7 +37,7 @@ from dlopt.data.inputs import (
     ThresholdTarget,
 )
 from dlopt.data.inputs.number import KNOTS, Bound, GroupMedian
-from dlopt.data.prepared import array_of
+from dlopt.data.prepared import array_of, piece_column
 from dlopt.data.section import Data
 from dlopt.data.split import GivenSplit, TimeSplit
 from dlopt.models.preprocess import Preprocess
@@ -409,9 +409,9 @@ def test_hashed_categories_keep_no_vocabulary() -> None:
 )
 def test_categories_of_any_type_are_texts(column: Any, expected: list[str]) -> None:
     table, feature, reasons = read(CategoryInput(columns=("c",)), pa.table({"c": column}))
-    assert table["categories/c"].to_pylist() == expected and reasons == {}
+    assert table[piece_column("categories", "c")].to_pylist() == expected and reasons == {}
     sliced = pa.table({"c": column}).slice(1)
-    assert CategoryInput(columns=("c",)).read(sliced, feature)[0]["categories/c"].to_pylist() == expected[1:]
+    assert CategoryInput(columns=("c",)).read(sliced, feature)[0][piece_column("categories", "c")].to_pylist() == expected[1:]
 
 
 # Dates

@@ -21,6 +21,7 @@ from PIL import Image
 from dlopt.cli import main
 from dlopt.data import guess
 from dlopt.data.describe import describe
+from dlopt.data.prepared import piece_column
 from dlopt.data.profile import Summary, cardinality, merge, prepared_columns, string_hashes, summarise
 from dlopt.data.profile import _number_hashes as number_hashes
 from dlopt.data.profile import _registers as registers_of
@@ -213,7 +214,9 @@ def test_rows_on_their_way_through_prepare_are_taken_apart() -> None:
     )
     floats = pa.array([np.float32([1, np.nan]).tobytes(), np.float32([3, 4]).tobytes()], pa.binary(8))
     image = pa.array([bytes(4), bytes([8] * 4)], pa.binary(4))
-    rows = pa.table({"numbers": floats, "dates": floats, "cats/c": ["x", ""], "text": ["one two", "three"], "image": image})
+    rows = pa.table(
+        {"numbers": floats, "dates": floats, piece_column("cats", "c"): ["x", ""], "text": ["one two", "three"], "image": image}
+    )
     columns, kinds, targets = prepared_columns(features, Target(name="y", labels=("n", "p")), rows, pa.chunked_array([["n", "p"]]))
     found = summarise(columns, kinds, targets).columns
     assert targets == ("y",)

@@ -128,7 +128,7 @@ def findings(
     found += [_missing(column, train.columns[column], name) for column in train.columns]
     found += [_unreadable(column, whole[column]) for column in train.columns]
     named = {finding.column for finding in found if finding and finding.what in ("identifier", "constant")}
-    drifting = [column for column in train.columns if column not in named and not _follows(column, split_by)]
+    drifting = [column for column in train.columns if column not in named and column not in split_by]
     found += [_drift(column, train, summaries[split], split) for split in summaries if split != name for column in drifting]
     found += [_imbalance(column, train.columns[column], name) for column in targets]
     found += [_duplicates(split, count, summaries.get(split)) for split, count in (duplicates_across or {}).items()]
@@ -163,11 +163,6 @@ def alone(summary: Summary, targets: Sequence[str]) -> dict[str, Alone]:
 def drift(train: Column, other: Column) -> float:
     """Population stability index between a column in two splits: the sum over cells of (p - q) ln(p / q). 0 where there is no value."""
     return _stability(train, other)[0]
-
-
-def _follows(name: str, split_by: Collection[str]) -> bool:
-    """Whether a split goes by this column, or by the date that it is a part of."""
-    return any(name == column or name.startswith(f"{column}.") for column in split_by)
 
 
 def _all(summaries: Mapping[str, Summary], column: str) -> Column:

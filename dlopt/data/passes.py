@@ -21,7 +21,7 @@ from dlopt.data.inputs import NumberTarget, TextInput
 from dlopt.data.inputs.number import QUARTILES
 from dlopt.data.moments import Moments
 from dlopt.data.plan import KEEP, Plan, Selected, lost_rows, open_piece, write_losers
-from dlopt.data.prepared import array_of, as_table, write_part
+from dlopt.data.prepared import array_of, as_table, part_column, piece_column, write_part
 from dlopt.data.profile import Summary
 from dlopt.data.quantiles import Quantiles
 from dlopt.data.spill import HIGH, LOW, REASON, SIDE, TARGET, TIE, free_name, identity_column, order_column
@@ -138,7 +138,8 @@ def absent(plan: Plan, number: int) -> Absent:
             values = np.isnan(array_of(train[feature.name], "float32", feature.shape)).sum(axis=0).tolist()
             missing.update(dict(zip(feature.columns, values, strict=True)))
         elif feature.kind == "category":
-            missing.update({column: pc.sum(pc.equal(train[f"{feature.name}/{column}"], "")).as_py() or 0 for column in feature.columns})
+            empty = {column: pc.equal(train[piece_column(feature.name, column)], "") for column in feature.columns}
+            missing.update({column: pc.sum(values).as_py() or 0 for column, values in empty.items()})
     return Absent(len(train), missing)
 
 
@@ -261,7 +262,7 @@ def _columns(plan: Plan) -> list[str]:
     """The columns of a piece that hold the inputs."""
     names = []
     for feature in plan.features:
-        names += [f"{feature.name}/{column}" for column in feature.columns] if feature.kind == "category" else [feature.name]
+        names += [piece_column(feature.name, column) for column in feature.columns] if feature.kind == "category" else [feature.name]
     return names
 
 
@@ -303,11 +304,12 @@ def _write_dropped(plan: Plan, found: Selected, path: Path) -> None:
 
 def _readable(feature: Feature, table: pa.Table) -> dict[str, Any]:
     if feature.kind == "category":
-        return {column: table[f"{feature.name}/{column}"] for column in feature.columns}
+        return {column: table[piece_column(feature.name, column)] for column in feature.columns}
     if feature.kind == "text":
         return {feature.name: table[feature.name]}
     values = array_of(table[feature.name], feature.stored, feature.shape)
     if feature.kind == "image":
         return {feature.name: pa.array([encode_png(image) for image in values], pa.binary())}
-    names = feature.columns if feature.kind == "number" else [f"{column}.{part}" for column in feature.columns for part in feature.parts]
+    parts = [part_column(column, part) for column in feature.columns for part in feature.parts]
+    names = feature.columns if feature.kind == "number" else parts
     return {name: values[:, index] for index, name in enumerate(names)}

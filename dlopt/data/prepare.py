@@ -111,7 +111,7 @@ def arrange(
     clock.lap("write")
     write_atomically(out / "signature.json", signature.model_dump_json(indent=1))
     write_atomically(out / "statistics.json", json.dumps({name: found.model_dump() for name, found in statistics.items()}, indent=1))
-    described = describe(seen.profile, _target_columns(plan.target), seen.across, section.split.columns)
+    described = describe(seen.profile, _target_columns(plan.target), seen.across, section.split_by)
     write_atomically(out / "profile.json", json.dumps(described))
     return account(plan, read, seen, described["warnings"], clock.seconds)
 
@@ -132,7 +132,7 @@ def _look(section: Data) -> tuple[tuple[Feature, ...], bool]:
         if isinstance(clean, ExactDuplicates):
             clean.refuse_unsortable(first)
     _refuse_foreign_outliers(section)
-    meaning = next(_meanings(section))
+    meaning, *_ = _meanings(section)
     return tuple(_meant(part.feature(first), meaning) for part in section.inputs), section.target.whole(first)
 
 

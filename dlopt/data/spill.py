@@ -23,7 +23,7 @@ from dlopt.data.clean import DropDuplicates, ExactDuplicates, NearDuplicateImage
 from dlopt.data.columns import Columns
 from dlopt.data.counter import mix, row_keys, string_words
 from dlopt.data.inputs.values import Reasons
-from dlopt.data.prepared import array_of, column_of
+from dlopt.data.prepared import array_of, column_of, piece_column
 from dlopt.data.section import Data
 from dlopt.data.split import RandomSplit, StratifiedSplit
 from dlopt.part import DloptError, Feature
@@ -223,7 +223,7 @@ def _matrix(values: np.ndarray) -> np.ndarray:
 def _words(feature: Feature, table: pa.Table) -> list[np.ndarray]:
     """What an input's values are hashed as: equal for equal values."""
     if feature.kind == "category":
-        return [_string_words(table[f"{feature.name}/{column}"].combine_chunks()) for column in feature.columns]
+        return [_string_words(table[piece_column(feature.name, column)].combine_chunks()) for column in feature.columns]
     if feature.kind == "text":
         return [_string_words(table[feature.name].combine_chunks())]
     return [array_of(table[feature.name], feature.stored, feature.shape)]

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 from dlopt.data import moments
 from dlopt.data.inputs.values import Reasons, floats
 from dlopt.data.moments import Moments, nonzero
-from dlopt.data.prepared import array_of, column_of
+from dlopt.data.prepared import SEPARATOR, array_of, column_of
 from dlopt.data.quantiles import Quantiles
 from dlopt.part import DloptError, Feature, Part, Statistics
 
@@ -189,7 +189,7 @@ def no_column_twice(columns: tuple[str, ...]) -> tuple[str, ...]:
 
 def group_column(table: pa.Table, by: str) -> pa.Array:
     """The column of categories called `by` among rows on their way through prepare."""
-    names = [name for name in table.column_names if name.endswith(f"/{by}")]
+    names = [name for name in table.column_names if name.partition(SEPARATOR)[1:] == (SEPARATOR, by)]
     if not names:
         raise DloptError(f"data.inputs: fill.by {by!r} is not a column of a category input")
     return table[names[0]].combine_chunks()

@@ -240,7 +240,7 @@ class JsonLines(Lines):
         if not layout.names:
             raise DloptError(f"{pieces[0].name}: cannot be read: it holds no row")
         chunks = self._chunks(place, pieces, block_bytes(pieces))
-        return first_rows(((chunk.name, self.parse(chunk, layout)) for chunk in chunks), rows)
+        return first_rows(((chunk.name, conform(chunk.name, self.parse(chunk, layout), layout)) for chunk in chunks), rows)
 
     def layout(self, columns: Sequence[str] | None = None) -> pa.Schema:
         """The columns of the first rows of the files. Single values are text; lists and objects have a type that holds those of all
@@ -276,7 +276,9 @@ class JsonLines(Lines):
         if field.name not in table.column_names:
             return pa.nulls(len(table), field.type)
         column = table[field.name]
-        if pa.types.is_nested(field.type) or pa.types.is_null(column.type):
+        if pa.types.is_null(column.type):
+            return pa.nulls(len(table), field.type)
+        if pa.types.is_nested(field.type):
             return column
         if field.type == pa.string() and _may_be_nested(column.type):
             raise DloptError(
