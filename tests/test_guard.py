@@ -261,3 +261,12 @@ def test_a_few_rows_say_nothing() -> None:
     columns = {"id": np.arange(12.0), "y": pa.array(["a", "b"] * 6)}
     assert warnings({"train": summarise(columns, {"id": "number", "y": "category"}, ["y"])}, ["y"]) == []
     assert warnings({"train": summarise({"y": pa.array(["a"])}, {"y": "category"}, ["y"])}, ["y"]) == []
+
+
+def test_values_with_blanks_around_them_are_named() -> None:
+    labels = np.where(np.arange(200) % 2 == 0, "yes", np.where(np.arange(200) % 3 == 0, " yes", "no "))
+    lines = warnings({"all": summarise({"y": pa.array(labels)}, {"y": "category"})}, ["y"])
+    assert [line for line in lines if "blanks" in line] == [
+        "y: 2 of its values have blanks around them, such as ' yes', which is another value than 'yes': strip them in the files, or set "
+        "`trim` of a csv source"
+    ]

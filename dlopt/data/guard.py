@@ -6,6 +6,7 @@ It is meant to be silent on sound data: a figure must be large in itself and bey
 |---|---|---|
 | identifier | UNIQUE of the values are different (category; text without white space), or whole numbers fill their range | see UNIQUE |
 | copies the target | one column leaves less than LEAK of the error that the target's most frequent class or its mean makes | see LEAK |
+| blanks around values | any | |
 | constant, mostly missing | one value at most; more than MOST_MISSING without a value | |
 | drifts | population stability index above DRIFT and above chance; or new values in NEW of the rows | Siddiqi 2006; Yurdakul 2020 |
 | imbalanced | a class has less than RARE of an equal share | Google's ML course: a minority of 1 to 20 % is moderate, below extreme |
@@ -59,7 +60,7 @@ class Finding(NamedTuple):
     """Something suspicious."""
 
     what: str
-    """identifier, leak, constant, missing, unreadable, drift, imbalance or duplicates."""
+    """identifier, leak, constant, missing, unreadable, blanks, drift, imbalance or duplicates."""
     column: str
     """The column; of duplicates, the split."""
     text: str
@@ -127,6 +128,7 @@ def findings(
     found += [_constant(column, train.columns[column], name) for column in train.columns]
     found += [_missing(column, train.columns[column], name) for column in train.columns]
     found += [_unreadable(column, whole[column]) for column in train.columns]
+    found += [_blanks(column, whole[column]) for column in train.columns]
     named = {finding.column for finding in found if finding and finding.what in ("identifier", "constant")}
     drifting = [column for column in train.columns if column not in named and column not in split_by]
     found += [_drift(column, train, summaries[split], split) for split in summaries if split != name for column in drifting]
@@ -215,6 +217,15 @@ def _missing(name: str, column: Column, split: str) -> Finding | None:
         return None
     text = f"{name}: {share:.1%} of the rows{_of(split)} have no value: take it out, or set `indicators` so that the model sees which"
     return Finding("missing", name, text)
+
+
+def _blanks(name: str, column: Column) -> Finding | None:
+    padded = sorted(value for value in column.counts if value != value.strip()) if column.kind in ("category", "multi_label") else []
+    if not padded:
+        return None
+    text = f"{name}: {len(padded):,} of its values have blanks around them, such as {padded[0]!r}, which is another value than "
+    text += f"{padded[0].strip()!r}: strip them in the files, or set `trim` of a csv source"
+    return Finding("blanks", name, text)
 
 
 def _unreadable(name: str, column: Column) -> Finding | None:
