@@ -20,7 +20,7 @@ from dlopt.data.columns import Columns, decided, spelled, type_of_texts
 from dlopt.data.encode import encode_rows
 from dlopt.data.inputs import CategoryInput, CategoryTarget, DateInput, Input, NumberInput, TextInput
 from dlopt.data.inputs.number import GroupMedian
-from dlopt.data.prepare import PREPARE, _look, _meanings
+from dlopt.data.prepare import PREPARE, _look, meanings
 from dlopt.data.section import Data
 from dlopt.data.sources import Csv, JsonLines, Parquet, from_data
 from dlopt.data.sources.lines import Lines
@@ -147,7 +147,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("trained", FORMATS)
 def test_rows_are_encoded_alike_whatever_way_they_come(trained: str, sources: dict[str, Any]) -> None:
     section = section_of(sources[trained], test=sources["json"], split=RandomSplit(train=0.9, test=0))
-    meaning = next(_meanings(section))
+    meaning = next(meanings(section))
     said = {name: meaning.canonical(read(sources[name], section.columns), section.compared) for name in FORMATS}
     signature = fitted(section, said[trained])
     expected = encoded(section, signature, said[trained])
@@ -169,7 +169,7 @@ def test_rows_are_encoded_alike_whatever_way_they_come(trained: str, sources: di
 def test_requests_may_spell_a_value_as_they_like(sources: dict[str, Any]) -> None:
     """Rows of the csv file as Python's reader gives them, all of them strings but for the numbers."""
     section = section_of(sources["csv"])
-    said = next(_meanings(section)).canonical(read(sources["csv"], section.columns), section.compared)
+    said = next(meanings(section)).canonical(read(sources["csv"], section.columns), section.compared)
     signature = fitted(section, said)
     with open(f"{sources['csv'].path}", newline="") as file:
         rows: list[dict[str, Any]] = list(csv.DictReader(file))
@@ -275,7 +275,7 @@ def test_labels_that_are_codes_are_as_many_classes_as_there_are_texts(tmp_path: 
     rows = ["1234", "01234", "99"] * 4
     (tmp_path / "x.csv").write_text("a,label\n" + "".join(f"{n},{label}\n" for n, label in enumerate(rows)))
     section = Data(source=Csv(path=f"{tmp_path}/x.csv"), inputs=(NumberInput(columns=("a",)),), target=CategoryTarget())
-    raw = next(_meanings(section)).canonical(read(section.source, section.columns), section.compared)
+    raw = next(meanings(section)).canonical(read(section.source, section.columns), section.compared)
     labels, reasons = section.target.read(raw, _look(section)[1])
     assert labels.to_pylist() == rows and reasons == {}
     labels, reasons = section.target.read(raw, True)  # where only a later row shows it, it is no other class in silence
@@ -289,7 +289,7 @@ def test_the_types_of_the_training_source_hold_for_the_others(tmp_path: Path) ->
     inputs = (CategoryInput(columns=("version", "a")),)
     given = {"inputs": inputs, "target": CategoryTarget(), "split": RandomSplit(train=0.9, test=0)}
     section = Data(source=Parquet(path=f"{tmp_path}/x.parquet"), test=Csv(path=f"{tmp_path}/t.csv"), **given)  # type: ignore[arg-type]
-    meaning = list(_meanings(section))[1]
+    meaning = list(meanings(section))[1]
     found = meaning.canonical(read(section.test, section.columns), section.compared)
     assert found["version"].to_pylist() == ["1.0", "2.0"] and found["a"].to_pylist() == ["1", "2"]
     stated = section.model_copy(update={"test": Csv(path=f"{tmp_path}/t.csv", types={"version": "number"})})
@@ -310,7 +310,7 @@ def test_what_says_that_a_value_is_missing_is_one_setting_for_all(tmp_path: Path
     for missing, gone in [(MISSING, expected), (("", "?", "-"), [text in ("", "?", "-") for text in [*MISSING, "?", "x", "-", "1"]])]:
         source = Csv(path=f"{tmp_path}/x.csv", missing=missing)
         section = Data(source=source, inputs=(CategoryInput(columns=("c",)),), target=CategoryTarget())
-        said = next(_meanings(section)).canonical(read(source, ("a", "c", "label")), section.compared)
+        said = next(meanings(section)).canonical(read(source, ("a", "c", "label")), section.compared)
         assert said["c"].is_null().to_pylist() == said["a"].is_null().to_pylist() == gone
         _, reasons = section.target.read(said, False)
         assert sorted(reasons) == [row for row, is_gone in enumerate(gone) if is_gone]

@@ -7,6 +7,7 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,13 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 GREY = ("1", "L", "LA")
 GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N")
 """Grey of 16 bits a pixel, which Pillow would cut off at 255; it is scaled to 8 bits."""
+ZONED = r"\d(Z|[+-]\d\d:?\d\d)$|:\d\d(\.\d+)?[+-]\d\d$"
+"""A date and time in ISO 8601 that says its zone: Z, +05:30, +0530, +05."""
+FINE = r"(:\d\d\.\d{6})\d+(Z|[+-][\d:]+)?$"
+"""One of more than microseconds, which the rest is cut from."""
 NO_BYTES = ("I", "F")
 """Numbers of 32 bits, with no scale that would make them bytes."""
+LARGEST = float(np.finfo(np.float32).max)
 MOST_PIXELS = 64 * 1024 * 1024
 """A larger image is refused before it is decoded, instead of filling the memory."""
 
@@ -104,7 +110,9 @@ def parse_dates(values: pa.Array, form: str) -> pa.Array:
     try:
         if form:
             return _of_form(values, form)
-        zoned = pc.match_substring_regex(values, r"\d(Z|[+-]\d\d:?\d\d)$")
+        zoned = pc.match_substring_regex(values, ZONED)
+        if pc.any(pc.match_substring_regex(values, FINE)).as_py():
+            values = pc.replace_substring_regex(values, FINE, r"\1\2")
         if not pc.any(zoned).as_py():
             return values.cast(pa.timestamp("us"))
         day = pc.equal(pc.utf8_length(values), len("2026-11-24"))  # which takes no zone without a time
@@ -117,17 +125,44 @@ def parse_dates(values: pa.Array, form: str) -> pa.Array:
 
 
 def _of_form(values: pa.Array, form: str) -> pa.Array:
-    """Arrow takes 31.2. for 3.3., so whatever may be such a day is looked at again. Raises pyarrow.ArrowInvalid."""
+    """Arrow takes 31.2. for 3.3., so whatever may be such a day is looked at again; some forms, such as %f, Python alone can read.
+    Raises pyarrow.ArrowInvalid."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    if not _arrow_reads(form):
+        codes = values.dictionary_encode()
+        moments = [_strptime(text, form) for text in codes.dictionary.to_pylist()]
+        return pa.array(moments, pa.timestamp("us")).take(codes.indices)
     found = pc.strptime(values, format=form, unit="us").cast(pa.timestamp("us"))
     for text in pc.unique(values if "%z" in form else values.filter(pc.less_equal(pc.day(found), 3))).drop_null().to_pylist():
-        try:
-            datetime.strptime(text.strip(), form)
-        except ValueError as error:
-            raise pa.ArrowInvalid(str(error)) from None
+        _strptime(text, form)
     return found
+
+
+def _strptime(text: str, form: str) -> datetime:
+    """A moment in UTC. Raises pyarrow.ArrowInvalid."""
+    import pyarrow as pa
+
+    try:
+        found = datetime.strptime(text.strip(), form)
+    except ValueError as error:
+        raise pa.ArrowInvalid(str(error)) from None
+    return found.astimezone(UTC).replace(tzinfo=None) if found.tzinfo else found
+
+
+@cache
+def _arrow_reads(form: str) -> bool:
+    """Whether Arrow makes of a moment in this form what Python does."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    text = datetime(2026, 11, 24, 20, 31, 42, 250_000, UTC).strftime(form)
+    try:
+        found = pc.strptime(pa.array([text]), format=form, unit="us")[0].as_py()
+    except pa.ArrowInvalid:
+        return False
+    return bool(found.replace(tzinfo=None) == _strptime(text, form))
 
 
 def known_form(form: str) -> str:
@@ -336,9 +371,10 @@ def _numbers(feature: Feature, rows: Sequence[Any], alone: bool) -> np.ndarray:
             numbers = [[np.nan if value is None or isinstance(value, str) else value for value in row] for row in values]
             found = np.array(numbers, dtype=np.float32)
     except OverflowError:
-        found = np.array([np.inf])
+        found = np.where([[abs(value) > LARGEST for value in row] for row in numbers], np.inf, 0)
     if np.isinf(found).any():
-        raise DloptError(f"{feature.name}: a number is too large")
+        row, place = np.argwhere(np.isinf(found))[0]
+        raise DloptError(f"row {row}: {feature.columns[place]}: a number is too large")
     return found
 
 

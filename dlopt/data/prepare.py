@@ -77,7 +77,7 @@ def prepare(section: Data, out: Path, *, progress: Progress = silent) -> dict[st
     try:
         read = {
             name: _read(name, source, Spill(section, features, whole, str(spill), meaning), progress)
-            for (name, source), meaning in zip(sources(section).items(), _meanings(section), strict=True)
+            for (name, source), meaning in zip(sources(section).items(), meanings(section), strict=True)
         }
         clock.lap("read")
         info = arrange(section, features, read, out, run=on_cluster, progress=progress)
@@ -132,11 +132,11 @@ def _look(section: Data) -> tuple[tuple[Feature, ...], bool]:
         if isinstance(clean, ExactDuplicates):
             clean.refuse_unsortable(first)
     _refuse_foreign_outliers(section)
-    meaning, *_ = _meanings(section)
-    return tuple(_meant(part.feature(first), meaning) for part in section.inputs), section.target.whole(first)
+    meaning, *_ = meanings(section)
+    return tuple(meant(part.feature(first), meaning) for part in section.inputs), section.target.whole(first)
 
 
-def _meanings(section: Data) -> Iterator[Columns]:
+def meanings(section: Data) -> Iterator[Columns]:
     """What the columns of each source mean: the types are those of `data.source`, whatever the files of another look like. Raises
     DloptError where one states another type."""
     types = section.source.meaning().types
@@ -148,7 +148,7 @@ def _meanings(section: Data) -> Iterator[Columns]:
         yield Columns(types, missing)
 
 
-def _meant(feature: Feature, meaning: Columns) -> Feature:
+def meant(feature: Feature, meaning: Columns) -> Feature:
     """With what training knows of its columns, so that requests are read alike."""
     types = tuple(meaning.type_of(column) for column in feature.columns) if feature.kind in ("category", "text") else ()
     markers = tuple(marker for marker in meaning.missing if marker) if feature.kind != "image" else ()

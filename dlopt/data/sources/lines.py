@@ -18,6 +18,7 @@ from pydantic import Field, field_validator, model_validator
 
 from dlopt.data.canonical import as_text
 from dlopt.data.columns import Columns, decided, spelled
+from dlopt.data.prepared import SEPARATOR
 from dlopt.data.sources import records
 from dlopt.data.sources.places import COMPRESSED, Place, reading
 from dlopt.data.sources.reading import Files, Named, Piece, block_bytes, conform, dataset, first_rows, no_column, wanted
@@ -159,26 +160,33 @@ class Csv(Lines):
         return self.first(1).schema
 
     def parse(self, chunk: Chunk, schema: pa.Schema | None = None) -> pa.Table:
-        types = pa.schema([(column, pa.string()) for column in chunk.columns])
-        asked = set(chunk.columns if schema is None else schema.names)
-        for name in schema.names if schema is not None else ():
-            if name not in chunk.columns:
-                raise no_column(chunk.name, name, chunk.columns)
+        named = [name for name in chunk.columns if name]
+        asked = named if schema is None else schema.names
+        for name in asked:
+            if name not in named:
+                raise no_column(chunk.name, name, named)
+        types = pa.schema([(name, pa.string()) for name in named if name in set(asked)])
         if not chunk.content.strip(b"\r\n"):
             return types.empty_table()
-        wrong: list[pa.csv.InvalidRow] = []
-        try:
-            return pa.csv.read_csv(
-                pa.BufferReader(chunk.content),
-                pa.csv.ReadOptions(use_threads=False, column_names=chunk.columns, block_size=len(chunk.content) + 1),
-                self._options(wrong),
-                pa.csv.ConvertOptions(
-                    column_types=types,
-                    include_columns=[name for name in chunk.columns if name in asked],
-                ),
-            )
-        except pa.ArrowInvalid as error:
-            raise DloptError(f"{chunk.name}: cannot be read: {self._why(chunk, wrong, error)}") from None
+        why = ""
+        columns = [name or f"{SEPARATOR}{number}" for number, name in enumerate(chunk.columns)]
+        last = max((number for number, name in enumerate(chunk.columns, 1) if name), default=0)
+        for some in [columns, columns[:last]] if last < len(columns) else [columns]:
+            wrong: list[pa.csv.InvalidRow] = []
+            try:
+                return self._values(chunk, some, types, wrong)
+            except pa.ArrowInvalid as error:
+                why = why or f"{chunk.name}: cannot be read: {self._why(chunk, wrong, error)}"
+        raise DloptError(why)
+
+    def _values(self, chunk: Chunk, columns: list[str], types: pa.Schema, wrong: list[pa.csv.InvalidRow]) -> pa.Table:
+        """The texts of some of the columns. Raises pyarrow.ArrowInvalid, with what is `wrong`."""
+        return pa.csv.read_csv(
+            pa.BufferReader(chunk.content),
+            pa.csv.ReadOptions(use_threads=False, column_names=columns, block_size=len(chunk.content) + 1),
+            self._options(wrong),
+            pa.csv.ConvertOptions(column_types=types, include_columns=types.names),
+        )
 
     def _options(self, wrong: list[pa.csv.InvalidRow]) -> pa.csv.ParseOptions:
         def refuse(row: pa.csv.InvalidRow) -> str:
@@ -191,7 +199,8 @@ class Csv(Lines):
         )
 
     def _without_header(self, chunk: Chunk) -> tuple[Chunk, tuple[str, ...]]:
-        """The rest of a file's first chunk, and the names in its first line."""
+        """The rest of a file's first chunk, and the names in its first line; "" stands for a column without a name, which is left out, as
+        is the one that a delimiter at the end of the line makes, whether the other lines end in one or not."""
         blank = len(chunk.content) - len(chunk.content.lstrip(b"\r\n"))
         content = chunk.content[blank:]
         found = records.ends(content, self.delimiter, self.quote)
@@ -203,7 +212,8 @@ class Csv(Lines):
             columns = tuple(next(csv.reader([header], delimiter=self.delimiter, **style), ()))
         except csv.Error as error:
             raise DloptError(f"{chunk.name}: cannot be read: its first line names no columns: {error}") from None
-        _refuse_twice(columns, chunk.name)
+        columns = tuple(name if name.strip() else "" for name in columns)
+        _refuse_twice([name for name in columns if name], chunk.name)
         return Chunk(chunk.name, 1 + chunk.content.count(b"\n", 0, blank + end), content[end:]), columns
 
     def _why(self, chunk: Chunk, wrong: list[pa.csv.InvalidRow], error: pa.ArrowInvalid) -> str:
