@@ -57,6 +57,11 @@ class Feature(Part):
     """Of categories, for each column: value i has the code i + 1, and 0 is for all that is unknown. Missing values are "" here."""
     missing: tuple[int, ...] = ()
     """Of categories, for each column: the code of a missing value."""
+    types: tuple[Literal["string", "number", "boolean", "date"], ...] = ()
+    """Of categories and texts, for each column: its type in the training source, by which its values have one text whatever way they
+    come (see dlopt.data.canonical); () stands for strings."""
+    markers: tuple[str, ...] = ()
+    """Texts that say that a value is missing, beside null and an empty one."""
     buckets: int = 0
     """Of categories that are hashed: how many codes each column has; then there are no vocabularies."""
     offsets: tuple[float, ...] = ()
@@ -80,6 +85,10 @@ class Feature(Part):
     def stored(self) -> Literal["uint8", "float32", "int32"]:
         """The type of the numbers on disk and in training."""
         return "int32" if self.dtype == "string" else "float32" if self.dtype == "float64" else self.dtype
+
+    def type_of(self, column: str) -> Literal["string", "number", "boolean", "date"]:
+        """The type of a column of categories or texts."""
+        return self.types[self.columns.index(column)] if self.types else "string"
 
     @property
     def codes(self) -> tuple[int, ...]:

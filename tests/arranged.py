@@ -17,11 +17,14 @@ import pytest
 
 from dlopt.artifact import Artifact, Stage, once
 from dlopt.data import prepare
+from dlopt.data.canonical import MISSING
+from dlopt.data.columns import decided
 from dlopt.data.inputs import AnyTarget, CategoryTarget
-from dlopt.data.prepare import SPILL, arrange
+from dlopt.data.prepare import SPILL, arrange, meant
 from dlopt.data.prepared import Split
 from dlopt.data.section import Data
 from dlopt.data.sources import Parquet
+from dlopt.data.sources.reading import LOOK_ROWS
 from dlopt.data.spill import Piece, Spill, from_json
 from dlopt.part import DloptError, Feature, Part, Signature, Statistics
 
@@ -52,10 +55,11 @@ def arranged(
     given = {"source": source, "validation": validation, "test": test}
     tables = {name: [some] if isinstance(some, pa.Table) else list(some) for name, some in given.items() if some is not None}
     first = tables["source"][0]
-    features, whole = tuple(part.feature(first) for part in section.inputs), section.target.whole(first)
+    meaning = decided([first.slice(0, LOOK_ROWS)], {}, MISSING)
+    features, whole = tuple(meant(part.feature(first), meaning) for part in section.inputs), section.target.whole(first)
 
     def make(section: Data, out: Path) -> dict[str, Any]:
-        spill = Spill(section, features, whole, str(out / SPILL))
+        spill = Spill(section, features, whole, str(out / SPILL), meaning)
         try:
             read = {name: list(_pieces(spill, some, blocks)) for name, some in tables.items()}
             return arrange(section, features, read, out, run=anywhere)

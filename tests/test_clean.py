@@ -30,6 +30,7 @@ from dlopt.data.clean import (
     RowRule,
     Unique,
 )
+from dlopt.data.columns import Columns
 from dlopt.data.counter import row_keys
 from dlopt.data.encode import decode_image
 from dlopt.part import DloptError
@@ -58,7 +59,7 @@ def part(**given: Any) -> Any:
 
 def judged(rule: RowRule, *values: Any, kind: pa.DataType | None = None) -> list[str | None]:
     """What a rule of the column a says of these values."""
-    return rule.judge(pa.table({"a": pa.array(values, kind)})).to_pylist()
+    return rule.judge(Columns().canonical(pa.table({"a": pa.array(values, kind)}))).to_pylist()
 
 
 def survivors(clean: ExactDuplicates, table: pa.Table, keys: np.ndarray) -> np.ndarray:
@@ -157,6 +158,7 @@ def test_a_length_is_in_characters_and_a_missing_text_has_none() -> None:
 
 def test_rows_are_dropped_that_miss_more_than_a_share_of_the_columns() -> None:
     table = pa.table({"a": [1.0, math.nan, None, None], "b": ["x", "x", "NA", ""], "c": [[1], [1], [1], None]})
+    table = Columns().canonical(table)
     columns = ("a", "b", "c")
     assert DropMissing(columns=columns).judge(table).to_pylist() == [None, "a: missing", "a: missing", "a: missing"]
     assert DropMissing(columns=("b",)).judge(table).to_pylist() == [None, None, "b: missing", "b: missing"]
@@ -334,7 +336,7 @@ def test_values_are_compared_as_what_they_say() -> None:
     for number, values in enumerate(SAME):
         for value in values:
             column = pa.array([value], pa.uint64() if isinstance(value, int) and value >= 2**63 else None)
-            (found,) = map(tuple, DropDuplicates(columns=("a",)).identity(pa.table({"a": column})).tolist())
+            (found,) = map(tuple, DropDuplicates(columns=("a",)).identity(Columns().canonical(pa.table({"a": column}))).tolist())
             assert words.setdefault(found, number) == number, f"{value!r} in line {number}"
     assert len(words) == len(SAME)
 
@@ -351,7 +353,7 @@ def test_a_row_is_its_columns_in_their_order() -> None:
 
 
 def test_rows_without_a_key_are_not_duplicates_of_each_other() -> None:
-    table = pa.table({"a": [None, None, "", "x", "x", "NA"], "b": [1, 1, 1, 1, 1, 1]})
+    table = Columns().canonical(pa.table({"a": [None, None, "", "x", "x", "NA"], "b": [1, 1, 1, 1, 1, 1]}))
     assert len(survivors(Unique(columns=("a", "b")), table, keys_of(table))) == 5
     assert len(survivors(DropDuplicates(columns=("a", "b")), table, keys_of(table))) == 2  # there missing equals missing
 
@@ -443,7 +445,7 @@ def test_missing_values_are_no_outliers() -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_exactly_the_planted_rows_are_found_and_each_for_its_fault(seed: int) -> None:
     plant = planted(1500, seed)
-    table, ids = plant.table, plant.table["id"].to_numpy()
+    table, ids = Columns().canonical(plant.table), plant.table["id"].to_numpy()
     found: dict[str, set[int]] = {kind: set() for kind in REASONS}
     stay = np.ones(len(table), dtype=bool)
     for rule in CLEAN:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from dlopt.data.columns import Columns
 from dlopt.data.encode import decode_image, encode_png, encode_rows
 from dlopt.data.inputs import CategoryInput, CategoryTarget, DateInput, ImageInput, NumberInput, TextInput
 from dlopt.part import DloptError, Feature, Signature, Target
@@ -177,7 +178,7 @@ def test_a_column_without_an_image_is_refused_with_the_reason() -> None:
 
 
 def numbers(columns: dict[str, Any]) -> tuple[np.ndarray, dict[int, str]]:
-    part, table = NumberInput(columns=tuple(columns)), pa.table(columns)
+    part, table = NumberInput(columns=tuple(columns)), Columns().canonical(pa.table(columns))
     feature = part.feature(table)
     found, reasons = part.read(table, feature)
     return part.finish(pa.table(found), feature), reasons

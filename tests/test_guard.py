@@ -258,7 +258,8 @@ def test_columns_that_the_split_follows_may_drift() -> None:
     days = {"train": np.arange(977.0), "test": np.zeros(300)}
     summaries = {name: summarise({"when.days": values}, {"when.days": "number"}) for name, values in days.items()}
     assert [found.what for found in findings(summaries)] == ["drift"]
-    assert findings(summaries, split_by=("when",)) == []
+    assert findings(summaries, split_by=("when", "when.days")) == []
+    assert [found.what for found in findings(summaries, split_by=("when",))] == ["drift"]  # another column, whose name begins alike
 
 
 def test_imbalance_and_duplicates_are_found() -> None:
@@ -275,3 +276,12 @@ def test_a_few_rows_say_nothing() -> None:
     columns = {"id": np.arange(12.0), "y": pa.array(["a", "b"] * 6)}
     assert warnings({"train": summarise(columns, {"id": "number", "y": "category"}, ["y"])}, ["y"]) == []
     assert warnings({"train": summarise({"y": pa.array(["a"])}, {"y": "category"}, ["y"])}, ["y"]) == []
+
+
+def test_values_with_blanks_around_them_are_named() -> None:
+    labels = np.where(np.arange(200) % 2 == 0, "yes", np.where(np.arange(200) % 3 == 0, " yes", "no "))
+    lines = warnings({"all": summarise({"y": pa.array(labels)}, {"y": "category"})}, ["y"])
+    assert [line for line in lines if "blanks" in line] == [
+        "y: 2 of its values have blanks around them, such as ' yes', which is another value than 'yes': strip them in the files, or set "
+        "`trim` of a csv source"
+    ]

@@ -23,6 +23,7 @@ from sklearn.impute import SimpleImputer
 from sklearn.preprocessing import FunctionTransformer, MaxAbsScaler, MinMaxScaler, QuantileTransformer, RobustScaler, StandardScaler
 
 from dlopt.data.clean import Outliers, Unique
+from dlopt.data.columns import Columns
 from dlopt.data.encode import encode_rows, hashed
 from dlopt.data.inputs import (
     CategoryInput,
@@ -36,7 +37,7 @@ from dlopt.data.inputs import (
     ThresholdTarget,
 )
 from dlopt.data.inputs.number import KNOTS, Bound, Frequent, GroupMedian
-from dlopt.data.prepared import array_of
+from dlopt.data.prepared import array_of, piece_column
 from dlopt.data.section import Data
 from dlopt.data.split import GivenSplit, TimeSplit
 from dlopt.models.preprocess import Preprocess
@@ -408,9 +409,9 @@ def test_hashed_categories_keep_no_vocabulary() -> None:
 )
 def test_categories_of_any_type_are_texts(column: Any, expected: list[str]) -> None:
     table, feature, reasons = read(CategoryInput(columns=("c",)), pa.table({"c": column}))
-    assert table["categories/c"].to_pylist() == expected and reasons == {}
+    assert table[piece_column("categories", "c")].to_pylist() == expected and reasons == {}
     sliced = pa.table({"c": column}).slice(1)
-    assert CategoryInput(columns=("c",)).read(sliced, feature)[0]["categories/c"].to_pylist() == expected[1:]
+    assert CategoryInput(columns=("c",)).read(sliced, feature)[0][piece_column("categories", "c")].to_pylist() == expected[1:]
 
 
 # Dates
@@ -437,7 +438,7 @@ DAYS = [None if moment is None else moment.date() for moment in MOMENTS]
 
 def dates_of(column: Any, **options: Any) -> tuple[np.ndarray, dict[int, str]]:
     part = DateInput(columns=("d",), **({"parts": PARTS} | options))
-    table, feature, reasons = read(part, pa.table({"d": column}))
+    table, feature, reasons = read(part, Columns().canonical(pa.table({"d": column})))
     return part.finish(table, feature), reasons
 
 
@@ -624,7 +625,7 @@ def test_a_threshold_makes_two_classes_of_numbers() -> None:
     assert (target.labels, target.positive, values.tolist()) == ((0, 1), 1, [0, 0, 1, 0])
     assert reasons == {3: "delay: no label", 5: "delay: no label"}
     texts = pa.table({"delay": ["16", "3", "late", "", "NA"]})
-    _, values, reasons = target_of(ThresholdTarget(column="delay", above=15), texts)
+    _, values, reasons = target_of(ThresholdTarget(column="delay", above=15), Columns().canonical(texts))
     assert values.tolist() == [1, 0]
     assert reasons == {2: "delay: 'late' is not a number", 3: "delay: no label", 4: "delay: no label"}
     with pytest.raises(DloptError, match=r"data\.target\.above: all values of 'delay' are at most 100"):

@@ -21,6 +21,7 @@ from PIL import Image
 from dlopt.cli import main
 from dlopt.data import guess
 from dlopt.data.describe import describe
+from dlopt.data.prepared import piece_column
 from dlopt.data.profile import Summary, cardinality, merge, prepared_columns, string_hashes, summarise
 from dlopt.data.profile import _number_hashes as number_hashes
 from dlopt.data.profile import _registers as registers_of
@@ -173,7 +174,7 @@ def test_the_sample_is_a_fair_one() -> None:
 
 
 def test_values_of_the_wrong_type_are_counted_and_not_taken_for_numbers() -> None:
-    column = summarise({"x": pa.array(["1", "2.5", "NA", "", "two", None])}, {"x": "number"}).columns["x"]
+    column = summarise({"x": pa.array(["1", "2.5", None, "", "two", None])}, {"x": "number"}).columns["x"]
     assert (column.rows, column.missing, column.unreadable, column.count) == (6, 4, 1, 2)
     assert (column.low, column.high) == (1.0, 2.5)
     when = summarise({"d": pa.array(["2020-01-01", "never", None])}, {"d": "date"}).columns["d"]
@@ -213,7 +214,9 @@ def test_rows_on_their_way_through_prepare_are_taken_apart() -> None:
     )
     floats = pa.array([np.float32([1, np.nan]).tobytes(), np.float32([3, 4]).tobytes()], pa.binary(8))
     image = pa.array([bytes(4), bytes([8] * 4)], pa.binary(4))
-    rows = pa.table({"numbers": floats, "dates": floats, "cats/c": ["x", ""], "text": ["one two", "three"], "image": image})
+    rows = pa.table(
+        {"numbers": floats, "dates": floats, piece_column("cats", "c"): ["x", ""], "text": ["one two", "three"], "image": image}
+    )
     columns, kinds, targets = prepared_columns(features, Target(name="y", labels=("n", "p")), rows, pa.chunked_array([["n", "p"]]))
     found = summarise(columns, kinds, targets).columns
     assert targets == ("y",)

@@ -18,6 +18,7 @@ from sklearn.tree import DecisionTreeClassifier
 from dlopt.data.inputs import CategoryInput, CategoryTarget, NumberInput, TextInput
 from dlopt.data.plan import Plan
 from dlopt.data.prepare import _edges, _one_by_one, _plan, _Ranges
+from dlopt.data.prepared import piece_column
 from dlopt.data.section import Data
 from dlopt.data.spill import TARGET, Spill, from_json
 from dlopt.data.split import Fold, RandomSplit, StratifiedSplit
@@ -76,7 +77,7 @@ def cut(plan: Plan, split: Any, **more: Any) -> dict[str, pa.Table]:
     """The rows of each split, as the first pass has read them."""
     plan = replace(plan, section=plan.section.model_copy(update={"split": split, **more}))
     plan = replace(plan, edges=_edges(plan, _Ranges(0, _one_by_one, silent)))
-    found = plan.select(0, [*(f"{feature.name}/{column}" for feature in plan.features for column in feature.columns), TARGET])
+    found = plan.select(0, [*(piece_column(feature.name, column) for feature in plan.features for column in feature.columns), TARGET])
     return {name: found.of(index) for index, name in enumerate(SPLITS)}
 
 

@@ -148,8 +148,8 @@ def test_hive_partitions_are_columns_as_in_pyarrow(kind: str, tmp_path: Path) ->
                 sink.write_table(table)
     expected = pyarrow.dataset.dataset(tmp_path, format=kind if kind == "parquet" else "ipc", partitioning="hive").to_table()
     source = {"parquet": Parquet, "arrow": Arrow}[kind](path=str(tmp_path))
-    assert source.types() == pa.schema([("a", pa.int64()), ("year", pa.int64()), ("place", pa.string())])
-    found = pa.concat_tables([table.cast(source.types()) for _, table in source.load(*source.pieces())])
+    assert source.layout() == pa.schema([("a", pa.int64()), ("year", pa.int64()), ("place", pa.string())])
+    found = pa.concat_tables([table.cast(source.layout()) for _, table in source.load(*source.pieces())])
     assert sorted(map(str, found.to_pylist())) == sorted(map(str, expected.to_pylist()))
     assert source.peek(1).column_names == ["a", "year", "place"]
 

@@ -102,7 +102,7 @@ def test_what_polars_writes_as_ipc_is_read(how: str, tmp_path: Path) -> None:
         assert "view" in str((pa.ipc.open_file if how == "file" else pa.ipc.open_stream)(opened).schema)
     source = Arrow(path=str(path))
     assert source.peek(9).to_pydict() == VALUES
-    plain_types(source.types())
+    plain_types(source.layout())
     kinds = source.infer() | {"text": "text"}
     found = summarise(source.peek(9), kinds, ["word"])
     assert found.columns["word"].counts == {"u": 2, "v": 1} and found.columns["text"].missing == 1

@@ -7,8 +7,8 @@ import base64
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import UTC, date, datetime
-from decimal import Decimal
+from datetime import UTC, datetime
+from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 
+from dlopt.data.canonical import ColumnType, as_text
 from dlopt.data.counter import string_words
 from dlopt.data.text import join_texts, tokens_of
 from dlopt.part import DloptError, Feature, Signature
@@ -30,8 +31,13 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 GREY = ("1", "L", "LA", "La")
 GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N")
 """Grey of 16 bits a pixel, which Pillow would cut off at 255; it is scaled to 8 bits."""
+ZONED = r"\d(Z|[+-]\d\d:?\d\d)$|:\d\d(\.\d+)?[+-]\d\d$"
+"""A date and time in ISO 8601 that says its zone: Z, +05:30, +0530, +05."""
+FINE = r"(:\d\d\.\d{6})\d+(Z|[+-][\d:]+)?$"
+"""One of more than microseconds, which the rest is cut from."""
 NO_BYTES = ("I", "F")
 """Numbers of 32 bits, with no scale that would make them bytes."""
+LARGEST = float(np.finfo(np.float32).max)
 MOST_PIXELS = 64 * 1024 * 1024
 """A larger image is refused before it is decoded, instead of filling the memory."""
 MOST_SCANS = 100
@@ -147,19 +153,6 @@ def _in_bytes(image: Image.Image) -> Image.Image:
     return Image.merge("LA", (grey, Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))))
 
 
-def as_text(value: Any) -> str:
-    """The text that stands for a category, whatever type a source or a client gave it: 7, 7.0 and "7" are one; "" is missing."""
-    if value is None or value != value:
-        return ""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float):
-        return str(int(value)) if value.is_integer() else repr(value)
-    if isinstance(value, Decimal):
-        return f"{value.normalize():f}"
-    return value.isoformat() if isinstance(value, (date, datetime)) else str(value)
-
-
 def hashed(values: pa.Array, buckets: int) -> np.ndarray:
     """The code of each text, int32 (rows,): its hash modulo `buckets`."""
     codes = values.dictionary_encode()
@@ -189,7 +182,9 @@ def parse_dates(values: pa.Array, form: str) -> pa.Array:
     try:
         if form:
             return _of_form(values, form)
-        zoned = pc.match_substring_regex(values, r"\d(Z|[+-]\d\d:?\d\d)$")
+        zoned = pc.match_substring_regex(values, ZONED)
+        if pc.any(pc.match_substring_regex(values, FINE)).as_py():
+            values = pc.replace_substring_regex(values, FINE, r"\1\2")
         if not pc.any(zoned).as_py():
             return values.cast(pa.timestamp("us"))
         day = pc.equal(pc.utf8_length(values), len("2026-11-24"))  # which takes no zone without a time
@@ -202,17 +197,44 @@ def parse_dates(values: pa.Array, form: str) -> pa.Array:
 
 
 def _of_form(values: pa.Array, form: str) -> pa.Array:
-    """Arrow takes 31.2. for 3.3., so whatever may be such a day is looked at again. Raises pyarrow.ArrowInvalid."""
+    """Arrow takes 31.2. for 3.3., so whatever may be such a day is looked at again; some forms, such as %f, Python alone can read.
+    Raises pyarrow.ArrowInvalid."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    if not _arrow_reads(form):
+        codes = values.dictionary_encode()
+        moments = [_strptime(text, form) for text in codes.dictionary.to_pylist()]
+        return pa.array(moments, pa.timestamp("us")).take(codes.indices)
     found = pc.strptime(values, format=form, unit="us").cast(pa.timestamp("us"))
     for text in pc.unique(values if "%z" in form else values.filter(pc.less_equal(pc.day(found), 3))).drop_null().to_pylist():
-        try:
-            datetime.strptime(text.strip(), form)
-        except ValueError as error:
-            raise pa.ArrowInvalid(str(error)) from None
+        _strptime(text, form)
     return found
+
+
+def _strptime(text: str, form: str) -> datetime:
+    """A moment in UTC. Raises pyarrow.ArrowInvalid."""
+    import pyarrow as pa
+
+    try:
+        found = datetime.strptime(text.strip(), form)
+    except ValueError as error:
+        raise pa.ArrowInvalid(str(error)) from None
+    return found.astimezone(UTC).replace(tzinfo=None) if found.tzinfo else found
+
+
+@cache
+def _arrow_reads(form: str) -> bool:
+    """Whether Arrow makes of a moment in this form what Python does."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    text = datetime(2026, 11, 24, 20, 31, 42, 250_000, UTC).strftime(form)
+    try:
+        found = pc.strptime(pa.array([text]), format=form, unit="us")[0].as_py()
+    except pa.ArrowInvalid:
+        return False
+    return bool(found.replace(tzinfo=None) == _strptime(text, form))
 
 
 def known_form(form: str) -> str:
@@ -271,7 +293,7 @@ def _encode(signature: Signature, feature: Feature, rows: Sequence[Any]) -> np.n
     if feature.kind == "category":
         return _categories(feature, columns)
     if feature.kind == "text":
-        return _no_wider(tokens_of(feature).encode(join_texts([_texts(name, values) for name, values in columns.items()])))
+        return _no_wider(tokens_of(feature).encode(join_texts([_texts(feature, name, values) for name, values in columns.items()])))
     return np.concatenate([_dates(feature, name, values) for name, values in columns.items()], axis=1)
 
 
@@ -290,23 +312,28 @@ def _columns(feature: Feature, rows: Sequence[Any], alone: bool) -> dict[str, li
 
 def _categories(feature: Feature, columns: dict[str, list[Any]]) -> np.ndarray:
     """Texts, object (rows, columns), or int32 codes where they are hashed."""
-    found = [[_category(name, index, value) for index, value in enumerate(values)] for name, values in columns.items()]
+    found = []
+    for name, values in columns.items():
+        kind = feature.type_of(name)
+        found.append([_category(name, index, value, kind, feature.markers) for index, value in enumerate(values)])
     if feature.buckets:
         return np.stack([(string_words(values) % np.uint64(feature.buckets)).astype(np.int32) for values in found], axis=1)
     return np.array(found, dtype=object).T.reshape(len(found[0]), len(found))
 
 
-def _category(name: str, index: int, value: Any) -> str:
+def _category(name: str, index: int, value: Any, kind: ColumnType, missing: tuple[str, ...]) -> str:
     if value is not None and not isinstance(value, (str, int, float)):
         raise DloptError(f"row {index}: {name}: give a string, a number, true, false or null")
-    return as_text(value)
+    return as_text(value, kind, missing)
 
 
-def _texts(name: str, values: list[Any]) -> list[str | None]:
+def _texts(feature: Feature, name: str, values: list[Any]) -> list[str]:
+    """Texts as they were trained on, "" where missing."""
     for index, value in enumerate(values):
         if value is not None and not isinstance(value, str):
             raise DloptError(f"row {index}: {name}: {value!r:.40} is not a text")
-    return values
+    kind = feature.type_of(name) if feature.kind == "text" else "string"
+    return [as_text(value, kind, feature.markers) for value in values]
 
 
 def _no_wider(ids: np.ndarray) -> np.ndarray:
@@ -317,13 +344,17 @@ def _no_wider(ids: np.ndarray) -> np.ndarray:
 def _dates(feature: Feature, name: str, values: list[Any]) -> np.ndarray:
     import pyarrow as pa
 
-    for index, value in enumerate(_texts(name, values)):
-        try:
-            parse_dates(pa.array([value or None], pa.string()), feature.form)
-        except DloptError as error:
-            raise DloptError(f"row {index}: {name}: {error}") from None
-    parsed = parse_dates(pa.array([value or None for value in values], pa.string()), feature.form)
-    return date_parts(parsed, feature.parts).astype(feature.dtype)
+    written = [value or None for value in _texts(feature, name, values)]
+    try:
+        found = parse_dates(pa.array(written, pa.string()), feature.form)
+    except DloptError:
+        for index, value in enumerate(written):
+            try:
+                parse_dates(pa.array([value], pa.string()), feature.form)
+            except DloptError as error:
+                raise DloptError(f"row {index}: {name}: {error}") from None
+        raise
+    return date_parts(found, feature.parts).astype(feature.dtype)
 
 
 def _value(row: Any, column: str, index: int, alone: bool) -> Any:
@@ -413,24 +444,23 @@ def _numbers(feature: Feature, rows: Sequence[Any], alone: bool) -> np.ndarray:
         return _empty(feature)
     for index, row in enumerate(values):
         for column, value in zip(feature.columns, row, strict=True):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))) and not _says_missing(feature, value):
                 raise DloptError(f"row {index}: {column}: {value!r:.40} is not a number")
     try:
         with np.errstate(over="ignore"):
-            found = np.array([[np.nan if value is None else value for value in row] for row in values], dtype=np.float64)
+            numbers = [[np.nan if value is None or isinstance(value, str) else value for value in row] for row in values]
+            found = np.array(numbers, dtype=np.float64)
             single = found.astype(np.float32)
     except OverflowError:
-        single = np.array([np.inf])
+        single = np.where([[abs(value) > LARGEST for value in row] for row in numbers], np.inf, 0)
     if np.isinf(single).any():
-        raise DloptError(f"{_largest(feature, values)}: a number is too large")
+        row, place = np.argwhere(np.isinf(single))[0]
+        raise DloptError(f"row {row}: {feature.columns[place]}: a number is too large")
     return found if feature.dtype == "float64" else single
 
 
-def _largest(feature: Feature, values: Sequence[Sequence[float | None]]) -> str:
-    """Where the first number is that no float32 can hold: there is one."""
-    most = float(np.finfo(np.float32).max)
-    places = ((index, column, value) for index, row in enumerate(values) for column, value in zip(feature.columns, row, strict=True))
-    return next(f"row {index}: {column}" for index, column, value in places if value is not None and abs(value) > most)
+def _says_missing(feature: Feature, value: Any) -> bool:
+    return isinstance(value, str) and (value == "" or value in feature.markers)
 
 
 def _empty(feature: Feature) -> np.ndarray:

@@ -6,6 +6,7 @@ It is meant to be silent on sound data: a figure must be large in itself and bey
 |---|---|---|
 | identifier | UNIQUE of the values are different (category; text without white space), or whole numbers fill their range | see UNIQUE |
 | copies the target | one column leaves less than LEAK of the error that the target's most frequent class or its mean makes | see LEAK |
+| blanks around values | any | |
 | constant, mostly missing | one value at most; more than MOST_MISSING without a value | |
 | drifts | population stability index above DRIFT and above chance; or new values in NEW of the rows | Siddiqi 2006; Yurdakul 2020 |
 | cannot be told apart | MERGED of a column's different numbers are the same as others in float32, an offset subtracted | see exact.py |
@@ -67,7 +68,7 @@ class Finding(NamedTuple):
     """Something suspicious."""
 
     what: str
-    """identifier, leak, constant, missing, unreadable, merged, no_data, drift, imbalance or duplicates."""
+    """identifier, leak, constant, missing, unreadable, blanks, merged, no_data, drift, imbalance or duplicates."""
     column: str
     """The column; of duplicates, the split."""
     text: str
@@ -134,9 +135,9 @@ def findings(
     found += [_leak(column, score, targets) for column, score in (alone(train, targets) if scores is None else scores).items()]
     found += [_constant(column, train.columns[column], name) for column in train.columns]
     found += [_missing(column, train.columns[column], name) for column in train.columns]
-    found += [check(column, whole[column]) for check in (_unreadable, _merged, _no_data) for column in train.columns]
+    found += [check(column, whole[column]) for check in (_unreadable, _blanks, _merged, _no_data) for column in train.columns]
     named = {finding.column for finding in found if finding and finding.what in ("identifier", "constant")}
-    drifting = [column for column in train.columns if column not in named and not _follows(column, split_by)]
+    drifting = [column for column in train.columns if column not in named and column not in split_by]
     found += [_drift(column, train, summaries[split], split) for split in summaries if split != name for column in drifting]
     found += [_imbalance(column, train.columns[column], name) for column in targets]
     found += [_duplicates(split, *counts, summaries.get(split)) for split, counts in (duplicates_across or {}).items()]
@@ -171,11 +172,6 @@ def alone(summary: Summary, targets: Sequence[str]) -> dict[str, Alone]:
 def drift(train: Column, other: Column) -> float:
     """Population stability index between a column in two splits: the sum over cells of (p - q) ln(p / q). 0 where there is no value."""
     return _stability(train, other)[0]
-
-
-def _follows(name: str, split_by: Collection[str]) -> bool:
-    """Whether a split goes by this column, or by the date that it is a part of."""
-    return any(name == column or name.startswith(f"{column}.") for column in split_by)
 
 
 def _all(summaries: Mapping[str, Summary], column: str) -> Column:
@@ -228,6 +224,15 @@ def _missing(name: str, column: Column, split: str) -> Finding | None:
         return None
     text = f"{name}: {share:.1%} of the rows{_of(split)} have no value: take it out, or set `indicators` so that the model sees which"
     return Finding("missing", name, text)
+
+
+def _blanks(name: str, column: Column) -> Finding | None:
+    padded = sorted(value for value in column.counts if value != value.strip()) if column.kind in ("category", "multi_label") else []
+    if not padded:
+        return None
+    text = f"{name}: {len(padded):,} of its values have blanks around them, such as {padded[0]!r}, which is another value than "
+    text += f"{padded[0].strip()!r}: strip them in the files, or set `trim` of a csv source"
+    return Finding("blanks", name, text)
 
 
 def _unreadable(name: str, column: Column) -> Finding | None:

@@ -22,7 +22,7 @@ from dlopt.data.inputs import NumberTarget, TextInput
 from dlopt.data.inputs.number import QUARTILES
 from dlopt.data.moments import Moments
 from dlopt.data.plan import KEEP, Plan, Selected, lost_rows, open_piece, write_losers
-from dlopt.data.prepared import array_of, as_table, write_part
+from dlopt.data.prepared import array_of, as_table, piece_column, write_part
 from dlopt.data.profile import Summary
 from dlopt.data.quantiles import Quantiles
 from dlopt.data.repeats import Repeats, names_of, repeats
@@ -160,7 +160,8 @@ def absent(plan: Plan, number: int) -> Absent:
             values = np.isnan(raw_values(train[feature.name], feature.size)).sum(axis=0).tolist()
             missing.update(dict(zip(feature.columns, values, strict=True)))
         elif feature.kind == "category":
-            missing.update({column: pc.sum(pc.equal(train[f"{feature.name}/{column}"], "")).as_py() or 0 for column in feature.columns})
+            empty = {column: pc.equal(train[piece_column(feature.name, column)], "") for column in feature.columns}
+            missing.update({column: pc.sum(values).as_py() or 0 for column, values in empty.items()})
     return Absent(len(train), missing)
 
 
@@ -301,7 +302,7 @@ def _columns(plan: Plan) -> list[str]:
     """The columns of a piece that hold the inputs."""
     names = []
     for feature in plan.features:
-        names += [f"{feature.name}/{column}" for column in feature.columns] if feature.kind == "category" else [feature.name]
+        names += [piece_column(feature.name, column) for column in feature.columns] if feature.kind == "category" else [feature.name]
     return names
 
 
@@ -343,7 +344,7 @@ def _write_dropped(plan: Plan, found: Selected, path: Path) -> None:
 
 def _readable(feature: Feature, table: pa.Table) -> dict[str, Any]:
     if feature.kind == "category":
-        return {column: table[f"{feature.name}/{column}"] for column in feature.columns}
+        return {column: table[piece_column(feature.name, column)] for column in feature.columns}
     if feature.kind == "text":
         return {feature.name: table[feature.name]}
     if feature.kind == "image":

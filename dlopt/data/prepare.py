@@ -27,6 +27,7 @@ from dlopt.artifact import Stage, write_atomically
 from dlopt.data import passes
 from dlopt.data.account import account, refuse_bad, refuse_dropped, refuse_unlearnable
 from dlopt.data.clean import DropColumns, ExactDuplicates, NearDuplicates, Outliers
+from dlopt.data.columns import Columns
 from dlopt.data.describe import describe
 from dlopt.data.exact import offsets_of, raw_values
 from dlopt.data.inputs import ImageInput, NumberTarget, TextInput
@@ -76,8 +77,10 @@ def prepare(section: Data, out: Path, *, progress: Progress = silent) -> dict[st
     features, whole = _look(section, progress)
     progress("prepare", None, "reading")
     try:
-        first_pass = Spill(section, features, whole, str(spill))
-        read = {name: _read(name, source, first_pass, progress) for name, source in sources(section).items()}
+        read = {
+            name: _read(name, source, Spill(section, features, whole, str(spill), meaning), progress)
+            for (name, source), meaning in zip(sources(section).items(), meanings(section), strict=True)
+        }
         clock.lap("read")
         info = arrange(section, features, read, out, run=on_cluster, progress=progress)
     finally:
@@ -111,7 +114,7 @@ def arrange(
     write_atomically(out / "signature.json", signature.model_dump_json(indent=1))
     write_atomically(out / "statistics.json", json.dumps({name: found.model_dump() for name, found in statistics.items()}, indent=1))
     across = {name: (seen.across[name], chance) for name, chance in seen.by_chance([name for name in read if name != "source"]).items()}
-    described = describe(seen.profile, _target_columns(plan.target), across, section.split.columns)
+    described = describe(seen.profile, _target_columns(plan.target), across, section.split_by)
     described["warnings"] += [*_unheld(read), *plan.warnings]
     write_atomically(out / "profile.json", json.dumps(described))
     return account(plan, read, seen, described["warnings"], clock.seconds)
@@ -133,7 +136,8 @@ def _look(section: Data, progress: Progress = silent) -> tuple[tuple[Feature, ..
         if isinstance(clean, ExactDuplicates):
             clean.refuse_unsortable(first)
     _refuse_foreign_outliers(section)
-    features = tuple(part.feature(first) for part in section.inputs)
+    meaning, *_ = meanings(section)
+    features = tuple(meant(part.feature(first), meaning) for part in section.inputs)
     for name, source in sources(section).items() if progress is not silent else ():
         if said := source.left_out():
             progress("prepare", None, f"{BLOCK}data.{name}: {said}")
@@ -141,6 +145,25 @@ def _look(section: Data, progress: Progress = silent) -> tuple[tuple[Feature, ..
         if isinstance(part, ImageInput) and (said := part.decided(first)):
             progress("prepare", None, BLOCK + said)
     return features, section.target.whole(first)
+
+
+def meanings(section: Data) -> Iterator[Columns]:
+    """What the columns of each source mean: the types are those of `data.source`, whatever the files of another look like. Raises
+    DloptError where one states another type."""
+    types = section.source.meaning().types
+    for name, source in sources(section).items():
+        stated, missing = source.stated()
+        for column, kind in stated.items():
+            if types.get(column, kind) != kind:
+                raise DloptError(f"data.{name}.types: {column!r} is {kind}, and {types[column]} in data.source: state one type in both")
+        yield Columns(types, missing)
+
+
+def meant(feature: Feature, meaning: Columns) -> Feature:
+    """With what training knows of its columns, so that requests are read alike."""
+    types = tuple(meaning.type_of(column) for column in feature.columns) if feature.kind in ("category", "text") else ()
+    markers = tuple(marker for marker in meaning.missing if marker) if feature.kind != "image" else ()
+    return feature.model_copy(update={"types": types, "markers": markers})
 
 
 def _first_rows(section: Data, where: str, source: Source) -> pa.Table:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pyarrow as pa
 
+from dlopt.data.columns import Columns
 from dlopt.data.guess import name_of
 from dlopt.data.profile import Summary, merge, summarise
 from dlopt.data.sources import Source
@@ -30,7 +31,7 @@ def profile_source(
     progress("profile", None, "reading")
     with _saying():
         dataset = source.read() if rows is None else source.read().limit(rows)
-        for row in dataset.map_batches(_Summarise(kinds, targets), batch_format="pyarrow", batch_size=None).iter_rows():
+        for row in dataset.map_batches(_Summarise(kinds, targets, source.meaning()), batch_format="pyarrow", batch_size=None).iter_rows():
             found.append(Summary.from_json(row["summary"]))
             done += found[-1].rows
             if time.monotonic() - said > EVERY:
@@ -44,10 +45,11 @@ def profile_source(
 class _Summarise:
     """A block's summary, as a table of one row."""
 
-    def __init__(self, kinds: Mapping[str, str], targets: Sequence[str]) -> None:
-        self.kinds, self.targets = kinds, targets
+    def __init__(self, kinds: Mapping[str, str], targets: Sequence[str], meaning: Columns) -> None:
+        self.kinds, self.targets, self.meaning = kinds, targets, meaning
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        table = self.meaning.canonical(table, [name for name, kind in self.kinds.items() if kind in ("category", "text", "multi_label")])
         there = dict(zip(table.column_names, table.columns, strict=True))
         columns = {name: there[name] if name in there else pa.nulls(len(table)) for name in self.kinds}
         return pa.table({"summary": [summarise(columns, self.kinds, self.targets).to_json()]})

@@ -17,6 +17,8 @@ from dlopt.part import DloptError, Signature
 CHUNK_BYTES = 2**20
 """About how many bytes a row group has."""
 
+SEPARATOR = "\x1f"
+"""Between the parts of a name that is made of others (ASCII's unit separator)."""
 UNREADABLE = (pa.ArrowException, OSError, ValueError, MemoryError)
 """What pyarrow raises on damage, depending on the place."""
 
@@ -101,6 +103,16 @@ def as_table(signature: Signature, rows: Rows) -> pa.Table:
 def empty_rows(signature: Signature) -> Rows:
     rows = {feature.name: np.zeros((0, *feature.shape), dtype=feature.stored) for feature in signature.inputs}
     return rows | {signature.target.name: np.zeros((0, *signature.target.shape), dtype=signature.target.stored)}
+
+
+def piece_column(tensor: str, column: str) -> str:
+    """What a column of a category input is called on its way through prepare. No input's name holds the separator, so no two are alike."""
+    return f"{tensor}{SEPARATOR}{column}"
+
+
+def part_column(column: str, part: str) -> str:
+    """What a part of a date is called where it stands as a column of its own."""
+    return f"{column}.{part}"
 
 
 def column_of(values: np.ndarray) -> pa.Array:

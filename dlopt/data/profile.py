@@ -24,7 +24,8 @@ from dlopt.data.counter import bits, mix, string_words
 from dlopt.data.encode import decode_image
 from dlopt.data.exact import merged, raw_values
 from dlopt.data.inputs.values import DIGITS, dates, doubles, lost_in_double, plain, texts
-from dlopt.data.prepared import array_of
+from dlopt.data.prepared import array_of, piece_column
+from dlopt.data.repeats import names_of
 from dlopt.part import DloptError, Feature, Target
 
 LOOK_CELLS = 2**20
@@ -212,12 +213,12 @@ def prepared_columns(
     columns, kinds = dict[str, Any](), dict[str, str]()
     for feature in features:
         if feature.kind in ("number", "date"):
-            names = [f"{c}.{part}" for c in feature.columns for part in feature.parts] if feature.kind == "date" else feature.columns
+            names = names_of(feature)
             matrix = raw_values(table[feature.name], feature.size)
             columns |= {name: matrix[:, index] for index, name in enumerate(names)}
             kinds |= dict.fromkeys(names, "number")
         elif feature.kind == "category":
-            columns |= {column: table[f"{feature.name}/{column}"] for column in feature.columns}
+            columns |= {column: table[piece_column(feature.name, column)] for column in feature.columns}
             kinds |= dict.fromkeys(feature.columns, "category")
         else:
             image = feature.kind == "image"

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from dlopt.data.exact import raw_values
+from dlopt.data.prepared import part_column, piece_column
 from dlopt.part import Feature
 
 SAMPLE_ROWS, SAMPLE_CELLS = 2048, 2**19
@@ -74,13 +75,13 @@ def repeats(table: pa.Table, features: Sequence[Feature], keys: np.ndarray) -> R
 
 def names_of(feature: Feature) -> tuple[str, ...]:
     """What stands beside each other in an input of numbers, dates or categories."""
-    return tuple(f"{column}.{part}" for column in feature.columns for part in feature.parts) if feature.kind == "date" else feature.columns
+    return tuple(part_column(c, part) for c in feature.columns for part in feature.parts) if feature.kind == "date" else feature.columns
 
 
 def _columns(feature: Feature, table: pa.Table) -> list[Any]:
     """Codes that are equal where values are, (rows,) of each column."""
     if feature.kind == "category":
-        columns = [table[f"{feature.name}/{column}"].combine_chunks().dictionary_encode().indices for column in feature.columns]
+        columns = [table[piece_column(feature.name, column)].combine_chunks().dictionary_encode().indices for column in feature.columns]
         return [column.to_numpy() for column in columns]
     if feature.kind in ("number", "date"):
         return list(raw_values(table[feature.name], feature.size).T)

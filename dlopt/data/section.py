@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Self
 
 from pydantic import Field, model_validator
@@ -9,9 +10,10 @@ from pydantic import Field, model_validator
 from dlopt.data.clean import Clean, DropColumns, ExactDuplicates, NearDuplicateImages, Outliers
 from dlopt.data.inputs import AnyTarget, Input
 from dlopt.data.inputs.number import GroupMedian
+from dlopt.data.prepared import SEPARATOR, part_column
 from dlopt.data.sources import Source
 from dlopt.data.split import Fold, GivenSplit, RandomSplit, Split, StratifiedSplit, TimeSplit
-from dlopt.part import Part
+from dlopt.part import PROBABILITIES, VALUES, Part
 
 
 class Data(Part):
@@ -51,11 +53,33 @@ class Data(Part):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"inputs: two of them are called {name!r}: give a `name` to one")
+        for column, part, name in self._parts_of_dates():
+            if name in (*names, self.target.name, *self.target.columns):
+                raise ValueError(f"inputs: the {part} of {column!r} is called {name!r}, as another column is: rename that column")
         columns = [column for part in self.inputs for column in part.columns]
         for column in (self.target.name, *self.target.columns):
             if column in names or column in columns:
                 raise ValueError(f"target.column {column!r} is among the inputs: take it out")
         return self
+
+    @model_validator(mode="after")
+    def names_are_free(self) -> Self:
+        output = VALUES if self.target.kind == "number" else PROBABILITIES
+        for part in self.inputs:
+            if part.tensor.startswith("__") or SEPARATOR in part.tensor or part.tensor == output:
+                raise ValueError(f"inputs: {part.tensor!r} is a name that dlopt needs itself: give this input another `name`")
+        return self
+
+    def _parts_of_dates(self) -> Iterator[tuple[str, str, str]]:
+        """Column, part, and what that part is called in the profile and in quarantine."""
+        for dates in self.inputs:
+            if dates.kind == "date":
+                yield from ((column, part, part_column(column, part)) for column in dates.columns for part in dates.parts)
+
+    @property
+    def split_by(self) -> tuple[str, ...]:
+        """The columns that the split follows, and the parts of dates among them."""
+        return (*self.split.columns, *(name for column, _, name in self._parts_of_dates() if column in self.split.columns))
 
     @model_validator(mode="after")
     def folds_are_cut_by_a_hash(self) -> Self:
@@ -91,6 +115,14 @@ class Data(Part):
                     f"clean: outliers of the input {number.tensor!r} are both capped and missing: make two inputs of its columns"
                 )
         return self
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """The raw columns whose values are compared as texts: of categories, texts, labels, groups, and those that cleaning looks at."""
+        inputs = [column for part in self.inputs if part.kind in ("category", "text") for column in part.columns]
+        labels = self.target.columns if self.target.kind in ("category", "multi_label") else ()
+        split = () if isinstance(self.split, TimeSplit) else self.split.columns
+        return tuple(dict.fromkeys([*inputs, *labels, *split, *(column for part in self.clean for column in cleaned_columns(part))]))
 
     @property
     def columns(self) -> tuple[str, ...]:

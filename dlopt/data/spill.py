@@ -21,10 +21,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dlopt.data.clean import DropDuplicates, ExactDuplicates, NearDuplicateImages, NearDuplicates, NearDuplicateTexts, RowRule
+from dlopt.data.columns import Columns
 from dlopt.data.counter import mix, row_keys, string_words
 from dlopt.data.exact import keys_of_rest, lost_in_single, raw_values, with_rest
 from dlopt.data.inputs.values import Reasons, is_text, lost_in_double
-from dlopt.data.prepared import array_of, column_of
+from dlopt.data.prepared import array_of, column_of, piece_column
 from dlopt.data.section import Data
 from dlopt.data.split import RandomSplit, StratifiedSplit
 from dlopt.part import DloptError, Feature
@@ -81,8 +82,15 @@ def is_local(part: Any) -> bool:
 class Spill:
     """A function for Ray Data's map_batches: blocks of raw rows to one line for each piece, a pickled Piece."""
 
-    def __init__(self, section: Data, features: tuple[Feature, ...], whole: bool, folder: str) -> None:
-        self.section, self.features, self.whole, self.folder = section, features, whole, Path(folder)
+    def __init__(
+        self,
+        section: Data,
+        features: tuple[Feature, ...],
+        whole: bool,
+        folder: str,
+        meaning: Columns = Columns(),  # noqa: B008
+    ) -> None:
+        self.section, self.features, self.whole, self.folder, self.meaning = section, features, whole, Path(folder), meaning
         row_bytes = sum(feature.size * np.dtype(feature.stored).itemsize for feature in features) + 64
         self.step = max(1, PIECE_BYTES // row_bytes)
 
@@ -97,8 +105,9 @@ class Spill:
 
     def piece(self, raw: pa.Table) -> Piece:
         """Judge, decode and key rows, and write them."""
-        ruled, by_rule = self._judged(raw)
-        columns, reasons = self._decoded(raw)
+        said = self.meaning.canonical(raw, self.section.compared)
+        ruled, by_rule = self._judged(said)
+        columns, reasons = self._decoded(said)
         digits = self._digits(raw, columns)
         bad = {row: why for row, why in reasons.items() if row not in ruled}
         quarantine = self._set_aside(raw, ruled | bad)
@@ -248,7 +257,7 @@ def _matrix(values: np.ndarray) -> np.ndarray:
 def _words(feature: Feature, table: pa.Table) -> list[np.ndarray]:
     """What an input's values are hashed as: equal for equal values."""
     if feature.kind == "category":
-        return [_string_words(table[f"{feature.name}/{column}"].combine_chunks()) for column in feature.columns]
+        return [_string_words(table[piece_column(feature.name, column)].combine_chunks()) for column in feature.columns]
     if feature.kind == "text":
         return [_string_words(table[feature.name].combine_chunks())]
     if feature.kind == "image":

@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, field_validator, model_validator
 
+from dlopt.data.canonical import as_text
+from dlopt.data.columns import column_type
 from dlopt.data.counter import bits, mix, stream, string_words
 from dlopt.data.encode import known_form
 from dlopt.data.inputs.values import Reasons, dates, doubles, is_text, plain, texts
@@ -162,7 +164,8 @@ class TimeSplit(Shares):
     def side(self, table: pa.Table) -> tuple[pa.Array, Reasons]:
         """When each row was, in seconds since 1970 or in the column's own numbers, and the reason for each row without."""
         column = plain(table[self.column])
-        if is_text(column.type) or pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
+        numbers = column_type(table, self.column) == "number" and not self.form
+        if (is_text(column.type) and not numbers) or pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
             found, reasons = dates(column, self.form)
             values = pc.divide(found.cast(pa.int64()).cast(pa.float64()), 1e6).to_numpy(zero_copy_only=False)
         else:
@@ -191,7 +194,9 @@ class GivenSplit(Part):
         """The index of each row's split, and the reason for each row that has none."""
         values = texts(table[self.column]).dictionary_encode()
         known = values.dictionary.to_pylist()
-        index = np.array([NAMES.index(self.names[name]) if name in self.names else -1 for name in known], dtype=np.float64)
+        kind = column_type(table, self.column)
+        names = {as_text(name, kind): NAMES.index(split) for name, split in self.names.items()}
+        index = np.array([names.get(name, -1) for name in known], dtype=np.float64)
         found = index[values.indices.to_numpy()]
         wrong = np.flatnonzero(found < 0).tolist()
         said = values.indices.to_numpy()

@@ -179,7 +179,7 @@ def _graph(network: Network, signature: Signature, digest: str) -> bytes:
     model = onnx.load_from_string(_traced(network, signature))
     for index, feature in enumerate(signature.inputs):
         if feature.dtype == "string":
-            _look_up(model, index, feature)
+            _look_up(model, index, feature, free_prefix(f"{feature.name} codes", [other.name for other in signature.inputs]))
     helper.set_model_props(model, {"signature": signature.model_dump_json(), "model_digest": digest})
     onnx.checker.check_model(model)
     return bytes(model.SerializeToString())
@@ -208,10 +208,17 @@ def _traced_type(feature: Feature) -> str:
     return feature.dtype if feature.offsets else feature.stored
 
 
-def _look_up(model: onnx.ModelProto, index: int, feature: Feature) -> None:
-    """Make the graph's input `index`, of codes, one of strings (rows, columns): each column through a LabelEncoder of its vocabulary."""
+def free_prefix(prefix: str, names: Sequence[str]) -> str:
+    """The prefix, or a longer one where a name begins with it."""
+    while any(name.startswith(prefix) for name in names):
+        prefix += "'"
+    return prefix
+
+
+def _look_up(model: onnx.ModelProto, index: int, feature: Feature, codes: str) -> None:
+    """Make the graph's input `index`, of codes, one of strings (rows, columns): each column through a LabelEncoder of its vocabulary.
+    codes: what the names of what comes between begin with."""
     graph, name = model.graph, feature.name
-    codes = f"{name} codes"
     for node in graph.node:
         for place, given in enumerate(node.input):
             if given == name:

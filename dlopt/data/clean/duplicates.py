@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import model_validator
 
+from dlopt.data.canonical import as_text
 from dlopt.data.clean.base import ColumnCleaning
 from dlopt.data.counter import row_keys
-from dlopt.data.encode import as_text
-from dlopt.data.inputs.values import dates, doubles, is_text, plain, texts, without_markers
+from dlopt.data.inputs.values import dates, doubles, is_text, plain, texts, without_empty
 from dlopt.part import DloptError
 
 WHOLE, FRACTION = np.uint64(1), np.uint64(2)
@@ -57,7 +57,7 @@ class ExactDuplicates(ColumnCleaning):
         """Raises DloptError when order_by is not a column of numbers or dates, going by the first rows."""
         if self.order_by is None:
             return
-        column = without_markers(plain(first[self.order_by]))
+        column = without_empty(plain(first[self.order_by]))
         if column.null_count < len(column) and np.isnan(_sortable(column)).all():
             value = next(value for value in column.to_pylist() if value is not None)
             raise DloptError(
@@ -151,13 +151,14 @@ def _starts(ordered: np.ndarray) -> np.ndarray:
 
 
 def _words(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """128 bits of each value, uint64 of shape (rows, 2), alike for all that encode.as_text takes for one; zeros where missing."""
+    """128 bits of each value, uint64 of shape (rows, 2), alike for all that canonical.as_text takes for one; zeros where missing."""
     array = plain(column)
     kind = array.type
     if pa.types.is_integer(kind) and kind != pa.uint64():
         return _of_whole(array)
     if pa.types.is_floating(kind):
-        return _of_floats(array.cast(pa.float64()).to_numpy(zero_copy_only=False))
+        values = array.to_numpy(zero_copy_only=False)
+        return _of_floats(values if values.dtype == np.float64 else values.astype(str).astype(np.float64))  # 0.1 of 32 bits is 0.1
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:  # as Hugging Face datasets keep images
         return _words(pc.struct_field(array, "bytes"))
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind):
@@ -185,7 +186,7 @@ def _of_floats(values: np.ndarray) -> np.ndarray:
 
 def _of_texts(array: pa.Array) -> np.ndarray:
     """A text that is the shortest spelling of a number is that number; others are their digest. Each is looked at once."""
-    codes = without_markers(array).dictionary_encode()
+    codes = without_empty(array).dictionary_encode()
     known = codes.dictionary
     words = np.zeros((len(known) + 1, 2), dtype=np.uint64)
     whole = pc.match_substring_regex(known, INTEGER)

@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, field_validator, model_validator
 
+from dlopt.data.canonical import TRUTH, as_text
 from dlopt.data.clean.base import Cleaning, ColumnCleaning
 from dlopt.data.clean.duplicates import identities
-from dlopt.data.inputs.values import doubles, plain, texts, without_markers
+from dlopt.data.inputs.values import doubles, plain, texts, without_empty
 
 Violation = tuple[np.ndarray, str]
 """Which rows violate a rule, bool of shape (rows,), and how."""
@@ -125,7 +126,8 @@ class Allowed(ValueRule):
     """The values that are allowed; 7, 7.0 and "7" are the same."""
 
     def wrong(self, column: pa.ChunkedArray) -> Iterator[Violation]:
-        known = np.concatenate([identities(pa.array([value]))[:, 0] for value in self.values])
+        truths = [as_text(value, "boolean") for value in self.values if str(value).lower() in TRUTH]
+        known = np.concatenate([identities(pa.array([value]))[:, 0] for value in [*self.values, *truths]])
         yield ~np.isin(identities(column)[:, 0], known), "not an allowed value"
 
 
@@ -182,7 +184,7 @@ class DropColumns(Cleaning):
 
 def is_missing(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
     """Whether each value is null, not a number, or a text that says so."""
-    return without_markers(plain(column)).is_null(nan_is_null=True).to_numpy(zero_copy_only=False)
+    return without_empty(plain(column)).is_null(nan_is_null=True).to_numpy(zero_copy_only=False)
 
 
 def _where(dropped: np.ndarray, reasons: list[str], which: np.ndarray) -> pa.Array:

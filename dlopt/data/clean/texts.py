@@ -14,7 +14,7 @@ from pydantic import Field
 from dlopt.data.clean.base import ColumnCleaning
 from dlopt.data.clean.near import NearDuplicates, clusters, least_of_equal
 from dlopt.data.counter import GAMMA, bits, mix, row_keys, string_words
-from dlopt.data.inputs.values import texts, without_markers
+from dlopt.data.inputs.values import texts, without_empty
 
 HASHES, FIRST = 128, 16
 NOTHING = np.uint32(0xFFFFFFFF)
@@ -40,7 +40,7 @@ class NearDuplicateTexts(ColumnCleaning, NearDuplicates):
 
     def texts(self, table: pa.Table) -> pa.Array:
         """The texts of the raw columns, joined; "" where there is none."""
-        columns = [without_markers(texts(table[name])).fill_null("") for name in self.columns]
+        columns = [without_empty(texts(table[name])).fill_null("") for name in self.columns]
         return columns[0] if len(columns) == 1 else pc.binary_join_element_wise(*columns, " ")
 
     def sketch(self, values: pa.Array) -> np.ndarray:

@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from dlopt.data.encode import hashed
 from dlopt.data.inputs.number import no_column_twice
 from dlopt.data.inputs.values import Reasons, texts
+from dlopt.data.prepared import piece_column
 from dlopt.part import DloptError, Feature, Part
 
 MOST_DISTINCT = 2_000_000
@@ -70,13 +71,13 @@ class CategoryInput(Part):
 
     def read(self, table: pa.Table, feature: Feature) -> tuple[dict[str, pa.Array], Reasons]:
         """A column of texts for each column, "" where missing."""
-        return {f"{feature.name}/{column}": texts(table[column]) for column in feature.columns}, {}
+        return {piece_column(feature.name, column): texts(table[column]) for column in feature.columns}, {}
 
     def observe(self, table: pa.Table, feature: Feature, bounds: Any) -> Categories:
         """How often training rows have each value."""
         if self.hash_buckets:
             return Categories(())
-        return Categories(tuple(_counted(table[f"{feature.name}/{column}"]) for column in feature.columns))
+        return Categories(tuple(_counted(table[piece_column(feature.name, column)]) for column in feature.columns))
 
     def fit(self, seen: Categories, feature: Feature, features: dict[str, Feature]) -> tuple[Feature, None]:
         """The vocabularies: the most frequent value first."""
@@ -97,7 +98,7 @@ class CategoryInput(Part):
         """Codes, int32 (rows, columns)."""
         codes = np.empty((len(table), len(feature.columns)), dtype=np.int32)
         for index, column in enumerate(feature.columns):
-            values = table[f"{feature.name}/{column}"].combine_chunks()
+            values = table[piece_column(feature.name, column)].combine_chunks()
             codes[:, index] = hashed(values, feature.buckets) if feature.buckets else _looked_up(values, feature, index)
         return codes
 

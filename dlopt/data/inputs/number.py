@@ -14,6 +14,7 @@ from dlopt.data import moments
 from dlopt.data.exact import exact_column, values_of
 from dlopt.data.inputs.values import Reasons, numbers
 from dlopt.data.moments import Moments, nonzero
+from dlopt.data.prepared import SEPARATOR
 from dlopt.data.quantiles import Quantiles
 from dlopt.part import DloptError, Feature, Part, Statistics, Target
 
@@ -243,7 +244,7 @@ def no_column_twice(columns: tuple[str, ...]) -> tuple[str, ...]:
 
 def group_column(table: pa.Table, by: str) -> pa.Array:
     """The column of categories called `by` among rows on their way through prepare."""
-    names = [name for name in table.column_names if name.endswith(f"/{by}")]
+    names = [name for name in table.column_names if name.partition(SEPARATOR)[1:] == (SEPARATOR, by)]
     if not names:
         raise DloptError(f"data.inputs: fill.by {by!r} is not a column of a category input")
     return table[names[0]].combine_chunks()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from decimal import Decimal
@@ -13,15 +14,18 @@ import pyarrow.compute as pc
 from pydantic import Field, field_validator, model_validator
 
 from dlopt.data import moments
-from dlopt.data.encode import as_text
+from dlopt.data.canonical import NUMBER, TRUTH, as_text
 from dlopt.data.exact import exact_column, values_of
 from dlopt.data.inputs.number import no_column_twice
-from dlopt.data.inputs.values import TRUTH, Reasons, doubles, is_text, numbers, plain
+from dlopt.data.inputs.values import Reasons, doubles, is_text, numbers, plain
 from dlopt.data.moments import Moments
 from dlopt.part import DloptError, Part, Target
 
 MOST_LABELS = 100_000
 """More different labels than this are no classes."""
+
+CODE = re.compile(r"[+-]?0[0-9]+|[+][0-9]+")
+"""Labels that are numbers but for a zero or a plus in front."""
 
 Labels = tuple[int, ...] | tuple[str, ...]
 
@@ -58,11 +62,17 @@ class CategoryTarget(Part):
         names = [*classes.dictionary.to_pylist(), None]
         codes = classes.indices.fill_null(len(names) - 1)
         there = [not (name is None or name == "" or name != name) for name in names]
-        values = [(whole_number(name) if whole else str(name)) if is_there else None for name, is_there in zip(names, there, strict=True)]
+        read = whole_number if whole else as_text
+        values = [read(name) if is_there else None for name, is_there in zip(names, there, strict=True)]
         labels = pa.array(values, pa.int64() if whole else pa.string()).take(codes)
-        why = [f"{names[code]!r:.40} is not a whole number" if there[code] else "no label" for code in range(len(names))]
+        why = [self._why_not(name) if is_there else "no label" for name, is_there in zip(names, there, strict=True)]
         wrong = np.flatnonzero(labels.is_null().to_numpy(zero_copy_only=False)).tolist()
         return labels, {row: f"{self.column}: {why[codes[row].as_py()]}" for row in wrong}
+
+    def _why_not(self, name: object) -> str:
+        """Why something is no whole number; a code such as 0123 is one for most programs, and another class than 123."""
+        hint = f" as 123 is: types: {{{self.column}: string}} in the source keeps such labels" if CODE.fullmatch(str(name)) else ""
+        return f"{name!r:.40} is not a whole number{hint}"
 
     def count(self, values: pa.Array) -> Counter[Any]:
         """How often each class is there, among rows that have one."""
@@ -79,9 +89,11 @@ class CategoryTarget(Part):
     def _positive(self, labels: tuple[Any, ...]) -> Any:
         if self.positive is None:
             return labels[1] if len(labels) == 2 else None
-        found = next((label for label in labels if label == self.positive or str(label) == str(self.positive)), None)
+        whole = whole_number(self.positive) if isinstance(labels[0], int) else None
+        found = next((label for label in labels if label in (self.positive, whole) or str(label) == str(self.positive)), None)
         if found is None or len(labels) != 2:
-            raise DloptError(f"data.target.positive: {self.positive!r} must be one of two classes; there are {_some(labels)}")
+            hint = " (YAML reads yes and on as true, no and off as false: write them in quotes)" if self.positive in TRUTH else ""
+            raise DloptError(f"data.target.positive: {self.positive!r} must be one of two classes; there are {_some(labels)}{hint}")
         return found
 
     def finish(self, values: pa.Array, target: Target) -> np.ndarray:
@@ -245,7 +257,9 @@ AnyTarget = Annotated[CategoryTarget | ThresholdTarget | MultiLabelTarget | Numb
 
 
 def whole_number(value: object) -> int | None:
-    """7, 7.0, True and their spellings in a text file; None for anything else, and for more than 64 bits."""
+    """7, 7.0, True and their spellings in a text file; None for anything else, also for codes such as 007, and for more than 64 bits."""
+    if isinstance(value, str) and value.lower() not in TRUTH and not NUMBER.fullmatch(value.strip()):
+        return None
     try:
         number = Decimal(str(TRUTH.get(str(value).lower(), value)))
         return int(number) if number == number.to_integral_value() and abs(number) < 2**63 else None

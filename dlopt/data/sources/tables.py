@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from dlopt.data.sources.partitions import added, types_of, values_of
 from dlopt.data.sources.places import File, Place, reading
-from dlopt.data.sources.reading import MAX_BLOCK, Files, Named, Piece, as_usual, plain
+from dlopt.data.sources.reading import MAX_BLOCK, Files, Named, Piece, conform, plain
 from dlopt.part import DloptError
 
 MOST_OPENED = 256
@@ -29,22 +29,25 @@ class Parquet(Files):
 
     kind: Literal["parquet"] = "parquet"
 
-    def peek(self, rows: int) -> pa.Table:
+    def first(self, rows: int) -> pa.Table:
         place, files = self.located()
         types = types_of(file.folder for file in files)
         for file in files:
             with _parquet(place, file.name, file.path, PEEK_BYTES) as parquet:
+                found = parquet.schema_arrow.empty_table()
                 if parquet.metadata.num_rows:
                     found = pa.Table.from_batches([next(parquet.iter_batches(batch_size=max(rows, 1)))])
-                    return as_usual(added(found, file.folder, types))
-                empty = added(parquet.schema_arrow.empty_table(), file.folder, types)
-        return as_usual(empty)
+                    break
+        found = added(found, file.folder, types)
+        shared = {field.name: field.type for field in self.layout(())}
+        return conform(file.name, found, pa.schema([(field.name, shared.get(field.name, field.type)) for field in plain(found.schema)]))
 
-    def types(self) -> pa.Schema:
+    def layout(self, columns: Sequence[str] | None = None) -> pa.Schema:
         """The first file's columns, in types that hold the other files' values as well: a column of whole numbers may be one of
         fractions where a value is missing."""
         place, files = self.located()
-        found = _together(place.each(lambda file: _look(place, file)[0], files[:MOST_OPENED]), [file.name for file in files])
+        schemas = place.each(lambda file: _look(place, file)[0], files[:MOST_OPENED])
+        found = _together(schemas, [file.name for file in files], columns)
         return added(found.empty_table(), "", types_of(file.folder for file in files)).schema
 
     def pieces(self) -> tuple[Place, list[Piece]]:
@@ -71,8 +74,11 @@ class Arrow(Files):
 
     kind: Literal["arrow"] = "arrow"
 
-    def types(self) -> pa.Schema:
-        return added(super().types().empty_table(), "", types_of(file.folder for file in self.located()[1])).schema
+    def first(self, rows: int) -> pa.Table:
+        return conform(self.files()[0], super().first(rows), self.layout())
+
+    def layout(self, columns: Sequence[str] | None = None) -> pa.Schema:
+        return added(super().first(1).slice(0, 0), "", types_of(file.folder for file in self.located()[1])).schema
 
     def pieces(self) -> tuple[Place, list[Piece]]:
         place, files = self.located()
@@ -147,18 +153,21 @@ def _batches(place: Place, file: File) -> list[Piece]:
     return [Piece(file.name, file.path, number, number + 1, file.size // count, file.folder) for number in range(count)]
 
 
-def _together(schemas: Sequence[pa.Schema], names: Sequence[str]) -> pa.Schema:
-    """One schema for the columns of the first one."""
+def _together(schemas: Sequence[pa.Schema], names: Sequence[str], asked: Collection[str] | None) -> pa.Schema:
+    """One schema for the columns of the first one. Of a column that nobody has asked for the type may change. Raises DloptError."""
     schemas = [plain(schema) for schema in schemas]
-    found = schemas[0]
+    found = dict(zip(schemas[0].names, schemas[0].types, strict=True))
     for schema, name in zip(schemas[1:], names[1:], strict=False):
-        there = set(schema.names)
-        shared = pa.schema([schema.field(column) for column in found.names if column in there])
-        try:
-            found = pa.unify_schemas([found, shared], promote_options="permissive")
-        except pa.ArrowException as error:
-            raise DloptError(f"{name}: its columns are not those of {names[0]}: {str(error).splitlines()[0]}") from None
-    return found
+        for field in schema:
+            if field.name not in found or found[field.name] == field.type:
+                continue
+            try:
+                both = [pa.schema([(field.name, kind)]) for kind in (found[field.name], field.type)]
+                found[field.name] = pa.unify_schemas(both, promote_options="permissive").field(0).type
+            except pa.ArrowException as error:
+                if asked is None or field.name in asked:
+                    raise DloptError(f"{name}: its columns are not those of {names[0]}: {str(error).splitlines()[0]}") from None
+    return pa.schema(list(found.items()))
 
 
 def _is_file(opened: Any) -> bool:
