@@ -144,7 +144,7 @@ def test_the_first_of_several_copies_stays_where_it_was_without_the_others(tmp_p
     )
     before, after = (cut(plan, RandomSplit()) for plan in (one, twice))
     for name in SPLITS:
-        words = [Counter(rows["categories/word"].to_pylist()) for rows in (before[name], after[name])]
+        words = [Counter(rows[piece_column("categories", "word")].to_pylist()) for rows in (before[name], after[name])]
         assert words[0] <= words[1]
     assert sum(len(rows) for rows in after.values()) == 500
 
