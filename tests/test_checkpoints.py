@@ -24,6 +24,7 @@ from dlopt.optim.optimizers import Adam, AdamW, Sgd
 from dlopt.part import DloptError
 from dlopt.train.checkpoints import OWNER, RECORD, Bucket, Checkpointing, Disk, Every, Store, Writer, ends_epoch, newest, said, store_of
 from dlopt.train.state import Record, State
+from tests.packages import package
 from tests.test_models import image, network
 
 WEIGHTS = "model.safetensors"
@@ -77,7 +78,7 @@ def checkpoint(store: Store, epochs: int, part: Sgd | Adam | AdamW = PARTS[3]) -
 @pytest.fixture(scope="module")
 def server() -> Iterator[fs.FileSystem]:
     """An object store with the bucket `runs`."""
-    running = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running = package("moto.server", "test").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     running.start()
     host, port = running.get_host_and_port()
     files = fs.S3FileSystem(
@@ -305,9 +306,7 @@ def test_a_damaged_checkpoint_is_told_and_the_older_one_is_used(tmp_path: Path, 
     damage(tmp_path / name(2, 2))
     found, damaged = newest(store)
     assert found and found.name == name(1, 1)
-    (line,) = damaged
-    assert line.startswith(f"{tmp_path / name(2, 2)}/") and line.endswith(": damaged checkpoint, not used")
-    assert file in line or "of another" in line or "safetensors" in line
+    assert damaged == [f"{tmp_path / name(2, 2) / file}: damaged checkpoint, not used"]
     state = fresh(seed=5)
     found.load(state)
     assert (state.record.epoch, state.record.step) == (1, 2)

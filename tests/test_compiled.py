@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,12 +27,12 @@ from dlopt.train.objectives import supervised
 from dlopt.train.section import Fit, Resources, Train
 from dlopt.train.worker import Assignment, _Worker
 from tests import sets
+from tests.conftest import program
 from tests.test_models import image
 from tests.test_worker import CPU, prepared
 
 OBJECTIVE = supervised(loss_of(None, sets.THREE, nn.Identity()), 0, 0, 1)
 SIGNATURE = sets.signature(sets.NUMBERS, target=sets.THREE)
-HAS_COMPILER = shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +42,12 @@ def cached(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
     yield
     torch._dynamo.config.suppress_errors = False
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def compiler() -> None:
+    """Of C++, which torch's needs on a CPU."""
+    program(os.environ.get("CXX", "g++"))
 
 
 def work(fit: Fit, data: Artifact, out: Path, compiled: bool) -> list[str]:
@@ -62,7 +67,7 @@ def section(model: Any) -> Fit:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler here")
+@pytest.mark.usefixtures("compiler")
 def test_a_compiled_network_follows_the_curve_of_the_plain_one(tmp_path: Path) -> None:
     data, fit = prepared(tmp_path), section(Mlp(hidden=(16, 16), norm="batch", dropout=0.0))
     assert work(fit, data, tmp_path / "plain", compiled=False) == []
@@ -107,7 +112,7 @@ def _(values: Tensor) -> Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler here")
+@pytest.mark.usefixtures("compiler")
 def test_a_graph_that_cannot_be_compiled_is_told_of_in_one_line_and_leaves_no_trace() -> None:
     network = Network(Preprocess(SIGNATURE, {"numbers": sets.fitted(sets.NUMBERS)}), Odd(), nn.Identity())
     inputs = {name: torch.from_numpy(values) for name, values in sets.inputs_of(SIGNATURE, 16).items()}

@@ -106,7 +106,7 @@ def test_predictions_of_classes(target: Target, tmp_path: Path) -> None:
     np.testing.assert_array_equal(table["label"], wanted)
     np.testing.assert_array_equal(table["predicted"], expected.argmax(axis=1))
     np.testing.assert_allclose(table["probability"], expected.max(axis=1), atol=1e-6)
-    np.testing.assert_allclose(table["loss"], -np.log(expected[np.arange(len(wanted)), wanted]), rtol=1e-4)
+    np.testing.assert_allclose(table["loss"], -np.log(expected[np.arange(len(wanted)), wanted]), rtol=1e-6)
     if target.size == 2:
         positive = 0 if target.positive == "no" else 1
         np.testing.assert_allclose(table["score"], expected[:, positive], atol=1e-6)

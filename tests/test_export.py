@@ -309,7 +309,7 @@ def test_numbers_are_compared_in_standard_deviations_and_not_finer_than_float32_
     assert compare(content, found, test, expected, unit) == (0.0, 0)
     for by in (0.5, 3.0):
         largest, other = compare(content, found, test, expected + np.array([0.0, by]), unit)
-        assert largest == pytest.approx(by / unit[1], rel=0.7)
+        assert largest == pytest.approx((by - 2 / 16) / unit[1])  # but for two last places, each 1/16
         assert other == 0
 
 
@@ -319,6 +319,21 @@ def test_another_label_counts_unless_torch_has_the_two_as_close_as_float32_round
     assert [_other_labels(found[[row]], expected[[row]], THREE) for row in range(4)] == [0, 1, 0, 1]
     assert _other_labels(found, expected, THREE) == 2
     assert Onnx().tolerance > TIE
+
+
+@pytest.mark.parametrize(
+    ("target", "least"),
+    [
+        (LABELS, (0.5,) * 4),
+        (LABELS.model_copy(update={"thresholds": (0.2, 0.3, 0.5, 0.9)}), (0.2, 0.3, 0.5, 0.9)),
+        (TWO.model_copy(update={"thresholds": (0.3,)}), (0.7, 0.3)),
+    ],
+)
+def test_another_label_counts_unless_torch_is_as_close_to_the_threshold_as_float32_rounds(target: Target, least: tuple[float, ...]) -> None:
+    away = np.array([TIE / 2, 1.5 * TIE, -TIE / 2, -1.5 * TIE])[:, None]
+    expected, found = np.array(least) + away, np.array(least) - away
+    assert [_other_labels(found[[row]], expected[[row]], target) for row in range(4)] == [0, 1, 0, 1]
+    assert _other_labels(expected, expected, target) == 0
 
 
 def test_a_model_that_no_file_can_hold_is_one_line() -> None:

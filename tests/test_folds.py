@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import yaml
 from dlopt import pipeline, spec
 from dlopt.artifact import Artifact
 from dlopt.data.prepared import Split
+from dlopt.report import words
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -43,6 +45,13 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "job.yaml"
 
 
+def accuracies(report: Path) -> dict[str, str]:
+    """What the report's table of folds says of each line's accuracy."""
+    (table,) = re.findall(r'<table class="wide" id="folds">(.*?)</table>', report.read_text(), re.DOTALL)
+    heads, *lines = ([cell.strip() for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line)] for line in table.split("</tr>")[:-1])
+    return {cells[0]: cells[heads.index("accuracy")] for cells in lines}
+
+
 def rows(data: Artifact, name: str) -> set[bytes]:
     split = Split.open(data, name).read()
     return {row.tobytes() for row in split["numbers"]}
@@ -55,7 +64,9 @@ def test_folds_are_all_trained_and_their_spread_is_told(job: Path, tmp_path: Pat
     values = [fold["metrics"]["validation"]["accuracy"] for fold in record["folds"]]
     assert done.spread["validation"]["accuracy"] == {"mean": statistics.mean(values), "std": statistics.stdev(values)}
     assert min(values) > 0.7
-    assert "Cross-validation" in (done.folder / "report.html").read_text() or "fold" in (done.folder / "report.html").read_text()
+    spread = done.spread["validation"]["accuracy"]
+    shown = [words.percent(value, 2) for value in (*values, spread["mean"], spread["std"])]
+    assert accuracies(done.folder / "report.html") == dict(zip(("1", "2", "3", "4", "mean", "spread"), shown, strict=True))
 
 
 def test_the_job_s_own_model_is_the_same_with_and_without_folds(job: Path, tmp_path: Path) -> None:

@@ -109,10 +109,12 @@ def test_metrics_of_two_classes_are_those_of_scikit_learn_for_the_positive_one(t
 
 
 def test_metrics_of_three_classes_are_those_of_scikit_learn_and_a_class_that_never_comes_up_counts_for_nothing() -> None:
-    outputs = outputs_of(THREE)
-    wanted = wanted_of(THREE, outputs)
-    for _ in range(2):
+    drawn = outputs_of(THREE)
+    labels = wanted_of(THREE, drawn)
+    never, few = torch.tensor([0.0, 0.0, 100.0]), labels.clamp(max=1)  # the last class is given, but no row has it; then neither
+    for outputs, wanted, classes in ((drawn, labels, {0, 1, 2}), (drawn, few, {0, 1, 2}), (drawn - never, few, {0, 1})):
         given = outputs.argmax(dim=1)
+        assert set(given.tolist()) == classes
         probabilities, there = outputs.softmax(dim=1), wanted.unique().tolist()
         expected = {"loss": 0.5, "accuracy": (given == wanted).double().mean().item()} | macros(wanted, given)
         expected["calibration_error"] = calibration(probabilities.numpy(), wanted.numpy())
@@ -120,8 +122,6 @@ def test_metrics_of_three_classes_are_those_of_scikit_learn_and_a_class_that_nev
         expected["macro_roc_auc"] = np.mean([reference.roc_auc_score(*pair) for pair in zip(one, scores, strict=True)])
         expected["macro_average_precision"] = np.mean([reference.average_precision_score(*pair) for pair in zip(one, scores, strict=True)])
         assert measured(THREE, outputs, wanted, 64) == pytest.approx(expected, rel=1e-12)
-        outputs, wanted = outputs - torch.tensor([0.0, 0.0, 100.0]), wanted.clamp(max=1)
-    assert set(given.tolist()) == {0, 1}
 
 
 @pytest.mark.parametrize("size", [3, 500])

@@ -270,7 +270,6 @@ with open(sys.argv[1], "wb") as file:
 
 def test_a_script_ships_its_network_by_value_to_processes_that_cannot_import_it(tmp_path: Path) -> None:
     """As Ray Train sends its config to workers; what is sent holds the class, the function and the constants that they use."""
-    pytest.importorskip("ray")
     (tmp_path / "program.py").write_text(PROGRAM)
     subprocess.run([sys.executable, tmp_path / "program.py", tmp_path / "sent"], check=True, cwd=Path(__file__).parents[1])
     sent = pickle.loads((tmp_path / "sent").read_bytes())

@@ -185,13 +185,13 @@ def test_norms_and_clipping_see_gradients_as_they_are_whatever_the_scale() -> No
         model = Two()
         found.append(([step.gradient_norm for step in train(model, 5, scale, clip=0.05)], weights(model)))
     (norms, after), (others, same) = found
-    assert norms == pytest.approx(others, rel=1e-3) and norms[0] < 10
-    torch.testing.assert_close(after, same, rtol=1e-3, atol=1e-4)
+    assert norms == others and norms[0] < 10  # a power of 2 changes no digit
+    assert torch.equal(after, same)
     model = Two()
     step = train(model, 1, LossScale(scale=2.0**10), clip=0.05)[0]
     assert step.gradient_norm > 0.05
     moved = (weights(model) - weights(Two())).norm().item()
-    assert moved == pytest.approx(0.1 * 0.05, rel=1e-3)  # the rate times the clipped norm
+    assert moved == pytest.approx(0.1 * 0.05, rel=1e-5)  # the rate times the clipped norm
 
 
 def test_small_gradients_are_lost_without_a_scale_and_kept_with_it() -> None:

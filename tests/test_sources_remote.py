@@ -22,13 +22,14 @@ import pytest
 from dlopt.data.sources import Arrow, Csv, Images, ImageTable, JsonLines, Parquet, Texts
 from dlopt.data.sources.places import SETTINGS, place_of
 from dlopt.part import DloptError
+from tests.packages import package
 from tests.test_sources import png
 
 
 @pytest.fixture(scope="module")
 def store() -> Iterator[str]:
     """The address of an object store with the bucket `data`."""
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server = package("moto.server", "test").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     files = pyarrow.fs.S3FileSystem(
@@ -151,7 +152,7 @@ def test_an_object_store_that_does_not_answer_is_said_in_one_line(monkeypatch: p
 @pytest.fixture
 def google(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A store that speaks Google Cloud Storage's protocol, with the bucket `data`."""
-    create_server = pytest.importorskip("gcp_storage_emulator.server").create_server
+    create_server = package("gcp_storage_emulator.server", "test").create_server
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -256,7 +256,9 @@ def test_shares_of_rows_sum_up_and_leave_none_empty(shares: tuple[float, ...]) -
         found = shares_of(rows, shares)
         assert sum(found) == rows
         assert all((count > 0) == (share > 0) for count, share in zip(found, shares, strict=True))
-        assert all(abs(count - max(rows * share, 1)) <= 2 for count, share in zip(found, shares, strict=True) if share)
+        off = [abs(count - max(rows * share, 1)) for count, share in zip(found, shares, strict=True)]
+        *others, largest = sorted(off)
+        assert max(others) <= 0.5 and largest < 2  # but for rounding, and the largest share takes the rest
 
 
 def test_shares_that_do_not_sum_to_one_are_refused() -> None:

@@ -340,8 +340,15 @@ def _numbers(feature: Feature, rows: Sequence[Any], alone: bool) -> np.ndarray:
     except OverflowError:
         found = np.array([np.inf])
     if np.isinf(found).any():
-        raise DloptError(f"{feature.name}: a number is too large")
+        raise DloptError(f"{_largest(feature, values)}: a number is too large")
     return found
+
+
+def _largest(feature: Feature, values: Sequence[Sequence[float | None]]) -> str:
+    """Where the first number is that no float32 can hold: there is one."""
+    most = float(np.finfo(np.float32).max)
+    places = ((index, column, value) for index, row in enumerate(values) for column, value in zip(feature.columns, row, strict=True))
+    return next(f"row {index}: {column}" for index, column, value in places if value is not None and abs(value) > most)
 
 
 def _empty(feature: Feature) -> np.ndarray:
