@@ -21,6 +21,7 @@ from dlopt import session
 from dlopt.cli import main
 from dlopt.train.checkpoints import Disk, newest
 from tests.commands import ROOT, environment, here
+from tests.conftest import missing
 from tests.faults import (
     Strike,
     assert_nothing_runs,
@@ -49,7 +50,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     place.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", place], capture_output=True, text=True)
     if mounted.returncode:
-        pytest.skip(f"a disk cannot be mounted here: {mounted.stderr.strip()}")
+        missing(f"a disk cannot be mounted here: {mounted.stderr.strip()}")
     yield place
     subprocess.run(["umount", "-l", place], check=True)
 
