@@ -10,6 +10,8 @@ import base64
 import io
 import json
 import struct
+import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -268,6 +270,18 @@ def ghost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
     return mark
+
+
+def test_no_other_format_is_even_loaded() -> None:
+    code = f"""if True:
+        import sys
+        from dlopt.data.encode import decode_image
+        from dlopt.part import DloptError
+        try:
+            decode_image({EPS!r})
+        except DloptError:
+            print("PIL.EpsImagePlugin" in sys.modules)"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
 def test_pillow_alone_would_start_ghostscript(ghost: Path) -> None:

@@ -13,7 +13,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 from PIL.ImageFile import ImageFile
 
 from dlopt.data.canonical import ColumnType, as_text
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """What is decoded. Pillow knows forty more formats, some hardly looked after, of which EPS starts Ghostscript on what a stranger sends."""
+LOADED = (TiffImagePlugin, WebPImagePlugin)
+"""Of these formats those that Pillow does not load by itself; for one that is not loaded it would load all forty."""
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Pillow's name for an image with so many channels."""
 GREY = ("1", "L", "LA", "La")

@@ -30,6 +30,7 @@ MOST_CLASSES = 20
 """Whole numbers of no more different values than this are taken for classes when they are the target."""
 NO_INPUT = ("identifier", "constant", "leak")
 """What the guard finds of columns that are no inputs."""
+NESTED = "lists and objects are no input: make columns of what is in them"
 
 
 def source_of(text: str) -> Source:
@@ -73,6 +74,8 @@ def kinds_of(source: Source, targets: Sequence[str] = (), rows: int = 1000) -> d
 def job_of(source: Source, summary: Summary, targets: Sequence[str], findings: Sequence[Finding]) -> str:
     """A `data` section that a job could begin with, as YAML; columns that a model is better off without are named in comments."""
     left_out = {found.column: found.what for found in findings if found.what in NO_INPUT and found.column not in targets}
+    nested = [field.name for field in source.peek(1).schema if pa.types.is_nested(field.type) and field.name in summary.columns]
+    left_out |= {name: NESTED for name in nested if summary.columns[name].kind != "image" and name not in targets}
     kinds = {name: _kind_of_input(c) for name, c in summary.columns.items() if name not in targets and name not in left_out}
     together = {kind: [name for name, its in kinds.items() if its == kind] for kind in ("number", "category", "date")}
     inputs: list[dict[str, Any]] = [{"kind": kind, "columns": names} for kind, names in together.items() if names]

@@ -32,8 +32,8 @@ LOOK_CELLS = 2**20
 """A piece of more rows times columns is looked at in every n-th row only; what is exact is still of all rows."""
 LOOK_IMAGES, LOOK_BYTES = 64, 2**25
 """Encoded images that are decoded of a piece, and bytes of texts or decoded images that are looked at."""
-HASHED = 2**13
-"""Strings that are hashed at a time."""
+HASHED, HASHED_BYTES = 2**13, 2**20
+"""Strings that are hashed at a time, and about how many bytes of them: what lies in between is 34 times as large."""
 POINTS, MOST_POINTS = 2048, 2**17
 """Points that are kept of a column that has more different numbers, fewer for many columns; each thinning moves a rank by at most
 half a point's share, and pieces merged pairwise are thinned log2(pieces) times: 1 % at 10^6 pieces."""
@@ -580,7 +580,13 @@ def string_hashes(values: pa.Array) -> np.ndarray:
 
     Multilinear hashing (Carter and Wegman 1979), some strings at a time for the sake of memory.
     """
-    parts = [_hashes(values.slice(start, HASHED)) for start in range(0, len(values), HASHED)]
+    parts, start = [], 0
+    while start < len(values):
+        some = values.slice(start, HASHED)
+        ends = np.cumsum(pc.binary_length(some).to_numpy(zero_copy_only=False))
+        some = some.slice(0, 1 + int(np.searchsorted(ends, HASHED_BYTES)))
+        parts.append(_hashes(some))
+        start += len(some)
     return np.concatenate(parts) if parts else np.zeros(0, np.uint64)
 
 

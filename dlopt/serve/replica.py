@@ -270,8 +270,10 @@ class Application:
 
     def _is_quick(self, body: bytes) -> bool:
         """Whether a body is decoded in less time than a thread would cost: it is small, and so are its images."""
+        if len(body) >= LARGE:
+            return False
         images = body.count(b"b64") + body.count(b"\\")  # an escape may stand for any letter of b64
-        return len(body) < LARGE and images * self.most_pixels <= INLINE_PIXELS
+        return images * self.most_pixels <= INLINE_PIXELS
 
     def _decode(self, body: bytes) -> tuple[protocols.Request, Tensors]:
         request = protocols.parse(body, self.signature, self.section.max_rows)

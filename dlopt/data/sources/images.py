@@ -53,8 +53,8 @@ class Folders(Files):
     def first(self, rows: int) -> pa.Table:
         """As many rows, at most AT_ONCE, from all over the folders: files follow each other by class."""
         place, pieces = self.pieces()
-        most = min(rows, AT_ONCE, len(pieces))
-        return first_rows(self.load(place, [pieces[number * len(pieces) // most] for number in range(most)]), most)
+        most = max(1, min(rows, AT_ONCE, len(pieces)))
+        return first_rows(self.load(place, [pieces[number * len(pieces) // most] for number in range(most)]), rows)
 
     def load(self, place: Place | None, pieces: Sequence[Piece], columns: Sequence[str] | None = None) -> Iterator[Named]:
         assert place is not None
