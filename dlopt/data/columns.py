@@ -72,7 +72,7 @@ class Columns:
 def column_type(table: pa.Table, column: str) -> ColumnType:
     """What `Columns.canonical` has noted; "string" for a table that did not pass it."""
     noted = table.schema.field(column).metadata or {}
-    return noted.get(TYPE, b"string").decode()  # type: ignore[no-any-return]
+    return noted.get(TYPE, b"string").decode()
 
 
 def decided(looks: Iterable[pa.Table], stated: Mapping[str, ColumnType], missing: tuple[str, ...], untyped: bool = False) -> Columns:

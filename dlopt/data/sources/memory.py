@@ -19,7 +19,7 @@ from dlopt.part import DloptError
 
 
 def from_data(data: Any, folder: str | Path) -> Parquet:
-    """A source of what is in memory: a pyarrow Table, a pandas DataFrame, a dict of numpy arrays (images as uint8 of shape (rows, height,
+    """A source of what is in memory: a pyarrow Table, a pandas or polars DataFrame, a dict of numpy arrays (images as uint8 of shape (rows, height,
     width, channels)), or a list of dicts.
 
     It is written to `folder`, in a file named by its content's digest; the same content again finds the same file. Every node must
@@ -70,6 +70,8 @@ def _table(data: Any) -> pa.Table:
         return of_rows(data)
     if type(data).__module__.partition(".")[0] == "pandas" and hasattr(data, "iloc") and hasattr(data, "columns"):
         return of_frame(data)
+    if hasattr(data, "__arrow_c_stream__"):  # polars, duckdb and others
+        return pa.table(data)
     raise DloptError(f"from_data: a {type(data).__name__} is no table: give a Table, a DataFrame, a dict of arrays or a list of dicts")
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dlopt.data.sources.places import File, Place, reading
-from dlopt.data.sources.reading import MAX_BLOCK, Files, Named, Piece, conform, plain
+from dlopt.data.sources.reading import MAX_BLOCK, Files, Named, Piece, conform, plain, usual
 from dlopt.part import DloptError
 
 MOST_OPENED = 256
@@ -81,10 +81,18 @@ class Arrow(Files):
             with reading(piece.name), place.file(piece.path) as opened:
                 is_file = _is_file(opened)
                 batches: Any = pa.ipc.open_file(opened) if is_file else pa.ipc.open_stream(opened)
-                yield piece.name, batches.schema.empty_table()
+                yield piece.name, _without_views(batches.schema.empty_table())
                 numbers = range(piece.start, piece.stop or batches.num_record_batches) if is_file else []
                 for batch in map(batches.get_batch, numbers) if is_file else batches:
-                    yield piece.name, pa.Table.from_batches([batch])
+                    yield piece.name, _without_views(pa.Table.from_batches([batch]))
+
+
+def _without_views(table: pa.Table) -> pa.Table:
+    """Texts and bytes in Arrow's older layout, which all functions take."""
+    for place, field in enumerate(table.schema):
+        if field.type in (pa.string_view(), pa.binary_view()):
+            table = table.set_column(place, field.name, table[place].cast(usual(field.type)))
+    return table
 
 
 @contextmanager
