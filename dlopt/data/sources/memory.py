@@ -19,8 +19,8 @@ from dlopt.part import DloptError
 
 
 def from_data(data: Any, folder: str | Path) -> Parquet:
-    """A source of what is in memory: a pyarrow Table, a pandas or polars DataFrame, a dict of numpy arrays (images as uint8 of shape (rows, height,
-    width, channels)), or a list of dicts.
+    """A source of what is in memory: a pyarrow Table, a pandas or polars DataFrame, a dict of numpy arrays (images as uint8 of shape
+    (rows, height, width, channels)), or a list of dicts.
 
     It is written to `folder`, in a file named by its content's digest; the same content again finds the same file. Every node must
     see the folder. Raises DloptError for what makes no table.
