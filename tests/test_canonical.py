@@ -293,6 +293,8 @@ def test_the_types_of_the_training_source_hold_for_the_others(tmp_path: Path) ->
     meaning = list(meanings(section))[1]
     found = meaning.canonical(read(section.test, section.columns), section.compared)
     assert found["version"].to_pylist() == ["1.0", "2.0"] and found["a"].to_pylist() == ["1", "2"]
+    train = Parquet(path=f"{tmp_path}/x.parquet", missing=("?",))
+    assert [meaning.missing for meaning in meanings(section.model_copy(update={"source": train}))] == [("", "?"), ("", "?")]
     stated = section.model_copy(update={"test": Csv(path=f"{tmp_path}/t.csv", types={"version": "number"})})
     with pytest.raises(DloptError, match=r"data\.test\.types: 'version' is number, and string in data\.source: state one type in both"):
         _look(stated)
