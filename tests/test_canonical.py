@@ -13,19 +13,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from dlopt.artifact import Artifact, once
 from dlopt.data.canonical import MISSING, ColumnType, as_text
 from dlopt.data.columns import Columns, decided, spelled, type_of_texts
-from dlopt.data.encode import encode_rows
+from dlopt.data.encode import encode_rows, parse_dates
 from dlopt.data.inputs import CategoryInput, CategoryTarget, DateInput, Input, NumberInput, TextInput
 from dlopt.data.inputs.number import GroupMedian
 from dlopt.data.prepare import PREPARE, _look, meanings
 from dlopt.data.section import Data
-from dlopt.data.sources import Csv, JsonLines, Parquet, from_data
+from dlopt.data.sources import Arrow, Csv, JsonLines, Parquet, from_data
 from dlopt.data.sources.lines import Lines
 from dlopt.data.sources.reading import conform, wanted
-from dlopt.data.split import RandomSplit
+from dlopt.data.split import RandomSplit, TimeSplit
 from dlopt.part import DloptError, Feature, Signature, Target
 from tests.arranged import rows_of, signature_of
 
@@ -292,6 +293,8 @@ def test_the_types_of_the_training_source_hold_for_the_others(tmp_path: Path) ->
     meaning = list(meanings(section))[1]
     found = meaning.canonical(read(section.test, section.columns), section.compared)
     assert found["version"].to_pylist() == ["1.0", "2.0"] and found["a"].to_pylist() == ["1", "2"]
+    train = Parquet(path=f"{tmp_path}/x.parquet", missing=("?",))
+    assert [meaning.missing for meaning in meanings(section.model_copy(update={"source": train}))] == [("", "?"), ("", "?")]
     stated = section.model_copy(update={"test": Csv(path=f"{tmp_path}/t.csv", types={"version": "number"})})
     with pytest.raises(DloptError, match=r"data\.test\.types: 'version' is number, and string in data\.source: state one type in both"):
         _look(stated)
@@ -358,3 +361,130 @@ def test_a_column_whose_files_disagree_is_text() -> None:
     looks = [pa.table({"a": [1, 2], "b": [True, None], "c": pa.nulls(2)}), pa.table({"a": ["x", "y"], "b": pa.nulls(2), "c": ["1", "2"]})]
     assert decided(looks, {}, MISSING).types == {"a": "string", "b": "boolean", "c": "string"}
     assert decided(looks, {}, MISSING, untyped=True).types == {"a": "string", "b": "boolean", "c": "number"}
+
+
+# How csv files are written
+
+GERMAN = {"decimal": ",", "thousands": "."}
+WRITTEN: list[tuple[bytes, dict[str, Any], dict[str, Any]]] = [
+    (b"a;b;c\n1,5;x,y;1.234,5\n-2;1,5 m;7\n;z;1.000\n", {"delimiter": ";"} | GERMAN, {"sep": ";"} | GERMAN),
+    (b'a,b\n"1,234.5",x\n"12,345,678",y\n-7.25,z\n', {"thousands": ","}, {"thousands": ","}),
+    (b"# made by hand\na,b\n1,x\n#2,y\n3,#z\n", {"comment": "#"}, {"skiprows": 1}),
+    (b'a,b\n1,"say \\"hi\\", you"\n2,x\\,y\n', {"escape": "\\"}, {"escapechar": "\\"}),
+    (b"a, b\n1, yes\n2, no\n", {"trim": True}, {"skipinitialspace": True}),
+    (b"a,b,\n1,x\n2,y\n", {}, {"usecols": ["a", "b"]}),
+    (b",a\n0,1\n1,2\n", {}, {"index_col": 0}),
+    (b"a,b\n1,-\n?,y\n", {"missing": ["-", "?"]}, {"na_values": ["-", "?"]}),
+]
+
+
+@pytest.mark.parametrize(("content", "given", "pandas_has"), WRITTEN)
+def test_csv_is_read_as_pandas_reads_it(content: bytes, given: dict[str, Any], pandas_has: dict[str, Any], tmp_path: Path) -> None:
+    import pandas
+
+    (tmp_path / "x.csv").write_bytes(content)
+    source = Csv.model_validate({"path": f"{tmp_path}/x.csv"} | given)
+    expected = pandas.read_csv(tmp_path / "x.csv", **pandas_has)
+    if given.get("comment"):  # pandas takes what follows one within a line for a comment as well
+        expected = expected[~expected["a"].astype(str).str.startswith("#")].astype({"a": int})
+    found = source.peek(9)
+    rows = [{name: None if value != value else value for name, value in row.items()} for row in expected.to_dict("records")]
+    assert found.to_pylist() == rows
+    meaning = source.meaning()
+    texts = meaning.canonical(read(source, tuple(found.column_names)), tuple(found.column_names))
+    assert [[as_text(value) for value in row.values()] for row in rows] == [[as_text(v) for v in row.values()] for row in texts.to_pylist()]
+
+
+def test_thousands_that_the_job_does_not_name_are_said(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("a;b\n1.234,5;x\n2,5;y\n")
+    with pytest.raises(DloptError, match=r"x\.csv: column 'a' parts thousands by '\.': set thousands to it"):
+        Csv(path=f"{tmp_path}/x.csv", delimiter=";", decimal=",").peek(1)
+    for wrong in ({"decimal": ",", "thousands": ","}, {"escape": '"'}, {"comment": "ä"}):
+        with pytest.raises(ValueError):
+            Csv.model_validate({"path": "x"} | wrong)
+
+
+def test_lines_keep_their_numbers_whatever_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text('a,b\n# one\n1,"\\"\n"\n# two, "too\n\n2,3,4\n')
+    with pytest.raises(DloptError, match=r"x\.csv: cannot be read: line 7 has 3 values where 2 are expected"):
+        Csv(path=f"{tmp_path}/x.csv", comment="#", escape="\\").peek(1)
+
+
+# Refused without need
+
+
+def test_views_that_polars_writes_are_texts(tmp_path: Path) -> None:
+    views = pa.table({"a": pa.array(["x", None], pa.string_view()), "b": pa.array([b"1", b"2"], pa.binary_view())})
+    with pa.OSFile(f"{tmp_path}/x.arrow", "wb") as sink, pa.ipc.new_file(sink, views.schema) as writer:
+        writer.write_table(views)
+    source = Arrow(path=f"{tmp_path}/x.arrow")
+    found = read(source, ("a", "b"))
+    assert found.schema == pa.schema([("a", pa.string()), ("b", pa.binary())])
+    assert found.to_pylist() == source.peek(2).to_pylist() == [{"a": "x", "b": b"1"}, {"a": None, "b": b"2"}]
+
+
+def test_whatever_gives_a_stream_of_arrow_is_a_table(tmp_path: Path) -> None:
+    """As polars' DataFrame does, which is not installed here."""
+
+    class Frame:
+        def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
+            return pa.table({"a": pa.array(["x", None], pa.string_view())}).__arrow_c_stream__(requested_schema)
+
+    assert from_data(Frame(), tmp_path).peek(2).to_pylist() == [{"a": "x"}, {"a": None}]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("2026-11-24T08:30:00.1234567", "2026-11-24 08:30:00.123456789Z", "2026-11-24T08:30:00+00"),
+        *("2026-11-24T08:30:00.5-05", "2026-11-24T08:30:00.123456789+05:30"),
+    ],
+)
+def test_dates_in_iso_8601_are_those_of_pandas(text: str) -> None:
+    import pandas
+
+    expected = pandas.Timestamp(text)
+    expected = expected.tz_convert(None) if expected.tz else expected
+    assert parse_dates(pa.array([text, None, "2026-01-02"]), "")[0].as_py() == expected.floor("us").to_pydatetime()
+
+
+def test_forms_that_arrow_does_not_read_are_read_by_python() -> None:
+    texts = ["24.11.2026 08:30:00.25", None, "01.02.2026 23:59:59.999999"]
+    found = parse_dates(pa.array(texts), "%d.%m.%Y %H:%M:%S.%f")
+    assert found.to_pylist() == [datetime(2026, 11, 24, 8, 30, 0, 250_000), None, datetime(2026, 2, 1, 23, 59, 59, 999_999)]
+    with pytest.raises(DloptError, match=r"is not a date such as %d\.%m\.%Y %f"):
+        parse_dates(pa.array(["24.11.2026"]), "%d.%m.%Y %f")
+
+
+def test_a_split_by_time_goes_by_the_numbers_of_a_csv_file(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("t,label\n2013,a\n2015.5,b\n,a\nsoon,b\n")
+    source = Csv(path=f"{tmp_path}/x.csv", types={"t": "number"})
+    values, reasons = TimeSplit(column="t").side(source.meaning().canonical(read(source, ("t",))))
+    assert values.to_pylist()[:2] == [2013.0, 2015.5] and reasons == {2: "t: no time to split by", 3: "t: 'soon' is not a number"}
+    (tmp_path / "y.csv").write_text("t\n2013-01-02\n2013-01-01\n")
+    dated = Csv(path=f"{tmp_path}/y.csv")
+    assert np.diff(TimeSplit(column="t").side(dated.meaning().canonical(read(dated, ("t",))))[0].to_numpy()).tolist() == [-86400.0]
+
+
+def test_a_column_that_nobody_asks_for_may_change_its_type(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"a": [1], "x": [1]}), tmp_path / "1.parquet")
+    pq.write_table(pa.table({"a": [2.5], "x": ["one"]}), tmp_path / "2.parquet")
+    source = Parquet(path=str(tmp_path))
+    assert read(source, ("a",)).to_pylist() == [{"a": 1.0}, {"a": 2.5}] and source.peek(1).to_pylist() == [{"a": 1.0, "x": 1}]
+    with pytest.raises(DloptError, match=r"2\.parquet: its columns are not those of \S+1\.parquet"):
+        read(source, ("x",))
+
+
+def test_yes_without_quotes_is_said() -> None:
+    target = CategoryTarget.model_validate(yaml.safe_load("{column: y, positive: yes}"))
+    with pytest.raises(DloptError, match=r"'true' must be one of two classes; there are 'no', 'yes' \(YAML reads yes and on as true"):
+        target.target({"no": 3, "yes": 4})
+    assert target.target({0: 3, 1: 4}).positive == 1
+
+
+@pytest.mark.parametrize("large", [float("inf"), 1e39, 10**400])
+def test_a_number_that_is_too_large_is_said_with_its_row_and_column(large: Any) -> None:
+    part = NumberInput(columns=("a", "b"))
+    signature = Signature(inputs=(part.feature(pa.table({"a": [1.0], "b": [1.0]})),), target=Target(name="y", labels=(0, 1)))
+    with pytest.raises(DloptError, match=r"^row 1: b: a number is too large$"):
+        encode_rows(signature, [{"a": 1, "b": None}, {"a": None, "b": large}])

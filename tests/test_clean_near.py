@@ -19,6 +19,7 @@ from dlopt.data.clean import NearDuplicateImages, NearDuplicateTexts
 from dlopt.data.clean.images import WAVES, _transform
 from dlopt.data.clean.near import WINDOW
 from dlopt.data.clean.texts import HASHES, NOTHING, bands_for
+from dlopt.data.columns import Columns
 from dlopt.data.counter import row_keys
 
 
@@ -280,7 +281,7 @@ def test_the_pieces_of_a_text_go_from_its_first_to_its_last_word() -> None:
 def test_rows_without_a_text_stay() -> None:
     clean = NearDuplicateTexts(columns=("a", "b"))
     table = pa.table({"a": ["", None, "NA", "...", "one two three four"] * 3, "b": pa.array([None] * 15, pa.string())})
-    sketches = clean.sketch(clean.texts(table))
+    sketches = clean.sketch(clean.texts(Columns().canonical(table)))
     assert (sketches.reshape(3, 5, HASHES)[:, :4] == NOTHING).all()
     gone = clean.losers(sketches, keys(15)).reshape(3, 5)
     assert not gone[:, :4].any() and gone[:, 4].sum() == 2

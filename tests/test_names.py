@@ -78,7 +78,6 @@ def test_rows_that_are_set_aside_keep_columns_of_any_name(tmp_path: Path) -> Non
             CategoryTarget(),
             f"inputs: 'probabilities' {NEEDED}",
         ),
-        ([NumberInput(columns=("a",), name="values")], NumberTarget(columns=("y",)), f"inputs: 'values' {NEEDED}"),
         (
             [DateInput(columns=("signup",)), NumberInput(columns=("signup.month",))],
             CategoryTarget(),

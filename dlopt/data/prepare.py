@@ -26,6 +26,7 @@ import pyarrow as pa
 from dlopt.artifact import Stage, write_atomically
 from dlopt.data import passes
 from dlopt.data.account import account, refuse_bad, refuse_dropped, refuse_unlearnable
+from dlopt.data.canonical import MISSING
 from dlopt.data.clean import DropColumns, ExactDuplicates, NearDuplicates, Outliers
 from dlopt.data.columns import Columns
 from dlopt.data.describe import describe
@@ -148,15 +149,16 @@ def _look(section: Data, progress: Progress = silent) -> tuple[tuple[Feature, ..
 
 
 def meanings(section: Data) -> Iterator[Columns]:
-    """What the columns of each source mean: the types are those of `data.source`, whatever the files of another look like. Raises
-    DloptError where one states another type."""
-    types = section.source.meaning().types
+    """What the columns of each source mean: the types are those of `data.source`, whatever the files of another look like, and so are
+    the texts of missing values unless it names its own. Raises DloptError where one states another type."""
+    main = section.source.meaning()
+    types = main.types
     for name, source in sources(section).items():
         stated, missing = source.stated()
         for column, kind in stated.items():
             if types.get(column, kind) != kind:
                 raise DloptError(f"data.{name}.types: {column!r} is {kind}, and {types[column]} in data.source: state one type in both")
-        yield Columns(types, missing)
+        yield Columns(types, main.missing if missing == MISSING else missing)
 
 
 def meant(feature: Feature, meaning: Columns) -> Feature:

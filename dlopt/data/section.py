@@ -13,7 +13,7 @@ from dlopt.data.inputs.number import GroupMedian
 from dlopt.data.prepared import SEPARATOR, part_column
 from dlopt.data.sources import Source
 from dlopt.data.split import Fold, GivenSplit, RandomSplit, Split, StratifiedSplit, TimeSplit
-from dlopt.part import PROBABILITIES, VALUES, Part
+from dlopt.part import Part
 
 
 class Data(Part):
@@ -64,9 +64,8 @@ class Data(Part):
 
     @model_validator(mode="after")
     def names_are_free(self) -> Self:
-        output = VALUES if self.target.kind == "number" else PROBABILITIES
         for part in self.inputs:
-            if part.tensor.startswith("__") or SEPARATOR in part.tensor or part.tensor == output:
+            if part.tensor.startswith("__") or SEPARATOR in part.tensor:
                 raise ValueError(f"inputs: {part.tensor!r} is a name that dlopt needs itself: give this input another `name`")
         return self
 

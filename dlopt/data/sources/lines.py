@@ -7,7 +7,7 @@ import csv
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -19,7 +19,7 @@ import pyarrow.json
 from pydantic import Field, field_validator, model_validator
 
 from dlopt.data.canonical import as_text
-from dlopt.data.columns import Columns, decided, spelled
+from dlopt.data.columns import Columns, decided, missing_as_null, spelled
 from dlopt.data.prepared import SEPARATOR
 from dlopt.data.sources import records
 from dlopt.data.sources.partitions import values_of
@@ -142,8 +142,18 @@ class Csv(Lines):
     """Whether the first line of each file names the columns."""
     columns: tuple[str, ...] = ()
     """Names of the columns of files without a header line."""
+    escape: str | None = Field(None, min_length=1, max_length=1)
+    """What stands before a letter that is to be taken as it is, a quote or a delimiter: "\\"."""
+    comment: str | None = Field(None, min_length=1, max_length=1)
+    """Lines that begin with this letter are left out."""
+    trim: bool = False
+    """Whether blanks around names and values are left out."""
+    decimal: str = Field(".", min_length=1, max_length=1)
+    """What stands before the decimals of numbers; "," in many countries. It holds for columns that are numbers throughout."""
+    thousands: str | None = Field(None, min_length=1, max_length=1)
+    """What parts the thousands of numbers: "." or ","."""
 
-    @field_validator("delimiter", "quote")
+    @field_validator("delimiter", "quote", "escape", "comment", "decimal", "thousands")
     @classmethod
     def is_one_byte(cls, letter: str | None) -> str | None:
         if letter is not None and (not letter.isascii() or letter in "\r\n"):
@@ -160,9 +170,20 @@ class Csv(Lines):
             raise ValueError("columns: two of them have the same name")
         return self
 
+    @model_validator(mode="after")
+    def letters_have_one_meaning(self) -> Self:
+        letters = {name: getattr(self, name) for name in ("delimiter", "quote", "escape", "comment") if getattr(self, name)}
+        for name, letter in letters.items():
+            if list(letters.values()).count(letter) > 1:
+                raise ValueError(f"{name}: {letter!r} means something else as well")
+        if self.decimal == self.thousands:
+            raise ValueError(f"thousands: {self.thousands!r} stands before the decimals: set decimal")
+        return self
+
     def chunks_of(self, texts: Iterator[bytes], name: str, size: int) -> Iterator[Chunk]:
         columns: tuple[str, ...] = self.columns
-        for chunk in records.chunks(texts, name, size, self.delimiter, self.quote):
+        for chunk in records.chunks(texts, name, size, self.delimiter, self.quote, self.escape):
+            chunk = chunk if self.comment is None else self._without_comments(chunk)
             if not columns:
                 chunk, columns = self._without_header(chunk)
             yield Chunk(chunk.name, chunk.line, chunk.content, columns)
@@ -174,8 +195,63 @@ class Csv(Lines):
     def meaning(self) -> Columns:
         return decided(self.looks(), *self.stated(), untyped=True)
 
+    def looks(self) -> Iterator[pa.Table]:
+        tables = list(super().looks())
+        local = self._local(tables)
+        yield from (self._plain_numbers(table, local) for table in tables)
+
     def layout(self, columns: Sequence[str] | None = None) -> pa.Schema:
-        return self.first(1).schema
+        """All columns are texts; those of numbers that are to be written plainly are large_string, to tell them from the others."""
+        tables = list(super().looks())
+        local = self._local(tables)
+        return pa.schema([(name, pa.large_string() if name in local else pa.string()) for name in tables[0].column_names])
+
+    def first(self, rows: int) -> pa.Table:
+        place, pieces = self.pieces()
+        layout = self.layout()
+        chunks = self._chunks(place, pieces, block_bytes(pieces))
+        return first_rows(((chunk.name, self.parse(chunk, layout)) for chunk in chunks), rows)
+
+    def _local(self, tables: Sequence[pa.Table]) -> set[str]:
+        """The columns of numbers as `decimal` and `thousands` have them. Raises DloptError for thousands that the job does not name."""
+        if self.decimal == "." and self.thousands is None:
+            return set()
+        found, other = set(tables[0].column_names), "." if self.decimal == "," else ","
+        for name in tables[0].column_names:
+            texts = [missing_as_null(table[name], self.missing) for table in tables if name in table.column_names]
+            if not self._all_match(texts, self.thousands):
+                found.discard(name)
+                if self.thousands is None and self._all_match(texts, other):
+                    raise DloptError(f"{tables and self.files()[0]}: column {name!r} parts thousands by {other!r}: set thousands to it")
+        return found
+
+    def _all_match(self, texts: Sequence[pa.ChunkedArray], thousands: str | None) -> bool:
+        return all(pc.all(pc.match_substring_regex(some, self._number(thousands))).as_py() is not False for some in texts)
+
+    def _number(self, thousands: str | None) -> str:
+        """What a number looks like."""
+        parted = f"[0-9]{{1,3}}(?:{re.escape(thousands)}[0-9]{{3}})+|" if thousands else ""
+        return rf"^\s*-?(?:{parted}[0-9]+)(?:{re.escape(self.decimal)}[0-9]+)?(?:[eE][+-]?[0-9]+)?\s*$"
+
+    def _plain_numbers(self, table: pa.Table, local: Collection[str]) -> pa.Table:
+        """Numbers of these columns as programs write them."""
+        for place, name in enumerate(table.column_names):
+            if name in local:
+                texts = table[name]
+                plain = pc.replace_substring(pc.replace_substring(texts, self.thousands or "\0", ""), self.decimal, ".")
+                found = pc.if_else(pc.match_substring_regex(texts, self._number(self.thousands)), plain, texts)
+                table = table.set_column(place, name, found)
+        return table
+
+    def _without_comments(self, chunk: Chunk) -> Chunk:
+        """With an empty line for each comment, so that lines keep their numbers."""
+        mark = (self.comment or "").encode()
+        if not chunk.content.startswith(mark) and b"\n" + mark not in chunk.content:
+            return chunk
+        ends = [*records.ends(chunk.content, self.delimiter, self.quote, self.escape).tolist(), len(chunk.content)]
+        parts = [chunk.content[start:end] for start, end in itertools.pairwise([0, *ends])]
+        kept = [b"\n" * part.count(b"\n") if part.startswith(mark) else part for part in parts]
+        return Chunk(chunk.name, chunk.line, b"".join(kept), chunk.columns)
 
     def parse(self, chunk: Chunk, schema: pa.Schema | None = None) -> pa.Table:
         named = [name for name in chunk.columns if name]
@@ -186,25 +262,26 @@ class Csv(Lines):
         types = pa.schema([(name, pa.string()) for name in named if name in set(asked)])
         if not chunk.content.strip(b"\r\n"):
             return types.empty_table()
-        why = ""
+        why, local = "", {field.name for field in schema or () if field.type == pa.large_string()}
         columns = [name or f"{SEPARATOR}{number}" for number, name in enumerate(chunk.columns)]
         last = max((number for number, name in enumerate(chunk.columns, 1) if name), default=0)
         for some in [columns, columns[:last]] if last < len(columns) else [columns]:
             wrong: list[pa.csv.InvalidRow] = []
             try:
-                return self._values(chunk, some, types, wrong)
+                return self._plain_numbers(self._values(chunk, some, types, wrong), local)
             except pa.ArrowInvalid as error:
                 why = why or f"{chunk.name}: cannot be read: {self._why(chunk, wrong, error)}"
         raise DloptError(why)
 
     def _values(self, chunk: Chunk, columns: list[str], types: pa.Schema, wrong: list[pa.csv.InvalidRow]) -> pa.Table:
         """The texts of some of the columns. Raises pyarrow.ArrowInvalid, with what is `wrong`."""
-        return pa.csv.read_csv(
+        found = pa.csv.read_csv(
             pa.BufferReader(chunk.content),
             pa.csv.ReadOptions(use_threads=False, column_names=columns, block_size=len(chunk.content) + 1),
             self._options(wrong),
             pa.csv.ConvertOptions(column_types=types, include_columns=types.names),
         )
+        return pa.table({name: pc.utf8_trim_whitespace(found[name]) for name in found.column_names}) if self.trim else found
 
     def _options(self, wrong: list[pa.csv.InvalidRow]) -> pa.csv.ParseOptions:
         def refuse(row: pa.csv.InvalidRow) -> str:
@@ -213,7 +290,11 @@ class Csv(Lines):
 
         quoted = self.quote is not None
         return pa.csv.ParseOptions(
-            delimiter=self.delimiter, quote_char=self.quote or False, newlines_in_values=quoted, invalid_row_handler=refuse
+            delimiter=self.delimiter,
+            quote_char=self.quote or False,
+            escape_char=self.escape or False,
+            newlines_in_values=quoted,
+            invalid_row_handler=refuse,
         )
 
     def _without_header(self, chunk: Chunk) -> tuple[Chunk, tuple[str, ...]]:
@@ -221,16 +302,18 @@ class Csv(Lines):
         is the one that a delimiter at the end of the line makes, whether the other lines end in one or not."""
         blank = len(chunk.content) - len(chunk.content.lstrip(b"\r\n"))
         content = chunk.content[blank:]
-        found = records.ends(content, self.delimiter, self.quote)
+        found = records.ends(content, self.delimiter, self.quote, self.escape)
         end = int(found[0]) if len(found) else len(content)
         with _text(chunk):
             header = content[:end].decode().rstrip("\r\n")
         style = {"quoting": csv.QUOTE_NONE} if self.quote is None else {"quotechar": self.quote}
         try:
-            columns = tuple(next(csv.reader([header], delimiter=self.delimiter, **style), ()))
+            columns = tuple(next(csv.reader([header], delimiter=self.delimiter, escapechar=self.escape, **style), ()))
         except csv.Error as error:
             raise DloptError(f"{chunk.name}: cannot be read: its first line names no columns: {error}") from None
-        columns = tuple(name if name.strip() else "" for name in columns)
+        columns = tuple((name.strip() if self.trim else name) if name.strip() else "" for name in columns)
+        if not any(columns):
+            raise DloptError(f"{chunk.name}: cannot be read: its first line names no columns")
         _refuse_twice([name for name in columns if name], chunk.name)
         return Chunk(chunk.name, 1 + chunk.content.count(b"\n", 0, blank + end), content[end:]), columns
 
@@ -246,7 +329,7 @@ class Csv(Lines):
     def _line(self, chunk: Chunk, number: int) -> int:
         """The line of a chunk's record, counted from 1 as pyarrow does, which passes over empty lines."""
         start, seen = 0, 0
-        for end in [*records.ends(chunk.content, self.delimiter, self.quote).tolist(), len(chunk.content)]:
+        for end in [*records.ends(chunk.content, self.delimiter, self.quote, self.escape).tolist(), len(chunk.content)]:
             seen += bool(chunk.content[start:end].strip(b"\r\n"))
             if seen == number:
                 break

@@ -6,6 +6,7 @@ Finding the ends takes a look at line ends and quotes only; making values of the
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -62,7 +63,9 @@ def utf8(stream: Any, name: str, encoding: str) -> Iterator[bytes]:
         raise DloptError(f"{name}: cannot be read as {encoding}: it ends within a letter")
 
 
-def chunks(parts: Iterable[bytes], name: str, size: int, delimiter: str = "", quote: str | None = None) -> Iterator[Chunk]:
+def chunks(
+    parts: Iterable[bytes], name: str, size: int, delimiter: str = "", quote: str | None = None, escape: str | None = None
+) -> Iterator[Chunk]:
     """Text in chunks of whole records, of about `size` bytes; the first one is smaller, for a quick look. Raises DloptError for
     a quote that stays open, which would swallow the rest of the file."""
     line, rest, size_of_rest, enough = 1, list[bytes](), 0, min(size, READ_BYTES)
@@ -72,7 +75,7 @@ def chunks(parts: Iterable[bytes], name: str, size: int, delimiter: str = "", qu
         if size_of_rest < enough:
             continue
         text = b"".join(rest)
-        end = last_end(text, delimiter, quote)
+        end = last_end(text, delimiter, quote, escape)
         if not end and len(text) > MOST_BYTES:
             raise _endless(name, line)
         if end:
@@ -81,8 +84,8 @@ def chunks(parts: Iterable[bytes], name: str, size: int, delimiter: str = "", qu
         rest, size_of_rest = [text[end:]], len(text) - end
         enough = size if end else 2 * len(text)
     text = b"".join(rest)
-    if quote is not None and len(_real_quotes(np.frombuffer(text, np.uint8), ord(delimiter), ord(quote))) % 2:
-        raise _endless(name, line + text.count(b"\n", 0, last_end(text, delimiter, quote)))
+    if quote is not None and len(_real_quotes(np.frombuffer(_masked(text, escape), np.uint8), ord(delimiter), ord(quote))) % 2:
+        raise _endless(name, line + text.count(b"\n", 0, last_end(text, delimiter, quote, escape)))
     if text:
         yield Chunk(name, line, text)
 
@@ -91,21 +94,26 @@ def _endless(name: str, line: int) -> DloptError:
     return DloptError(f"{name}: the record on line {line} does not end: is a quote left open? quote: null takes quotes as letters")
 
 
-def last_end(text: bytes, delimiter: str = "", quote: str | None = None) -> int:
+def last_end(text: bytes, delimiter: str = "", quote: str | None = None, escape: str | None = None) -> int:
     """Where the last whole record of a text ends, which starts with a record; 0 when none does."""
-    if quote is None or quote.encode() not in text:
+    if escape is None and (quote is None or quote.encode() not in text):
         return text.rfind(b"\n") + 1
-    found = ends(text, delimiter, quote)
+    found = ends(text, delimiter, quote, escape)
     return int(found[-1]) if len(found) else 0
 
 
-def ends(text: bytes, delimiter: str = "", quote: str | None = None) -> np.ndarray:
-    """Where each record of a text ends, behind its line end: the line ends that are not within quotes."""
-    letters = np.frombuffer(text, np.uint8)
+def ends(text: bytes, delimiter: str = "", quote: str | None = None, escape: str | None = None) -> np.ndarray:
+    """Where each record of a text ends, behind its line end: the line ends that are not within quotes or escaped."""
+    letters = np.frombuffer(_masked(text, escape), np.uint8)
     found = np.flatnonzero(letters == NEWLINE)
     if quote is not None:
         found = found[np.searchsorted(_real_quotes(letters, ord(delimiter), ord(quote)), found) % 2 == 0]
     return found + 1
+
+
+def _masked(text: bytes, escape: str | None) -> bytes:
+    """A text that is as long, without what is escaped."""
+    return text if escape is None else re.sub(re.escape(escape.encode()) + rb"(?s:.)", b"xx", text)
 
 
 def _real_quotes(letters: np.ndarray, delimiter: int, quote: int) -> np.ndarray:
