@@ -115,8 +115,15 @@ def _work(section: Fit, store: Store) -> Work:
     factory = factory_of(section.model) if isinstance(section.model, Own) else None
 
     def work(config: dict[str, Any]) -> dict[str, Any] | None:
+        from dlopt.train.mistakes import mistake_of
+
         with stopping.training():
-            return train_worker(config, factory, store)
+            try:
+                return train_worker(config, factory, store)
+            except Exception as error:
+                if mistake := mistake_of(error):
+                    raise mistake from error
+                raise
 
     return work
 
@@ -232,10 +239,12 @@ class _Run:
             asked.leave()
 
     def _judge(self, error: Exception) -> None:
-        """Say why a group has ended, if another one can follow it. Raises what it ended with, DloptError or GaveUp if not."""
+        """Say why a group has ended, if another one can follow it. Raises what it ended with, DloptError or GaveUp if not. What a worker
+        raises may come of another's being gone."""
         from dlopt.train import group
 
-        if mistake := group.mistake_in(error):
+        mistake = group.mistake_in(error)
+        if mistake and not group.lost(error):
             raise mistake from error
         loss = group.loss_of(error, self.out, self.since) if self.need.most else None
         if loss is None:

@@ -232,7 +232,7 @@ class Resources(Part):
 
     workers: Literal["auto"] | int | tuple[int, int] = "auto"
     """0 trains in the process of the run; N on N workers; [min, max] on as many as there are, more or fewer as they come and
-    go; auto is every GPU of the cluster that a batch can be shared out to, or 0 without one. Workers have a GPU each where there are any."""
+    go; auto is every GPU of the cluster that a batch can be shared out to, or 0 without one. Where there are GPUs, each worker has one."""
     cpus_per_worker: float = Field(1.0, gt=0)
     """CPUs that each worker reserves (and threads that it computes with)."""
     feed: Literal["auto", "resident", "stream"] = "auto"
