@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -39,7 +40,26 @@ def test_workers_have_a_gpu_each_only_where_there_are_enough() -> None:
     nodes = [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 2.0}]
     assert need_of(Resources(workers=3), nodes, "stream") == Need(3, 3, {"CPU": 1.0, "GPU": 1.0}, stream=True)
     assert need_of(Resources(workers=(1, 4)), nodes, "resident") == Need(1, 4, {"CPU": 1.0, "GPU": 1.0})
-    assert need_of(Resources(workers=(4, 8)), nodes, "resident") == Need(4, 8, {"CPU": 1.0})
+    assert need_of(Resources(workers=(4, 8)), [{"CPU": 8.0}], "resident") == Need(4, 8, {"CPU": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("workers", "gpus", "batch", "said"),
+    [
+        (3, 2.0, 64, "3 workers and the cluster has 2 GPUs, of which each worker takes one: lower workers to 2, or hide the GPUs"),
+        ((2, 8), 1.0, 64, "2 workers and the cluster has 1 GPU, of which each worker takes one: lower workers to 1, or hide the GPUs"),
+        (4, 0.0, 3, "4 workers cannot share out a batch of 3 rows: lower workers or raise train.batch_size"),
+    ],
+)
+def test_no_gpu_and_no_worker_is_idle_in_silence(workers: Any, gpus: float, batch: int, said: str) -> None:
+    with pytest.raises(DloptError, match=re.escape(f"resources.workers: {said}")):
+        need_of(Resources(workers=workers), [{"CPU": 8.0, "GPU": gpus}], "resident", batch)
+
+
+@pytest.mark.parametrize(("gpus", "batch", "most"), [(128.0, 256, 64), (8.0, 5, 5), (8.0, 64, 8)])
+def test_auto_takes_no_more_gpus_than_a_batch_can_be_shared_out_to(gpus: float, batch: int, most: int) -> None:
+    assert need_of(Resources(workers=(2, 64)), [{"CPU": 8.0}], "resident", 5).most == 5
+    assert need_of(Resources(), [{"CPU": 256.0, "GPU": gpus}], "resident", batch) == Need(most, most, {"CPU": 1.0, "GPU": 1.0})
 
 
 @pytest.mark.parametrize(

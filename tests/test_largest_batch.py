@@ -15,7 +15,8 @@ from dlopt.optim.optimizers import Adam
 from dlopt.optim.schedules import ScaleLr
 from dlopt.part import DloptError
 from dlopt.train.gradients import Sharpness
-from dlopt.train.largest_batch import FINE, MIB, Trials, _is_lack_of_memory, free_bytes, largest, largest_batch, rates_for
+from dlopt.train.largest_batch import FINE, MIB, Trials, free_bytes, largest, largest_batch, rates_for
+from dlopt.train.mistakes import is_lack_of_memory
 from dlopt.train.section import Fit, Train
 from tests.sets import THREE, prepared, signature
 from tests.test_models import image
@@ -120,8 +121,8 @@ def test_a_trial_leaves_the_network_as_it_was(pictures: Artifact) -> None:
 def test_torchs_own_error_is_known_as_a_lack_of_memory() -> None:
     with pytest.raises(RuntimeError) as error:
         torch.empty(2**60, dtype=torch.uint8)
-    assert _is_lack_of_memory(error.value)
-    assert not _is_lack_of_memory(RuntimeError("shapes cannot be multiplied"))
+    assert is_lack_of_memory(error.value)
+    assert not is_lack_of_memory(RuntimeError("shapes cannot be multiplied"))
 
 
 def test_free_memory_is_at_most_what_the_machine_has() -> None:

@@ -217,7 +217,9 @@ class Watch:
     def recall(self, memory: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Go on from where another one was that had this memory; an empty one is that of the start."""
         self.called, self.units, self.said, self.spikes = list(memory.get("called", ())), _Units(), _Said(), Spikes()
-        self.units.idle, self.units.saturating = dict(tensors), set(memory.get("saturating", ()))
+        device = next((parameter.device for parameter in self.network.parameters()), None)
+        self.units.idle = {name: idle.to(device) for name, idle in tensors.items()}
+        self.units.saturating = set(memory.get("saturating", ()))
         if memory:
             self.said.recall(memory["said"])
             self.spikes.recall(memory["spikes"])

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dlopt.artifact import Artifact, Stage
+from dlopt.data.order import LANES
 from dlopt.data.prepared import Split
 from dlopt.models.own import Own, factory_of
 from dlopt.optim.schedules import refuse_too_long
@@ -78,7 +79,9 @@ def fit(section: Fit, out: Path, data: Artifact, *, resources: Resources, progre
     refuse_too_long(section.train.schedule, course_of(section, len(train)))
     nodes = room.nodes()
     feed = _feed(resources, train)
-    need = need_of(resources, nodes, feed)
+    need = need_of(resources, nodes, feed, section.train.rows_of_batch(len(train)))
+    if resources.workers == "auto" and (gpus := gpus_of(nodes)) > need.most:
+        progress("fit", None, f"{WARNING}{counted(need.most)} for {gpus} GPUs, the others idle: a batch cannot be shared out to more")
     if need.most > 1:
         refuse_parallelism(resources.parallelism, section.train.optimizer.kind)
     room.refuse_never(need, nodes)
@@ -112,8 +115,15 @@ def _work(section: Fit, store: Store) -> Work:
     factory = factory_of(section.model) if isinstance(section.model, Own) else None
 
     def work(config: dict[str, Any]) -> dict[str, Any] | None:
+        from dlopt.train.mistakes import mistake_of
+
         with stopping.training():
-            return train_worker(config, factory, store)
+            try:
+                return train_worker(config, factory, store)
+            except Exception as error:
+                if mistake := mistake_of(error):
+                    raise mistake from error
+                raise
 
     return work
 
@@ -229,10 +239,12 @@ class _Run:
             asked.leave()
 
     def _judge(self, error: Exception) -> None:
-        """Say why a group has ended, if another one can follow it. Raises what it ended with, DloptError or GaveUp if not."""
+        """Say why a group has ended, if another one can follow it. Raises what it ended with, DloptError or GaveUp if not. What a worker
+        raises may come of another's being gone."""
         from dlopt.train import group
 
-        if mistake := group.mistake_in(error):
+        mistake = group.mistake_in(error)
+        if mistake and not group.lost(error):
             raise mistake from error
         loss = group.loss_of(error, self.out, self.since) if self.need.most else None
         if loss is None:
@@ -302,14 +314,30 @@ def _range(resources: Resources, gpus: int = 0) -> tuple[int, int]:
     return (asked, asked) if isinstance(asked, int) else asked
 
 
-def need_of(resources: Resources, nodes: list[Node], feed: str) -> Need:
-    """What `workers` means on a cluster of these nodes: workers have a GPU each where there are enough of them."""
+def need_of(resources: Resources, nodes: list[Node], feed: str, batch: int = LANES) -> Need:
+    """What `workers` means on a cluster of these nodes, for batches of so many rows: workers have a GPU each where there are any.
+
+    Raises DloptError where workers would have no rows, or more of them are asked for than there are GPUs, which would be idle.
+    """
     from dlopt.train.room import Need
 
-    gpus = int(sum(node.get("GPU", 0) for node in nodes))
-    least, most = _range(resources, gpus)
-    worker = {"CPU": resources.cpus_per_worker} | ({"GPU": 1.0} if 0 < least <= gpus else {})
-    return Need(least, most, worker, stream=feed == "stream")
+    gpus = gpus_of(nodes)
+    least, most = _range(resources, min(gpus, LANES, batch))
+    if least > batch:
+        raise DloptError(
+            f"resources.workers: {least} workers cannot share out a batch of {batch} rows: lower workers or raise train.batch_size"
+        )
+    if 0 < gpus < least:
+        raise DloptError(
+            f"resources.workers: {least} workers and the cluster has {gpus} GPU{'s' * (gpus > 1)}, of which each worker takes one: "
+            f"lower workers to {gpus}, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to train on CPUs"
+        )
+    worker = {"CPU": resources.cpus_per_worker} | ({"GPU": 1.0} if least and gpus else {})
+    return Need(least, min(most, batch), worker, stream=feed == "stream")
+
+
+def gpus_of(nodes: list[Node]) -> int:
+    return int(sum(node.get("GPU", 0) for node in nodes))
 
 
 def _feed(resources: Resources, train: Split) -> str:

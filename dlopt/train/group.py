@@ -164,6 +164,11 @@ def _lost(failures: dict[int, Exception], hosts: list[str]) -> str:
     return "; ".join(f"worker {rank}{f' on {hosts[rank]}' if rank < len(hosts) else ''} {said}" for rank, said in sorted(gone.items()))
 
 
+def lost(error: BaseException) -> bool:
+    """Whether the process of a worker is gone."""
+    return any(_gone(one) for one in getattr(error, "worker_failures", {}).values())
+
+
 def _gone(error: Exception) -> str | None:
     if isinstance(error, WorkerHealthCheckTimeoutError):
         return "no longer answers"

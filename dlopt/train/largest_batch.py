@@ -26,6 +26,7 @@ from dlopt.part import DloptError
 from dlopt.progress import Progress, silent
 from dlopt.train.gradients import curved, plain, sharpness_aware
 from dlopt.train.loop import steps
+from dlopt.train.mistakes import is_lack_of_memory
 from dlopt.train.objectives import Objective
 from dlopt.train.precision import mixed
 from dlopt.train.section import Fit
@@ -122,7 +123,7 @@ class Trials:
         try:
             self.taken[rows] = self.bytes_of(rows)
         except RuntimeError as error:
-            if not _is_lack_of_memory(error):
+            if not is_lack_of_memory(error):
                 raise
             return False
         return self.taken[rows] <= self.limit
@@ -200,10 +201,6 @@ def _number(path: Path) -> int | None:
     """What a file holds, if it is there and holds a number."""
     text = path.read_text().strip() if path.is_file() else ""
     return int(text) if text.isdecimal() else None
-
-
-def _is_lack_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def rates_for(fit: Fit, rows: int, training_rows: int) -> dict[str, float]:

@@ -232,7 +232,7 @@ class Resources(Part):
 
     workers: Literal["auto"] | int | tuple[int, int] = "auto"
     """0 trains in the process of the run; N on N workers; [min, max] on as many as there are, more or fewer as they come and
-    go; auto is every GPU of the cluster, or 0 without one."""
+    go; auto is every GPU of the cluster that a batch can be shared out to, or 0 without one. Where there are GPUs, each worker has one."""
     cpus_per_worker: float = Field(1.0, gt=0)
     """CPUs that each worker reserves (and threads that it computes with)."""
     feed: Literal["auto", "resident", "stream"] = "auto"
@@ -256,7 +256,7 @@ class Resources(Part):
     more time, and the same bits."""
     compile: bool = False
     """Train the network compiled by torch.compile, with a warning where that cannot be done. It takes a minute or more to begin with, and
-    changes the last digits of what is computed and which units dropout drops."""
+    changes the last digits of what is computed."""
     profile: bool = False
     """Measure what the time of a step goes into: a breakdown, and a trace of some steps of each worker, in the model's folder `profile`."""
     track: tuple[Track, ...] = ()
