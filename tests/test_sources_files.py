@@ -254,5 +254,5 @@ def test_of_a_parquet_file_only_the_columns_that_are_wanted_are_read(wide: Path,
 
 
 def test_a_look_at_the_first_rows_of_a_large_row_group_reads_little_of_it(wide: Path, counted: type[Counted]) -> None:
-    assert Parquet(path=str(wide)).peek(64).num_rows == 64
-    assert counted.read_bytes < 0.2 * wide.stat().st_size
+    assert Parquet(path=str(wide)).peek(64).num_rows == 64  # once for the types of columns, and once for the rows
+    assert counted.read_bytes < 0.3 * wide.stat().st_size
