@@ -74,11 +74,6 @@ def test_rows_that_are_set_aside_keep_columns_of_any_name(tmp_path: Path) -> Non
         ),
         ([TextInput(column="t", name="a\x1fb")], CategoryTarget(), rf"inputs: 'a\x1fb' {NEEDED}"),
         (
-            [NumberInput(columns=("a",), name="probabilities")],
-            CategoryTarget(),
-            f"inputs: 'probabilities' {NEEDED}",
-        ),
-        (
             [DateInput(columns=("signup",)), NumberInput(columns=("signup.month",))],
             CategoryTarget(),
             "inputs: the month of 'signup' is called 'signup.month', as another column is: rename that column",
