@@ -334,6 +334,10 @@ def test_a_list_after_nulls_is_a_list_and_never_a_text_in_silence(tmp_path: Path
         (tmp_path / f"{number:02d}.jsonl").write_text('{"tags": null, "n": [7]}\n' if number == 5 else '{"tags": null, "n": 1}\n')
     with pytest.raises(DloptError, match=r"05\.jsonl: after line 1, column 'n' holds a list or an object, and none in the first rows"):
         read(source, ("n",))
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "1.jsonl").write_text('{"tags": null, "n": 1}\n' * 20_000 + '{"tags": ["a"], "n": 1}\n')  # far behind the first rows
+    late = JsonLines(path=f"{tmp_path}/x")
+    assert late.peek(1).schema.field("tags").type == pa.list_(pa.string()) and read(late, ("tags",))["tags"].to_pylist()[-1] == ["a"]
     stated = JsonLines(path=str(tmp_path), types={"n": "string"})
     assert "[7]" in read(stated, ("n",))["n"].to_pylist()
 

@@ -144,16 +144,20 @@ def spelled(column: pa.ChunkedArray | pa.Array, kind: ColumnType) -> pa.ChunkedA
     own = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if kind == "string" or pa.types.is_nested(own) or (not is_text(own) and type_of_values(own) in (kind, "string")):
         return column
-    array = plain(column)
+    codes = plain(column).dictionary_encode()  # so that each value is looked at once
+    values = codes.dictionary
     if kind == "number" and is_text(own):
-        odd = pc.or_(pc.invert(pc.match_substring_regex(array, CANONICAL)), pc.match_substring_regex(array, SMALL))
-        return pc.replace_with_mask(array, odd.fill_null(False), _by_value(array.filter(odd), kind).cast(own))
-    return _by_value(array, kind)
+        odd = pc.or_(pc.invert(pc.match_substring_regex(values, CANONICAL)), pc.match_substring_regex(values, SMALL))
+        if not pc.any(odd).as_py():
+            return column
+        texts = pc.replace_with_mask(values.cast(pa.string()), odd, _spelled(values.filter(odd), kind))
+    else:
+        texts = _spelled(values, kind)
+    return texts.take(codes.indices)
 
 
-def _by_value(array: pa.Array, kind: ColumnType) -> pa.Array:
-    codes = array.dictionary_encode()  # so that each value is looked at once
-    return pa.array([as_text(value, kind) for value in codes.dictionary.to_pylist()], pa.string()).take(codes.indices)
+def _spelled(values: pa.Array, kind: ColumnType) -> pa.Array:
+    return pa.array([as_text(value, kind) for value in values.to_pylist()], pa.string())
 
 
 def _typed(column: pa.ChunkedArray | pa.Array, kind: ColumnType) -> pa.ChunkedArray | pa.Array:

@@ -40,6 +40,8 @@ OPENING, MARK = re.compile(rf"{BLANK}(\[{BLANK}\]|\[(?!{BLANK}$)){BLANK}"), re.c
 """What stands before the first value of an array, which may have none, and what before the others or behind the last one."""
 LOOK_FILES = 16
 """How many files are looked at for what their columns mean: the first, the last, and others between them."""
+LOOK_BYTES = 32 * 2**20
+"""Of files of about so many bytes all rows are looked at for a value of a column that the first rows do not have."""
 EXACT = 2.0**63
 """From here on Arrow's reader of JSON takes whole numbers for fractions."""
 EXPANSION = 5
@@ -361,7 +363,21 @@ class JsonLines(Lines):
             for field in table.schema:
                 kind = pa.large_string() if field.name in self.types else field.type
                 found[field.name] = _together(found.get(field.name, pa.null()), kind)
+        self._look_on(found)
         return pa.schema([(name, kind if _may_be_nested(kind) else pa.string()) for name, kind in found.items()])
+
+    def _look_on(self, found: dict[str, pa.DataType]) -> None:
+        """Where the first rows of all files are null: what the first value is, within LOOK_BYTES of the files."""
+        place, pieces = self.pieces()
+        empty = {name for name, kind in found.items() if pa.types.is_null(kind)}
+        ends = itertools.accumulate(piece.bytes for piece in pieces)
+        some = [piece for piece, end in zip(pieces, ends, strict=True) if end - piece.bytes < LOOK_BYTES]
+        for _, table in self.load(place, some) if empty else ():
+            kinds = {field.name: field.type for field in table.schema if field.name in empty and not pa.types.is_null(field.type)}
+            found |= kinds
+            empty -= kinds.keys()
+            if not empty:
+                break
 
     def chunks_of(self, texts: Iterator[bytes], name: str, size: int) -> Iterator[Chunk]:
         first = next(texts, b"")
