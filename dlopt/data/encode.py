@@ -39,7 +39,7 @@ MOST_PIXELS = 64 * 1024 * 1024
 MOST_SCANS = 100
 """A progressive JPEG has about ten scans; each takes as long as the image is large, and few bytes can say thousands."""
 BITS, TILE_WIDTH, TILE_HEIGHT, MOST_TILE = 258, 322, 323, 2**20
-"""TIFF's tags: bits of a value, size of a tile; and how many pixels a tile may have that is larger than its image, since all are decoded."""
+"""TIFF's tags: bits of a value, size of a tile; and how many pixels a tile may have that is larger than its image: all are decoded."""
 WHITE = (255, 255, 255)
 
 
