@@ -175,6 +175,15 @@ def test_modes_are_read_as_pillow_reads_them(mode: str, kind: str) -> None:
     assert image_shape(data) == decode_image(data).shape == (6, 9, 1 if grey else 3)
 
 
+def test_a_tiff_of_12_bits_is_scaled_by_its_own_greatest_value() -> None:
+    content = bytes([0xFF, 0xF8, 0x00, 0x00, 0x00, 0x00])  # 4095, 2048, 0, 0
+    tags = {256: 4, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8 + 2 + 9 * 12 + 4, 277: 1, 278: 1, 279: len(content)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    data = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0) + content
+    assert np.asarray(opened(data)).tolist() == [[4095, 2048, 0, 0]]
+    assert decode_image(data)[..., 0].tolist() == [[255, 128, 0, 0]]
+
+
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "WEBP", "PNG"])
 def test_the_first_frame_of_many_is_the_image(kind: str) -> None:
     frames = [Image.fromarray(np.full((6, 9, 3), value, np.uint8)) for value in (10, 100, 200)]

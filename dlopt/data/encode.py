@@ -44,8 +44,8 @@ MOST_PIXELS = 64 * 1024 * 1024
 """A larger image is refused before it is decoded, instead of filling the memory."""
 MOST_SCANS = 100
 """A progressive JPEG has about ten scans; each takes as long as the image is large, and few bytes can say thousands."""
-TILE_WIDTH, TILE_HEIGHT, MOST_TILE = 322, 323, 2**20
-"""TIFF's tags, and how many pixels a tile may have that is larger than its image: all of them are decoded."""
+BITS, TILE_WIDTH, TILE_HEIGHT, MOST_TILE = 258, 322, 323, 2**20
+"""TIFF's tags: bits of a value, size of a tile; and how many pixels a tile may have that is larger than its image: all are decoded."""
 WHITE = (255, 255, 255)
 
 
@@ -147,9 +147,9 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 
 def _in_bytes(image: Image.Image) -> Image.Image:
-    """16-bit grey as 8-bit grey, with transparency if it has any: 65,535 becomes 255."""
-    values = np.asarray(image)
-    grey = Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+    """Grey of 16 bits as grey of 8, with transparency if it has any: 65,535 becomes 255, and of a TIFF of 12 bits 4,095."""
+    values, most = np.asarray(image), 2 ** getattr(image, "tag_v2", {}).get(BITS, (16,))[0] - 1
+    grey = Image.fromarray(((values.astype(np.uint32) * 255 + most // 2) // most).astype(np.uint8))
     if (clear := image.info.get("transparency")) is None:
         return grey
     return Image.merge("LA", (grey, Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))))
