@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dlopt.models import Cnn, Mlp, Model, Network, TextBag, TextCnn, build_network
 from dlopt.models.layers import EMBEDDING_STD
+from dlopt.models.noise import Dropout
 from dlopt.models.rows import Bag, Convolutions, hashed
 from dlopt.part import DloptError, Feature, Signature, Statistics, Target
 
@@ -100,7 +101,7 @@ def test_hidden_layers_are_as_many_and_as_wide_as_the_job_says() -> None:
     built = network(Mlp(hidden=(7, 5), activation="tanh", dropout=0.5), image(4, 4))
     sizes = [(layer.in_features, layer.out_features) for layer in built.body.modules() if isinstance(layer, torch.nn.Linear)]
     assert sizes == [(16, 7), (7, 5), (5, 10)]
-    assert [layer.p for layer in built.body.modules() if isinstance(layer, torch.nn.Dropout)] == [0.5, 0.5]
+    assert [layer.p for layer in built.body.modules() if isinstance(layer, Dropout)] == [0.5, 0.5]
 
 
 MIXED = (image(2, 2, 3), numbers("a", "b"), categories(5, 3, 40), text(), text(tokens=9, length=4, name="title"))

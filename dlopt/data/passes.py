@@ -4,7 +4,7 @@ training rows, write. Each is a function of a plan and a range's number, so rang
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from dlopt.data.plan import KEEP, Plan, Selected, lost_rows, open_piece, write_l
 from dlopt.data.prepared import array_of, as_table, piece_column, write_part
 from dlopt.data.profile import Summary
 from dlopt.data.quantiles import Quantiles
-from dlopt.data.repeats import Repeats, names_of, repeats
+from dlopt.data.repeats import Repeats, columns_of, names_of, repeats
 from dlopt.data.spill import HIGH, LOW, REASON, SIDE, TARGET, TIE, free_name, identity_column, order_column
 from dlopt.data.split import NAMES, Hashed
 from dlopt.part import Feature, Signature
@@ -107,7 +107,7 @@ def observe(plan: Plan, number: int) -> Observed:
         {name: _label_counts(plan, found.table[TARGET].combine_chunks(), found.split == index) for index, name in enumerate(NAMES)},
         Counter(found.dropped[found.dropped != KEEP].tolist()),
         Counter(across),
-        repeats(found.table.take(pa.array(kept)), plan.features, found.keys[kept]) if leaks else None,
+        repeats(found.table, plan.features, kept, found.keys[kept]) if leaks else None,
         inputs,
         target,
         {name: _summary(plan, rows, name == "train") for name, rows in splits.items()},
@@ -170,13 +170,16 @@ def tokenizer(plan: Plan, part: TextInput, feature: Feature, numbers: range) -> 
     return part.learn((plan.select(number, [feature.name]).of(0) for number in numbers), feature)
 
 
-def least_keys(pieces: Sequence[str], columns: Sequence[str], rows: int) -> pa.Table:
-    """Some columns of the rows with the least keys, about SAMPLE_ROWS of so many rows: the same ones however they lie in pieces, and as
-    good as drawn by lot. All of the rows where there are few different ones."""
-    tables = [open_piece(path) for path in pieces]
+def least_keys(pieces: Sequence[str], columns: Mapping[str, int], rows: int) -> pa.Table | None:
+    """Some columns of numbers, so many each, of the rows with the least keys, about SAMPLE_ROWS of so many rows: the same ones however
+    they lie in pieces, and as good as drawn by lot. All of the rows where there are few different ones; None where pieces hold float32
+    alone."""
+    tables = [open_piece(path) for path in pieces] if columns else []
+    if all(table.schema.field(name).type.byte_width == 4 * width for table in tables for name, width in columns.items()):
+        return None
     for share in (SAMPLE_ROWS / max(rows, 1), 1.0):
         last = np.uint64(min(int(share * 2**64), 2**64 - 1))
-        ends = [int(np.searchsorted(table[HIGH].to_numpy(), last, side="right")) for table in tables]
+        ends = [int(np.searchsorted(table[HIGH].chunk(0).to_numpy(), last, side="right")) for table in tables]
         found = [table.slice(0, end).select([*columns, HIGH]) for table, end in zip(tables, ends, strict=True)]
         together = pa.concat_tables(widened(found)).combine_chunks()
         if share >= 1 or pc.count_distinct(together[HIGH]).as_py() >= FEWEST:
@@ -300,10 +303,7 @@ def _origin(plan: Plan, path: str) -> int:
 
 def _columns(plan: Plan) -> list[str]:
     """The columns of a piece that hold the inputs."""
-    names = []
-    for feature in plan.features:
-        names += [piece_column(feature.name, column) for column in feature.columns] if feature.kind == "category" else [feature.name]
-    return names
+    return [name for feature in plan.features for name in columns_of(feature)]
 
 
 def _open(plan: Plan, found: Selected) -> np.ndarray:

@@ -235,9 +235,9 @@ def _with_offsets(
     a line for each column of which nothing can be, though float32 does not tell its values apart."""
     sizes = {feature.name: feature.size for feature in features if feature.kind in ("number", "date")}
     sizes |= {TARGET: target.size} if target.kind == "number" else {}
-    if not sizes:
+    sample = passes.least_keys([piece.path for piece in pieces], sizes, sum(piece.rows for piece in pieces))
+    if sample is None:
         return features, target, ()
-    sample = passes.least_keys([piece.path for piece in pieces], list(sizes), sum(piece.rows for piece in pieces))
     offsets = {name: offsets_of(raw_values(sample[name], size)) for name, size in sizes.items()}
     changed, lines = list(features), list[str]()
     for place, (part, feature) in enumerate(zip(section.inputs, features, strict=True)):

@@ -62,15 +62,21 @@ class Repeats:
         return rows * min(1.0, train * self.chance)
 
 
-def repeats(table: pa.Table, features: Sequence[Feature], keys: np.ndarray) -> Repeats:
-    """Of rows in the order of their keys, uint64 (rows, 2)."""
+def repeats(table: pa.Table, features: Sequence[Feature], rows: np.ndarray, keys: np.ndarray) -> Repeats:
+    """Of some rows of a table, int64 (rows,), in the order of their keys, uint64 (rows, 2)."""
     first = np.flatnonzero(np.append(True, (keys[1:] != keys[:-1]).any(axis=1))[: len(keys)])
     width = sum(len(names_of(feature)) for feature in features)
     some = first[:: max(1, math.ceil(len(first) / max(64, min(SAMPLE_ROWS, SAMPLE_CELLS // max(width, 1)))))]
-    chosen = table.take(pa.array(some))
+    plain = [name for feature in features if feature.kind not in ("text", "image") for name in columns_of(feature)]
+    chosen = table.select(plain).take(pa.array(rows[some]))
     equal = [_equal_pairs(column) for feature in features for column in _columns(feature, chosen)]
     rich = any(feature.kind in ("text", "image") for feature in features)
     return Repeats(len(keys), len(first), len(some) * (len(some) - 1) // 2, np.array(equal, dtype=np.int64), rich)
+
+
+def columns_of(feature: Feature) -> list[str]:
+    """The columns of a piece that hold an input."""
+    return [piece_column(feature.name, c) for c in feature.columns] if feature.kind == "category" else [feature.name]
 
 
 def names_of(feature: Feature) -> tuple[str, ...]:
@@ -81,8 +87,7 @@ def names_of(feature: Feature) -> tuple[str, ...]:
 def _columns(feature: Feature, table: pa.Table) -> list[Any]:
     """Codes that are equal where values are, (rows,) of each column."""
     if feature.kind == "category":
-        columns = [table[piece_column(feature.name, column)].combine_chunks().dictionary_encode().indices for column in feature.columns]
-        return [column.to_numpy() for column in columns]
+        return [table[name].combine_chunks().dictionary_encode().indices.to_numpy() for name in columns_of(feature)]
     if feature.kind in ("number", "date"):
         return list(raw_values(table[feature.name], feature.size).T)
     return []

@@ -78,8 +78,8 @@ class DropDuplicates(ExactDuplicates):
 
     kind: Literal["drop_duplicates"] = "drop_duplicates"
     columns: tuple[str, ...] = ()
-    """The columns that are compared, which need not be inputs; none: all inputs and the target, as the model sees them.
-    Values are compared as what they say: 7, 7.0 and "7" are equal, "07" and "Seven" are other texts."""
+    """The columns that are compared, which need not be inputs; none: all inputs and the target, numbers as the source has them, others as
+    the model sees them. Values are compared as what they say: 7, 7.0 and "7" are equal, "07" and "Seven" are other texts."""
 
     @property
     def title(self) -> str:
