@@ -139,6 +139,7 @@ def share_of(item: pytest.Item) -> int:
     return zlib.crc32(item.nodeid.partition("[")[0].encode()) % SHARES + 1
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups as the next
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Whatever asks for the shared cluster is marked `ray`, and comes last: the cluster is not there to slow down the rest. Side by side,
     one process has all of it, and files stay whole, the longest first."""
@@ -151,7 +152,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item in shared:
             item.add_marker(pytest.mark.ray)
         item.add_marker(pytest.mark.xdist_group("ray" if item in shared else item.path.stem))
-    cost = {f"{file}": seconds for file, seconds in budgets.budgets().items()}
+    cost = budgets.budgets()
     slow = {item.path.name for item in items if is_slow(item) and item not in shared}
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: (item not in shared, item.path.name not in slow, -cost.get(item.path.name, 0), item.path.name))

@@ -172,7 +172,7 @@ def alone(data: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 @pytest.mark.parametrize("feed", ["resident", "stream"])
 def test_the_process_of_the_run_follows_the_same_curve(feed: str, data: Artifact, alone: Artifact, tmp_path: Path) -> None:
-    assert largest_difference(alone, fit(quick(precision="float64"), tmp_path, data, workers=0, feed=feed)) < 1e-9
+    assert largest_difference(alone, fit(SECTIONS["whole"], tmp_path, data, workers=0, feed=feed)) < 1e-9
 
 
 @pytest.mark.slow
@@ -203,7 +203,7 @@ def test_a_network_of_the_users_own_is_trained_by_two_workers_as_in_the_process_
 
 
 def test_elastic_workers_follow_the_same_curve(data: Artifact, alone: Artifact, tmp_path: Path) -> None:
-    model = fit(quick(precision="float64"), tmp_path, data, workers=(1, 2), feed="resident")
+    model = fit(SECTIONS["whole"], tmp_path, data, workers=(1, 2), feed="resident")
     assert model.info["workers"] in (1, 2)
     assert largest_difference(alone, model) < 1e-9
 
