@@ -150,7 +150,7 @@ def tensors(batch: Batch) -> dict[str, Tensor]:
 def same(one: list[Batch], two: list[Batch]) -> bool:
     assert len(one) == len(two)
     for a, b in zip(one, two, strict=True):
-        assert a.total == b.total and np.array_equal(a.rows, b.rows)
+        assert a.total == b.total and a.first == b.first and np.array_equal(a.rows, b.rows)
         of_a, of_b = tensors(a), tensors(b)
         assert of_a.keys() == of_b.keys()
         for name in of_a:
@@ -183,6 +183,8 @@ def test_the_batches_of_one_worker_are_shared_out_to_several_to_the_bit(
     others = [Resident(share(data, rank, world, parts=parts, sampling=sampling, window=5), CPU) for rank in range(world)]
     for one, *pieces in zip(whole.epoch(2), *(other.epoch(2) for other in others), strict=True):
         assert all(piece.total == one.total == len(one.target) for piece in pieces)
+        places = [place for piece in pieces for place in range(piece.first, piece.first + len(piece.target))]
+        assert places == list(range(one.total)) and one.first == 0
         width = one.inputs["text"].shape[1]
         for name, value in tensors(one).items():
             mine = [tensors(piece)[name] for piece in pieces]
