@@ -13,7 +13,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -425,7 +424,7 @@ def test_other_requests_are_answered_while_large_images_are_decoded(home: Path, 
     def slow(signature: Signature, rows: Any) -> dict[str, np.ndarray]:
         if rows[0]["camera"] == "slow":
             decoding.release()
-            assert go.wait(20)
+            assert go.wait(60)
         return encode_rows(signature, rows)
 
     monkeypatch.setattr(replica, "encode_rows", slow)
@@ -433,13 +432,11 @@ def test_other_requests_are_answered_while_large_images_are_decoded(home: Path, 
     async def both() -> list[int]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
             waiting = asyncio.create_task(client.post(PREDICT, json={"instances": [photo(COLOUR_FILE) | {"camera": "slow"}]}))
-            assert await asyncio.to_thread(decoding.acquire, timeout=20)
+            assert await asyncio.to_thread(decoding.acquire, timeout=60)
             plain = photo(COLOUR_FILE) | {"photo": np.zeros((4, 6, 3), int).tolist()}
             found = [await client.post(PREDICT, json={"instances": [row]}) for row in (plain, photo(COLOUR_FILE))]
             assert not waiting.done()
             go.set()
             return [reply.status_code for reply in (*found, await waiting)]
 
-    start = time.monotonic()
     assert asyncio.run(both()) == [200] * 3
-    assert time.monotonic() - start < 15

@@ -270,8 +270,8 @@ class Application:
 
     def _is_quick(self, body: bytes) -> bool:
         """Whether a body is decoded in less time than a thread would cost: it is small, and so are its images."""
-        if len(body) >= LARGE:
-            return False
+        if len(body) >= LARGE or not self.most_pixels:
+            return len(body) < LARGE
         images = body.count(b"b64") + body.count(b"\\")  # an escape may stand for any letter of b64
         return images * self.most_pixels <= INLINE_PIXELS
 
