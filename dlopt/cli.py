@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.command(options) or 0)
     except (DloptError, GaveUp, Stopped) as error:
+        if os.environ.get("DLOPT_TRACEBACK"):
+            traceback.print_exc()
         print(f"dlopt: {error}", file=sys.stderr)
         return {DloptError: 2, GaveUp: 1, Stopped: 143}[type(error)]
     except KeyboardInterrupt:

@@ -160,6 +160,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: item in shared)
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """pytest-xdist says a group by the end of a test's name. Without groups, tests would run that share nothing, several times as long."""
+    if hasattr(session.config, "workerinput") and not all("@" in item.nodeid for item in session.items):
+        pytest.exit("pytest-xdist does not group tests with this pytest: pip install 'pytest<9.2'", returncode=pytest.ExitCode.USAGE_ERROR)
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """Ray in this process and its workers, once for all tests that ask for it."""

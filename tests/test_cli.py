@@ -320,3 +320,14 @@ def test_serve_refuses_a_port_in_use_in_one_line(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         said = refused("serve", folder, "--host", "127.0.0.1", "--port", port, env=environment())
     assert said == f"--port: {port} is in use: stop what listens there or give another"
+
+
+def test_a_mistake_is_one_line_and_its_traceback_comes_before_it_where_that_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = refused_here(capsys, "check", tmp_path / "none.yaml")
+    monkeypatch.setenv("DLOPT_TRACEBACK", "1")
+    ended = here(capsys, "check", tmp_path / "none.yaml")
+    first, *_, last = ended.stderr.splitlines()
+    assert (ended.returncode, last) == (2, f"dlopt: {line}")
+    assert first.startswith("Traceback") and "in load" in ended.stderr
