@@ -28,6 +28,7 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", JOBS)
 def test_a_job_with_masks_norms_and_averages_goes_on_there_as_on_the_cpu(name: str, losses: dict[str, dict[str, list[float]]]) -> None:
     found = losses[name]

@@ -284,28 +284,27 @@ def test_plot_schedule_says_in_one_line_what_it_cannot_draw(
 def test_find_batch_and_plot_schedule_take_prepared_data_and_start_no_ray(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job, home = csv_job(tmp_path, table(200)), tmp_path / "home"
     here(capsys, "prepare", job, "--home", home)
-    script = "import sys\nfrom dlopt.cli import main\ncode = main(sys.argv[1:])\nprint(code, 'ray' in sys.modules)"
-
-    def alone(*words: object) -> list[str]:
-        ended = subprocess.run(
-            [sys.executable, "-c", script, *map(str, words), "--home", str(home)],
-            capture_output=True,
-            text=True,
-            check=True,
-            env=environment(),
-        )
-        *lines, last = ended.stdout.splitlines()
-        assert last == "0 False"
-        return lines
-
-    first, *rates = alone("find-batch", job, "train.optimizer={kind: sgd, lr: 0.1}", "--memory", 500)
-    rows = json.loads(alone("find-batch", job, "--json")[0])["rows"]
+    commands: list[tuple[object, ...]] = [
+        ("find-batch", job, "train.optimizer={kind: sgd, lr: 0.1}", "--memory", 500),
+        ("find-batch", job, "--json"),
+        ("find-batch", job, "train.scale_lr={base: 8}", "train.optimizer.lr=0.1", "--memory", 500),
+        ("plot-schedule", job),
+    ]
+    script = (
+        "import json, sys\nfrom dlopt.cli import main\n"
+        "for words in json.loads(sys.argv[1]): print('code', main(words))\nprint('ray' in sys.modules)"
+    )
+    words = json.dumps([[*map(str, command), "--home", str(home)] for command in commands])
+    ended = subprocess.run([sys.executable, "-c", script, words], capture_output=True, text=True, check=True, env=environment())
+    *parts, last = ended.stdout.split("code 0\n")
+    assert (last, len(parts)) == ("False\n", 4)
+    (first, *rates), (found,), (_, scaled), drawn = (part.splitlines() for part in parts)
+    rows = json.loads(found)["rows"]
     assert first.startswith(f"train.batch_size={rows} ") and first.endswith(f"of 500 MiB; there are {rows} training rows")
     assert rates[0] == f"train.optimizer.lr={0.1 * rows / 8:.3g}   by the linear rule"
     assert rates[1] == f"train.optimizer.lr={0.1 * (rows / 8) ** 0.5:.3g}   by the sqrt rule"
-    (scaled,) = alone("find-batch", job, "train.scale_lr={base: 8}", "train.optimizer.lr=0.1", "--memory", 500)[1:]
     assert scaled == f"scale_lr (linear) makes its rate {0.1 * rows / 8:.3g}"
-    assert f"{rows} training rows (as prepared)" in alone("plot-schedule", job)[-1]
+    assert f"{rows} training rows (as prepared)" in drawn[-1]
 
 
 def test_serve_refuses_a_port_in_use_in_one_line(tmp_path: Path) -> None:

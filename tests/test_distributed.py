@@ -98,7 +98,7 @@ def work(config: dict[str, Any]) -> None:
             worker._Worker(assignment, context.get_world_rank(), context.get_world_size(), torch.device("cpu")).run()
 
 
-@pytest.fixture(scope="module", params=[1, 2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[2, *(pytest.param(workers, marks=pytest.mark.slow) for workers in (1, 3, 4))])
 def group(request: pytest.FixtureRequest, data: Artifact, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     """What so many workers leave, in a folder for each section and feed."""
     from ray.train import RunConfig, ScalingConfig
@@ -202,6 +202,7 @@ def test_a_network_of_the_users_own_is_trained_by_two_workers_as_in_the_process_
     assert largest_difference(one, two) < 1e-9
 
 
+@pytest.mark.slow
 def test_elastic_workers_follow_the_same_curve(data: Artifact, alone: Artifact, tmp_path: Path) -> None:
     model = fit(SECTIONS["whole"], tmp_path, data, workers=(1, 2), feed="resident")
     assert model.info["workers"] in (1, 2)

@@ -315,7 +315,7 @@ def streams(shares: list[Share], first: int, last: int, start: int = 0, read_byt
     return [Stream(share, first, last, CPU, start, dealer) for share in shares]
 
 
-@pytest.mark.parametrize("world", [1, 2, 5])
+@pytest.mark.parametrize("world", [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 5))])
 def test_a_stream_gives_the_resident_batches_to_the_bit(world: int, data: Artifact, ray_cluster: None) -> None:
     parts, sampling = (AUGMENT, "shuffle") if world == 2 else ((*AUGMENT, FeatureDropout(), *MIX), "balanced")
     shares = [share(data, rank, world, parts=parts, sampling=sampling) for rank in range(world)]

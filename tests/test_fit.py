@@ -354,6 +354,7 @@ def taken(cpus: int) -> Any:
     return found
 
 
+@pytest.mark.slow
 def test_a_run_waits_for_cpus_that_others_have_and_goes_on_when_they_are_free(data: Artifact, tmp_path: Path) -> None:
     from ray.util.placement_group import remove_placement_group
 

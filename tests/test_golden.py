@@ -51,7 +51,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("home")
 
 
-@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+SLOW = ("mnist_full", "mnist_large_batch")
+"""Jobs of all of MNIST, whose like among the others are mnist and mnist_cnn."""
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in SLOW)) for path in JOBS], ids=lambda path: path.stem
+)
 def test_the_first_ten_steps_of_a_job_are_those_that_are_stored(
     path: Path, ray_cluster: None, shared: Path, mnist: None, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

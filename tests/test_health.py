@@ -467,6 +467,7 @@ def test_a_rate_a_thousand_times_too_high_diverges_and_the_usual_one_does_not(op
 @pytest.mark.parametrize(("model", "rows"), [(Mlp(), 64), (Cnn(channels=(4, 8), hidden=32), 64)], ids=["mlp", "cnn"])
 @pytest.mark.usefixtures("mnist")
 def test_so_it_is_with_digits(model: Model, rows: int) -> None:
+    torch.manual_seed(0)  # what dropout leaves out: by some seeds the CNN stands still instead
     for factor, expected in ((1.0, False), (10.0, False), (1000.0, True)):
         network = build_network(model, DIGITS, STATISTICS, seed=7)
         optimizer = torch.optim.Adam(network.parameters(), lr=1e-3 * factor)

@@ -89,6 +89,7 @@ def test_a_trial_takes_what_weights_gradients_and_optimizer_hold_and_more_for_mo
     assert Trials(wide(sharpness=Sharpness()), pictures, CPU, 1024 * MIB).bytes_of(16) > few + 0.5 * weights
 
 
+@pytest.mark.slow
 def test_all_rows_fit_where_there_is_room_and_none_where_there_is_not(pictures: Artifact) -> None:
     small = Fit(seed=3, model=Mlp(hidden=(4,)), augment=(), train=Train())
     assert largest_batch(small, pictures, CPU).rows == 8192

@@ -254,7 +254,7 @@ class Killed(Exception):
 def test_a_resumed_run_has_the_scale_and_the_bits_of_one_that_was_not_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dlopt.train import judge, training
 
-    monkeypatch.setattr(LossScale, "INTERVAL", 7)
+    monkeypatch.setattr(LossScale, "INTERVAL", 6)
     data = sets.prepared(tmp_path, sets.signature(sets.NUMBERS), train=300)
     fit = section(Mlp(hidden=(16,)), "float16", epochs=4)
     work(fit, data, tmp_path / "whole")

@@ -44,7 +44,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return make_export(tmp_path_factory.mktemp("home"))
 
 
-@pytest.fixture(scope="module", params=["haproxy", "plain"])
+@pytest.fixture(scope="module", params=["haproxy", pytest.param("plain", marks=pytest.mark.slow)])
 def server(request: pytest.FixtureRequest, export: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Two replicas: behind HAProxy on every interface with a made-up key, and behind Serve's own proxy with a file of keys."""
     if request.param == "haproxy":
