@@ -428,7 +428,7 @@ def test_views_that_polars_writes_are_texts(tmp_path: Path) -> None:
 
 
 def test_whatever_gives_a_stream_of_arrow_is_a_table(tmp_path: Path) -> None:
-    """As polars' DataFrame does, which is not installed here."""
+    """As polars' DataFrame does."""
 
     class Frame:
         def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:

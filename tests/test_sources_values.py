@@ -22,6 +22,7 @@ from dlopt.data.sources.reading import MAX_BLOCK
 from dlopt.data.spill import Spill
 from dlopt.part import DloptError
 from tests.arranged import _pieces, section_of
+from tests.packages import package
 from tests.test_sources_files import Counted, counted  # noqa: F401 (a fixture)
 
 # Lists, structs, maps
@@ -58,7 +59,7 @@ def test_lists_structs_and_maps_are_described_as_their_json(kind: str, tmp_path:
 
 
 def frame() -> Any:
-    polars = pytest.importorskip("polars")
+    polars = package("polars", "test")
     return polars.DataFrame(
         {
             "n": [1, None, 3],
