@@ -166,16 +166,23 @@ def test_a_run_on_numbers_from_csv_and_what_runs_says_of_it(tmp_path: Path, caps
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_bad_rows_stop_a_run_in_one_line_and_nothing_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In a process of its own first, where Ray starts and ends around the line and adds nothing to it."""
     home = tmp_path / "home"
     rows = table(40)
     rows["c"][3] = "alone"
     job = csv_job(tmp_path, rows, split="stratified")
-    assert "class 'alone' has 1 row(s), too few for 3 stratified splits" in refused("run", job, "--home", home)
+    assert "class 'alone' has 1 row(s), too few for 3 stratified splits" in refused_here(capsys, "run", job, "--home", home)
     workers = refused_here(capsys, "run", job, "data.split.kind=random", "resources.workers=40", "train.batch_size=64", "--home", home)
     assert workers.startswith("resources.workers: 40 workers on ")
     rows["c"][3] = "n"
     assert here(capsys, "run", csv_job(tmp_path, rows, split="stratified"), "--home", home).returncode == 0
+
+
+@pytest.mark.slow
+def test_a_bad_row_is_one_line_where_ray_starts_and_ends_around_it(tmp_path: Path) -> None:
+    rows = table(40)
+    rows["c"][3] = "alone"
+    job = csv_job(tmp_path, rows, split="stratified")
+    assert "class 'alone' has 1 row(s), too few for 3 stratified splits" in refused("run", job, "--home", tmp_path / "home")
 
 
 TWELVE = ("run", MNIST, "train.epochs=12", "train.log_every=1", "--json", "--home")

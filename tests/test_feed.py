@@ -324,7 +324,7 @@ def test_a_stream_gives_the_resident_batches_to_the_bit(world: int, data: Artifa
             assert same(list(stream.epoch(epoch)), list(resident.epoch(epoch)))
 
 
-@pytest.mark.parametrize("target", ["multi_label", "number"])
+@pytest.mark.parametrize("target", ["multi_label", pytest.param("number", marks=pytest.mark.slow)])
 def test_a_stream_goes_on_from_any_epoch(target: Literal["multi_label", "number"], tmp_path: Path, ray_cluster: None) -> None:
     data = made(tmp_path, target)
     stream = Stream(share(data, parts=MIX), 4, 4, CPU)
@@ -346,7 +346,12 @@ def test_an_epoch_begins_at_any_batch_with_the_same_rest(
             assert same(list(feed.epoch(2, start)), whole[start:])
 
 
-@pytest.mark.parametrize(("world", "start", "sampling"), [(1, 3, "balanced"), (2, 4, "shuffle"), (3, 9, "balanced"), (2, 10, "shuffle")])
+MORE = [pytest.param(*case, marks=pytest.mark.slow) for case in [(1, 3, "balanced"), (2, 4, "shuffle"), (2, 10, "shuffle")]]
+
+
+@pytest.mark.parametrize(
+    ("world", "start", "sampling"), [(3, 9, "balanced"), *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)]
+)
 def test_a_stream_begins_at_any_batch_and_goes_on_to_whole_epochs(
     world: int, start: int, sampling: Literal["shuffle", "balanced"], tmp_path: Path, ray_cluster: None
 ) -> None:

@@ -308,6 +308,7 @@ def test_a_run_that_loses_too_many_workers_says_why_and_where_it_goes_on(data: A
     assert training.starts == [0, 3, 3]
 
 
+@pytest.mark.slow
 def test_a_mistake_of_the_user_is_not_tried_again(data: Artifact, tmp_path: Path) -> None:
     training = Training(tmp_path, data, "mistake always")
     with pytest.raises(DloptError, match=r"^train: this is a mistake$"):

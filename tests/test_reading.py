@@ -104,6 +104,7 @@ def test_each_chunk_is_read_once_an_epoch_whatever_the_number_of_workers_and_win
     assert found == sorted([(chunk.file, chunk.group) for chunk in chunks] * 2)
 
 
+@pytest.mark.slow
 def test_an_epoch_begun_late_reads_nothing_of_the_windows_before(tmp_path: Path, ray_cluster: None) -> None:
     data, log = made(tmp_path, 3), tmp_path / "reads.jsonl"
     share = share_of(data, 0, 1, window=16)
@@ -150,6 +151,7 @@ def grown(samples: list[int]) -> int:
     return max(samples[-quarter:]) - max(samples[quarter : 2 * quarter])
 
 
+@pytest.mark.slow
 def test_a_slow_consumer_holds_the_readers_up(tmp_path: Path, ray_cluster: None) -> None:
     data, log = made(tmp_path, 20), tmp_path / "reads.jsonl"
     share = share_of(data, 0, 1, WINDOW)
@@ -207,6 +209,7 @@ def test_a_stream_that_is_abandoned_ends_with_its_process(tmp_path: Path) -> Non
     assert not left
 
 
+@pytest.mark.slow
 def test_the_dealer_ends_with_the_stream(tmp_path: Path, ray_cluster: None) -> None:
     import ray
 

@@ -401,6 +401,7 @@ def test_its_end_leaves_nothing_running_and_nothing_behind(server: Server) -> No
         pass
 
 
+@pytest.mark.slow
 def test_a_stop_during_the_start_leaves_nothing_either(export: Artifact) -> None:
     starting = Server(export)
     assert until(lambda: any("ServeController" in line for line in descendants(starting.process.pid).values()), True)
@@ -497,6 +498,7 @@ def server_metrics() -> list[Path]:
     return found
 
 
+@pytest.mark.slow
 def test_replicas_that_fit_no_cluster_are_an_error_and_not_a_wait(
     export: Artifact, cluster_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -505,6 +507,7 @@ def test_replicas_that_fit_no_cluster_are_an_error_and_not_a_wait(
         on_cluster(export, Serve(threads=1000), cluster_address)
 
 
+@pytest.mark.slow
 def test_a_model_that_no_replica_can_load_is_an_error_with_its_cause(tmp_path: Path, cluster_address: str) -> None:
     broken = once(Stage("export", _broken), Made(signature=IMAGE), tmp_path)
     with pytest.raises(RuntimeError, match=r"^no replica starts: .*InvalidProtobuf"):

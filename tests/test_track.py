@@ -500,6 +500,7 @@ def test_the_command_line_has_a_short_form_for_prometheus() -> None:
         cli.main(["run", "jobs/mnist.yaml", "--metrics-port", "70000"])
 
 
+@pytest.mark.slow
 def test_real_training_shows_itself_while_it_runs(tmp_path: Path, ray_cluster: None, mnist: None, tensorboard: None, store: str) -> None:
     port, data, seen = free_port(), prepare_digits(tmp_path, 500), []
     done = threading.Event()
