@@ -55,7 +55,7 @@ class Meter:
         """Since the last lap."""
         now = self._spent() - self.excused
         spent, self.last = now - self.last, now
-        return spent
+        return max(spent, 0.0)  # what a process has spent that nobody waited for is gone with it
 
     @contextmanager
     def excuse(self) -> Iterator[None]:

@@ -41,9 +41,10 @@ def test_an_ended_run_leaves_nothing_running(number: signal.Signals, tmp_path: P
     words = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", ".", "."]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    marks, deadline = tmp_path / "marks", time.monotonic() + 120
+    marks, deadline, found = tmp_path / "marks", time.monotonic() + 240, ""
     while not (marks.exists() and (found := marks.read_text())) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
+    assert found
     mark = found.split()[-1]
     assert mark not in os.environ[VARIABLE]
     running = " ".join(bearing(mark).values())
