@@ -161,7 +161,10 @@ def most_on_one_connection(server: Server) -> int:
     """Of eleven requests, how many went over the connection of the first."""
     with httpx.Client(base_url=server.url, headers=headers_of(server), trust_env=False) as client:
         client.get("/healthz")
-        (connection,) = client._transport._pool.connections  # type: ignore[attr-defined]
+        connections = client._transport._pool.connections  # type: ignore[attr-defined]
+        if not connections:  # closed at once
+            return 0
+        connection = connections[0]
         for _ in range(5):
             assert client.post(PREDICT, json=BLACK).status_code == 200
             reply = client.head("/metrics")
