@@ -193,7 +193,7 @@ def killed(mnist: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     """The home of a run that was killed after its third epoch, and the processes that were below it."""
     home = tmp_path_factory.mktemp("killed")
     process = start(*TWELVE, home)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not any("train" in line and line["epoch"] >= 3 for path in _logs(home) for line in metrics_log.read(path)):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
@@ -227,7 +227,7 @@ def _logs(home: Path) -> list[Path]:
 @pytest.mark.slow
 def test_ctrl_c_stops_a_run_in_one_line_and_leaves_nothing_running(mnist: None, tmp_path: Path) -> None:
     process = start("run", MNIST, "train.epochs=500", "resources.workers=1", "--home", tmp_path)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not any(True for path in _logs(tmp_path) for _ in metrics_log.read(path)):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
