@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic_core import from_json, to_json
 
+from dlopt.data.kinds import kinds
 from dlopt.part import Feature, Signature, Target
 
 VERSION = "1"
@@ -145,7 +146,7 @@ def status(model: str, digest: str) -> Json:
 
 
 def metadata(model: str, digest: str, signature: Signature) -> Json:
-    """GET /v1/models/{name}/metadata: TensorFlow Serving's, and the signature that the page draws its form from.
+    """GET /v1/models/{name}/metadata: TensorFlow Serving's, the signature, and the fields that the page draws its form from.
 
     Tokenizers are left out: they are large, and clients send text.
     """
@@ -158,6 +159,7 @@ def metadata(model: str, digest: str, signature: Signature) -> Json:
         "model_spec": {"name": model, "signature_name": "", "version": VERSION},
         "metadata": {"signature_def": {"signature_def": {SIGNATURE_NAME: signature_def}}},
         "signature": signature.model_dump(mode="json", exclude={"inputs": {"__all__": {"tokenizer"}}}),
+        "form": [field for feature in signature.inputs for field in kinds[feature.kind].widgets(feature)],
         "thresholds": _thresholds(signature.target),
         "digest": digest,
     }
@@ -169,7 +171,7 @@ def _thresholds(target: Target) -> list[float]:
 
 
 def _tensor_of(feature: Feature) -> Json:
-    return _tensor(feature.name, DTYPES[feature.dtype], (-1,) if feature.kind == "text" else feature.shape)
+    return _tensor(feature.name, DTYPES[feature.dtype], (-1,) if feature.holds == "tokens" else feature.shape)
 
 
 def _outputs_of(target: Target) -> Json:

@@ -18,7 +18,8 @@ import numpy as np
 import onnxruntime
 
 from dlopt.artifact import Artifact
-from dlopt.data.encode import MOST_PIXELS, encode_rows
+from dlopt.data.kinds import encode_rows
+from dlopt.data.kinds.pixels import MOST_PIXELS
 from dlopt.part import DloptError, Feature, Signature
 from dlopt.serve import Serve, metrics, protocols
 from dlopt.serve.auth import Guard, Headers, token_of
@@ -346,7 +347,7 @@ def _stacked(parts: list[np.ndarray]) -> np.ndarray:
 
 def _most_pixels(feature: Feature) -> int:
     """How many pixels an encoded image may have that is sent for an input."""
-    if feature.kind != "image":
+    if feature.holds != "pixels":
         return 0
     return MOST_PIXELS if feature.resize else feature.shape[0] * feature.shape[1]
 
