@@ -20,7 +20,7 @@ from dlopt.optim.averages import Averaging
 from dlopt.optim.constraints import Clip
 from dlopt.optim.optimizers import Optimizer
 from dlopt.optim.schedules import Schedule
-from dlopt.train.losses import LossPart
+from dlopt.train.loop.losses import LossPart
 from tests.commands import ROOT
 
 README = (ROOT / "README.md").read_text()

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from dlopt.train import stopping
-from dlopt.train.stopping import RESIZE, STOP, reason
-from dlopt.train.watchdog import EXIT_CODE, HUNG, Watchdog, whereabouts
+from dlopt.train.cluster import stopping
+from dlopt.train.cluster.stopping import RESIZE, STOP, reason
+from dlopt.train.watch.watchdog import EXIT_CODE, HUNG, Watchdog, whereabouts
 from tests.commands import ROOT
 
 LISTENING = """
