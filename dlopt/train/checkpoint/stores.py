@@ -18,8 +18,6 @@ from dlopt.part import Part
 
 CHECKPOINTS = "checkpoints"
 """The folder of checkpoints in a model's directory, while it is made."""
-
-
 RECORD, OWNER = "state.json", "owner"
 
 

@@ -24,12 +24,8 @@ from dlopt.train.parallel.local_sgd import DiLoCo, LocalSGD
 from dlopt.train.parallel.zero import Zero
 
 Parallelism = Literal["ddp", "zero", "fsdp"]
-
-
 ACROSS = {"lbfgs", "prodigy"}
 """Optimizers whose state is of all parameters together."""
-
-
 BY_PARAMETER = {"adafactor", "muon", "lars", "lamb", "soap", "shampoo", "sophia"}
 """Optimizers that look at a parameter as a whole."""
 

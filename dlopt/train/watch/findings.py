@@ -12,16 +12,10 @@ from dlopt.train.watch.layers import Finding, Health, Kind, Layer
 SETTLED, LOOKS = 20, 2
 """From which step on, and after how many looks in a row that show it, a gradient is said to vanish: behind layers that start at 0
 gradients have yet to come."""
-
-
 RUN = 4
 """So many layers in a row make a vanishing gradient anywhere; at the beginning of the network one is enough."""
-
-
 JUMP = 10.0
 """So many times the size of the weights, an update is no step any more."""
-
-
 NAMED = 3
 """Layers that are named one by one in a line."""
 

@@ -11,8 +11,6 @@ from dlopt.part import Part
 
 LEAST_SCALE = 0.03
 """The root mean square that weights count for at least when gradients and updates are compared with them: zeros have no size."""
-
-
 Kind = Literal["vanishing", "exploding", "dead", "saturated", "update", "not_finite", "spike"]
 
 

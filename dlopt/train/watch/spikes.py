@@ -12,8 +12,6 @@ from dlopt.train.watch.layers import Finding
 
 WINDOW, CALM = 50, 10
 """Losses that a spike is told from, and how few of them are too few."""
-
-
 SPIKE, DEVIATIONS = 3.0, 8.0
 """A spike is more than SPIKE times the median of the losses before it, and more than so many deviations above it."""
 
