@@ -22,9 +22,9 @@ from dlopt.data.sources.places import Place
 from dlopt.models import Mlp
 from dlopt.optim.optimizers import Adam, AdamW, Sgd
 from dlopt.part import DloptError
-from dlopt.train.checkpoint.checkpoints import OWNER, newest
+from dlopt.train.checkpoint.checkpoints import newest
 from dlopt.train.checkpoint.state import Record, TrainingState
-from dlopt.train.checkpoint.stores import RECORD, Bucket, Checkpointing, Disk, Every, Store, ends_epoch, said, store_of
+from dlopt.train.checkpoint.stores import OWNER, RECORD, Bucket, Checkpointing, Disk, Every, Store, ends_epoch, said, store_of
 from dlopt.train.checkpoint.writer import Writer
 from tests.packages import package
 from tests.test_models import image, network

@@ -79,7 +79,7 @@ class Layers(NamedTuple):
 
     side: Side
     figure: Figure | None
-    findings: list[health.Found]
+    findings: list[health.Finding]
 
 
 def write(path: Path, folders: Sequence[Path]) -> None:
