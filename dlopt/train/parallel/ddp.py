@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dlopt.data.feed import Batch
+from dlopt.data.feed.batches import Batch
 from dlopt.train.loop.gradients import Gradient
 from dlopt.train.loop.objectives import Losses, Objective
 from dlopt.train.parallel.base import Parallel

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from dlopt.data.feed import Batch
+from dlopt.data.feed.batches import Batch
 from dlopt.part import DloptError
 from dlopt.train.checkpoint.packing import pack, unpack
 from dlopt.train.loop.gradients import Gradient

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
 
-from dlopt.data.feed import Batch
+from dlopt.data.feed.batches import Batch
 from dlopt.models.norms import BatchNorm
 from dlopt.part import Part
 from dlopt.train.checkpoint.packing import optimizer_state, pack, restore_optimizer, under, unpack

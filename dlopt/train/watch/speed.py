@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from dlopt.data.feed import Batch
+from dlopt.data.feed.batches import Batch
 from dlopt.train.checkpoint.state import Record
 from dlopt.train.loop.objectives import Losses, Objective
 from dlopt.train.watch.metrics_log import SPEED, MetricsWriter
