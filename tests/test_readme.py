@@ -61,9 +61,17 @@ def test_the_tree_names_every_file_and_no_other() -> None:
         "stats",
         "feed",
         "augment",
+        "loop",
+        "parallel",
+        "checkpoint",
+        "measure",
+        "watch",
+        "cluster",
+        "progress",
         "track",
     )  # a line for the whole folder
     there = {path.name for path in files if path.parent.name not in folded}
+    assert [name for name in folded if f"{name}/" not in tree] == []
     assert {Path(name).name for name in named} == there
 
 
