@@ -307,9 +307,9 @@ def _profile(options: argparse.Namespace) -> None:
 
     set_environment(options.address or os.environ.get("RAY_ADDRESS"))
     from dlopt.artifact import write_atomically
-    from dlopt.data import guard, guess
-    from dlopt.data.describe import describe
-    from dlopt.data.prepare_profile import profile_source
+    from dlopt.data.stats import guard, guess
+    from dlopt.data.stats.describe import describe
+    from dlopt.data.stats.of_source import profile_source
     from dlopt.terminal import Terminal, print_profile
 
     source = guess.source_of(options.source)

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from dlopt.data.augment import Augmentation, fill_of
 from dlopt.data.section import Data
-from dlopt.data.split import GivenSplit, TimeSplit
+from dlopt.data.table.split import GivenSplit, TimeSplit
 from dlopt.export import Format, Onnx
 from dlopt.models import Model
 from dlopt.part import PROBABILITIES, VALUES, DloptError, Part

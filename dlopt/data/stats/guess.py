@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 import yaml
 
-from dlopt.data.guard import Finding
-from dlopt.data.inputs.values import doubles
-from dlopt.data.profile import Column, Summary
 from dlopt.data.sources import Arrow, Csv, HuggingFace, Images, JsonLines, Parquet, Sample, Source, Texts
 from dlopt.data.sources.places import COMPRESSED, ZIP
+from dlopt.data.stats.guard import Finding
+from dlopt.data.stats.summary import Column, Summary
+from dlopt.data.types.values import doubles
 from dlopt.part import DloptError
 
 TABLES = (Parquet, Csv, JsonLines, Arrow)
