@@ -35,8 +35,9 @@ from dlopt.data.kinds import (
     ThresholdTarget,
     encode_rows,
 )
+from dlopt.data.kinds.base import Bound
 from dlopt.data.kinds.category import hashed
-from dlopt.data.kinds.number import KNOTS, Bound, Frequent, GroupMedian
+from dlopt.data.kinds.number import KNOTS, Frequent, GroupMedian
 from dlopt.data.section import Data
 from dlopt.data.table.split import GivenSplit, TimeSplit
 from dlopt.data.types.columns import Columns

@@ -25,7 +25,8 @@ import pyarrow as pa
 
 from dlopt.artifact import Stage, write_atomically
 from dlopt.data.clean import DropColumns, ExactDuplicates, NearDuplicates, Outliers
-from dlopt.data.kinds.number import QUARTILES, Bound, in_units
+from dlopt.data.kinds.base import Bound
+from dlopt.data.kinds.number import QUARTILES, in_units
 from dlopt.data.section import Data
 from dlopt.data.sources import Source
 from dlopt.data.stats.describe import describe

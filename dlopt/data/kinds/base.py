@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -16,13 +17,26 @@ from dlopt.data.types.exact import raw_values, values_of
 from dlopt.data.types.values import Reasons
 from dlopt.part import DloptError, Feature, Part, Statistics
 
-if TYPE_CHECKING:
-    from dlopt.data.kinds.number import Bound
-
+RawColumns = Mapping[str, "Sequence[Any] | np.ndarray"]
+"""Raw values by the name of their column; or, by the name of an input of several columns, these side by side: (rows, columns)."""
 Cells = list[list[str | float]]
 """Of each row what people read of it; NaN where a number is missing."""
 Field = dict[str, Any]
 """A column as the page to try the model asks for it: `column`, `widget`, and what that widget of `serve/page.html` needs."""
+
+
+class Bound(Part):
+    """Where the outliers of a column begin."""
+
+    lower: float
+    upper: float
+    action: Literal["drop", "cap", "missing"]
+
+    def apply(self, values: np.ndarray) -> np.ndarray:
+        """What the model makes of values, float32: it never sees those that are dropped."""
+        if self.action == "missing":
+            return np.where((values < self.lower) | (values > self.upper), np.float32(np.nan), values)
+        return values.clip(np.float32(self.lower), np.float32(self.upper)) if self.action == "cap" else values
 
 
 class InputKind(Part):
@@ -178,9 +192,8 @@ class InputKind(Part):
         return {feature.name: table[feature.name]}
 
     @classmethod
-    def encode(cls, feature: Feature, rows: Sequence[Any], alone: bool) -> np.ndarray:
-        """Raw rows of a request as the model's tensor (rows, *shape), of `feature.dtype`. alone: whether it is the only input, whose
-        bare values are rows as well. Raises DloptError naming the row and the column."""
+    def encode(cls, feature: Feature, columns: RawColumns) -> np.ndarray:
+        """Raw values of a request as the model's tensor (rows, *shape), of `feature.dtype`. Raises DloptError naming row and column."""
         raise NotImplementedError
 
     # for people
@@ -282,28 +295,43 @@ def words_of_texts(values: pa.Array) -> np.ndarray:
     return string_words(encoded.dictionary.to_pylist())[encoded.indices.to_numpy()].reshape(-1, 1)
 
 
-def value_of(row: Any, column: str, index: int, alone: bool) -> Any:
-    """The value of a column in row number `index` of a request. alone: whether the bare value may be the row."""
-    if isinstance(row, Mapping) and not (alone and set(row) == {"b64"}):
-        if column not in row:
-            raise DloptError(f"row {index}: has no column {column!r}")
-        return row[column]
-    if not alone:
-        raise DloptError(f"row {index}: must be an object of columns")
-    return row
+def side_by_side(feature: Feature, columns: RawColumns) -> Sequence[Any] | np.ndarray | None:
+    """The columns of an input where they are given as one, (rows, columns); None where each is by itself. Raises DloptError."""
+    together = columns.get(feature.name) if feature.name not in feature.columns else None
+    if together is None and (lost := next((name for name in feature.columns if name not in columns), None)) is not None:
+        raise DloptError(f"there is no column {lost!r}")
+    return together
 
 
-def columns_of(feature: Feature, rows: Sequence[Any], alone: bool) -> dict[str, list[Any]]:
-    """The raw values of each column of an input in a request."""
-    if alone and rows and not isinstance(rows[0], Mapping):
-        if len(feature.columns) == 1:
-            return {feature.columns[0]: [row[0] if isinstance(row, (list, tuple)) and len(row) == 1 else row for row in rows]}
-        if any(not isinstance(row, (list, tuple)) or len(row) != len(feature.columns) for row in rows):
-            raise DloptError(
-                f"rows must be lists of {len(feature.columns)} values or objects with the columns {', '.join(feature.columns)}"
-            )
-        return {name: [row[place] for row in rows] for place, name in enumerate(feature.columns)}
-    return {name: [value_of(row, name, index, alone=False) for index, row in enumerate(rows)] for name in feature.columns}
+def lists_of(feature: Feature, columns: RawColumns) -> dict[str, list[Any]]:
+    """The raw values of each column of an input."""
+    together = side_by_side(feature, columns)
+    given = {name: bare(columns[name]) for name in feature.columns} if together is None else _apart(feature, together)
+    return {name: values.tolist() if isinstance(values, np.ndarray) else list(values) for name, values in given.items()}
+
+
+def bare(values: Sequence[Any] | np.ndarray) -> Sequence[Any] | np.ndarray:
+    """The values of one column, of which each may be in a list of its own."""
+    if isinstance(values, np.ndarray):
+        return values.reshape(len(values)) if values.ndim > 1 and values.size == len(values) else values
+    return [value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value for value in values]
+
+
+def _apart(feature: Feature, rows: Sequence[Any] | np.ndarray) -> dict[str, Sequence[Any] | np.ndarray]:
+    check_width(feature, rows)
+    if isinstance(rows, np.ndarray):
+        return {name: rows[:, place] for place, name in enumerate(feature.columns)}
+    return {name: [row[place] for row in rows] for place, name in enumerate(feature.columns)}
+
+
+def check_width(feature: Feature, rows: Sequence[Any] | np.ndarray) -> None:
+    wide = len(feature.columns)
+    if isinstance(rows, np.ndarray):
+        fits = rows.ndim == 2 and rows.shape[1] == wide
+    else:
+        fits = set(map(type, rows)) <= {list, tuple} and set(map(len, rows)) <= {wide}
+    if not fits:
+        raise DloptError(f"rows must be lists of {wide} values or objects with the columns {', '.join(feature.columns)}")
 
 
 def no_rows(feature: Feature) -> np.ndarray:
@@ -314,6 +342,6 @@ def no_rows(feature: Feature) -> np.ndarray:
 def texts_of(feature: Feature, name: str, values: list[Any]) -> list[str]:
     """Texts of a request as they were trained on, "" where missing."""
     for index, value in enumerate(values):
-        if value is not None and not isinstance(value, str):
+        if value is not None and not isinstance(value, (str, int, float, date)):
             raise DloptError(f"row {index}: {name}: {value!r:.40} is not a text")
     return [as_text(value, feature.type_of(name), feature.markers) for value in values]

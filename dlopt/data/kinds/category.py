@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
 from typing import Any, Literal, Self
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from dlopt.data.counter import string_words
-from dlopt.data.kinds.base import Cells, InputKind, columns_of, no_column_twice, words_of_texts
+from dlopt.data.kinds.base import Bound, Cells, InputKind, RawColumns, lists_of, no_column_twice, words_of_texts
 from dlopt.data.stats import column as profile
 from dlopt.data.types.arrow import pa, pc
 from dlopt.data.types.canonical import ColumnType, as_text
@@ -145,10 +146,10 @@ class CategoryInput(InputKind):
         return {column: table[piece_column(feature.name, column)] for column in feature.columns}
 
     @classmethod
-    def encode(cls, feature: Feature, rows: Sequence[Any], alone: bool) -> np.ndarray:
+    def encode(cls, feature: Feature, columns: RawColumns) -> np.ndarray:
         """Texts, object (rows, columns), or int32 codes where they are hashed."""
         found = []
-        for name, values in columns_of(feature, rows, alone).items():
+        for name, values in lists_of(feature, columns).items():
             kind = feature.type_of(name)
             found.append([_text(name, index, value, kind, feature.markers) for index, value in enumerate(values)])
         if feature.buckets:
@@ -200,7 +201,7 @@ def _counted(column: pa.ChunkedArray) -> Counter[str]:
 
 
 def _text(name: str, index: int, value: Any, kind: ColumnType, missing: tuple[str, ...]) -> str:
-    if value is not None and not isinstance(value, (str, int, float)):
+    if value is not None and not isinstance(value, (str, int, float, date)):
         raise DloptError(f"row {index}: {name}: give a string, a number, true, false or null")
     return as_text(value, kind, missing)
 

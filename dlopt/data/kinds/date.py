@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import date
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, field_validator
 
-from dlopt.data.kinds.base import Matrix, columns_of, no_column_twice, texts_of
-from dlopt.data.kinds.number import Bound, NumberInput, in_units
+from dlopt.data.kinds.base import Bound, Matrix, RawColumns, lists_of, no_column_twice, texts_of
+from dlopt.data.kinds.number import NumberInput, in_units
 from dlopt.data.stats import column as profile
 from dlopt.data.stats import moments
 from dlopt.data.stats.moments import Moments
@@ -86,8 +87,8 @@ class DateInput(Matrix):
         return tuple(part_column(column, part) for column in feature.columns for part in feature.parts)
 
     @classmethod
-    def encode(cls, feature: Feature, rows: Sequence[Any], alone: bool) -> np.ndarray:
-        return np.concatenate([_encoded(feature, name, values) for name, values in columns_of(feature, rows, alone).items()], axis=1)
+    def encode(cls, feature: Feature, columns: RawColumns) -> np.ndarray:
+        return np.concatenate([_encoded(feature, name, values) for name, values in lists_of(feature, columns).items()], axis=1)
 
     @staticmethod
     def describe(feature: Feature) -> str:
@@ -115,14 +116,21 @@ class DateInput(Matrix):
 
 
 def _encoded(feature: Feature, name: str, values: list[Any]) -> np.ndarray:
-    """The parts of a request's dates, (rows, parts)."""
-    written = [value or None for value in texts_of(feature, name, values)]
+    if any(isinstance(value, date) for value in values):
+        return _parts(feature, name, pa.array(values))
+    for index, value in enumerate(values):
+        if value is not None and not isinstance(value, str):
+            raise DloptError(f"row {index}: {name}: {value!r:.40} is not a date")
+    return _parts(feature, name, pa.array([value or None for value in texts_of(feature, name, values)], pa.string()))
+
+
+def _parts(feature: Feature, name: str, written: pa.Array) -> np.ndarray:
     try:
-        found = parse_dates(pa.array(written, pa.string()), feature.form)
+        found = parse_dates(written, feature.form)
     except DloptError:
-        for index, value in enumerate(written):
+        for index in range(len(written)):
             try:
-                parse_dates(pa.array([value], pa.string()), feature.form)
+                parse_dates(written.slice(index, 1), feature.form)
             except DloptError as error:
                 raise DloptError(f"row {index}: {name}: {error}") from None
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ import numpy as np
 from PIL import ImageColor
 from pydantic import field_validator
 
-from dlopt.data.kinds.base import InputKind, no_rows, value_of
+from dlopt.data.kinds.base import Bound, InputKind, RawColumns, no_rows, side_by_side
 from dlopt.data.kinds.pixels import MODES, decode_image, encode_png, image_shape
 from dlopt.data.stats import column as profile
 from dlopt.data.stats.moments import Moments, of_pixels
@@ -23,6 +24,10 @@ from dlopt.data.types.tensors import array_of, column_of
 from dlopt.data.types.values import Reasons, plain
 from dlopt.part import DloptError, Feature, Statistics
 
+DATA_URI = re.compile(r"data:[^,;]*(;[^,;]*)*;base64,", re.IGNORECASE)
+"""What stands before the base64 of a file in a data URI."""
+BLANKS = re.compile(r"\s+")
+"""What base64 may have in between, as MIME breaks it into lines."""
 LOOK_IMAGES = 64
 """Encoded images that the profile decodes of a piece."""
 KEPT_SHAPES = 100
@@ -188,11 +193,16 @@ class ImageInput(InputKind):
         return {feature.name: pa.array([encode_png(image) for image in images], pa.binary())}
 
     @classmethod
-    def encode(cls, feature: Feature, rows: Sequence[Any], alone: bool) -> np.ndarray:
+    def encode(cls, feature: Feature, columns: RawColumns) -> np.ndarray:
         """Whole numbers in plain lists take one conversion for the whole batch; anything else is looked at row by row."""
-        values = [value_of(row, feature.columns[0], index, alone) for index, row in enumerate(rows)]
-        if not values:
+        side_by_side(feature, columns)
+        values = columns[feature.columns[0]]
+        if not len(values):
             return no_rows(feature)
+        if isinstance(values, np.ndarray):
+            if values.dtype.kind != "O":
+                return _of_array(feature, values)
+            values = values.reshape(len(values)).tolist()
         for shape in _nestings(feature):
             try:
                 numbers = _flat(values, shape)
@@ -290,8 +300,23 @@ def _flat(values: Sequence[Any], shape: tuple[int, ...]) -> Sequence[Any]:
     return values
 
 
+def _of_array(feature: Feature, values: np.ndarray) -> np.ndarray:
+    if values.shape[1:] not in _nestings(feature):
+        raise DloptError(f"{feature.name}: shape {list(values.shape)} where {[len(values), *feature.shape]} is needed")
+    if values.dtype != np.uint8:
+        with np.errstate(invalid="ignore"):
+            pixels = values.astype(np.uint8)
+        if values.dtype.kind == "b" or (wrong := np.flatnonzero((pixels != values).reshape(len(values), -1).any(axis=1))).size:
+            row = 0 if values.dtype.kind == "b" else wrong[0]
+            raise DloptError(f"row {row}: {feature.name}: pixels must be whole numbers from 0 to 255")
+        values = pixels
+    return values.reshape(-1, *feature.shape)
+
+
 def _of_request(feature: Feature, value: Any, index: int) -> np.ndarray:
     where = f"row {index}: {feature.name}"
+    if isinstance(value, bytes):
+        return _from_file(value, where, feature)
     if isinstance(value, Mapping):
         return _from_base64(value, where, feature)
     for shape in reversed(_nestings(feature)):  # the deepest first: it does not fit lists of numbers
@@ -303,16 +328,21 @@ def _of_request(feature: Feature, value: Any, index: int) -> np.ndarray:
 
 
 def _from_base64(value: Mapping[str, Any], where: str, feature: Feature) -> np.ndarray:
-    height, width, channels = feature.shape
     if set(value) != {"b64"} or not isinstance(value["b64"], str):
         raise DloptError(f'{where}: give nested numbers or {{"b64": "..."}}')
+    text = DATA_URI.sub("", value["b64"]) if value["b64"][:5].lower() == "data:" else value["b64"]
     try:
-        size = (height, width)
-        data = base64.b64decode(value["b64"], validate=True)
-        limits = {"size": size} if feature.resize else {"only": size}
-        return decode_image(data, channels, **limits, background=feature.background)
+        data = base64.b64decode(BLANKS.sub("", text), validate=True)
     except ValueError:  # binascii.Error is one
         raise DloptError(f"{where}: b64 is not base64") from None
+    return _from_file(data, where, feature)
+
+
+def _from_file(data: bytes, where: str, feature: Feature) -> np.ndarray:
+    height, width, channels = feature.shape
+    limits = {"size": (height, width)} if feature.resize else {"only": (height, width)}
+    try:
+        return decode_image(data, channels, **limits, background=feature.background)
     except DloptError as error:
         raise DloptError(f"{where}: {error}") from None
 

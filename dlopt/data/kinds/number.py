@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, field_validator
 
-from dlopt.data.kinds.base import Matrix, no_column_twice, no_rows, value_of
+from dlopt.data.kinds.base import Bound, Matrix, RawColumns, bare, check_width, no_column_twice, no_rows, side_by_side
 from dlopt.data.stats import column as profile
 from dlopt.data.stats import moments
 from dlopt.data.stats.moments import Moments, nonzero
 from dlopt.data.stats.quantiles import Quantiles
 from dlopt.data.types.arrow import pa
+from dlopt.data.types.canonical import as_number
 from dlopt.data.types.exact import exact_column, merged, raw_values, values_of
 from dlopt.data.types.tensors import SEPARATOR, column_of
 from dlopt.data.types.values import DIGITS, Reasons, doubles, lost_in_double, numbers, plain
@@ -26,7 +28,7 @@ KNOTS = 64
 MOST_VALUES = 2**16
 """Different values that are counted of each column for its most frequent one."""
 MEDIAN, QUARTILES = 0.5, (0.25, 0.75)
-LARGEST = float(np.finfo(np.float32).max)
+PLAIN_NUMBERS = {int, float, type(None)}
 
 
 class GroupMedian(Part):
@@ -35,20 +37,6 @@ class GroupMedian(Part):
     kind: Literal["group_median"] = "group_median"
     by: str
     """A column of a category input."""
-
-
-class Bound(Part):
-    """Where the outliers of a column begin."""
-
-    lower: float
-    upper: float
-    action: Literal["drop", "cap", "missing"]
-
-    def apply(self, values: np.ndarray) -> np.ndarray:
-        """What the model makes of values, float32: it never sees those that are dropped."""
-        if self.action == "missing":
-            return np.where((values < self.lower) | (values > self.upper), np.float32(np.nan), values)
-        return values.clip(np.float32(self.lower), np.float32(self.upper)) if self.action == "cap" else values
 
 
 class NumberInput(Matrix):
@@ -161,23 +149,21 @@ class NumberInput(Matrix):
         return dict(zip(feature.columns, missing.tolist(), strict=True))
 
     @classmethod
-    def encode(cls, feature: Feature, rows: Sequence[Any], alone: bool) -> np.ndarray:
-        if alone and rows and not isinstance(rows[0], Mapping):
-            if any(not isinstance(row, (list, tuple)) or len(row) != feature.size for row in rows):
-                raise DloptError(f"rows must be lists of {feature.size} numbers or objects with the columns {', '.join(feature.columns)}")
-            values: list[Any] = list(rows)
+    def encode(cls, feature: Feature, columns: RawColumns) -> np.ndarray:
+        values = side_by_side(feature, columns)
+        if values is None:
+            values = _rows_of([bare(columns[name]) for name in feature.columns])
+        check_width(feature, values)
+        if isinstance(values, np.ndarray) and values.dtype.kind not in "biuf":
+            values = values.tolist()
+        if isinstance(values, np.ndarray):
+            return as_tensor(feature, values, feature.columns)
+        if set(map(type, chain.from_iterable(values))) <= PLAIN_NUMBERS:
+            numbers: Any = [[np.nan if value is None else value for value in row] for row in values]
         else:
-            values = [[value_of(row, column, index, alone=False) for column in feature.columns] for index, row in enumerate(rows)]
-        for index, row in enumerate(values):
-            for column, value in zip(feature.columns, row, strict=True):
-                if (
-                    value is not None
-                    and (isinstance(value, bool) or not isinstance(value, (int, float)))
-                    and not _says_missing(feature, value)
-                ):
-                    raise DloptError(f"row {index}: {column}: {value!r:.40} is not a number")
-        cleared = [[np.nan if value is None or isinstance(value, str) else value for value in row] for row in values]
-        return as_tensor(feature, cleared, feature.columns)
+            pairs = enumerate(values)
+            numbers = [[_number(feature, *one, index) for one in zip(feature.columns, row, strict=True)] for index, row in pairs]
+        return as_tensor(feature, numbers, feature.columns)
 
     @staticmethod
     def describe(feature: Feature) -> str:
@@ -357,24 +343,38 @@ def digits_lost(columns: Sequence[str], raw: pa.Table, read: pa.Array) -> list[n
     return [lost_in_double(raw[column], values[:, index]) for index, column in enumerate(columns)]
 
 
-def as_tensor(feature: Feature, rows: list[list[float]], names: Sequence[str]) -> np.ndarray:
-    """Numbers of a request, NaN where missing, as the model takes them. names: of the columns. Raises DloptError for one too large."""
-    if not rows:
+def as_tensor(feature: Feature, rows: Sequence[Any] | np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """Numbers of a request (rows, columns), NaN where missing, as the model takes them, float64 or float32. names: of the columns.
+    Raises DloptError for one that is too large, in either."""
+    if not len(rows):
         return no_rows(feature)
     try:
-        with np.errstate(over="ignore"):
-            found = np.array(rows, dtype=np.float64)
-            single = found.astype(np.float32)
+        found = np.array(rows, dtype=np.float64)
     except OverflowError:
-        single = np.where([[abs(value) > LARGEST for value in row] for row in rows], np.inf, 0)
+        found = np.array([[as_number(value) for value in row] for row in rows])
+    with np.errstate(over="ignore"):
+        single = found.astype(np.float32)
     if np.isinf(single).any():
         row, place = np.argwhere(np.isinf(single))[0]
         raise DloptError(f"row {row}: {names[place]}: a number is too large")
     return found if feature.dtype == "float64" else single
 
 
-def _says_missing(feature: Feature, value: Any) -> bool:
-    return isinstance(value, str) and (value == "" or value in feature.markers)
+def _rows_of(columns: list[Sequence[Any] | np.ndarray]) -> Sequence[Any] | np.ndarray:
+    """Columns side by side."""
+    if all(isinstance(values, np.ndarray) and values.dtype.kind in "biuf" for values in columns):
+        return np.stack(columns, axis=1)
+    return list(zip(*(values.tolist() if isinstance(values, np.ndarray) else values for values in columns), strict=True))
+
+
+def _number(feature: Feature, column: str, value: Any, index: int) -> float:
+    """One value as training reads it from a file: texts of numbers are numbers, true is 1, and what says so is missing."""
+    if value is None or (isinstance(value, str) and (value == "" or value in feature.markers)):
+        return np.nan
+    try:
+        return as_number(value)
+    except ValueError:
+        raise DloptError(f"row {index}: {column}: {value!r:.40} is not a number") from None
 
 
 def _read_again(column: Any) -> tuple[np.ndarray, int]:

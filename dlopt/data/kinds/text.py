@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from dlopt.data.kinds.base import Cells, InputKind, columns_of, no_column_twice, texts_of, words_of_texts
+from dlopt.data.kinds.base import Cells, InputKind, RawColumns, lists_of, no_column_twice, texts_of, words_of_texts
 from dlopt.data.kinds.tokenizer import BYTES, SPECIAL, join_texts, tokens_of, train_tokenizer, vocabulary_size
 from dlopt.data.stats import column as profile
 from dlopt.data.types.arrow import pa, pc
@@ -104,10 +104,11 @@ class TextInput(InputKind):
         return [words_of_texts(table[feature.name].combine_chunks())]
 
     @classmethod
-    def encode(cls, feature: Feature, rows: Sequence[Any], alone: bool) -> np.ndarray:
+    def encode(cls, feature: Feature, columns: RawColumns) -> np.ndarray:
         """Token ids with no more padding than the longest text needs."""
-        columns = columns_of(feature, rows, alone)
-        ids = tokens_of(feature).encode(join_texts([texts_of(feature, name, values) for name, values in columns.items()]))
+        ids = tokens_of(feature).encode(
+            join_texts([texts_of(feature, name, values) for name, values in lists_of(feature, columns).items()])
+        )
         return ids[:, : max(1, int((ids != 0).sum(axis=1).max()))] if len(ids) else ids
 
     @staticmethod

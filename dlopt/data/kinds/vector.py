@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,12 +13,13 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from dlopt.data.kinds.base import Cells, Matrix, value_of
+from dlopt.data.kinds.base import Bound, Cells, Matrix, RawColumns, side_by_side
 from dlopt.data.kinds.number import as_tensor, in_units
 from dlopt.data.stats import column as profile
 from dlopt.data.stats import moments
 from dlopt.data.stats.moments import Moments
 from dlopt.data.types.arrow import pa, pc
+from dlopt.data.types.canonical import as_number
 from dlopt.data.types.exact import exact_column, raw_values, values_of
 from dlopt.data.types.values import TOO_LARGE, Reasons, doubles, is_text, plain, without_empty
 from dlopt.part import DloptError, Feature, Statistics
@@ -97,10 +99,10 @@ class VectorInput(Matrix):
         return {feature.name: pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), feature.size)}
 
     @classmethod
-    def encode(cls, feature: Feature, rows: Sequence[Any], alone: bool) -> np.ndarray:
+    def encode(cls, feature: Feature, columns: RawColumns) -> np.ndarray:
+        side_by_side(feature, columns)
         column, found = feature.columns[0], []
-        for index, row in enumerate(rows):
-            value = value_of(row, column, index, alone)
+        for index, value in enumerate(columns[column]):
             if value is None or (isinstance(value, str) and value in ("", *feature.markers)):
                 found.append([np.nan] * feature.size)
                 continue
@@ -195,17 +197,24 @@ def _matrix(column: pa.ChunkedArray | pa.Array, size: int) -> tuple[np.ndarray, 
 
 def _numbers(value: Any, size: int) -> list[float]:
     """One value, be it of a file or of a request. Raises DloptError saying why it is no vector of this size."""
-    value = _parsed(value)
+    value = value.tolist() if isinstance(value, np.ndarray) else _parsed(value)
     if not isinstance(value, (list, tuple)):
         raise DloptError(f"{value!r:.40} is not a list of {size} numbers")
     if len(value) != size:
         raise DloptError(f"a list of {len(value)} where {size} numbers are needed")
-    for place, number in enumerate(value):
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or number != number:
-            raise DloptError(f"{number!r:.40} in place {place} is not a number")
-        if abs(number) >= TOO_LARGE:
-            raise DloptError(f"a number is too large in place {place}")
-    return [number + 0.0 for number in value]
+    return [_number(one, place) for place, one in enumerate(value)]
+
+
+def _number(value: Any, place: int) -> float:
+    try:
+        number = as_number(value) + 0.0
+    except ValueError:
+        number = math.nan
+    if number != number:
+        raise DloptError(f"{value!r:.40} in place {place} is not a number")
+    if abs(number) >= TOO_LARGE:
+        raise DloptError(f"a number is too large in place {place}")
+    return number
 
 
 def _parsed(value: Any) -> Any:

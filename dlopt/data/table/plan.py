@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dlopt.data.clean import Outliers
-from dlopt.data.kinds.number import Bound
+from dlopt.data.kinds.base import Bound
 from dlopt.data.section import Data
 from dlopt.data.table.spill import HIGH, LOW, SIDE, TARGET, TIE, is_local
 from dlopt.data.table.split import NAMES, ByRow, GivenSplit, Hashed, StratifiedSplit
