@@ -113,7 +113,7 @@ class CategoryInput(InputKind):
         codes = np.empty((len(table), len(feature.columns)), dtype=np.int32)
         for index, column in enumerate(feature.columns):
             values = table[piece_column(feature.name, column)].combine_chunks()
-            codes[:, index] = _hashed(values, feature.buckets) if feature.buckets else _looked_up(values, feature, index)
+            codes[:, index] = hashed(values, feature.buckets) if feature.buckets else _looked_up(values, feature, index)
         return codes
 
     @staticmethod
@@ -206,7 +206,7 @@ def _text(name: str, index: int, value: Any, kind: ColumnType, missing: tuple[st
     return as_text(value, kind, missing)
 
 
-def _hashed(values: pa.Array, buckets: int) -> np.ndarray:
+def hashed(values: pa.Array, buckets: int) -> np.ndarray:
     """The code of each text, int32 (rows,)."""
     codes = values.dictionary_encode()
     return _bucket(string_words(codes.dictionary.to_pylist()), buckets)[codes.indices.to_numpy()]

@@ -182,7 +182,7 @@ def _matrix(column: pa.ChunkedArray | pa.Array, size: int) -> tuple[np.ndarray, 
         fits = there[pc.equal(pc.list_value_length(array), size).fill_null(False).to_numpy(zero_copy_only=False)[there]]
         numbers, strange = doubles(array.take(pa.array(fits)).flatten())
         found = numbers.reshape(-1, size) + 0.0
-        good = (np.abs(found) < TOO_LARGE).all(axis=1)
+        good: np.ndarray = np.all(np.abs(found) < TOO_LARGE, axis=1)
         good[np.unique(np.fromiter(strange, np.int64, len(strange)) // size)] = False
         values[fits[good]] = found[good]
         there = np.setdiff1d(there, fits[good])
