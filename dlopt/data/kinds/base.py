@@ -68,6 +68,10 @@ class InputKind(Part):
     """Whether several columns make one input of a job that is only begun, and not one each."""
     unit: ClassVar[str] = ""
     """What the profile measures of each value, as a number; "" for nothing."""
+    countable: ClassVar[bool] = True
+    """Whether it tells something how many different values there are."""
+    moment: ClassVar[bool] = False
+    """Whether what the profile measures are seconds since 1970."""
     ranked: ClassVar[bool] = True
     """Whether `sampled` gives numbers, whose order tells something, and no hashes."""
     checks: ClassVar[tuple[str, ...]] = ("constant",)
@@ -236,6 +240,14 @@ class InputKind(Part):
     def summary(column: Any, step: int, points: int) -> profile.Column:
         """What a piece of a column looks like. column: of `profiled`, or raw; step: look at every n-th value; points: to keep."""
         raise NotImplementedError
+
+    @staticmethod
+    def typical(figures: Mapping[str, Any]) -> str:
+        """A word on what values are like, by the profile's figures of them; "" where there are none."""
+        if not figures["frequent"]:
+            return ""
+        value, count = figures["frequent"][0]
+        return f"{value} ({count / figures['seen']:.1%})"
 
     @staticmethod
     def sampled(column: Any) -> np.ndarray:

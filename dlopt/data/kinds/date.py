@@ -29,6 +29,7 @@ class DateInput(Matrix):
     """Columns of dates or times; the model sees parts of each as numbers, missing ones filled with the mean."""
 
     unit = "seconds since 1970"
+    moment = True
 
     kind: Literal["date"] = "date"
     columns: tuple[str, ...] = Field(min_length=1)
@@ -109,6 +110,10 @@ class DateInput(Matrix):
     def summary(column: Any, step: int, points: int) -> profile.Column:
         seconds, unreadable = _as_seconds(column)
         return replace(NumberInput.summary(seconds, step, points), kind="date", unreadable=unreadable)
+
+    @staticmethod
+    def typical(figures: Mapping[str, Any]) -> str:
+        return profile.moment(figures["quantiles"]["0.5"]) if figures["quantiles"] else ""
 
     @staticmethod
     def sampled(column: Any) -> np.ndarray:

@@ -43,6 +43,7 @@ class ImageInput(InputKind):
     rich = nested = True
     unit = "brightness, 0 to 255"
     checks = ()
+    countable = False
 
     kind: Literal["image"] = "image"
     column: str = "image"
@@ -235,6 +236,10 @@ class ImageInput(InputKind):
         bright, shapes, missing, unreadable = _looked_at(column)
         found = profile.Column("image", kept=KEPT_SHAPES, rows=len(column), missing=missing + unreadable, unreadable=unreadable)
         return profile.measured(replace(found, seen=len(bright), counts=shapes, whole=False), bright, points)
+
+    @staticmethod
+    def typical(figures: Mapping[str, Any]) -> str:
+        return f"{figures['frequent'][0][0]}, brightness {figures['mean']:.0f}" if figures["frequent"] else ""
 
     @staticmethod
     def sampled(column: Any) -> np.ndarray:

@@ -195,6 +195,10 @@ class NumberInput(Matrix):
         )
 
     @staticmethod
+    def typical(figures: Mapping[str, Any]) -> str:
+        return f"{figures['mean']:.4g} ± {figures['std']:.4g}" if figures["mean"] is not None else ""
+
+    @staticmethod
     def sampled(column: Any) -> np.ndarray:
         return _read_again(column)[0]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -142,6 +142,10 @@ class TextInput(InputKind):
         found, different, counts = profile.of_texts("text", column, step, KEPT_VALUES)
         lengths = pc.utf8_length(different).to_numpy(zero_copy_only=False).astype(np.float64)
         return profile.measured(found, np.repeat(lengths, counts), points)
+
+    @staticmethod
+    def typical(figures: Mapping[str, Any]) -> str:
+        return f"{figures['mean']:.0f} characters" if figures["mean"] is not None else ""
 
     @staticmethod
     def sampled(column: Any) -> np.ndarray:

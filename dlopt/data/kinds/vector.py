@@ -35,6 +35,7 @@ class VectorInput(Matrix):
     alone = together = False
     unit = "length of the vector"
     checks = ()
+    countable = False
 
     kind: Literal["vector"] = "vector"
     column: str = "vector"
@@ -149,6 +150,10 @@ class VectorInput(Matrix):
         found = profile.Column("vector", rows=rows, missing=rows - len(there), unreadable=unreadable, seen=len(looked), whole=False)
         lengths = np.sqrt(np.square(looked, dtype=np.float64).sum(axis=1))
         return profile.measured(replace(found, counts={f"{values.shape[1]} numbers": len(looked)}), lengths, points)
+
+    @staticmethod
+    def typical(figures: Mapping[str, Any]) -> str:
+        return f"{figures['frequent'][0][0]}, length {figures['mean']:.4g}" if figures["frequent"] else ""
 
     @staticmethod
     def sampled(column: Any) -> np.ndarray:

@@ -149,6 +149,11 @@ def moments(values: np.ndarray) -> dict[str, Any]:
     }
 
 
+def moment(seconds: float) -> str:
+    """A date, with its time unless that is midnight."""
+    return str(np.datetime64(int(seconds), "s")).removesuffix("T00:00:00")
+
+
 def counted(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The different numbers, sorted, and how often each occurs; hashing is faster than sorting where many are equal."""
     found = pc.value_counts(pa.array(values, pa.float64()))

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dlopt.data.kinds import column_kinds
-from dlopt.data.stats.column import Column
+from dlopt.data.stats.column import Column, moment
 from dlopt.data.stats.summary import RowSample, Summary
 
 UNIQUE = 0.9
@@ -328,8 +328,8 @@ def _of(split: str) -> str:
 
 def shown(value: Any, kind: str) -> str:
     """A value as a line of text has it."""
-    if kind == "date":
-        return str(np.datetime64(int(value), "s"))
+    if column_kinds[kind].moment:
+        return moment(value)
     return f"{value:.6g}" if isinstance(value, float) else repr(value)
 
 
