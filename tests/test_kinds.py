@@ -30,6 +30,7 @@ from dlopt.data.prepare import SPILL, arrange
 from dlopt.data.prepared import Split
 from dlopt.data.section import Data
 from dlopt.data.sources import Csv, ImageTable, JsonLines, Parquet, Source, infer_kind
+from dlopt.data.sources.places import place_of
 from dlopt.data.stats.guess import job_of
 from dlopt.data.stats.summary import merge, summarise
 from dlopt.data.table.spill import Spill, from_json
@@ -186,7 +187,7 @@ def every_kind() -> list[dict[str, Any]]:
         rows.append(
             {
                 "id": 10**9 + number,
-                "amount": None if gone[0] else float(random.normal(3, 9).round(4)),
+                "amount": None if gone[0] else round(float(random.normal(3, 9)), 4),
                 "seconds": 1_764_500_000 + int(random.integers(0, 600)),
                 "flag": None if gone[1] else bool(random.random() < 0.5),
                 "grade": float(random.integers(1, 5)),
@@ -256,6 +257,14 @@ FORMATS: dict[str, Callable[[list[dict[str, Any]], Path], tuple[Source, list[dic
 }
 
 
+def all_rows(source: Any) -> pa.Table:
+    """As Ray's workers read them."""
+    if isinstance(source, ImageTable):
+        return source._with_images(all_rows(source.table), *place_of(source.folder))
+    place, pieces = source.pieces()
+    return pa.concat_tables(table for _, table in source.load(place, pieces, source.layout().names))
+
+
 def prepared(source: Source, home: Path) -> Artifact:
     """What prepare makes of a source, read in this process."""
     inputs = [
@@ -272,7 +281,7 @@ def prepared(source: Source, home: Path) -> Artifact:
 
     def make(section: Data, out: Path) -> dict[str, Any]:
         spill = Spill(section, features, section.target.whole(first), str(out / SPILL), meaning)
-        read = [from_json(text) for piece in spill(source.first(EVERY)) for text in piece["piece"]]
+        read = [from_json(text) for piece in spill(all_rows(source)) for text in piece["piece"]]
         try:
             return arrange(section, features, {"source": read}, out, run=anywhere)
         finally:
