@@ -121,24 +121,16 @@ def csv_file(seed: int, folder: Path) -> Hostile:
         content += b"\xff\xff\x81" if encoding in ("utf-8", "utf-8-sig", "utf-16") else b""
     path, content = _packed(rng, folder / f"{seed} {rng.choice(['x', 'Ü 日', 'a,b', 'x.csv'])}.csv", content, fault)
     path.write_bytes(content)
-    options: dict[str, Any] = {"delimiter": delimiter, "escape": escape}
-    if encoding not in ("utf-8", "utf-8-sig"):
-        options["encoding"] = encoding
+    said = {} if encoding in ("utf-8", "utf-8-sig") else {"encoding": encoding}
 
     def expected(**more: Any) -> dict[str, list[Any]]:
         import pandas
 
-        more = {
-            "sep": delimiter,
-            "escapechar": escape,
-            "doublequote": escape is None,
-            "encoding": encoding,
-            "keep_default_na": False,
-        } | more
-        read = pandas.read_csv(path, dtype=str, escapechar=escape, **more)
+        style = {"sep": delimiter, "encoding": encoding, "escapechar": escape, "doublequote": escape is None}
+        read = pandas.read_csv(path, dtype=str, keep_default_na=False, **style, **more)
         return {str(name): [None if value != value else value for value in read[name]] for name in read.columns}
 
-    return Hostile(Csv(path=str(path), **options), expected, fault)
+    return Hostile(Csv(path=str(path), delimiter=delimiter, escape=escape, **said), expected, fault)
 
 
 CSV_FAULTS: dict[str, Callable[[str, str, str, random.Random], str]] = {

@@ -138,9 +138,7 @@ class Place:
         return [file for file in self._inside(base) if not matches or matches(file.path)], pattern
 
     def walked(self, folder: str) -> Iterator[tuple[str, int, int | str | None]]:
-        """(path within the folder, size, when or how it changed) of each file in a folder and in its folders; raises NotADirectoryError."""
-        if self.kind(folder) == fs.FileType.File:
-            raise NotADirectoryError(folder)
+        """(path within the folder, size, when or how it changed) of each file in a folder and in its folders."""
         return ((file.inside, file.size, file.changed) for file in self._inside(folder))
 
     def kind(self, path: str) -> fs.FileType:
@@ -291,7 +289,7 @@ def in_folders(path: str, endings: tuple[str, ...]) -> Folders:
     folder = str(Path(folder).resolve()) if place.is_local else folder.rstrip("/")
     with reading(path):
         kind = place.kind(folder)
-        files = _as_columns(place.walked(folder) if kind != fs.FileType.File else iter(()))
+        files = _as_columns(place.walked(folder) if kind == fs.FileType.Directory else iter(()))
     if folder.lower().endswith(ZIP) and kind == fs.FileType.File:
         raise DloptError(f"{path}: is a zip archive: unpack it")
     if not len(files) and kind != fs.FileType.Directory:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import itertools
 import json
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pyarrow as pa
@@ -300,6 +300,19 @@ def grouped(pieces: Sequence[Piece], block: int) -> Iterator[list[Piece]]:
     places = [(end - piece.bytes) // block for end, piece in zip(ends, pieces, strict=True)]
     for _, some in itertools.groupby(zip(places, pieces, strict=True), key=lambda pair: pair[0]):
         yield [piece for _, piece in some]
+
+
+def joined(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """Parts of a file that follow each other as one, so that the file is opened once."""
+    for _, some in itertools.groupby(pieces, key=lambda piece: piece.path):
+        last, *others = some
+        for piece in others:
+            if 0 < last.stop == piece.start:
+                last = replace(last, stop=piece.stop, bytes=last.bytes + piece.bytes)
+            else:
+                yield last
+                last = piece
+        yield last
 
 
 def _as_table(pieces: Sequence[Piece]) -> pa.Table:
