@@ -13,14 +13,14 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from dlopt.data import guard, guess
-from dlopt.data.canonical import MISSING, as_text
-from dlopt.data.describe import describe
-from dlopt.data.inputs import CategoryInput, CategoryTarget, DateInput, NumberInput, TextInput
-from dlopt.data.inputs.values import doubles
+from dlopt.data.kinds import CategoryInput, CategoryTarget, DateInput, NumberInput, TextInput
 from dlopt.data.prepare import meant
-from dlopt.data.profile import summarise
-from dlopt.data.spill import Spill, from_json
+from dlopt.data.stats import guard, guess
+from dlopt.data.stats.describe import describe
+from dlopt.data.stats.summary import summarise
+from dlopt.data.table.spill import Spill, from_json
+from dlopt.data.types.canonical import MISSING, as_text
+from dlopt.data.types.values import doubles
 from dlopt.part import DloptError
 from tests.arranged import section_of
 from tests.hostile import LABEL, Hostile, arrow_file, csv_file, json_file, parquet_file

@@ -12,17 +12,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from dlopt.data.columns import Columns, Stated
 from dlopt.data.sources import places
 from dlopt.data.sources.lines import Csv, JsonLines
 from dlopt.data.sources.reading import Rows, block_of, dataset, wanted
 from dlopt.data.sources.tables import Arrow, Parquet
+from dlopt.data.types.columns import Columns, Stated
 from dlopt.part import DloptError
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-    from dlopt.data.canonical import ColumnType
+    from dlopt.data.types.canonical import ColumnType
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 AT_ONCE = 64
