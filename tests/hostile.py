@@ -209,7 +209,7 @@ def arrow_file(seed: int, folder: Path) -> Hostile:
     path, stream = folder / f"{seed}{rng.choice(['.arrow', '.feather', '.arrows'])}", rng.random() < 0.4
     options = pa.ipc.IpcWriteOptions(compression=rng.choice([None, "lz4", "zstd"]))
     with (pa.ipc.new_stream if stream else pa.ipc.new_file)(path, table.schema, options=options) as sink:
-        for start in range(0, len(table), step := rng.choice([1, 50, 5000])):
+        for start in range(0, len(table), step := rng.choice([1 if len(table) < 100 else 25, 50, 5000])):
             sink.write_table(table.slice(start, step).combine_chunks())
     _damage(path, fault, rng)
 
