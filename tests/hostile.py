@@ -194,7 +194,8 @@ def parquet_file(seed: int, folder: Path) -> Hostile:
     rng = random.Random(f"parquet {seed}")
     table, fault = _table(rng, _TYPES), rng.choice(["", "", "", "", *TYPED_FAULTS])
     path = folder / f"{seed}.parquet"
-    group, codec = rng.choice([1 if len(table) < 100 else 50, 7, 100, 10_000]), rng.choice(["none", "snappy", "zstd", "gzip", "brotli", "lz4"])
+    group = rng.choice([1 if len(table) < 100 else 50, 7, 100, 10_000])
+    codec = rng.choice(["none", "snappy", "zstd", "gzip", "brotli", "lz4"])
     version, page = rng.choice(["1.0", "2.4", "2.6"]), rng.choice(["1.0", "2.0"])
     pq.write_table(
         table, path, row_group_size=group, compression=codec, version=version, data_page_version=page, store_schema=rng.random() < 0.7

@@ -68,7 +68,7 @@ class Folders(Stated, Rows):
         found, digest = self.listed(), hashlib.sha256()
         for batch in found.files.to_batches(max_chunksize=places.LISTED):
             columns = [batch["inside"], batch["size"].cast(pa.large_string()), batch["changed"].cast(pa.large_string())]
-            lines = pc.binary_join_element_wise(*columns, "\t", null_handling="replace")
+            lines = pc.binary_join_element_wise(*columns, pa.scalar("\t", pa.large_string()), null_handling="replace")
             digest.update("\n".join(lines.to_pylist()).encode() + b"\n")
         return [found.place.prefix + found.path, len(found.files), digest.hexdigest()]
 

@@ -310,7 +310,11 @@ def _as_columns(files: Iterator[tuple[str, int, int | str | None]]) -> pa.Table:
     parts = [schema.empty_table()]
     while some := list(itertools.islice(files, LISTED)):
         names, sizes, changes = zip(*some, strict=True)
-        parts.append(pa.table([names, sizes, pa.array([None if change is None else str(change) for change in changes])], schema=schema))
+        said = [None if change is None else str(change) for change in changes]
+        try:
+            parts.append(pa.table([names, sizes, said], schema=schema))
+        except UnicodeEncodeError as error:
+            raise DloptError(f"{error.object!a}: the name of this file is not UTF-8: rename it") from None
     return pa.concat_tables(parts)
 
 
