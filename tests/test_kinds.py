@@ -30,7 +30,6 @@ from dlopt.data.prepare import SPILL, arrange
 from dlopt.data.prepared import Split
 from dlopt.data.section import Data
 from dlopt.data.sources import Csv, ImageTable, JsonLines, Parquet, Source, infer_kind
-from dlopt.data.sources.places import place_of
 from dlopt.data.stats.guess import job_of
 from dlopt.data.stats.summary import merge, summarise
 from dlopt.data.table.spill import Spill, from_json
@@ -257,14 +256,6 @@ FORMATS: dict[str, Callable[[list[dict[str, Any]], Path], tuple[Source, list[dic
 }
 
 
-def all_rows(source: Any) -> pa.Table:
-    """As Ray's workers read them."""
-    if isinstance(source, ImageTable):
-        return source._with_images(all_rows(source.table), *place_of(source.folder))
-    place, pieces = source.pieces()
-    return pa.concat_tables(table for _, table in source.load(place, pieces, source.layout().names))
-
-
 def prepared(source: Source, home: Path) -> Artifact:
     """What prepare makes of a source, read in this process."""
     inputs = [
@@ -281,7 +272,7 @@ def prepared(source: Source, home: Path) -> Artifact:
 
     def make(section: Data, out: Path) -> dict[str, Any]:
         spill = Spill(section, features, section.target.whole(first), str(out / SPILL), meaning)
-        read = [from_json(text) for piece in spill(all_rows(source)) for text in piece["piece"]]
+        read = [from_json(text) for piece in spill(pa.concat_tables(source.tables())) for text in piece["piece"]]
         try:
             return arrange(section, features, {"source": read}, out, run=anywhere)
         finally:

@@ -19,7 +19,7 @@ from dlopt.data.types.arrow import pa
 from dlopt.data.types.canonical import as_number
 from dlopt.data.types.exact import exact_column, merged, raw_values, values_of
 from dlopt.data.types.tensors import SEPARATOR, column_of
-from dlopt.data.types.values import DIGITS, Reasons, doubles, lost_in_double, numbers, plain
+from dlopt.data.types.values import DIGITS, TOO_LARGE, Reasons, doubles, lost_in_double, numbers, plain
 from dlopt.part import DloptError, Feature, Part, Statistics, Target
 
 Normalization = Literal["min_max", "symmetric", "standard", "robust", "max_abs", "log", "quantile", "none"]
@@ -382,13 +382,13 @@ def _number(feature: Feature, column: str, value: Any, index: int) -> float:
 
 
 def _read_again(column: Any) -> tuple[np.ndarray, int]:
-    """float64 with NaN for what is missing, infinite or no number; and how many values are infinite or no number."""
+    """float64 with NaN for what is missing, no number or beyond what float32 holds; and how many values are of the last two."""
     if isinstance(column, np.ndarray):
         values, wrong = column.astype(np.float64), 0
     else:
         values, reasons = doubles(column)
         wrong = len(reasons)
-    infinite = np.isinf(values)
+    infinite = np.abs(values) >= TOO_LARGE
     if infinite.any():
         values, wrong = np.where(infinite, np.nan, values), wrong + int(infinite.sum())
     return values + 0.0, wrong  # no negative zero
@@ -401,5 +401,5 @@ def _told(column: Any, step: int, different: np.ndarray) -> int:
     array = plain(column)[::step]
     values, _ = doubles(array)
     rest = lost_in_double(array, values)
-    there = np.isfinite(values)
+    there = np.abs(values) < TOO_LARGE
     return len(different) if rest is None else len(np.unique(np.stack([values[there], rest[there]]), axis=1).T)
