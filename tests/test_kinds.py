@@ -165,6 +165,11 @@ def test_a_profile_and_a_page_know_vectors(tmp_path: Path) -> None:
     assert shown == [["1, 2.5, 3"], ["missing"]]
 
 
+def test_a_kind_of_another_version_is_named() -> None:
+    with pytest.raises(DloptError, match=r"this dlopt knows no input of kind 'sound', only number, category, date, text, image, vector"):
+        kinds["sound"]
+
+
 # Rows of every kind, whatever way they come
 
 EVERY = 1000

@@ -21,9 +21,19 @@ from dlopt.part import DloptError, Signature
 
 Input = Annotated[NumberInput | CategoryInput | DateInput | TextInput | ImageInput | VectorInput, Field(discriminator="kind")]
 
-kinds: dict[str, type[InputKind]] = {part.model_fields["kind"].default: part for part in get_args(get_args(Input)[0])}
-"""name to kind of input."""
-column_kinds: dict[str, type[InputKind]] = kinds | {"multi_label": LabelLists}
+
+class Kinds(dict[str, type[InputKind]]):
+    """name to kind."""
+
+    def __missing__(self, name: str) -> type[InputKind]:
+        raise DloptError(
+            f"signature.json: this dlopt knows no input of kind {name!r}, only {', '.join(self)}: it was made by another version"
+        )
+
+
+kinds = Kinds({part.model_fields["kind"].default: part for part in get_args(get_args(Input)[0])})
+"""Of inputs."""
+column_kinds = Kinds({**kinds, "multi_label": LabelLists})
 """And what else a column of the profile can be."""
 
 
