@@ -85,7 +85,7 @@ FEEDS = ("resident", "stream")
 
 
 def work(config: dict[str, Any]) -> None:
-    """What a group of workers does: every section with both feeds, one after the other."""
+    """What a group of workers does: these sections with these feeds, one after the other."""
     import ray.train
 
     worker.Training = Recording  # type: ignore[misc]
