@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     options = _parser().parse_args(arguments)
     from dlopt.part import DloptError
-    from dlopt.train.stopping import GaveUp, Stopped
+    from dlopt.train.cluster.stopping import GaveUp, Stopped
 
     try:
         return int(options.command(options) or 0)
@@ -178,7 +178,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _shown_to_prometheus(job: Job, port: int) -> Job:
-    from dlopt.train.track import Prometheus
+    from dlopt.train.progress.track import Prometheus
 
     resources = job.resources.model_copy(update={"track": (*job.resources.track, Prometheus(port=port))})
     return job.model_copy(update={"resources": resources})
@@ -243,7 +243,7 @@ def _find_batch(options: argparse.Namespace) -> None:
 
     from dlopt import pipeline, spec
     from dlopt.terminal import Terminal
-    from dlopt.train.largest_batch import MIB, largest_batch, rates_for
+    from dlopt.train.loop.largest_batch import MIB, largest_batch, rates_for
 
     job = spec.load(options.job, options.overrides)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -307,9 +307,9 @@ def _profile(options: argparse.Namespace) -> None:
 
     set_environment(options.address or os.environ.get("RAY_ADDRESS"))
     from dlopt.artifact import write_atomically
-    from dlopt.data import guard, guess
-    from dlopt.data.describe import describe
-    from dlopt.data.prepare_profile import profile_source
+    from dlopt.data.stats import guard, guess
+    from dlopt.data.stats.describe import describe
+    from dlopt.data.stats.of_source import profile_source
     from dlopt.terminal import Terminal, print_profile
 
     source = guess.source_of(options.source)

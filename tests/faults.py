@@ -31,12 +31,13 @@ import pyarrow.parquet as pq
 from dlopt import pipeline
 from dlopt.artifact import Artifact, once
 from dlopt.cli import main
-from dlopt.data import feed
-from dlopt.data.feed import Batch
+from dlopt.data.feed import batches as feed
+from dlopt.data.feed.batches import Batch
 from dlopt.spec import load
-from dlopt.train import metrics_log, worker
-from dlopt.train.checkpoints import CHECKPOINTS, Store
-from dlopt.train.fit import FIT
+from dlopt.train import worker
+from dlopt.train.checkpoint.stores import CHECKPOINTS, Store
+from dlopt.train.stage import FIT
+from dlopt.train.watch import metrics_log
 from tests.commands import ROOT, environment
 from tests.reaper import bearing
 from tests.served import alive, descendants

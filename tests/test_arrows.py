@@ -28,12 +28,13 @@ LAYERS = [
 """From the top down. A module imports what is below it; those in one layer do not import each other."""
 RAY = {
     "dlopt.data.prepare",
-    "dlopt.data.feed",
-    "dlopt.data.reading",
+    "dlopt.data.feed.batches",
+    "dlopt.data.feed.dealer",
     "dlopt.data.sources.reading",
     "dlopt.train.worker",
-    "dlopt.train.group",
-    "dlopt.train.room",
+    "dlopt.train.cluster.group",
+    "dlopt.train.cluster.room",
+    "dlopt.train.cluster.ray_internals",
     "dlopt.serve.app",
     "dlopt.session",
     "dlopt.submit",
@@ -76,7 +77,7 @@ def _run(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def package(name: str) -> str:
-    """cli of dlopt.cli, data of dlopt.data.feed."""
+    """cli of dlopt.cli, data of dlopt.data.feed.batches."""
     return name.split(".")[1]
 
 
@@ -105,9 +106,9 @@ def test_imports_go_down_only(name: str) -> None:
 def test_the_arrows_are_there_to_be_seen() -> None:
     assert "dlopt.pipeline" in imports("dlopt.cli")  # in a function
     assert "dlopt.data.prepared" in imports("dlopt.export.onnx")
-    assert "ray.data" in imports("dlopt.data.reading")
-    assert "dlopt.data.augment" in imports("dlopt.data.share") and "ray" not in roots("dlopt.data.share")
-    assert depth("dlopt.cli") < depth("dlopt.spec") < depth("dlopt.train.loop") < depth("dlopt.models.mlp") < depth("dlopt.part")
+    assert "ray.data" in imports("dlopt.data.feed.dealer")
+    assert "dlopt.data.augment" in imports("dlopt.data.feed.share") and "ray" not in roots("dlopt.data.feed.share")
+    assert depth("dlopt.cli") < depth("dlopt.spec") < depth("dlopt.train.loop.steps") < depth("dlopt.models.mlp") < depth("dlopt.part")
 
 
 def test_ray_is_imported_where_it_is_used_and_nowhere_else() -> None:
@@ -129,7 +130,13 @@ def test_torch_stays_out_of_the_nouns_and_out_of_what_a_replica_imports() -> Non
 
 
 def test_the_loop_and_the_models_know_no_ray() -> None:
-    for name in ("dlopt.train.loop", "dlopt.train.objectives", "dlopt.train.state", "dlopt.models", "dlopt.optim.schedules"):
+    for name in (
+        "dlopt.train.loop.steps",
+        "dlopt.train.loop.objectives",
+        "dlopt.train.checkpoint.state",
+        "dlopt.models",
+        "dlopt.optim.schedules",
+    ):
         assert not {"ray", "ray.train", "ray.data"} & imports(name)
 
 

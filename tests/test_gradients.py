@@ -11,13 +11,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dlopt.data.feed import Batch, Mixed
+from dlopt.data.feed.batches import Batch, Mixed
 from dlopt.optim.optimizers import Adam
 from dlopt.optim.optimizers_library import Sophia
 from dlopt.optim.wrappers import Lookahead
 from dlopt.part import Target
-from dlopt.train.gradients import Gradient, accumulated, curved, plain, sharpness_aware, split
-from dlopt.train.objectives import Loss, Losses, Objective, supervised
+from dlopt.train.loop.gradients import Gradient, accumulated, curved, plain, sharpness_aware, split
+from dlopt.train.loop.objectives import Loss, Losses, Objective, supervised
 from tests.driven import Small, batches, cross_entropy, weights
 from tests.processes import together
 

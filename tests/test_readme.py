@@ -20,7 +20,7 @@ from dlopt.optim.averages import Averaging
 from dlopt.optim.constraints import Clip
 from dlopt.optim.optimizers import Optimizer
 from dlopt.optim.schedules import Schedule
-from dlopt.train.losses import LossPart
+from dlopt.train.loop.losses import LossPart
 from tests.commands import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -49,8 +49,29 @@ def test_the_tree_names_every_file_and_no_other() -> None:
     (tree,) = [text for text in blocks("") if text.startswith("dlopt/\n")]
     named = set(re.findall(r"[\w/]+\.(?:py|html)", tree))
     files = {path for kind in ("py", "html") for path in (ROOT / "dlopt").rglob(f"*.{kind}") if not path.name.startswith("__")}
-    folded = ("models", "optim", "report", "sources", "inputs", "clean", "augment", "track")  # a line for the whole folder
+    folded = (
+        "models",
+        "optim",
+        "report",
+        "sources",
+        "types",
+        "kinds",
+        "clean",
+        "table",
+        "stats",
+        "feed",
+        "augment",
+        "loop",
+        "parallel",
+        "checkpoint",
+        "measure",
+        "watch",
+        "cluster",
+        "progress",
+        "track",
+    )  # a line for the whole folder
     there = {path.name for path in files if path.parent.name not in folded}
+    assert [name for name in folded if f"{name}/" not in tree] == []
     assert {Path(name).name for name in named} == there
 
 

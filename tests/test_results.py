@@ -12,17 +12,17 @@ import pytest
 import torch
 from sklearn import metrics as reference
 
-from dlopt.data import text
-from dlopt.data.describe import describe
+from dlopt.data import tokenizer as text
 from dlopt.data.prepared import Split
-from dlopt.data.profile import summarise
-from dlopt.data.text import TextInput, tokens_of, train_tokenizer
+from dlopt.data.stats.describe import describe
+from dlopt.data.stats.summary import summarise
+from dlopt.data.tokenizer import TextInput, tokens_of, train_tokenizer
 from dlopt.export.onnx import trained_network
 from dlopt.models import Mlp
 from dlopt.part import Feature, Signature, Target
 from dlopt.report import plots, rows
 from dlopt.report.results import KINDS, THRESHOLDS, Categories, Labels, Numbers, Results, precision_recall, roc
-from dlopt.train.evaluate import write_predictions
+from dlopt.train.measure.evaluate import write_predictions
 from tests import sets
 from tests.served import FLIGHTS, SAID
 from tests.test_report import IMAGE, LINES, METRICS, NUMBERS, Read, Run, epoch_line, fit_of, make_data, make_model, pixels

@@ -31,17 +31,17 @@ from torch.nn import functional as F
 from dlopt import session
 from dlopt.artifact import Artifact, once
 from dlopt.data.augment import RandomCrop, RandomRotation, augment
-from dlopt.data.inputs import CategoryTarget, ImageInput
+from dlopt.data.kinds import CategoryTarget, ImageInput
 from dlopt.data.prepare import PREPARE
 from dlopt.data.prepared import Split
 from dlopt.data.section import Data
 from dlopt.data.sources import Parquet, Sample
-from dlopt.data.split import RandomSplit
+from dlopt.data.table.split import RandomSplit
 from dlopt.models import Cnn, Mlp, Model
 from dlopt.optim.optimizers import Adam
-from dlopt.train import metrics_log
-from dlopt.train.fit import FIT, local_cpus
-from dlopt.train.section import Fit, Resources, Train
+from dlopt.train.job import Fit, Resources, Train
+from dlopt.train.stage import FIT, local_cpus
+from dlopt.train.watch import metrics_log
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "mnist" / "train.parquet"
 PARTS = (RandomCrop(padding=2), RandomRotation(degrees=10))

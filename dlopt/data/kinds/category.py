@@ -1,0 +1,130 @@
+"""Categories: values of a small set, each a code of a vocabulary that the training split makes, or of a hash."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field, field_validator, model_validator
+
+from dlopt.data.encode import hashed
+from dlopt.data.kinds.number import no_column_twice
+from dlopt.data.prepared import piece_column
+from dlopt.data.types.values import Reasons, texts
+from dlopt.part import DloptError, Feature, Part
+
+MOST_DISTINCT = 2_000_000
+"""More different values in a column than this are not counted: no vocabulary would hold them."""
+
+
+class CategoryInput(Part):
+    """Columns of categories, put together as one input of the model; each column has a vocabulary of its own."""
+
+    kind: Literal["category"] = "category"
+    columns: tuple[str, ...] = Field(min_length=1)
+    """The columns: strings, whole numbers, true and false."""
+    name: str = "categories"
+    """The name of the model's input."""
+    fill: Literal["category", "most_frequent"] = "category"
+    """What a missing value is: a category of its own (the unknown one, if training has none), or the most frequent one."""
+    min_count: int = Field(1, ge=1)
+    """Values that are rarer than this in the training split count as unknown."""
+    max_values: int = Field(10_000, ge=1)
+    """So many of the most frequent values are told apart; the others count as unknown."""
+    hash_buckets: int | None = Field(None, ge=2)
+    """For columns with very many values: each value's code is its hash, modulo this, and no vocabulary is kept."""
+
+    @field_validator("columns")
+    @classmethod
+    def columns_differ(cls, columns: tuple[str, ...]) -> tuple[str, ...]:
+        return no_column_twice(columns)
+
+    @model_validator(mode="after")
+    def hashes_have_no_vocabulary(self) -> Self:
+        given = [name for name in ("fill", "max_values", "min_count") if getattr(self, name) != type(self).model_fields[name].default]
+        if self.hash_buckets and given:
+            raise ValueError(f"{given[0]} needs a vocabulary, and hash_buckets keeps none: leave out one of them")
+        return self
+
+    @property
+    def tensor(self) -> str:
+        """The name of the model's input."""
+        return self.name
+
+    def feature(self, table: pa.Table) -> Feature:
+        hashes = self.hash_buckets is not None
+        return Feature(
+            name=self.name,
+            kind="category",
+            dtype="int32" if hashes else "string",
+            shape=(len(self.columns),),
+            columns=self.columns,
+            vocabularies=() if hashes else (("",),) * len(self.columns),
+            missing=() if hashes else (0,) * len(self.columns),
+            buckets=self.hash_buckets or 0,
+        )
+
+    def read(self, table: pa.Table, feature: Feature) -> tuple[dict[str, pa.Array], Reasons]:
+        """A column of texts for each column, "" where missing."""
+        return {piece_column(feature.name, column): texts(table[column]) for column in feature.columns}, {}
+
+    def observe(self, table: pa.Table, feature: Feature, bounds: Any) -> Categories:
+        """How often training rows have each value."""
+        if self.hash_buckets:
+            return Categories(())
+        return Categories(tuple(_counted(table[piece_column(feature.name, column)]) for column in feature.columns))
+
+    def fit(self, seen: Categories, feature: Feature, features: dict[str, Feature]) -> tuple[Feature, None]:
+        """The vocabularies: the most frequent value first."""
+        if self.hash_buckets:
+            return feature, None
+        vocabularies, missing = [], []
+        for column, counts in zip(feature.columns, seen.counts, strict=True):
+            _refuse_too_many(column, counts)
+            ranked = sorted(counts, key=lambda value: (-counts[value], value))
+            if self.fill == "most_frequent":
+                ranked = [value for value in ranked if value]
+            known = tuple(value for value in ranked if counts[value] >= self.min_count)[: self.max_values]
+            vocabularies.append(known)
+            missing.append(known.index("") + 1 if "" in known else int(self.fill == "most_frequent" and len(known) > 0))
+        return feature.model_copy(update={"vocabularies": tuple(vocabularies), "missing": tuple(missing)}), None
+
+    def finish(self, table: pa.Table, feature: Feature) -> np.ndarray:
+        """Codes, int32 (rows, columns)."""
+        codes = np.empty((len(table), len(feature.columns)), dtype=np.int32)
+        for index, column in enumerate(feature.columns):
+            values = table[piece_column(feature.name, column)].combine_chunks()
+            codes[:, index] = hashed(values, feature.buckets) if feature.buckets else _looked_up(values, feature, index)
+        return codes
+
+
+@dataclass(frozen=True)
+class Categories:
+    """How often each value was seen, for each column."""
+
+    counts: tuple[Counter[str], ...]
+
+    def merge(self, other: Categories) -> Categories:
+        return Categories(tuple(mine + yours for mine, yours in zip(self.counts, other.counts, strict=True)))
+
+
+def _counted(column: pa.ChunkedArray) -> Counter[str]:
+    found = pc.value_counts(column.combine_chunks())
+    return Counter(dict(zip(found.field(0).to_pylist(), found.field(1).to_pylist(), strict=True)))
+
+
+def _looked_up(values: pa.Array, feature: Feature, index: int) -> np.ndarray:
+    codes = pc.index_in(values, pa.array(feature.vocabularies[index], pa.string())).fill_null(-1).to_numpy(zero_copy_only=False) + 1
+    if feature.missing[index]:
+        codes[pc.equal(values, "").to_numpy(zero_copy_only=False)] = feature.missing[index]
+    return codes
+
+
+def _refuse_too_many(column: str, counts: Mapping[str, int]) -> None:
+    if len(counts) > MOST_DISTINCT:
+        raise DloptError(f"data.inputs: column {column!r} has {len(counts):,} different values: use hash_buckets, or leave it out")

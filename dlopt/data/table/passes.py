@@ -1,0 +1,355 @@
+"""What prepare does with each range of keys, once all rows lie in pieces: look for duplicates, look at positions, observe the
+training rows, write. Each is a function of a plan and a range's number, so ranges can be worked on anywhere, in any order."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from dlopt.data.clean import ExactDuplicates, NearDuplicates, NearDuplicateTexts, Outliers
+from dlopt.data.encode import encode_png
+from dlopt.data.kinds import NumberTarget, TextInput
+from dlopt.data.kinds.number import QUARTILES
+from dlopt.data.prepared import array_of, as_table, piece_column, write_part
+from dlopt.data.stats import moments
+from dlopt.data.stats import summary as profile
+from dlopt.data.stats.moments import Moments
+from dlopt.data.stats.quantiles import Quantiles
+from dlopt.data.stats.repeats import Repeats, columns_of, names_of, repeats
+from dlopt.data.stats.summary import Summary
+from dlopt.data.table.plan import KEEP, Plan, Selected, lost_rows, open_piece, write_losers
+from dlopt.data.table.spill import HIGH, LOW, REASON, SIDE, TARGET, TIE, free_name, identity_column, order_column
+from dlopt.data.table.split import NAMES, Hashed
+from dlopt.data.types.exact import raw_values, values_of, widened
+from dlopt.part import Feature, Signature
+
+BINS = 2**16
+"""Into how many bins positions in [0, 1) are counted at first, to find where a class is to be cut."""
+
+
+SAMPLE_ROWS, FEWEST = 4096, 64
+"""Rows that tell how far from 0 a column lies, and how many different ones there must be among them."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What the rows of one range, or of several together, say."""
+
+    counts: dict[str, int]
+    """Rows of each split."""
+    labels: dict[str, Counter[int]]
+    """split to label's index to rows."""
+    dropped: Counter[int]
+    """Rows that each part of `clean` has dropped here, by its place."""
+    across: Counter[str]
+    """Rows of validation and test that equal one of train, and those of train that equal another one."""
+    repeats: Repeats | None
+    """How often rows repeat, from ranges where some are in two splits."""
+    inputs: tuple[Any, ...] | None
+    """What the training rows say of each input; None without training rows."""
+    target: Moments | None
+    """And of a target of numbers."""
+    profile: dict[str, Summary]
+    """What each split that has rows looks like, for the profile and the warnings."""
+
+    def by_chance(self, given: Collection[str]) -> dict[str, float]:
+        """How many rows of validation and test may equal one of train though nobody copied them. given: splits that come from a source
+        of their own, whose rows should be in train as seldom as those of train are twice."""
+        if self.repeats is None:
+            return {}
+        train = self.counts["train"]
+        found = {name: self.repeats.expected(self.counts[name], train) for name in NAMES[1:]}
+        again = self.across["train"] / max(train, 1)
+        return {name: min(rows, again * self.counts[name]) if name in given else rows for name, rows in found.items()}
+
+    def merge(self, other: Observed) -> Observed:
+        """Both together; in a fixed order, so that sums are the same to the last bit."""
+        pairs = zip(self.inputs, other.inputs, strict=True) if self.inputs and other.inputs else ()
+        return Observed(
+            {name: self.counts[name] + other.counts[name] for name in NAMES},
+            {name: self.labels[name] + other.labels[name] for name in NAMES},
+            self.dropped + other.dropped,
+            self.across + other.across,
+            self.repeats.merge(other.repeats) if self.repeats and other.repeats else self.repeats or other.repeats,
+            tuple(mine.merge(yours) for mine, yours in pairs) or self.inputs or other.inputs,
+            self.target.merge(other.target) if self.target and other.target else self.target or other.target,
+            {
+                name: self.profile[name].merge(other.profile[name])
+                if name in self.profile and name in other.profile
+                else self.profile.get(name) or other.profile[name]
+                for name in NAMES
+                if name in self.profile or name in other.profile
+            },
+        )
+
+
+def observe(plan: Plan, number: int) -> Observed:
+    """Look at a range: count, and sum up what the training rows say of every column."""
+    found = plan.select(number, [*_columns(plan), TARGET])
+    splits = {name: rows for index, name in enumerate(NAMES) if len(rows := found.of(index))}
+    inputs = target = None
+    if (train := splits.get("train")) is not None:
+        caps = plan.caps
+        inputs = tuple(part.observe(train, feature, caps) for part, feature in zip(plan.parts, plan.features, strict=True))
+        target = plan.section.target.observe(train[TARGET], plan.target) if isinstance(plan.section.target, NumberTarget) else None
+    sizes = np.bincount(found.split[found.split >= 0], minlength=len(NAMES)).tolist()
+    across, kept = found.across, np.flatnonzero(found.split >= 0)
+    leaks = any(across.get(name) for name in NAMES[1:])
+    return Observed(
+        dict(zip(NAMES, sizes, strict=True)),
+        {name: _label_counts(plan, found.table[TARGET].combine_chunks(), found.split == index) for index, name in enumerate(NAMES)},
+        Counter(found.dropped[found.dropped != KEEP].tolist()),
+        Counter(across),
+        repeats(found.table, plan.features, kept, found.keys[kept]) if leaks else None,
+        inputs,
+        target,
+        {name: _summary(plan, rows, name == "train") for name, rows in splits.items()},
+    )
+
+
+def _summary(plan: Plan, rows: pa.Table, is_train: bool) -> Summary:
+    """What some rows of a split look like; those of training are also asked what each column says of the target."""
+    columns, kinds, targets = profile.prepared_columns(plan.features, plan.target, rows, rows[TARGET])
+    return profile.summarise(columns, kinds, targets if is_train else ())
+
+
+def columns_of_outliers(plan: Plan) -> list[str]:
+    """The columns that outliers are looked for in, each once."""
+    parts = [part for part in plan.section.clean if isinstance(part, Outliers)]
+    return list(dict.fromkeys(column for part in parts for column in part.columns if column not in plan.left_out))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Moments and quantiles of some columns."""
+
+    moments: Moments
+    quantiles: Quantiles
+
+    def merge(self, other: Spread) -> Spread:
+        return Spread(self.moments.merge(other.moments), self.quantiles.merge(other.quantiles))
+
+
+@dataclass(frozen=True)
+class Absent:
+    """How many training rows there are, and in how many of them each column is missing."""
+
+    rows: int
+    missing: Counter[str]
+
+    def merge(self, other: Absent) -> Absent:
+        return Absent(self.rows + other.rows, self.missing + other.missing)
+
+    def share(self, column: str) -> float:
+        return self.missing[column] / max(self.rows, 1)
+
+
+def absent(plan: Plan, number: int) -> Absent:
+    """Count the missing values among a range's training rows, in each column of numbers or categories."""
+    train = plan.select(number, _columns(plan)).of(0)
+    missing: Counter[str] = Counter()
+    for feature in plan.features:
+        if feature.kind == "number":
+            values = np.isnan(raw_values(train[feature.name], feature.size)).sum(axis=0).tolist()
+            missing.update(dict(zip(feature.columns, values, strict=True)))
+        elif feature.kind == "category":
+            empty = {column: pc.equal(train[piece_column(feature.name, column)], "") for column in feature.columns}
+            missing.update({column: pc.sum(values).as_py() or 0 for column, values in empty.items()})
+    return Absent(len(train), missing)
+
+
+def tokenizer(plan: Plan, part: TextInput, feature: Feature, numbers: range) -> Feature:
+    """The text input with a tokenizer of the training rows' texts, which pass by range after range."""
+    return part.learn((plan.select(number, [feature.name]).of(0) for number in numbers), feature)
+
+
+def least_keys(pieces: Sequence[str], columns: Mapping[str, int], rows: int) -> pa.Table | None:
+    """Some columns of numbers, so many each, of the rows with the least keys, about SAMPLE_ROWS of so many rows: the same ones however
+    they lie in pieces, and as good as drawn by lot. All of the rows where there are few different ones; None where pieces hold float32
+    alone."""
+    tables = [open_piece(path) for path in pieces] if columns else []
+    if all(table.schema.field(name).type.byte_width == 4 * width for table in tables for name, width in columns.items()):
+        return None
+    for share in (SAMPLE_ROWS / max(rows, 1), 1.0):
+        last = np.uint64(min(int(share * 2**64), 2**64 - 1))
+        ends = [int(np.searchsorted(table[HIGH].chunk(0).to_numpy(), last, side="right")) for table in tables]
+        found = [table.slice(0, end).select([*columns, HIGH]) for table, end in zip(tables, ends, strict=True)]
+        together = pa.concat_tables(widened(found)).combine_chunks()
+        if share >= 1 or pc.count_distinct(together[HIGH]).as_py() >= FEWEST:
+            break
+    return together
+
+
+def rows_of(path: str) -> int:
+    """How many rows a piece has."""
+    return len(open_piece(path))
+
+
+def spread(plan: Plan, number: int) -> Spread | None:
+    """Moments and quantiles, over a range's training rows, of the columns that outliers are looked for in."""
+    columns = columns_of_outliers(plan)
+    matrices = [feature for feature in plan.features if feature.kind == "number" and set(columns) & set(feature.columns)]
+    train = plan.select(number, [feature.name for feature in matrices]).of(0)
+    found: dict[str, np.ndarray] = {}
+    for feature in matrices:
+        values = values_of(train[feature.name], feature)
+        found |= {column: values[:, index] for index, column in enumerate(feature.columns)}
+    matrix = np.stack([found[column] for column in columns], axis=1)
+    wanted = {p for part in plan.section.clean if isinstance(part, Outliers) for p in (*QUARTILES, part.low, part.high)}
+    return Spread(moments.of_values(matrix), Quantiles.of(matrix, sorted(wanted))) if len(matrix) else None
+
+
+def positions(plan: Plan, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of a range's rows that stay and whose split is open: class index and position in [0, 1), both (rows,)."""
+    found = plan.select(number, [TARGET])
+    rows = np.flatnonzero((found.dropped == KEEP) & _open(plan, found))
+    codes = pc.index_in(found.table[TARGET].combine_chunks(), pa.array(plan.target.labels, found.table[TARGET].type))
+    split = plan.section.split
+    assert isinstance(split, Hashed)
+    copies = None if found.copies is None else found.copies[rows]
+    return codes.to_numpy(zero_copy_only=False)[rows], split.position(found.keys[rows, 0], copies)
+
+
+def binned(plan: Plan, number: int, bins: int) -> np.ndarray:
+    """How many of those rows each class has in each of so many bins of positions, int64 (classes, bins)."""
+    codes, position = positions(plan, number)
+    place = codes * bins + np.minimum((position * bins).astype(np.int64), bins - 1)
+    return np.bincount(place, minlength=plan.target.size * bins).reshape(plan.target.size, bins)
+
+
+def within_bins(plan: Plan, number: int, bins: int, wanted: Sequence[tuple[int, int]]) -> dict[tuple[int, int], np.ndarray]:
+    """The positions that lie in some bins of some classes: (class, bin) to positions, of those that have any."""
+    codes, position = positions(plan, number)
+    place = codes * bins + np.minimum((position * bins).astype(np.int64), bins - 1)
+    rows = np.flatnonzero(np.isin(place, [code * bins + one for code, one in wanted]))
+    rows = rows[np.argsort(place[rows], kind="stable")]
+    cells, starts = np.unique(place[rows], return_index=True)
+    return {divmod(cell, bins): part for cell, part in zip(cells.tolist(), np.split(position[rows], starts)[1:], strict=True)}
+
+
+def times(plan: Plan, number: int) -> Quantiles:
+    """Of the sides of a range's rows that stay and whose split is open."""
+    found = plan.select(number, [SIDE])
+    rows = (found.dropped == KEEP) & _open(plan, found)
+    return Quantiles.of(found.table[SIDE].to_numpy()[rows].reshape(-1, 1), [])
+
+
+def write(plan: Plan, number: int, *, signature: Signature, out: Path) -> int:
+    """Write a range's rows into their splits, and those that were dropped into quarantine; returns how many were written."""
+    found = plan.select(number, [*_columns(plan), TARGET])
+    for index, name in enumerate(NAMES):
+        rows = found.of(index)
+        if len(rows):
+            arrays = {feature.name: part.finish(rows, feature) for part, feature in zip(plan.parts, signature.inputs, strict=True)}
+            arrays[signature.target.name] = plan.section.target.finish(rows[TARGET].combine_chunks(), signature.target)
+            write_part(as_table(signature, arrays), signature, out / name / f"part-{number:05d}.parquet")
+    _write_dropped(plan, found, out / "quarantine" / f"cleaned-{number:05d}.parquet")
+    return int((found.split >= 0).sum())
+
+
+def duplicates(plan: Plan, place: int, bucket: int, *, buckets: int, folder: Path) -> str:
+    """Find the rows that a part of `clean` drops among those whose identity falls into a bucket; returns the file that names them."""
+    clean, names = plan.section.clean[place], [HIGH, LOW, TIE]
+    names += [] if isinstance(clean, ExactDuplicates) and not clean.columns else [identity_column(place)]
+    names += [order_column(place)] if isinstance(clean, ExactDuplicates) and clean.order_by else []
+    lost, gathered, pieces, rows = lost_rows(plan), [], [], []
+    origins = []
+    for index, path in enumerate(plan.pieces):
+        table = open_piece(path).select(names)
+        there = lost.of(path, 0, len(table)) == KEEP
+        if buckets > 1:
+            there &= _identity(table, place, clean)[:, 0] % np.uint64(buckets) == bucket
+        chosen = np.flatnonzero(there)
+        gathered.append(table.take(pa.array(chosen)))
+        rows.append(chosen)
+        pieces.append(np.full(len(chosen), index))
+        origins.append(np.full(len(chosen), _origin(plan, path), dtype=np.uint64))
+    table = pa.concat_tables(gathered).combine_chunks()
+    piece, row, origin = (np.concatenate(parts) for parts in (pieces, rows, origins))
+    order = np.argsort(table[TIE].to_numpy(), kind="stable")  # of rows of one key the same one stays whatever the order of pieces
+    keys = np.stack([table[HIGH].to_numpy(), table[LOW].to_numpy()], axis=1)
+    losers = np.zeros(len(table), dtype=bool)
+    for one in np.unique(origin):  # rows of different sources are not duplicates of each other
+        mine = order[origin[order] == one]
+        losers[mine] = _losers(clean, place, table.take(pa.array(mine)), keys[mine])
+    return write_losers(folder / f"losers-{place:03d}-{bucket:05d}.npz", plan.pieces, piece[losers], row[losers], place)
+
+
+def _losers(clean: Any, place: int, table: pa.Table, keys: np.ndarray) -> np.ndarray:
+    if isinstance(clean, NearDuplicates):
+        dtype = "uint32" if isinstance(clean, NearDuplicateTexts) else "uint64"
+        width = table.schema.field(identity_column(place)).type.byte_width // np.dtype(dtype).itemsize
+        return clean.losers(array_of(table[identity_column(place)], dtype, (width,)), keys)
+    order = table[order_column(place)].to_numpy() if order_column(place) in table.column_names else None
+    return clean.losers(_identity(table, place, clean), order, keys)
+
+
+def _identity(table: pa.Table, place: int, clean: Any) -> np.ndarray:
+    if identity_column(place) not in table.column_names:
+        return np.stack([table[HIGH].to_numpy(), table[LOW].to_numpy()], axis=1)
+    return array_of(table[identity_column(place)], "uint64", (2,))
+
+
+def _origin(plan: Plan, path: str) -> int:
+    return next(index for index, origin in enumerate(plan.origins) if path in origin.pieces)
+
+
+def _columns(plan: Plan) -> list[str]:
+    """The columns of a piece that hold the inputs."""
+    return [name for feature in plan.features for name in columns_of(feature)]
+
+
+def _open(plan: Plan, found: Selected) -> np.ndarray:
+    """Rows whose split is for `data.split` to decide, not settled by their source."""
+    settled = [index for index, origin in enumerate(plan.origins) if origin.split]
+    return ~np.isin(found.origin, settled)
+
+
+def _label_counts(plan: Plan, values: pa.Array, chosen: np.ndarray) -> Counter[int]:
+    if not plan.target.labels:
+        return Counter()
+    values = values.filter(pa.array(chosen))
+    values = values.flatten() if pa.types.is_list(values.type) else values
+    codes = pc.index_in(values, pa.array(plan.target.labels, values.type)).to_numpy(zero_copy_only=False)
+    return Counter(dict(enumerate(np.bincount(codes, minlength=plan.target.size).tolist())))
+
+
+def _write_dropped(plan: Plan, found: Selected, path: Path) -> None:
+    """Rows that cleaning dropped, as columns that people can read, with the reason."""
+    rows = np.flatnonzero(found.dropped != KEEP)
+    if not len(rows):
+        return
+    table = found.table.take(pa.array(rows))
+    columns: dict[str, Any] = {}
+    for feature in plan.features:
+        columns |= _readable(feature, table)
+    target = table[TARGET].combine_chunks()
+    if pa.types.is_fixed_size_binary(target.type):
+        matrix = raw_values(target, plan.target.size)
+        columns |= {name: matrix[:, index] for index, name in enumerate(plan.target.columns)}
+    else:
+        columns[plan.target.name] = target
+    titles = [clean.title for clean in plan.section.clean]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns[free_name(REASON, columns)] = pa.array([titles[place] for place in found.dropped[rows].tolist()])
+    pq.write_table(pa.table(columns), path)
+
+
+def _readable(feature: Feature, table: pa.Table) -> dict[str, Any]:
+    if feature.kind == "category":
+        return {column: table[piece_column(feature.name, column)] for column in feature.columns}
+    if feature.kind == "text":
+        return {feature.name: table[feature.name]}
+    if feature.kind == "image":
+        images = array_of(table[feature.name], feature.stored, feature.shape)
+        return {feature.name: pa.array([encode_png(image) for image in images], pa.binary())}
+    values = raw_values(table[feature.name], feature.size)
+    return {name: values[:, index] for index, name in enumerate(names_of(feature))}

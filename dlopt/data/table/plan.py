@@ -1,0 +1,313 @@
+"""What prepare has decided so far, and what follows from it for the rows of one range of keys: which are kept, and in which split.
+
+Rows lie in piece files in the order of their keys (see spill.py). A range is all rows whose keys begin with the same bits, in the
+order of their keys: the same rows in the same order however the source was cut into blocks. Each later pass goes over all ranges,
+each range on its own, and asks here for the columns that it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dlopt.data.clean import Outliers
+from dlopt.data.encode import shifted
+from dlopt.data.kinds.number import Bound
+from dlopt.data.prepared import column_of
+from dlopt.data.section import Data
+from dlopt.data.table.spill import HIGH, LOW, SIDE, TARGET, TIE, is_local
+from dlopt.data.table.split import NAMES, ByRow, GivenSplit, Hashed, StratifiedSplit
+from dlopt.data.types.exact import raw_values, widened
+from dlopt.part import Feature, Target
+
+KEEP = -1
+"""In `Selected.dropped`: a row that stays."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The pieces of one source, and the split that its rows are for, if that is settled."""
+
+    where: str
+    """data.source, data.validation or data.test."""
+    split: str | None
+    pieces: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides about a row; travels to the tasks."""
+
+    section: Data
+    parts: tuple[Any, ...]
+    """The inputs, without columns that were left out."""
+    features: tuple[Feature, ...]
+    """What they are, as far as it is known by now."""
+    target: Target
+    origins: tuple[Origin, ...]
+    power: int
+    """There are 2**power ranges."""
+    losers: tuple[str, ...] = ()
+    """Files that name rows which are duplicates of others: arrays `piece` and `row`, and `place`, the part of `clean` that dropped them."""
+    edges: np.ndarray | None = None
+    """Where positions are cut into parts: (parts - 1,), or (classes, parts - 1); empty when the parts are given, None while unknown."""
+    bounds: Mapping[str, tuple[int, Bound]] = field(default_factory=dict)
+    """column: the part of `clean` that found them, and where outliers begin."""
+    left_out: tuple[str, ...] = ()
+    """Columns of inputs that the model does not get."""
+    warnings: tuple[str, ...] = ()
+    """What is suspicious about numbers as they were read, a line each."""
+
+    @property
+    def caps(self) -> dict[str, Bound]:
+        """Bounds by column."""
+        return {column: bound for column, (_, bound) in self.bounds.items()}
+
+    @property
+    def pieces(self) -> list[str]:
+        return [piece for origin in self.origins for piece in origin.pieces]
+
+    def select(self, number: int, columns: Sequence[str]) -> Selected:
+        """The rows of range `number`, with these columns."""
+        rows = _Rows.of(self, number)
+        table = rows.columns([*dict.fromkeys([*columns, *self._looked_at()])])
+        dropped = self._dropped(rows, table)
+        copies = rows.copies(dropped == KEEP) if isinstance(self.section.split, ByRow) and not self.section.split.group else None
+        split = self._split(rows, table, copies) if self.edges is not None else np.zeros(len(dropped), np.int64)
+        return Selected(number, self._narrowed(table), np.where(dropped == KEEP, split, -1), dropped, rows.keys, rows.origin, copies)
+
+    def without(self, left_out: Sequence[str]) -> Plan:
+        """A plan whose inputs lack some columns; an input without any is gone."""
+        kept = [
+            _narrow(part, feature, columns)
+            for part, feature in zip(self.parts, self.features, strict=True)
+            if (columns := _kept(feature, left_out))
+        ]
+        return replace(
+            self, parts=tuple(part for part, _ in kept), features=tuple(feature for _, feature in kept), left_out=tuple(left_out)
+        )
+
+    def _looked_at(self) -> list[str]:
+        """Columns that decide about a row."""
+        split = self.section.split
+        columns = [TARGET] if isinstance(split, StratifiedSplit) else [SIDE] if split.columns else []
+        dropping = {column for column, (_, bound) in self.bounds.items() if bound.action == "drop"}
+        return columns + [feature.name for feature in self.features if feature.kind == "number" and dropping & set(feature.columns)]
+
+    def _dropped(self, rows: _Rows, table: pa.Table) -> np.ndarray:
+        """The part of `clean` that drops each row, or KEEP."""
+        dropped = rows.lost.copy()
+        for place, clean in enumerate(self.section.clean):
+            if is_local(clean) and not self.losers:
+                dropped[rows.repeated & (dropped == KEEP)] = place
+            elif isinstance(clean, Outliers) and clean.action == "drop":
+                for column in clean.columns:
+                    if column in self.bounds and (values := self._values(table, column)) is not None:
+                        bound = self.bounds[column][1]
+                        dropped[((values < bound.lower) | (values > bound.upper)) & (dropped == KEEP)] = place
+        return dropped
+
+    def _values(self, table: pa.Table, column: str) -> np.ndarray | None:
+        """A column of a number input as the model gets it, float32 (rows,)."""
+        for part in self.section.inputs:
+            if part.kind == "number" and column in part.columns:
+                place = part.columns.index(column)
+                values = raw_values(table[part.tensor], len(part.columns))[:, place : place + 1]
+                feature = next(feature for feature in self.features if column in feature.columns and feature.name == part.tensor)
+                return shifted(values, feature.offsets and feature.offsets[feature.columns.index(column) :][:1])[:, 0]
+        return None
+
+    def _split(self, rows: _Rows, table: pa.Table, copies: np.ndarray | None) -> np.ndarray:
+        """The index of each row's split."""
+        split = self.section.split
+        names = split.parts(self.section.fold)[1]
+        if isinstance(split, GivenSplit):
+            part = table[SIDE].to_numpy().astype(np.int64)
+        else:
+            words = table[SIDE].to_numpy() if split.columns else rows.keys[:, 0]
+            position = split.position(words, copies) if isinstance(split, Hashed) else words
+            part = self._part(position, table)
+        found = np.array([NAMES.index(name) for name in names])[part]
+        for index, origin in enumerate(self.origins):
+            if origin.split:
+                found[rows.origin == index] = NAMES.index(origin.split)
+        return found
+
+    def _part(self, position: np.ndarray, table: pa.Table) -> np.ndarray:
+        assert self.edges is not None
+        if self.edges.ndim == 1:
+            return np.searchsorted(self.edges, position, side="right")
+        codes = pc.index_in(table[TARGET].combine_chunks(), pa.array(self.target.labels, table[TARGET].type)).to_numpy(zero_copy_only=False)
+        return (position[:, None] >= self.edges[codes]).sum(axis=1)
+
+    def _narrowed(self, table: pa.Table) -> pa.Table:
+        """Number columns without those that were left out."""
+        for part in self.section.inputs if self.left_out else ():
+            if part.kind == "number" and part.tensor in table.column_names:
+                kept = [index for index, column in enumerate(part.columns) if column not in self.left_out]
+                matrix = raw_values(table[part.tensor], len(part.columns))[:, kept]
+                table = table.set_column(table.column_names.index(part.tensor), part.tensor, column_of(np.ascontiguousarray(matrix)))
+        return table
+
+
+@dataclass(frozen=True)
+class Selected:
+    """Rows of a range in the order of their keys, and what becomes of each."""
+
+    number: int
+    table: pa.Table
+    split: np.ndarray
+    """Index in NAMES, or -1 for a row that is dropped; (rows,)."""
+    dropped: np.ndarray
+    """The part of `clean` that drops it, or KEEP; (rows,)."""
+    keys: np.ndarray
+    """uint64 (rows, 2)."""
+    origin: np.ndarray
+    """Index in the plan's origins; (rows,)."""
+    copies: np.ndarray | None = None
+    """Which of the equal rows of one origin that stay each is, where the split tells them apart; (rows,)."""
+
+    def of(self, split: int) -> pa.Table:
+        """The rows of a split."""
+        return self.table.filter(pa.array(self.split == split))
+
+    @property
+    def across(self) -> dict[str, int]:
+        """How many rows of validation and test equal one of train in every input and in the target; and of train, another one of train."""
+        kept = np.flatnonzero(self.split >= 0)
+        keys, split = self.keys[kept], self.split[kept]
+        if not len(kept):
+            return {}
+        group = np.cumsum(np.append(True, (keys[1:] != keys[:-1]).any(axis=1))) - 1
+        in_train = np.bincount(group, weights=split == 0)[group]
+        return {name: int(((split == index) & (in_train > (index == 0))).sum()) for index, name in enumerate(NAMES)}
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Where the rows of a range are: a slice of each piece, and the order of all of them together."""
+
+    slices: list[pa.Table]
+    order: np.ndarray
+    keys: np.ndarray
+    """uint64 (rows, 2), in order, as all that follows."""
+    origin: np.ndarray
+    repeated: np.ndarray
+    """Whether a row has the key and the origin of the one before."""
+    lost: np.ndarray
+    """The part of `clean` that dropped it as a duplicate, or KEEP."""
+
+    @classmethod
+    def of(cls, plan: Plan, number: int) -> _Rows:
+        low, high = number << (64 - plan.power) if plan.power else 0, (number + 1) << (64 - plan.power) if plan.power else 2**64
+        lost = _Lost(plan.losers)
+        slices, origins, losses = [], [], []
+        for index, origin in enumerate(plan.origins):
+            for path in origin.pieces:
+                piece = open_piece(path)
+                words = piece[HIGH].to_numpy()
+                start = int(np.searchsorted(words, np.uint64(low)))
+                stop = len(words) if high == 2**64 else int(np.searchsorted(words, np.uint64(high)))
+                slices.append(piece.slice(start, stop - start))
+                origins.append(np.full(stop - start, index, dtype=np.int8))
+                losses.append(lost.of(path, start, stop))
+        words = [np.concatenate([piece[name].to_numpy() for piece in slices] or [np.zeros(0, np.uint64)]) for name in (HIGH, LOW)]
+        tie = np.concatenate([piece[TIE].to_numpy() for piece in slices]) if slices and TIE in slices[0].column_names else None
+        origin_of = np.concatenate(origins or [np.zeros(0, np.int8)])
+        order = _in_order(words[0], words[1], tie, origin_of)
+        keys = np.stack([word[order] for word in words], axis=1)
+        origin_of = origin_of[order]
+        repeated = np.zeros(len(order), dtype=bool)
+        repeated[1:] = (keys[1:] == keys[:-1]).all(axis=1) & (origin_of[1:] == origin_of[:-1])
+        return cls(slices, order, keys, origin_of, repeated, np.concatenate(losses or [np.zeros(0, np.int64)])[order])
+
+    def copies(self, kept: np.ndarray) -> np.ndarray:
+        """The number of each row among the rows of its key and origin that are kept, int64 (rows,). What tells such rows apart decides
+        about their order, and what they hold is the same, so the numbers do not depend on how the rows came."""
+        number = np.cumsum(kept) - kept
+        starts = np.flatnonzero(~self.repeated)
+        return number - np.repeat(number[starts], np.diff(np.append(starts, len(number))))
+
+    def columns(self, names: Sequence[str]) -> pa.Table:
+        """These columns of all the rows."""
+        together = pa.concat_tables(widened([piece.select(names) for piece in self.slices])).combine_chunks()
+        return together if (self.order[1:] > self.order[:-1]).all() else together.take(pa.array(self.order))
+
+
+class _Lost:
+    """Rows of pieces that were found to be duplicates, from files."""
+
+    def __init__(self, files: Sequence[str]) -> None:
+        self.found: dict[str, list[tuple[int, np.ndarray]]] = {}
+        for file in files:
+            with np.load(file) as arrays:
+                names, piece, rows, place = arrays["pieces"], arrays["piece"], arrays["rows"], int(arrays["place"])
+                for index in np.unique(piece):
+                    self.found.setdefault(str(names[index]), []).append((place, rows[piece == index]))
+
+    def of(self, path: str, start: int, stop: int) -> np.ndarray:
+        """The part of `clean` that dropped each of the rows from start up to stop, or KEEP."""
+        lost = np.full(stop - start, KEEP, dtype=np.int64)
+        for place, rows in self.found.get(path, ()):
+            here = rows[(rows >= start) & (rows < stop)] - start
+            lost[here] = place
+        return lost
+
+
+def open_piece(path: str) -> pa.Table:
+    """A piece, mapped into memory: only what is looked at is read."""
+    with pa.memory_map(path) as source:
+        return pa.ipc.open_file(source).read_all()
+
+
+def lost_rows(plan: Plan) -> _Lost:
+    """What was found to be duplicates so far."""
+    return _Lost(plan.losers)
+
+
+def write_losers(path: Path, pieces: Sequence[str], piece: np.ndarray, rows: np.ndarray, place: int) -> str:
+    """Note which rows of which pieces a part of `clean` drops. piece: index in pieces, (rows,); rows: place within it, (rows,)."""
+    with open(path, "wb") as file:
+        np.savez(file, pieces=np.array(pieces), piece=piece, rows=rows, place=np.array(place))
+    return str(path)
+
+
+def _in_order(high: np.ndarray, low: np.ndarray, tie: np.ndarray | None, origin: np.ndarray) -> np.ndarray:
+    """The order of rows by key, then origin, then what tells rows of one key apart. Keys that begin alike are rare, so the
+    second word is looked at only where it matters."""
+    order = np.argsort(high, kind="stable")
+    same = high[order][1:] == high[order][:-1]
+    if not same.any():
+        return order
+    group = np.zeros(len(order), dtype=bool)
+    group[1:] |= same
+    group[:-1] |= same
+    places = np.flatnonzero(group)
+    rows = order[places]
+    by = [origin[rows], low[rows], high[rows]] if tie is None else [tie[rows], origin[rows], low[rows], high[rows]]
+    order[places] = rows[np.lexsort(by)]
+    return order
+
+
+def _kept(feature: Feature, left_out: Sequence[str]) -> tuple[str, ...]:
+    """Only columns of numbers and categories are left out; a text may well be of the same column."""
+    return tuple(column for column in feature.columns if feature.kind not in ("number", "category") or column not in left_out)
+
+
+def _narrow(part: Any, feature: Feature, columns: tuple[str, ...]) -> tuple[Any, Feature]:
+    """An input of numbers or categories with only these of its columns."""
+    if columns == feature.columns:
+        return part, feature
+    kept = [index for index, column in enumerate(feature.columns) if column in columns]
+    changed: dict[str, Any] = {"columns": columns, "shape": (len(columns),)}
+    if feature.offsets:
+        changed["offsets"] = tuple(feature.offsets[index] for index in kept)
+    if feature.vocabularies:
+        changed |= {name: tuple(getattr(feature, name)[index] for index in kept) for name in ("vocabularies", "missing")}
+    return part.model_copy(update={"columns": columns}), feature.model_copy(update=changed)
