@@ -13,11 +13,12 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs
 
 from dlopt.part import DloptError
@@ -123,7 +124,7 @@ def _rate(value: str) -> float:
     return rate
 
 
-_SETTINGS = {"role": _role, "expires": _moment, "rate": _rate, "name": str}
+_SETTINGS: dict[str, Callable[[str], Any]] = {"role": _role, "expires": _moment, "rate": _rate, "name": str}
 
 
 class Guard:

@@ -7,7 +7,7 @@ import json
 import logging
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -22,27 +22,43 @@ KEEP_ALIVE_SECONDS = 75
 """How long a connection may be idle: longer than what proxies in front keep theirs, which else meet a closed one."""
 SWEEP_SECONDS = 1.0
 BACKLOG = 2048
+MOST_HEADERS = 64 * 1024
 
 
 class Connection(HttpToolsProtocol):
     """uvicorn's, but that it says what it refuses in JSON, and knows since when it waits for the head of a request."""
 
     began: float | None = None
+    size = 0
 
-    def connection_made(self, transport: Any) -> None:  # type: ignore[override]
+    def connection_made(self, transport: Any) -> None:
         """A client that connects should say something."""
         super().connection_made(transport)
         self.began = self.loop.time()
 
     def on_message_begin(self) -> None:
         """The first byte of a request."""
-        self.began = self.loop.time()
+        self.began, self.size = self.loop.time(), 0
         super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One header, of which there may be too many."""
+        self.size += len(name) + len(value)
+        if self.size > MOST_HEADERS:
+            raise ValueError("headers of more than 64 KiB")
+        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """Its head is whole."""
         self.began = None
         super().on_headers_complete()
+
+    def eof_received(self) -> bool | None:
+        """A client that has said all and closes its half of the connection still waits for its answer."""
+        if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
+            return None
+        self.cycle.keep_alive = False
+        return True
 
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP."""
@@ -65,9 +81,9 @@ class Server(uvicorn.Server):
         yield
 
 
-async def run(application: Application, section: Serve, listener: socket.socket, on_ready: Any) -> None:
+def serve(application: Application, section: Serve, listener: socket.socket, on_ready: Callable[[], None]) -> None:
     """Serve until SIGINT or SIGTERM; then say that the server is not ready, go on for serve.drain_seconds after SIGTERM, and end when all
-    that was asked is answered. on_ready: is called without arguments when the server answers."""
+    that was asked is answered. on_ready: is called when the server answers."""
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     config = uvicorn.Config(
         application,
@@ -82,7 +98,11 @@ async def run(application: Application, section: Serve, listener: socket.socket,
         timeout_graceful_shutdown=round(section.request_seconds) + 1,
         backlog=BACKLOG,
     )
-    server = Server(config)
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        runner.run(_run(Server(config), application, section, listener, on_ready))
+
+
+async def _run(server: Server, application: Application, section: Serve, listener: socket.socket, on_ready: Callable[[], None]) -> None:
     stopped, loop = asyncio.Event(), asyncio.get_running_loop()
     told: list[int] = []
 

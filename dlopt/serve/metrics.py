@@ -13,7 +13,8 @@ asked. Without the variable, as in the embedded server, the counts are this proc
 | dlopt_batch_rows {model, version} | rows of one run |
 | dlopt_rows_total, dlopt_in_flight {model, version} | rows predicted; requests in work |
 | dlopt_predictions_total {model, version, label} | rows predicted, by the label they got |
-| dlopt_predicted_numbers_total {model, version, column, sign} | of numbers: the sum of what is positive, and of what is negative less its sign: the mean is the difference of the two rates over that of rows |
+| dlopt_predicted_numbers_total {model, version, column, sign} | of numbers: the sum of the positive ones, and of the negative ones without
+their sign: the mean is the difference of the two rates over that of rows |
 | dlopt_rejected_total {reason} | calls that were refused: key, role, rate, overload, size, slow, timeout, request, model, ... |
 | dlopt_model_info {model, version, digest} | 1 for what is served |
 """
@@ -30,7 +31,16 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+    values,
+)
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from dlopt.part import Target
@@ -53,6 +63,7 @@ class Registry:
         if directory := os.environ.get(DIRECTORY):
             Path(directory).mkdir(parents=True, exist_ok=True)
             _ask_for_the_process_once()
+        disable_created_metrics()  # a series more for each, which nobody asks for
         self.registry = CollectorRegistry()
         self.requests = self._counter("dlopt_requests", "Requests to predict, by HTTP status", (*PROTOCOL, "code"))
         self.seconds = self._histogram("dlopt_request_seconds", "Time of a request, from its headers to its reply", SECONDS, PROTOCOL)
@@ -134,6 +145,16 @@ def _added_up(directory: str) -> bytes:
     registry = CollectorRegistry()
     MultiProcessCollector(registry, directory)
     return generate_latest(registry)
+
+
+def in_flight(directory: Path) -> float:
+    """Requests in work in all replicas that count in a directory."""
+    _forget_the_dead(directory)
+    registry = CollectorRegistry()
+    with suppress(FileNotFoundError, struct.error, ValueError):
+        MultiProcessCollector(registry, str(directory))
+        return sum(sample.value for family in registry.collect() for sample in family.samples if sample.name == "dlopt_in_flight")
+    return 0.0
 
 
 @cache

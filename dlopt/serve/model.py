@@ -64,7 +64,7 @@ class Predictor:
         return np.concatenate([self.session.run(self.output, part)[0] for part in parts])
 
     def warm_up(self) -> float:
-        """Run one row, and a batch unless that takes long, a few times, so that no client waits for memory; returns the seconds of a row."""
+        """Run one row, and a batch unless that takes long, a few times: no client waits for memory; returns a row's seconds."""
         many = {name: np.repeat(values, self.max_batch, axis=0) for name, values in self.blank.items()}
         seconds = 0.0
         for _ in range(WARM_UPS):
@@ -84,9 +84,7 @@ class Model:
         self.signature = self.predictor.signature
         self.name, self.version, self.digest, self.section = name, version, export.manifest.digest, section
         self.metrics = Metrics(registry, name, version, self.digest, self.signature.target)
-        self.batcher = Batcher(
-            self.predictor, section.max_batch, self.metrics.observe_run, section.latency_target, section.request_seconds
-        )
+        self.batcher = Batcher(self.predictor, section.max_batch, self.metrics.observe_run, section.latency_target, section.request_seconds)
         self.batcher.seconds_per_row = self.predictor.warm_up()
         self.most_pixels = sum(_most_pixels(feature) for feature in self.signature.inputs)
         self.decoders = ThreadPoolExecutor(max(DECODERS, section.threads), "decode")
@@ -163,5 +161,3 @@ def _blank(feature: Feature) -> np.ndarray:
     if feature.dtype == "string":
         return np.full((1, *feature.shape), "", dtype=object)
     return np.zeros((1, *feature.shape), feature.dtype)
-
-

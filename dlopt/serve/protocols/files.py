@@ -42,7 +42,7 @@ def parse_image(body: bytes, signature: Signature) -> tuple[Request, None]:
 
 def parse_csv(body: bytes, signature: Signature) -> tuple[Request, None]:
     """Rows below a header line; an empty field is missing. Raises Refusal."""
-    wanted = [column for column in inputs_of(signature)]
+    wanted = inputs_of(signature)
     if any(column.kind == "image" for column in wanted):
         raise Refusal(415, "Content-Type: text/csv: images do not fit into CSV: send JSON")
     try:

@@ -24,7 +24,7 @@ from dlopt.serve.exchange import Answer, Call, Column, Handler, Json, Refusal, R
 from dlopt.serve.model import Model
 
 NAME = "v2"
-OPEN = ("/v2/health/live", "/v2/health/ready")
+OPEN: tuple[str, ...] = ("/v2/health/live", "/v2/health/ready")
 EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository")
 PLATFORM = "onnx_onnxv1"
 HEADER = b"inference-header-content-length"
@@ -325,7 +325,8 @@ def _numbers(content: memoryview, kind: str, count: int, name: str) -> np.ndarra
 
 def _elements(content: memoryview, count: int, name: str) -> list[bytes]:
     """Of BYTES: each has its length before it."""
-    found, at = [], 0
+    found: list[bytes] = []
+    at = 0
     while at < len(content) and len(found) < count:
         if at + 4 > len(content):
             break
@@ -479,11 +480,9 @@ def _config_of(column: Column) -> Json:
 def describe(model: Model) -> Json:
     """The paths of a model in OpenAPI."""
     base = f"/v2/models/{model.name}"
-    tensor = {
-        "type": "object",
-        "required": ["name", "shape", "datatype"],
-        "properties": {"name": {"type": "string"}, "shape": {"type": "array", "items": {"type": "integer"}}, "datatype": {"type": "string"}},
-    }
+    shape = {"type": "array", "items": {"type": "integer"}}
+    properties = {"name": {"type": "string"}, "shape": shape, "datatype": {"type": "string"}}
+    tensor = {"type": "object", "required": ["name", "shape", "datatype"], "properties": properties}
     tensors = {"type": "array", "items": tensor}
     body = {"type": "object", "required": ["inputs"], "properties": {"id": {"type": "string"}, "inputs": tensors, "outputs": {}}}
     example = {"inputs": [tensor_of(column) | {"shape": [1, *column.shape]} for column in inputs_of(model.signature)]}

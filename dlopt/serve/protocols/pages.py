@@ -10,7 +10,7 @@ from dlopt.serve.exchange import Call, Handler, Json, Refusal, Reply, json_reply
 from dlopt.serve.model import Model
 
 NAME = "pages"
-OPEN = ("/healthz", "/readyz")
+OPEN: tuple[str, ...] = ("/healthz", "/readyz")
 HEADERS = (
     (b"cache-control", b"no-store"),
     (b"content-security-policy", b"default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"),
@@ -78,4 +78,5 @@ PATHS: dict[str, Handler] = {
 def describe(model: Model) -> Json:
     """Paths that are the same whatever is served."""
     texts = {"/healthz": "Liveness", "/readyz": "Readiness", "/metrics": "Metrics for Prometheus", "/": "A page to try the model"}
-    return {path: {"get": {"summary": text, "tags": ["Server"], "responses": {"200": {"description": "OK"}}}} for path, text in texts.items()}
+    said = {"tags": ["Server"], "responses": {"200": {"description": "OK"}}}
+    return {path: {"get": {"summary": text} | said} for path, text in texts.items()}

@@ -13,14 +13,28 @@ Probabilities stand in the order of the signature's labels; of multi_label each 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic_core import from_json, to_json
 
 from dlopt.data.encode import columns_of
 from dlopt.part import Signature, Target
-from dlopt.serve.exchange import Answer, Call, Column, Handler, Json, Refusal, Reply, Request, inputs_of, json_reply, outputs_of, thresholds_of
+from dlopt.serve.example import example_row
+from dlopt.serve.exchange import (
+    Answer,
+    Call,
+    Column,
+    Handler,
+    Json,
+    Refusal,
+    Reply,
+    Request,
+    inputs_of,
+    json_reply,
+    outputs_of,
+    thresholds_of,
+)
 from dlopt.serve.model import Model
 from dlopt.serve.protocols import files
 
@@ -204,20 +218,6 @@ def predictions(answer: Answer, by_column: bool) -> bytes:
     return to_json({"outputs" if by_column else "predictions": found})
 
 
-def example_of(signature: Signature) -> Json:
-    """A row that the model takes, to show what one looks like."""
-    return {column.name: EXAMPLES[column.kind](column.shape) for column in inputs_of(signature)}
-
-
-EXAMPLES: dict[str, Callable[[Sequence[int]], Any]] = {
-    "image": lambda shape: {"b64": "..."},
-    "number": lambda shape: 1.5,
-    "category": lambda shape: "a",
-    "date": lambda shape: "2026-11-30",
-    "text": lambda shape: "some text",
-}
-
-
 def describe(model: Model) -> Json:
     """The paths of a model in OpenAPI."""
     base = f"/v1/models/{model.name}"
@@ -228,7 +228,7 @@ def describe(model: Model) -> Json:
         "description": "Exactly one of `instances` (rows) and `inputs` (columns).",
         "properties": {"signature_name": {"type": "string"}, "instances": rows, "inputs": {"type": ["object", "array"]}},
     }
-    content: Json = {"application/json": {"schema": body, "example": {"instances": [example_of(model.signature)]}}}
+    content: Json = {"application/json": {"schema": body, "example": {"instances": [example_row(model.signature)]}}}
     content |= {kind: {"schema": {"type": "string", "format": "binary"}} for kind in files.types_of(model.signature)}
     reply = {"type": "object", "properties": {"predictions": {"type": "array"}, "outputs": {}}}
     target: Target = model.signature.target
