@@ -32,6 +32,8 @@ from dlopt.serve.exchange import Refusal
 from tests.served import FLIGHTS, IMAGE, NUMBERS, PHOTOS, make_export, messages
 from tests.test_protocols import BLACK, KEY, PREDICT, application, ask, error_of, model_of
 
+TURNS = 125
+"""Requests for each kind of model that nobody would write."""
 IMAGE_BODY = json.dumps({"instances": [BLACK]}).encode()
 
 
@@ -63,11 +65,12 @@ def test_a_compressed_body_is_as_good(home: Path, encoding: str, packed: bytes) 
     ("packed", "status"),
     [
         (gzip.compress(b"[" * 10**7), 413),
-        (gzip.compress(gzip.compress(b"0" * 10**8)) * 2, 400),
+        (gzip.compress(gzip.compress(b"0" * 10**6)), 400),
         (gzip.compress(IMAGE_BODY)[:-20], 400),
         (b"no gzip at all", 400),
         (b"", 400),
     ],
+    ids=["bomb", "twice", "cut", "plain", "empty"],
 )
 def test_a_bomb_or_a_damaged_body_is_refused_early(home: Path, packed: bytes, status: int) -> None:
     app = application(home, max_bytes=100_000)
@@ -313,18 +316,18 @@ def bases(signature: Any, rows: list[Any]) -> list[tuple[str, bytes, dict[str, s
 
 
 @pytest.mark.parametrize("signature", [IMAGE, FLIGHTS, PHOTOS, "messages"], ids=["image", "table", "mixed", "text"])
-def test_what_nobody_would_write_is_never_a_5xx(home: Path, signature: Any, request: pytest.FixtureRequest) -> None:
+def test_what_nobody_would_write_is_never_a_5xx(home: Path, signature: Any) -> None:
     """500 requests in all: every reply that is no 200 is a 4xx of JSON with an error in it, and the server goes on."""
     signature = messages() if signature == "messages" else signature
     app = application(home, signature)
     rows = [example_row(signature)] * 2
     good = bases(signature, rows)
-    generator = random.Random(18)
+    generator = random.Random(TURNS)
     statuses: list[int] = []
 
     async def main() -> None:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-            for turn in range(125):
+            for turn in range(TURNS):
                 path, body, headers = good[turn % len(good)]
                 if turn % 10 == 9:
                     headers = headers | {"inference-header-content-length": str(generator.randrange(len(body) + 9))}

@@ -297,7 +297,7 @@ def _values(given: Json, name: str, shape: Sequence[int], reader: Binary, column
     kind, parameters = given.get("datatype"), given.get("parameters") or {}
     if not isinstance(parameters, dict):
         raise Refusal(400, f"input '{name}': parameters must be an object")
-    if kind not in NUMPY and kind != "BYTES":
+    if not isinstance(kind, str) or (kind not in NUMPY and kind != "BYTES"):
         raise Refusal(400, f"input '{name}': datatype {str(kind)[:20]!r} is none of {', '.join([*NUMPY, 'BYTES'])}")
     size, count = parameters.get("binary_data_size"), math.prod(shape)
     image = column is not None and column.kind == "image"
