@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     options = _parser().parse_args(arguments)
     from dlopt.part import DloptError
-    from dlopt.train.stopping import GaveUp, Stopped
+    from dlopt.train.cluster.stopping import GaveUp, Stopped
 
     try:
         return int(options.command(options) or 0)
@@ -179,7 +179,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _shown_to_prometheus(job: Job, port: int) -> Job:
-    from dlopt.train.track import Prometheus
+    from dlopt.train.progress.track import Prometheus
 
     resources = job.resources.model_copy(update={"track": (*job.resources.track, Prometheus(port=port))})
     return job.model_copy(update={"resources": resources})
@@ -244,7 +244,7 @@ def _find_batch(options: argparse.Namespace) -> None:
 
     from dlopt import pipeline, spec
     from dlopt.terminal import Terminal
-    from dlopt.train.largest_batch import MIB, largest_batch, rates_for
+    from dlopt.train.loop.largest_batch import MIB, largest_batch, rates_for
 
     job = spec.load(options.job, options.overrides)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -53,7 +53,7 @@ class Connection(HttpToolsProtocol):
         self.began = None
         super().on_headers_complete()
 
-    def eof_received(self) -> bool | None:
+    def eof_received(self) -> bool | None:  # type: ignore[override]
         """A client that has said all and closes its half of the connection still waits for its answer."""
         if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
             return None
