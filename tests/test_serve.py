@@ -352,31 +352,36 @@ def test_a_port_in_use_is_one_line_and_nothing_is_started(export: Artifact) -> N
 
 
 @everything_else
-def test_a_killed_replica_comes_back_under_load(server: Server) -> None:
+def test_a_killed_replica_comes_back_under_load_and_no_client_notices(server: Server) -> None:
     before = server.replicas
-    statuses: list[int] = []
+    replies: list[tuple[int, float]] = []
     stop = threading.Event()
 
     def load() -> None:
         while not stop.wait(0.02):
+            start = time.monotonic()
             try:
-                statuses.append(ask(server, "POST", PREDICT, json=BLACK).status_code)
+                reply = ask(server, "POST", PREDICT, json=BLACK)
+                replies.append((reply.status_code if "predictions" in reply.json() else -1, time.monotonic() - start))
             except httpx.TransportError:
-                statuses.append(0)
+                replies.append((0, time.monotonic() - start))
 
-    thread = threading.Thread(target=load)
-    thread.start()
+    threads = [threading.Thread(target=load) for _ in range(4)]
+    for thread in threads:
+        thread.start()
     try:
+        assert until(lambda: len(replies) >= 40, True)
         os.kill(before[0], signal.SIGKILL)
         assert until(lambda: len([pid for pid in server.replicas if pid != before[0]]), 2) == 2
         assert ready_replicas(server) == 2
-        served = len(statuses)
-        assert until(lambda: len(statuses) >= served + 20, True)
+        served = len(replies)
+        assert until(lambda: len(replies) >= served + 40, True)
     finally:
         stop.set()
-        thread.join()
-    assert set(statuses[served:]) == {200}
-    assert statuses.count(200) > len(statuses) / 2
+        for thread in threads:
+            thread.join()
+    assert {status for status, _ in replies} == {200}
+    assert max(seconds for _, seconds in replies) < 5
 
 
 def ready_replicas(server: Server, seconds: float = 60) -> int:
