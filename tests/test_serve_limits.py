@@ -277,7 +277,7 @@ def test_the_digest_of_the_model_is_on_every_reply(home: Path) -> None:
 def mutated(body: bytes, generator: random.Random) -> bytes:
     """A body with a few changes that keep most of it: bytes, pieces, numbers, words."""
     content = bytearray(body)
-    for _ in range(generator.randint(1, 4)):
+    for _ in range(generator.randint(1, 3)):
         at = generator.randrange(len(content) + 1)
         match generator.randrange(6):
             case 0:
@@ -337,6 +337,6 @@ def test_what_nobody_would_write_is_never_a_5xx(home: Path, signature: Any) -> N
                 assert reply.status_code == 200 or (400 <= reply.status_code < 500 and set(found) == {"error"}), (reply.text, body)
 
     asyncio.run(main())
-    assert len(set(statuses)) > 1 and statuses.count(200) < len(statuses)
+    assert 400 in statuses
     assert ask(app, "POST", PREDICT, json={"instances": rows}).status_code == 200
     assert model_of(app).in_flight == 0
