@@ -40,7 +40,7 @@ from dlopt.models.mlp import Mlp
 from dlopt.models.table import FtTransformer
 from dlopt.part import DloptError, Signature, Target
 from dlopt.report.rows import cells, columns
-from dlopt.serve.protocols import metadata
+from dlopt.serve.exchange import form_of
 from dlopt.train.measure.evaluate import predict
 from tests.arranged import anywhere, arranged, feature_of, quarantine_of, rows_of, section_of, signature_of, statistics_of
 from tests.commands import ROOT
@@ -159,7 +159,7 @@ def test_a_profile_and_a_page_know_vectors(tmp_path: Path) -> None:
     assert "- {kind: vector, column: v}" in begun
     data = arranged(section_of(VectorInput(column="v")), table, tmp_path / "home")
     signature = signature_of(data)
-    assert metadata("m", "d", signature)["form"] == [{"column": "v", "widget": "list", "size": 3}]
+    assert form_of(signature) == [{"column": "v", "widget": "list", "size": 3}]
     assert [column.name for column in columns(signature)] == ["v"]
     shown = cells(signature, {"v": np.array([[1, 2.5, 3], [np.nan] * 3], np.float32)})
     assert shown == [["1, 2.5, 3"], ["missing"]]
@@ -300,9 +300,7 @@ def test_rows_are_served_as_they_were_trained_on_whatever_way_they_came(tmp_path
     trained = split.read()
     for name in FORMATS:  # trained on any of them, rows and what is learned of them are the same
         assert signature_of(data[name]) == signature, name
-        assert {name: statistics_of(data[name], name) for name in ("numbers", "dates", "vector", "image")} == {
-            name: statistics_of(data["parquet"], name) for name in ("numbers", "dates", "vector", "image")
-        }
+        assert data[name].read("statistics.json") == data["parquet"].read("statistics.json"), name
         for tensor, values in rows_of(data[name], "train").items():
             assert np.array_equal(values, trained[tensor], equal_nan=values.dtype.kind == "f"), (name, tensor)
     content = _graph(network, signature, "digest")
@@ -359,7 +357,7 @@ from dlopt.data.prepared import Split
 from dlopt.export.onnx import _graph, compare
 from dlopt.models import build_network
 from dlopt.models.mlp import Mlp
-from dlopt.serve.protocols import metadata
+from dlopt.serve.exchange import form_of
 from dlopt.train.measure.evaluate import predict
 from tests.arranged import SPLITS, arranged, section_of, signature_of, statistics_of
 
@@ -375,7 +373,7 @@ print(json.dumps({
     "rows": sum(len(Split.open(data, name)) for name in SPLITS),
     "difference": compare(_graph(network, signature, "digest"), signature, split, expected)[0],
     "served": encode_rows(signature, [{"a": 359}, {"a": None}])["angles"].tolist(),
-    "form": metadata("m", "d", signature)["form"],
+    "form": form_of(signature),
     "profile": [name for name in profile if name != "label"],
 }))
 """

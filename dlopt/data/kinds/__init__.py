@@ -85,6 +85,7 @@ __all__ = [
     "MultiLabelTarget",
     "NumberInput",
     "NumberTarget",
+    "RawColumns",
     "TextInput",
     "ThresholdTarget",
     "VectorInput",

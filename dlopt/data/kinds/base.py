@@ -200,6 +200,16 @@ class InputKind(Part):
         """Raw values of a request as the model's tensor (rows, *shape), of `feature.dtype`. Raises DloptError naming row and column."""
         raise NotImplementedError
 
+    @staticmethod
+    def sent(feature: Feature) -> tuple[str, tuple[int, ...]]:
+        """What clients are told of each of its columns: type and shape of a value."""
+        return "string", ()
+
+    @staticmethod
+    def example(feature: Feature, place: int) -> Any:
+        """A value of column number `place`, as JSON has it."""
+        return None
+
     # for people
 
     @staticmethod

@@ -157,6 +157,11 @@ class CategoryInput(InputKind):
         return np.array(found, dtype=object).T.reshape(len(found[0]), len(found))
 
     @staticmethod
+    def example(feature: Feature, place: int) -> Any:
+        known = [value for value in feature.vocabularies[place] if value] if feature.vocabularies else []
+        return known[0] if known else "a"
+
+    @staticmethod
     def describe(feature: Feature) -> str:
         return f"{len(feature.columns)} categor{'ies' if len(feature.columns) > 1 else 'y'}"
 

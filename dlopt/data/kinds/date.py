@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from datetime import date
+from datetime import UTC, date, datetime
 from typing import Any, Literal
 
 import numpy as np
@@ -90,6 +90,11 @@ class DateInput(Matrix):
     @classmethod
     def encode(cls, feature: Feature, columns: RawColumns) -> np.ndarray:
         return np.concatenate([_encoded(feature, name, values) for name, values in lists_of(feature, columns).items()], axis=1)
+
+    @staticmethod
+    def example(feature: Feature, place: int) -> Any:
+        moment = datetime(2026, 11, 30, 8, 30, tzinfo=UTC)
+        return moment.strftime(feature.form) if feature.form else moment.date().isoformat()
 
     @staticmethod
     def describe(feature: Feature) -> str:

@@ -216,6 +216,15 @@ class ImageInput(InputKind):
         return np.stack([_of_request(feature, value, index) for index, value in enumerate(values)])
 
     @staticmethod
+    def sent(feature: Feature) -> tuple[str, tuple[int, ...]]:
+        return feature.dtype, feature.shape
+
+    @staticmethod
+    def example(feature: Feature, place: int) -> Any:
+        height, width, channels = (1, 1, feature.shape[2]) if feature.resize else feature.shape
+        return {"b64": base64.b64encode(encode_png(np.zeros((height, width, channels), np.uint8))).decode()}
+
+    @staticmethod
     def describe(feature: Feature) -> str:
         return " \N{MULTIPLICATION SIGN} ".join(map(str, feature.shape)) + f" {feature.dtype}"
 

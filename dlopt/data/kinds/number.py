@@ -166,6 +166,14 @@ class NumberInput(Matrix):
         return as_tensor(feature, numbers, feature.columns)
 
     @staticmethod
+    def sent(feature: Feature) -> tuple[str, tuple[int, ...]]:
+        return feature.dtype, ()
+
+    @staticmethod
+    def example(feature: Feature, place: int) -> Any:
+        return 1.5
+
+    @staticmethod
     def describe(feature: Feature) -> str:
         return f"{feature.size} number{'s' if feature.size > 1 else ''}"
 

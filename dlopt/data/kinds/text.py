@@ -112,6 +112,10 @@ class TextInput(InputKind):
         return ids[:, : max(1, int((ids != 0).sum(axis=1).max()))] if len(ids) else ids
 
     @staticmethod
+    def example(feature: Feature, place: int) -> Any:
+        return "some text"
+
+    @staticmethod
     def describe(feature: Feature) -> str:
         return f"up to {feature.size} tokens of {feature.tokens:,}"
 

@@ -114,6 +114,14 @@ class VectorInput(Matrix):
         return as_tensor(feature, found, (column,) * feature.size)
 
     @staticmethod
+    def sent(feature: Feature) -> tuple[str, tuple[int, ...]]:
+        return feature.dtype, feature.shape
+
+    @staticmethod
+    def example(feature: Feature, place: int) -> Any:
+        return [1.5] * feature.size
+
+    @staticmethod
     def describe(feature: Feature) -> str:
         return f"a vector of {feature.size}"
 
