@@ -320,9 +320,8 @@ def test_rows_are_served_as_they_were_trained_on_whatever_way_they_came(tmp_path
 
 def test_a_kind_of_input_is_one_file_and_one_name(tmp_path: Path) -> None:
     """The README's: beside its file only the union changes, and it is prepared, trained on, exported, profiled and served."""
-    (example,) = [
-        text for text in re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S) if "AngleInput(" in text
-    ]
+    pages = "".join(path.read_text() for path in (ROOT / "README.md", *(ROOT / "dlopt/docs").rglob("*.md")))
+    (example,) = [text for text in re.findall(r"^```python\n(.*?)^```", pages, re.M | re.S) if "AngleInput(" in text]
     code, _, union = example.partition("\nInput = ")
     shutil.copytree(ROOT / "dlopt", tmp_path / "dlopt", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "dlopt/data/kinds/angle.py").write_text(code)
