@@ -131,6 +131,7 @@ def test_vectors_are_served_as_they_were_trained_on(model: Any, tmp_path: Path) 
         ([1, 2, 10**400], r"a number is too large in place 2"),
         (7, r"7 is not a list of 3 numbers"),
         ("1, 2, 3", r"'1, 2, 3' is not a list of 3 numbers"),
+        ("[" * 99_999, r"'\[+ is not a list of 3 numbers"),
         ({"x": 1}, r"\{'x': 1\} is not a list of 3 numbers"),
     ],
 )
