@@ -14,16 +14,20 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"submit", "terminal"},
-    {"pipeline"},
+    {"sklearn"},
+    {"api"},
+    {"submit", "terminal", "docs"},
+    {"pipeline", "fields"},
     {"spec"},
     {"export", "serve", "report"},
     {"train"},
     {"data"},
     {"models", "optim"},
+    {"disk"},
     {"runs"},
     {"artifact", "session"},
     {"part", "progress"},
+    {"mistakes"},
 ]
 """From the top down. A module imports what is below it; those in one layer do not import each other."""
 RAY = {

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dlopt.data import guard, guess, prepare, spill
+from dlopt.data import begin, guard, guess, prepare, spill
 from dlopt.data.describe import describe
 from dlopt.data.inputs import TextInput
 from dlopt.data.profile import string_hashes, summarise
@@ -51,7 +51,7 @@ def test_lists_structs_and_maps_are_described_as_their_json(kind: str, tmp_path:
     found = summary.columns["nested"]
     assert found.counts == {values[0]: 2, values[1]: 1} and (found.missing, found.distinct) == (1, 2)
     assert describe({guard.WHOLE: summary}, ["y"])["columns"]["nested"]["kind"] == "category"
-    job = guess.job_of(source, summary, ["y"], guard.findings({guard.WHOLE: summary}, ["y"]))
+    job = begin.job_of(source, summary, ["y"], guard.findings({guard.WHOLE: summary}, ["y"])).text
     assert "    # nested is left out: lists and objects are no input: make columns of what is in them\n" in job
 
 

@@ -117,17 +117,20 @@ def predictions(request: Request, target: Target, outputs: np.ndarray, decided: 
     """The reply's body for outputs (rows, target.size) and what was decided on each row. Raises Refusal when they are not finite."""
     if not np.isfinite(outputs).all():
         raise Refusal(500, "the model's output is not finite for this input")
-    columns = _columns(target, outputs, decided)
+    columns = columns_of(target, outputs, decided)
+    if request.by_column:
+        return to_json({"outputs": next(iter(columns.values())) if len(columns) == 1 else columns})
+    return to_json({"predictions": rows_of(columns)})
+
+
+def rows_of(columns: Mapping[str, list[Any]]) -> list[Any]:
+    """A row's prediction each, of columns; of a lone column the bare values."""
     if len(columns) == 1:
-        (found,) = columns.values()
-    elif request.by_column:
-        return to_json({"outputs": columns})
-    else:
-        found = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    return to_json({"outputs" if request.by_column else "predictions": found})
+        return next(iter(columns.values()))
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def _columns(target: Target, outputs: np.ndarray, decided: Sequence[Sequence[int]]) -> dict[str, list[Any]]:
+def columns_of(target: Target, outputs: np.ndarray, decided: Sequence[Sequence[int]]) -> dict[str, list[Any]]:
     """What the reply says, a list over the rows for each name."""
     labels = target.labels
     if target.kind == "category":

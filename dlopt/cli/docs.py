@@ -1,0 +1,37 @@
+"""`dlopt docs`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from dlopt.cli.options import command
+
+EXAMPLES = """
+  dlopt docs                 opens the pages in a browser
+  dlopt docs tables          shows a page here
+  dlopt docs -o site         builds the pages into a folder
+"""
+
+
+def add(commands: Any) -> None:
+    """The command."""
+    parser = command(commands, "docs", _docs, "open the documentation, or show a page of it", EXAMPLES)
+    parser.add_argument("page", metavar="PAGE", nargs="?", help="a page to show in the terminal, such as start or tables")
+    parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="build the pages there, and open nothing")
+
+
+def _docs(options: argparse.Namespace) -> None:
+    from dlopt.docs import build, folder_of_pages, show
+
+    if options.page:
+        show(options.page)
+    elif options.output:
+        print(build(options.output))
+    else:
+        import webbrowser
+
+        page = build(folder_of_pages()) / "index.html"
+        print(page)
+        webbrowser.open(page.as_uri())
