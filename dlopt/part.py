@@ -76,7 +76,7 @@ class Feature(Part):
     """Of categories, for each column: the code of a missing value."""
     types: tuple[Literal["string", "number", "boolean", "date"], ...] = ()
     """Of categories and texts, for each column: its type in the training source, by which its values have one text whatever way they
-    come (see dlopt.data.canonical); () stands for strings."""
+    come (see dlopt.data.types.canonical); () stands for strings."""
     markers: tuple[str, ...] = ()
     """Texts that say that a value is missing, beside null and an empty one."""
     buckets: int = 0

@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel
 
 from dlopt.artifact import Artifact, Stage, digest_of, discard, is_sealed, once, place, write_atomically
-from dlopt.data.split import Fold
+from dlopt.data.table.split import Fold
 from dlopt.part import DloptError
 from dlopt.progress import WARNING, Progress, silent
 from dlopt.runs import JOB, REPORT, RUN, Outcome

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from dlopt.data.augment import Augmentation, fill_of
 from dlopt.data.section import Data
-from dlopt.data.split import GivenSplit, TimeSplit
+from dlopt.data.table.split import GivenSplit, TimeSplit
 from dlopt.export import Format, Onnx
 from dlopt.mistakes import is_part, kinds_in, lines_of, tag_of
 from dlopt.models import Model

@@ -17,15 +17,15 @@ import pytest
 
 from dlopt.artifact import Artifact, Stage, once
 from dlopt.data import prepare
-from dlopt.data.canonical import MISSING
-from dlopt.data.columns import decided
-from dlopt.data.inputs import AnyTarget, CategoryTarget
+from dlopt.data.kinds import AnyTarget, CategoryTarget
 from dlopt.data.prepare import SPILL, arrange, meant
 from dlopt.data.prepared import Split
 from dlopt.data.section import Data
 from dlopt.data.sources import Parquet
 from dlopt.data.sources.reading import LOOK_ROWS
-from dlopt.data.spill import Piece, Spill, from_json
+from dlopt.data.table.spill import PieceReport, Spill, from_json
+from dlopt.data.types.canonical import MISSING
+from dlopt.data.types.columns import decided
 from dlopt.part import DloptError, Feature, Part, Signature, Statistics
 
 SPLITS = ("train", "validation", "test")
@@ -79,7 +79,7 @@ def anywhere(task: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
         yield pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(task))(item)))
 
 
-def _pieces(spill: Spill, tables: Sequence[pa.Table], blocks: int) -> Iterator[Piece]:
+def _pieces(spill: Spill, tables: Sequence[pa.Table], blocks: int) -> Iterator[PieceReport]:
     for table in tables:
         bounds = np.linspace(0, len(table), blocks + 1).astype(int)
         for start, stop in itertools.pairwise(bounds):

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from dlopt.data.feed import Batch
+from dlopt.data.feed.batches import Batch
 from dlopt.optim.optimizers import Optimizer
 from dlopt.train.gradients import curved, plain
 from dlopt.train.objectives import Losses

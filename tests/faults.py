@@ -31,8 +31,8 @@ import pyarrow.parquet as pq
 from dlopt import pipeline
 from dlopt.artifact import Artifact, once
 from dlopt.cli import main
-from dlopt.data import feed
-from dlopt.data.feed import Batch
+from dlopt.data.feed import batches as feed
+from dlopt.data.feed.batches import Batch
 from dlopt.spec import load
 from dlopt.train import metrics_log, worker
 from dlopt.train.checkpoints import CHECKPOINTS, Store

@@ -32,8 +32,8 @@ LAYERS = [
 """From the top down. A module imports what is below it; those in one layer do not import each other."""
 RAY = {
     "dlopt.data.prepare",
-    "dlopt.data.feed",
-    "dlopt.data.reading",
+    "dlopt.data.feed.batches",
+    "dlopt.data.feed.dealer",
     "dlopt.data.sources.reading",
     "dlopt.train.worker",
     "dlopt.train.group",
@@ -80,7 +80,7 @@ def _run(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def package(name: str) -> str:
-    """cli of dlopt.cli, data of dlopt.data.feed."""
+    """cli of dlopt.cli, data of dlopt.data.feed.batches."""
     return name.split(".")[1]
 
 
@@ -109,8 +109,8 @@ def test_imports_go_down_only(name: str) -> None:
 def test_the_arrows_are_there_to_be_seen() -> None:
     assert "dlopt.pipeline" in imports("dlopt.cli")  # in a function
     assert "dlopt.data.prepared" in imports("dlopt.export.onnx")
-    assert "ray.data" in imports("dlopt.data.reading")
-    assert "dlopt.data.augment" in imports("dlopt.data.share") and "ray" not in roots("dlopt.data.share")
+    assert "ray.data" in imports("dlopt.data.feed.dealer")
+    assert "dlopt.data.augment" in imports("dlopt.data.feed.share") and "ray" not in roots("dlopt.data.feed.share")
     assert depth("dlopt.cli") < depth("dlopt.spec") < depth("dlopt.train.loop") < depth("dlopt.models.mlp") < depth("dlopt.part")
 
 

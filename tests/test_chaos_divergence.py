@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dlopt.artifact import Artifact
-from dlopt.data.feed import Batch, Resident
+from dlopt.data.feed.batches import Batch, Resident
 from dlopt.models import Mlp
 from dlopt.optim.constraints import ClipNorm
 from dlopt.optim.health import Divergence

@@ -30,9 +30,9 @@ from dlopt.data.clean import (
     RowRule,
     Unique,
 )
-from dlopt.data.columns import Columns
 from dlopt.data.counter import row_keys
 from dlopt.data.encode import decode_image
+from dlopt.data.types.columns import Columns
 from dlopt.part import DloptError
 from tests.planted import CLEAN, REASONS, planted
 

@@ -19,8 +19,8 @@ from dlopt.data.clean import NearDuplicateImages, NearDuplicateTexts
 from dlopt.data.clean.images import WAVES, _transform
 from dlopt.data.clean.near import WINDOW
 from dlopt.data.clean.texts import HASHES, NOTHING, bands_for
-from dlopt.data.columns import Columns
 from dlopt.data.counter import row_keys
+from dlopt.data.types.columns import Columns
 
 
 def keys(rows: int) -> np.ndarray:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.artifact import Artifact
-from dlopt.data.feed import Batch
+from dlopt.data.feed.batches import Batch
 from dlopt.models import Cnn, Mlp, Network
 from dlopt.models.preprocess import Preprocess
 from dlopt.optim.optimizers import Adam

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.artifact import Artifact
-from dlopt.data.feed import Batch, Feed
+from dlopt.data.feed.batches import Batch, Feed
 from dlopt.models import Cnn
 from dlopt.models.own import own
 from dlopt.part import Signature

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from dlopt.data.columns import Columns
 from dlopt.data.encode import decode_image, encode_png, encode_rows
-from dlopt.data.inputs import CategoryInput, CategoryTarget, DateInput, ImageInput, NumberInput, TextInput
+from dlopt.data.kinds import CategoryInput, CategoryTarget, DateInput, ImageInput, NumberInput, TextInput
+from dlopt.data.types.columns import Columns
 from dlopt.part import DloptError, Feature, Signature, Target
 
 RANDOM = np.random.default_rng(5)

@@ -15,11 +15,11 @@ import torch
 
 from dlopt.data.clean import DropColumns, DropDuplicates, Outliers
 from dlopt.data.encode import encode_rows
-from dlopt.data.exact import exact_column, merged, offset_of, raw_values, widened
-from dlopt.data.inputs import CategoryInput, DateInput, NumberInput, NumberTarget
-from dlopt.data.inputs.number import GroupMedian
-from dlopt.data.inputs.values import lost_in_double, numbers
-from dlopt.data.split import RandomSplit
+from dlopt.data.kinds import CategoryInput, DateInput, NumberInput, NumberTarget
+from dlopt.data.kinds.number import GroupMedian
+from dlopt.data.table.split import RandomSplit
+from dlopt.data.types.exact import exact_column, merged, offset_of, raw_values, widened
+from dlopt.data.types.values import lost_in_double, numbers
 from dlopt.export.onnx import _graph, compare
 from dlopt.models import build_network
 from dlopt.models.linear import Linear

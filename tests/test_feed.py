@@ -29,11 +29,11 @@ from dlopt.data.augment import (
     RandomReplacement,
     RandomRotation,
 )
-from dlopt.data.feed import Batch, Mixed, RemoteDealer, Resident, Stream, shortened
-from dlopt.data.order import row_of
+from dlopt.data.feed.batches import Batch, Mixed, RemoteDealer, Resident, Stream, shortened
+from dlopt.data.feed.dealer import PICK, READ_BYTES, Dealer, Reader, ReadPlan
+from dlopt.data.feed.order import row_of
+from dlopt.data.feed.share import Share
 from dlopt.data.prepared import Split, as_table, write_part
-from dlopt.data.reading import PICK, READ_BYTES, Dealer, Plan, Reader
-from dlopt.data.share import Share
 from dlopt.part import DloptError, Feature, Part, Signature, Statistics, Target
 
 CPU = torch.device("cpu")
@@ -311,7 +311,7 @@ def test_parts_that_are_one_resampling_with_different_fills_are_refused_before_t
 
 def streams(shares: list[Share], first: int, last: int, start: int = 0, read_bytes: int = READ_BYTES) -> list[Stream]:
     """Of all workers of a group, in this process."""
-    dealer = RemoteDealer.start(Plan(shares[0], first, last, start, read_bytes))
+    dealer = RemoteDealer.start(ReadPlan(shares[0], first, last, start, read_bytes))
     return [Stream(share, first, last, CPU, start, dealer) for share in shares]
 
 
@@ -375,7 +375,7 @@ def test_uneven_ends_lose_no_row_and_count_none_twice(seed: int, tmp_path: Path)
         shares = [share(data, rank, world, **settings) for rank in range(world)]
         order = shares[0].order
         start = int(random.integers(0, order.batches + 1))
-        dealer = Here(Plan(shares[0], 3, 4, start, read_bytes=int(random.integers(1, 10**6))))
+        dealer = Here(ReadPlan(shares[0], 3, 4, start, read_bytes=int(random.integers(1, 10**6))))
         feeds = zip([Stream(found, 3, 4, CPU, start, dealer) for found in shares], [Resident(found, CPU) for found in shares], strict=True)
         epochs = [[same_batches(stream, resident, epoch, first) for epoch, first in ((3, start), (4, 0))] for stream, resident in feeds]
         for number, (epoch, first) in enumerate(((3, start), (4, 0))):
@@ -404,7 +404,7 @@ def test_the_rest_of_a_window_reads_only_the_files_that_it_needs(tmp_path: Path)
     for number in set(range(40)) - needed:
         (data.path / f"train/part-{number:05d}.parquet").unlink()
     assert len(needed) < 40
-    plan = Plan(found, 1, 1, last)
+    plan = ReadPlan(found, 1, 1, last)
     blocks = [block for task in range(len(plan)) for block in Reader(plan)({"id": np.array([task])})]
     assert sorted(np.concatenate([block[PICK].to_numpy() for block in blocks])) == sorted(expected[0].rows)
 

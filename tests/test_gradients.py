@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dlopt.data.feed import Batch, Mixed
+from dlopt.data.feed.batches import Batch, Mixed
 from dlopt.optim.optimizers import Adam
 from dlopt.optim.optimizers_library import Sophia
 from dlopt.optim.wrappers import Lookahead

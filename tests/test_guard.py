@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from dlopt.data import guard
-from dlopt.data.guard import Finding, alone, findings, warnings
-from dlopt.data.profile import Summary, merge, summarise
 from dlopt.data.sources import Sample
+from dlopt.data.stats import guard
+from dlopt.data.stats.guard import Finding, alone, findings, warnings
+from dlopt.data.stats.summary import Summary, merge, summarise
 from tests.test_profile import rdataset
 
 SEEDS = range(5)

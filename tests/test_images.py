@@ -24,7 +24,7 @@ import pytest
 from PIL import EpsImagePlugin, Image, ImageFile, ImageOps, ImageSequence
 
 from dlopt.data.encode import MOST_SCANS, decode_image, encode_rows, image_shape
-from dlopt.data.inputs import ImageInput
+from dlopt.data.kinds import ImageInput
 from dlopt.data.sources import infer_kind
 from dlopt.part import DloptError, Signature, Target
 from dlopt.serve import Serve, replica

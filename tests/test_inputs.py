@@ -22,9 +22,8 @@ from sklearn.impute import SimpleImputer
 from sklearn.preprocessing import FunctionTransformer, MaxAbsScaler, MinMaxScaler, QuantileTransformer, RobustScaler, StandardScaler
 
 from dlopt.data.clean import Outliers, Unique
-from dlopt.data.columns import Columns
 from dlopt.data.encode import encode_rows, hashed
-from dlopt.data.inputs import (
+from dlopt.data.kinds import (
     CategoryInput,
     CategoryTarget,
     DateInput,
@@ -35,10 +34,11 @@ from dlopt.data.inputs import (
     TextInput,
     ThresholdTarget,
 )
-from dlopt.data.inputs.number import KNOTS, Bound, Frequent, GroupMedian
+from dlopt.data.kinds.number import KNOTS, Bound, Frequent, GroupMedian
 from dlopt.data.prepared import array_of, piece_column
 from dlopt.data.section import Data
-from dlopt.data.split import GivenSplit, TimeSplit
+from dlopt.data.table.split import GivenSplit, TimeSplit
+from dlopt.data.types.columns import Columns
 from dlopt.models.preprocess import Preprocess
 from dlopt.part import DloptError, Feature, Signature, Statistics, Target
 from tests.arranged import section_of
@@ -683,7 +683,7 @@ def test_numbers_are_predicted_in_their_units() -> None:
 
 
 def test_the_most_frequent_number_of_a_long_column_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dlopt.data.inputs.number.MOST_VALUES", 100)
+    monkeypatch.setattr("dlopt.data.kinds.number.MOST_VALUES", 100)
     values = np.random.default_rng(3).permutation(np.concatenate([np.arange(3000.0), np.full(90, 7.25), np.full(90, -3.5)]))
     matrix = np.stack([values, np.full(len(values), np.nan)], axis=1).astype(np.float32)
     found = reduce(Frequent.merge, map(Frequent.of, np.array_split(matrix, 5)))

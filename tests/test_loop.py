@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dlopt.data.feed import Batch
+from dlopt.data.feed.batches import Batch
 from dlopt.optim.constraints import ClipNorm
 from dlopt.optim.optimizers import Lbfgs
 from dlopt.train.gradients import plain

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dlopt.data.feed import Batch, Mixed
+from dlopt.data.feed.batches import Batch, Mixed
 from dlopt.models import Units
 from dlopt.part import Target
 from dlopt.train.losses import (

@@ -7,7 +7,7 @@ from functools import reduce
 import numpy as np
 import pytest
 
-from dlopt.data.moments import Moments, of_pixels, of_values
+from dlopt.data.stats.moments import Moments, of_pixels, of_values
 
 RANDOM = np.random.default_rng(2)
 

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pytest
 
 from dlopt.data.clean import Outliers
-from dlopt.data.inputs import CategoryInput, CategoryTarget, DateInput, NumberInput, NumberTarget, TextInput
-from dlopt.data.inputs.number import GroupMedian
+from dlopt.data.kinds import CategoryInput, CategoryTarget, DateInput, NumberInput, NumberTarget, TextInput
+from dlopt.data.kinds.number import GroupMedian
 from dlopt.data.section import Data
-from dlopt.data.split import RandomSplit, TimeSplit
+from dlopt.data.table.split import RandomSplit, TimeSplit
 from dlopt.export.onnx import _graph
 from dlopt.models import Linear, build_network
 from dlopt.part import DloptError

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dlopt.data import counter
-from dlopt.data.feed import Batch, shortened
+from dlopt.data.feed.batches import Batch, shortened
 from dlopt.models import noise
 from dlopt.models.layers import Dropout, activation, dropout
 from dlopt.models.recompute import recompute

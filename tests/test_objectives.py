@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dlopt.data.feed import Batch, Mixed
+from dlopt.data.feed.batches import Batch, Mixed
 from dlopt.models import Cnn, Mlp, Network, Units
 from dlopt.part import Target
 from dlopt.train.gradients import plain

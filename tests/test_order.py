@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dlopt.data.counter import bits, mix, row_keys, stream, string_words, uniform
-from dlopt.data.order import AGAIN, Order, row_of
+from dlopt.data.feed.order import AGAIN, Order, row_of
 
 CHUNKS = [40, 25, 40, 7, 33]
 

@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from dlopt.data import count
-from dlopt.data.inputs import CategoryTarget, NumberInput
+from dlopt.data.kinds import CategoryTarget, NumberInput
 from dlopt.data.section import Data
 from dlopt.data.sources import Arrow, Csv, Images, ImageTable, JsonLines, Parquet, Sample
-from dlopt.data.split import Fold, GivenSplit, RandomSplit
+from dlopt.data.table.split import Fold, GivenSplit, RandomSplit
 from dlopt.models import Mlp
 from dlopt.optim.optimizers import Adam
 from dlopt.optim.schedules import Chain, Constant, Cosine, OneCycle, Plateau, ScaleLr, Scheduled, Span, StepDecay

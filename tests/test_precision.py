@@ -15,7 +15,7 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from dlopt.artifact import Stage, once
-from dlopt.data.feed import Batch
+from dlopt.data.feed.batches import Batch
 from dlopt.data.prepared import Split, as_table, write_part
 from dlopt.models import Cnn, Mlp, TextTransformer
 from dlopt.models.norms import BatchNorm, RmsNorm

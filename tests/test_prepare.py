@@ -33,7 +33,7 @@ from dlopt.data.clean import (
     Range,
     Unique,
 )
-from dlopt.data.inputs import (
+from dlopt.data.kinds import (
     CategoryInput,
     CategoryTarget,
     DateInput,
@@ -43,13 +43,13 @@ from dlopt.data.inputs import (
     NumberTarget,
     TextInput,
 )
-from dlopt.data.inputs.number import GroupMedian
+from dlopt.data.kinds.number import GroupMedian
 from dlopt.data.prepare import PREPARE
 from dlopt.data.prepared import Split
 from dlopt.data.section import Data
 from dlopt.data.sources import Csv, Images, Parquet, Sample
-from dlopt.data.spill import Spill, from_json
-from dlopt.data.split import GivenSplit, GroupSplit, RandomSplit, StratifiedSplit, TimeSplit
+from dlopt.data.table.spill import Spill, from_json
+from dlopt.data.table.split import GivenSplit, GroupSplit, RandomSplit, StratifiedSplit, TimeSplit
 from dlopt.part import DloptError
 from tests.arranged import (
     SPLITS,
@@ -793,7 +793,7 @@ def test_a_block_that_was_read_twice_counts_once(tmp_path: Path) -> None:
 
 
 def test_a_block_is_cut_into_pieces_of_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dlopt.data.spill.PIECE_BYTES", 100 * (4 + 64))
+    monkeypatch.setattr("dlopt.data.table.spill.PIECE_BYTES", 100 * (4 + 64))
     spill = Spill(section_of(ID), (ID.feature(numbered()),), False, str(tmp_path))
     pieces = [from_json(row["piece"][0]) for row in spill(numbered(450))]
     assert [piece.rows for piece in pieces] == [100, 100, 100, 100, 50] and sum(piece.labels.total() for piece in pieces) == 450

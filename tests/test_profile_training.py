@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.cli import main
-from dlopt.data.feed import Batch
+from dlopt.data.feed.batches import Batch
 from dlopt.models import Mlp
 from dlopt.progress import BLOCK
 from dlopt.train.gradients import Gradient, plain

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dlopt.data.quantiles import MOST_POINTS, POINTS, Quantiles
+from dlopt.data.stats.quantiles import MOST_POINTS, POINTS, Quantiles
 
 RANDOM = np.random.default_rng(8)
 PROBABILITIES = [0.0, 0.01, 0.25, 0.5, 0.77, 0.99, 1.0]

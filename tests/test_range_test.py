@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dlopt.data.feed import Batch
+from dlopt.data.feed.batches import Batch
 from dlopt.data.sources import Sample
 from dlopt.optim.optimizers import Adam, AdamW, Sgd
 from dlopt.part import DloptError

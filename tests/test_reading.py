@@ -20,10 +20,10 @@ import torch
 
 from dlopt.artifact import Artifact, Stage, once
 from dlopt.data.augment import MixUp, RandomHorizontalFlip
-from dlopt.data.feed import RemoteDealer, Stream
+from dlopt.data.feed.batches import RemoteDealer, Stream
+from dlopt.data.feed.dealer import ReadPlan
+from dlopt.data.feed.share import Share
 from dlopt.data.prepared import Split, as_table, write_part
-from dlopt.data.reading import Plan
-from dlopt.data.share import Share
 from dlopt.part import Feature, Part, Signature, Target
 
 CPU = torch.device("cpu")
@@ -93,7 +93,7 @@ def test_each_chunk_is_read_once_an_epoch_whatever_the_number_of_workers_and_win
 ) -> None:
     data, log = made(tmp_path, 3), tmp_path / "reads.jsonl"
     shares = [share_of(data, rank, world, window, (MixUp(),) if mixes else ()) for rank in range(world)]
-    dealer = RemoteDealer.start(Plan(recorded(shares[0], log), 1, 2, 0, read_bytes=2**20))
+    dealer = RemoteDealer.start(ReadPlan(recorded(shares[0], log), 1, 2, 0, read_bytes=2**20))
     streams = [Stream(share, 1, 2, CPU, 0, dealer) for share in shares]
     for epoch in (1, 2):
         delivered = [batch.rows for stream in streams for batch in stream.epoch(epoch)]
@@ -109,7 +109,7 @@ def test_an_epoch_begun_late_reads_nothing_of_the_windows_before(tmp_path: Path,
     data, log = made(tmp_path, 3), tmp_path / "reads.jsonl"
     share = share_of(data, 0, 1, window=16)
     last = share.order.windows - 1
-    dealer = RemoteDealer.start(Plan(recorded(share, log), 1, 1, last * 16, read_bytes=1))
+    dealer = RemoteDealer.start(ReadPlan(recorded(share, log), 1, 1, last * 16, read_bytes=1))
     assert sum(len(batch.target) for batch in Stream(share, 1, 1, CPU, last * 16, dealer).epoch(1, last * 16)) == 3 * FILE - last * 16 * 64
     assert 1 <= sum(len(line["chunks"]) for line in reads(log)) <= 3
 
@@ -130,7 +130,7 @@ def test_memory_is_flat_on_a_set_many_times_larger_than_a_window(tmp_path: Path,
     """Of the process that trains and of the readers: 130 windows of two epochs, 600 MB."""
     data, log = made(tmp_path, 50), tmp_path / "reads.jsonl"
     share = share_of(data, 0, 1, WINDOW, (RandomHorizontalFlip(), MixUp()))
-    dealer = RemoteDealer.start(Plan(recorded(share, log), 1, 2, 0, read_bytes=2**20, ahead_bytes=AHEAD))
+    dealer = RemoteDealer.start(ReadPlan(recorded(share, log), 1, 2, 0, read_bytes=2**20, ahead_bytes=AHEAD))
     stream, trained = Stream(share, 1, 2, CPU, 0, dealer), []
     for epoch in (1, 2):
         for number, _ in enumerate(stream.epoch(epoch)):
@@ -155,7 +155,7 @@ def grown(samples: list[int]) -> int:
 def test_a_slow_consumer_holds_the_readers_up(tmp_path: Path, ray_cluster: None) -> None:
     data, log = made(tmp_path, 20), tmp_path / "reads.jsonl"
     share = share_of(data, 0, 1, WINDOW)
-    dealer = RemoteDealer.start(Plan(recorded(share, log), 1, 1, 0, read_bytes=2**20, ahead_bytes=AHEAD))
+    dealer = RemoteDealer.start(ReadPlan(recorded(share, log), 1, 1, 0, read_bytes=2**20, ahead_bytes=AHEAD))
     batches, consumed, ahead = Stream(share, 1, 1, CPU, 0, dealer).epoch(1), 0, []
     for _ in range(2):
         for _ in range(WINDOW):
@@ -181,9 +181,9 @@ from pathlib import Path
 import torch
 from dlopt import session
 from dlopt.artifact import Artifact
-from dlopt.data.feed import Stream
+from dlopt.data.feed.batches import Stream
 from dlopt.data.prepared import Split
-from dlopt.data.share import Share
+from dlopt.data.feed.share import Share
 
 with session.connected(None, cpus=2, object_store_memory=100 * 2**20):
     share = Share.of(Split.open(Artifact.open(Path(sys.argv[1])), "train"), 3, 64, 0, 1)

@@ -49,7 +49,20 @@ def test_the_tree_names_every_file_and_no_other() -> None:
     (tree,) = [text for text in blocks("") if text.startswith("dlopt/\n")]
     named = set(re.findall(r"[\w/]+\.(?:py|html)", tree))
     files = {path for kind in ("py", "html") for path in (ROOT / "dlopt").rglob(f"*.{kind}") if not path.name.startswith("__")}
-    folded = ("models", "optim", "report", "sources", "inputs", "clean", "augment", "track")  # a line for the whole folder
+    folded = (
+        "models",
+        "optim",
+        "report",
+        "sources",
+        "types",
+        "kinds",
+        "clean",
+        "table",
+        "stats",
+        "feed",
+        "augment",
+        "track",
+    )  # a line for the whole folder
     there = {path.name for path in files if path.parent.name not in folded}
     assert {Path(name).name for name in named} == there
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dlopt.data.feed import Batch
+from dlopt.data.feed.batches import Batch
 from dlopt.models import Cnn, FtTransformer, Joint, Mlp, Network, Resnet, TableResnet, TextBag, TextCnn, TextTransformer, Vit, build_network
 from dlopt.models.recompute import blocks, recompute
 from dlopt.optim.health import Health, Watch

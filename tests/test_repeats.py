@@ -15,13 +15,13 @@ from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import OrdinalEncoder
 from sklearn.tree import DecisionTreeClassifier
 
-from dlopt.data.inputs import CategoryInput, CategoryTarget, NumberInput, TextInput
-from dlopt.data.plan import Plan
+from dlopt.data.kinds import CategoryInput, CategoryTarget, NumberInput, TextInput
 from dlopt.data.prepare import _edges, _one_by_one, _plan, _Ranges
 from dlopt.data.prepared import piece_column
 from dlopt.data.section import Data
-from dlopt.data.spill import TARGET, Spill, from_json
-from dlopt.data.split import Fold, RandomSplit, StratifiedSplit
+from dlopt.data.table.plan import Plan
+from dlopt.data.table.spill import TARGET, Spill, from_json
+from dlopt.data.table.split import Fold, RandomSplit, StratifiedSplit
 from dlopt.progress import silent
 from tests.arranged import SPLITS, arranged, rows_of, section_of, shuffled
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from sklearn import metrics as reference
 
-from dlopt.data import text
-from dlopt.data.describe import describe
+from dlopt.data import tokenizer as text
 from dlopt.data.prepared import Split
-from dlopt.data.profile import summarise
-from dlopt.data.text import TextInput, tokens_of, train_tokenizer
+from dlopt.data.stats.describe import describe
+from dlopt.data.stats.summary import summarise
+from dlopt.data.tokenizer import TextInput, tokens_of, train_tokenizer
 from dlopt.export.onnx import trained_network
 from dlopt.models import Mlp
 from dlopt.part import Feature, Signature, Target

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 from pydantic import TypeAdapter
 
-from dlopt.data.inputs import CategoryTarget, ImageInput, NumberInput
+from dlopt.data.kinds import CategoryTarget, ImageInput, NumberInput
 from dlopt.data.prepare import peek
 from dlopt.data.section import Data
 from dlopt.data.sources import (

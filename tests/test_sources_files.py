@@ -13,12 +13,12 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 
-from dlopt.data.guess import source_of
-from dlopt.data.inputs import CategoryTarget, NumberInput
+from dlopt.data.kinds import CategoryTarget, NumberInput
 from dlopt.data.prepare import _look
 from dlopt.data.section import Data
 from dlopt.data.sources import Arrow, Csv, Images, JsonLines, Parquet, Texts
 from dlopt.data.sources.places import Disk
+from dlopt.data.stats.guess import source_of
 from dlopt.part import DloptError
 from dlopt.progress import BLOCK
 

@@ -12,14 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dlopt.data import begin, guard, guess, prepare, spill
-from dlopt.data.describe import describe
-from dlopt.data.inputs import TextInput
-from dlopt.data.profile import string_hashes, summarise
+from dlopt.data import prepare
+from dlopt.data.kinds import TextInput
 from dlopt.data.sources import Arrow, JsonLines, Parquet, from_data, infer_kind
 from dlopt.data.sources.lines import _of_array
 from dlopt.data.sources.reading import MAX_BLOCK
-from dlopt.data.spill import Spill
+from dlopt.data.stats import begin, guard, guess
+from dlopt.data.stats.describe import describe
+from dlopt.data.stats.summary import string_hashes, summarise
+from dlopt.data.table import spill
+from dlopt.data.table.spill import Spill
 from dlopt.part import DloptError
 from tests.arranged import _pieces, section_of
 from tests.packages import package

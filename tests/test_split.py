@@ -13,9 +13,9 @@ import pytest
 
 from dlopt.artifact import Artifact
 from dlopt.data.counter import row_keys
-from dlopt.data.inputs import CategoryTarget, NumberInput
+from dlopt.data.kinds import CategoryTarget, NumberInput
 from dlopt.data.section import Data
-from dlopt.data.split import Fold, GivenSplit, GroupSplit, RandomSplit, StratifiedSplit, TimeSplit, shares_of
+from dlopt.data.table.split import Fold, GivenSplit, GroupSplit, RandomSplit, StratifiedSplit, TimeSplit, shares_of
 from dlopt.part import DloptError
 from tests.arranged import SPLITS, arranged, files_of, refused, rows_of, section_of, shuffled, splits_of
 

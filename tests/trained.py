@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 
 from dlopt.artifact import Artifact, once
 from dlopt.data.augment import RandomCrop, RandomHorizontalFlip, RandomRotation
-from dlopt.data.inputs import CategoryTarget, ImageInput
+from dlopt.data.kinds import CategoryTarget, ImageInput
 from dlopt.data.prepare import PREPARE
 from dlopt.data.section import Data
 from dlopt.data.sources import Parquet, Sample
-from dlopt.data.split import StratifiedSplit
+from dlopt.data.table.split import StratifiedSplit
 from dlopt.models import Mlp
 from dlopt.optim.optimizers import Adam
 from dlopt.train import metrics_log

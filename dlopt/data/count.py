@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 from dlopt.data.section import Data
 from dlopt.data.sources import HuggingFace, Images, ImageTable, Parquet, Sample, Source, Texts
 from dlopt.data.sources.places import reading
-from dlopt.data.split import GivenSplit
+from dlopt.data.table.split import GivenSplit
 
 MOST_BYTES = 256 * 2**20
 """Files of rows that have to be read to be counted are, as long as they are not larger together."""

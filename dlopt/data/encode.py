@@ -16,9 +16,9 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 from PIL.ImageFile import ImageFile
 
-from dlopt.data.canonical import ColumnType, as_text
 from dlopt.data.counter import string_words
-from dlopt.data.text import join_texts, tokens_of
+from dlopt.data.tokenizer import join_texts, tokens_of
+from dlopt.data.types.canonical import ColumnType, as_text
 from dlopt.part import DloptError, Feature, Signature
 
 if TYPE_CHECKING:

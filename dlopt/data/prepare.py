@@ -24,22 +24,22 @@ import numpy as np
 import pyarrow as pa
 
 from dlopt.artifact import Stage, write_atomically
-from dlopt.data import passes
-from dlopt.data.account import account, refuse_bad, refuse_dropped, refuse_unlearnable
-from dlopt.data.canonical import MISSING
 from dlopt.data.clean import DropColumns, ExactDuplicates, NearDuplicates, Outliers
-from dlopt.data.columns import Columns
-from dlopt.data.describe import describe
-from dlopt.data.exact import offsets_of, raw_values
-from dlopt.data.inputs import ImageInput, NumberTarget, TextInput
-from dlopt.data.inputs.number import QUARTILES, Bound, GroupMedian, in_units
-from dlopt.data.passes import Observed
-from dlopt.data.plan import Origin, Plan
-from dlopt.data.repeats import names_of
+from dlopt.data.kinds import ImageInput, NumberTarget, TextInput
+from dlopt.data.kinds.number import QUARTILES, Bound, GroupMedian, in_units
 from dlopt.data.section import Data
 from dlopt.data.sources import Source
-from dlopt.data.spill import TARGET, Piece, Spill, from_json, is_local
-from dlopt.data.split import GivenSplit, StratifiedSplit, TimeSplit, cut
+from dlopt.data.stats.describe import describe
+from dlopt.data.stats.repeats import names_of
+from dlopt.data.table import passes
+from dlopt.data.table.account import account, refuse_bad, refuse_dropped, refuse_unlearnable
+from dlopt.data.table.passes import Observed
+from dlopt.data.table.plan import Origin, Plan
+from dlopt.data.table.spill import TARGET, PieceReport, Spill, from_json, is_local
+from dlopt.data.table.split import GivenSplit, StratifiedSplit, TimeSplit, cut
+from dlopt.data.types.canonical import MISSING
+from dlopt.data.types.columns import Columns
+from dlopt.data.types.exact import offsets_of, raw_values
 from dlopt.part import DloptError, Feature, Signature, Statistics, Target
 from dlopt.progress import BLOCK, Progress, silent
 from dlopt.session import data_context
@@ -90,7 +90,7 @@ def prepare(section: Data, out: Path, *, progress: Progress = silent) -> dict[st
 
 
 def arrange(
-    section: Data, features: tuple[Feature, ...], read: dict[str, list[Piece]], out: Path, *, run: Run, progress: Progress = silent
+    section: Data, features: tuple[Feature, ...], read: dict[str, list[PieceReport]], out: Path, *, run: Run, progress: Progress = silent
 ) -> dict[str, Any]:
     """All that follows when the rows lie in pieces, in `out`/spill. run: works on tasks, wherever that may be."""
     clock, spill = _Clock(), out / SPILL
@@ -182,9 +182,9 @@ def _first_rows(section: Data, where: str, source: Source) -> pa.Table:
     return table
 
 
-def _read(name: str, source: Source, spill: Spill, progress: Progress) -> list[Piece]:
+def _read(name: str, source: Source, spill: Spill, progress: Progress) -> list[PieceReport]:
     """The first pass over a source; only what is said of its pieces comes back."""
-    pieces: list[Piece] = []
+    pieces: list[PieceReport] = []
     said = time.monotonic()
     with _saying(f"data.{name}"):
         found = source.read([*spill.section.columns, PATH]).map_batches(spill, batch_format="pyarrow", batch_size=None)
@@ -198,7 +198,7 @@ def _read(name: str, source: Source, spill: Spill, progress: Progress) -> list[P
     return pieces
 
 
-def _keep_quarantine(read: dict[str, list[Piece]], folder: Path) -> Path:
+def _keep_quarantine(read: dict[str, list[PieceReport]], folder: Path) -> Path:
     """Move what the first pass has set aside to where it stays."""
     for name, pieces in read.items():
         for number, path in enumerate(piece.quarantine for piece in pieces if piece.quarantine):
@@ -207,7 +207,7 @@ def _keep_quarantine(read: dict[str, list[Piece]], folder: Path) -> Path:
     return folder
 
 
-def _plan(section: Data, features: tuple[Feature, ...], read: dict[str, list[Piece]]) -> Plan:
+def _plan(section: Data, features: tuple[Feature, ...], read: dict[str, list[PieceReport]]) -> Plan:
     labels = sum((piece.labels for piece in read["source"]), Counter[Any]())
     target = section.target.target(labels)
     for name, pieces in read.items():
@@ -229,7 +229,7 @@ def _plan(section: Data, features: tuple[Feature, ...], read: dict[str, list[Pie
 
 
 def _with_offsets(
-    section: Data, features: tuple[Feature, ...], target: Target, pieces: list[Piece]
+    section: Data, features: tuple[Feature, ...], target: Target, pieces: list[PieceReport]
 ) -> tuple[tuple[Feature, ...], Target, tuple[str, ...]]:
     """Inputs and target with what is to be subtracted from their numbers, by a sample of the rows, those whose keys are the least; and
     a line for each column of which nothing can be, though float32 does not tell its values apart."""
@@ -254,7 +254,7 @@ def _with_offsets(
     return tuple(changed), target.model_copy(update={"offsets": offsets.get(TARGET, ())}), tuple(lines)
 
 
-def _unheld(read: dict[str, list[Piece]]) -> list[str]:
+def _unheld(read: dict[str, list[PieceReport]]) -> list[str]:
     """A line for each column of numbers with more digits than float64 holds."""
     counts = sum((piece.digits for pieces in read.values() for piece in pieces), Counter[str]())
     return [

@@ -27,7 +27,7 @@ Rows = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Chunk:
+class RowGroup:
     """A row group of a file, and where its rows stand in the split."""
 
     file: str
@@ -41,19 +41,19 @@ class Split:
     """One split of a prepared set: where its rows are, and how to read them."""
 
     signature: Signature
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[RowGroup, ...]
 
     @classmethod
     def open(cls, data: Artifact, name: str) -> Split:
         """The split called `name`; one without rows when the data has none."""
         signature = Signature.model_validate_json(data.read("signature.json"))
-        chunks: list[Chunk] = []
+        chunks: list[RowGroup] = []
         start = 0
         for file in sorted((data.path / name).glob("*.parquet")):
             metadata = _metadata(file)
             for group in range(metadata.num_row_groups):
                 rows = metadata.row_group(group).num_rows
-                chunks.append(Chunk(str(file.resolve()), group, start, rows))
+                chunks.append(RowGroup(str(file.resolve()), group, start, rows))
                 start += rows
         return cls(signature, tuple(chunks))
 
@@ -65,7 +65,7 @@ class Split:
         """Bytes of one row in memory."""
         return row_bytes(self.signature)
 
-    def read(self, chunks: Sequence[Chunk] | None = None) -> Rows:
+    def read(self, chunks: Sequence[RowGroup] | None = None) -> Rows:
         """All rows of the chunks (of the whole split by default), in their order."""
         chunks = self.chunks if chunks is None else chunks
         by_file: dict[str, list[int]] = {}

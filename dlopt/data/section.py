@@ -8,11 +8,11 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from dlopt.data.clean import Clean, DropColumns, ExactDuplicates, NearDuplicateImages, Outliers
-from dlopt.data.inputs import AnyTarget, Input
-from dlopt.data.inputs.number import GroupMedian
+from dlopt.data.kinds import AnyTarget, Input
+from dlopt.data.kinds.number import GroupMedian
 from dlopt.data.prepared import SEPARATOR, part_column
 from dlopt.data.sources import Source
-from dlopt.data.split import Fold, GivenSplit, RandomSplit, Split, StratifiedSplit, TimeSplit
+from dlopt.data.table.split import AnySplit, Fold, GivenSplit, RandomSplit, StratifiedSplit, TimeSplit
 from dlopt.part import Part
 
 
@@ -33,7 +33,7 @@ class Data(Part):
     """What the model sees."""
     target: AnyTarget
     """What the model predicts."""
-    split: Split = RandomSplit()
+    split: AnySplit = RandomSplit()
     """Which rows are for training, validation and test."""
     fold: Fold | None = None
     """Of a cross-validation: which of several equal parts is the validation split; train.folds sets it for each in turn."""

@@ -105,7 +105,7 @@ def _categories(feature: Feature, codes: np.ndarray) -> list[list[str]]:
 def _texts(feature: Feature, ids: np.ndarray) -> list[list[str]]:
     """What the model has seen of each text; the bare ids where the tokenizer is not installed."""
     try:
-        from dlopt.data.text import tokens_of
+        from dlopt.data.tokenizer import tokens_of
 
         tokenizer = tokens_of(feature).tokenizer
     except DloptError:

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from dlopt.artifact import Artifact
+from dlopt.data.feed.share import Share
 from dlopt.data.prepared import Split
-from dlopt.data.share import Share
 from dlopt.report import Samples
 from dlopt.train.section import Fit
 

@@ -24,7 +24,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from dlopt.data.feed import Batch
+from dlopt.data.feed.batches import Batch
 from dlopt.models.norms import BatchNorm
 from dlopt.part import DloptError, Part
 from dlopt.train.packing import optimizer_state, pack, restore_optimizer, unpack

@@ -25,8 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dlopt.data.feed import shortened
-from dlopt.data.prepared import Chunk, Split
+from dlopt.data.feed.batches import shortened
+from dlopt.data.prepared import RowGroup, Split
 from dlopt.models import Network
 from dlopt.part import Target
 from dlopt.train.losses import LossPart, loss_of, unsmoothed
@@ -143,7 +143,7 @@ def _gather(found: Tally, split: Split, world: int) -> None:
 
 
 @torch.no_grad()
-def _outputs(network: Network, split: Split, device: torch.device, chunks: tuple[Chunk, ...]) -> Iterator[tuple[Tensor, Tensor]]:
+def _outputs(network: Network, split: Split, device: torch.device, chunks: tuple[RowGroup, ...]) -> Iterator[tuple[Tensor, Tensor]]:
     """Outputs as float64 and targets, a batch at a time; the network is put back into the mode it was in."""
     training = network.training
     network.eval()

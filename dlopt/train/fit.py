@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dlopt.artifact import Artifact, Stage
-from dlopt.data.order import LANES
+from dlopt.data.feed.order import LANES
 from dlopt.data.prepared import Split
 from dlopt.models.own import Own, factory_of
 from dlopt.optim.schedules import refuse_too_long

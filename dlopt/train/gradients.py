@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from dlopt.data.feed import Batch, Mixed
+from dlopt.data.feed.batches import Batch, Mixed
 from dlopt.optim.constraints import NormOf, total_norm
 from dlopt.part import Part
 from dlopt.train.objectives import Losses, Objective

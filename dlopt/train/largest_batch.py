@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from dlopt.artifact import Artifact
-from dlopt.data.feed import Batch
+from dlopt.data.feed.batches import Batch
 from dlopt.data.prepared import Split
 from dlopt.models import Network
 from dlopt.models.recompute import recompute

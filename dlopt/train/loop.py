@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dlopt.data.feed import Batch
+from dlopt.data.feed.batches import Batch
 from dlopt.models import noise
 from dlopt.optim.constraints import Clip, NormOf, total_norm
 from dlopt.optim.wrappers import centralize

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from dlopt.data.feed import Batch
+from dlopt.data.feed.batches import Batch
 from dlopt.train.metrics_log import SPEED, MetricsLog
 from dlopt.train.objectives import Losses, Objective
 from dlopt.train.state import Record

@@ -23,7 +23,7 @@ from torch.futures import Future
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
-from dlopt.data.feed import Batch
+from dlopt.data.feed.batches import Batch
 from dlopt.optim.constraints import total_norm
 from dlopt.part import DloptError
 from dlopt.train.gradients import Gradient

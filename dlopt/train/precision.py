@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dlopt.data.feed import Batch
+from dlopt.data.feed.batches import Batch
 from dlopt.train.objectives import Losses, Objective
 
 Precision = Literal["float32", "float64", "bfloat16", "float16"]

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dlopt.artifact import write_atomically
-from dlopt.data.feed import Batch
+from dlopt.data.feed.batches import Batch
 from dlopt.progress import BLOCK, Progress
 from dlopt.train.gradients import Gradient
 from dlopt.train.objectives import Losses, Objective

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dlopt.data.feed import Batch
+from dlopt.data.feed.batches import Batch
 from dlopt.optim.constraints import Clip
 from dlopt.part import DloptError
 from dlopt.train.gradients import curved, plain

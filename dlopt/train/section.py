@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, ValidationError, ValidatorFunctionWrapHandler, field_validator, model_validator
 
 from dlopt.data.augment import Augmentation
-from dlopt.data.order import LANES
+from dlopt.data.feed.order import LANES
 from dlopt.models import Model
 from dlopt.optim.averages import Averaging
 from dlopt.optim.constraints import Clip, MaxNorm

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.artifact import Artifact
-from dlopt.data.feed import Batch, shortened
+from dlopt.data.feed.batches import Batch, shortened
 from dlopt.data.prepared import Rows, Split
 from dlopt.models import Network, build_network
 from dlopt.models.lsuv import lsuv

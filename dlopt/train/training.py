@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 from dlopt.artifact import Artifact
 from dlopt.data.counter import bits
-from dlopt.data.feed import Feed, Resident, Stream
+from dlopt.data.feed.batches import Feed, Resident, Stream
+from dlopt.data.feed.share import Share
 from dlopt.data.prepared import Split
-from dlopt.data.share import Share
 from dlopt.models import Network
 from dlopt.part import DloptError
 from dlopt.train import checkpoints

@@ -28,12 +28,12 @@ from pydantic import TypeAdapter
 
 from dlopt import session
 from dlopt.artifact import Artifact, once
-from dlopt.data.inputs import CategoryTarget, ImageInput
+from dlopt.data.kinds import CategoryTarget, ImageInput
 from dlopt.data.prepare import PREPARE
 from dlopt.data.prepared import Split
 from dlopt.data.section import Data
 from dlopt.data.sources import Parquet
-from dlopt.data.split import RandomSplit
+from dlopt.data.table.split import RandomSplit
 from dlopt.models import Model
 from dlopt.optim.optimizers import Optimizer
 from dlopt.optim.schedules import Schedule

@@ -49,11 +49,11 @@ import torch.distributed as dist
 
 from dlopt import session
 from dlopt.artifact import Artifact, once
-from dlopt.data.inputs import CategoryTarget, NumberInput
+from dlopt.data.kinds import CategoryTarget, NumberInput
 from dlopt.data.prepare import PREPARE
 from dlopt.data.section import Data
 from dlopt.data.sources import Parquet
-from dlopt.data.split import RandomSplit
+from dlopt.data.table.split import RandomSplit
 from dlopt.models import Cnn, Mlp
 from dlopt.optim.optimizers import Adam
 from dlopt.train import metrics_log, parallel, worker

@@ -31,12 +31,12 @@ from torch.nn import functional as F
 from dlopt import session
 from dlopt.artifact import Artifact, once
 from dlopt.data.augment import RandomCrop, RandomRotation, augment
-from dlopt.data.inputs import CategoryTarget, ImageInput
+from dlopt.data.kinds import CategoryTarget, ImageInput
 from dlopt.data.prepare import PREPARE
 from dlopt.data.prepared import Split
 from dlopt.data.section import Data
 from dlopt.data.sources import Parquet, Sample
-from dlopt.data.split import RandomSplit
+from dlopt.data.table.split import RandomSplit
 from dlopt.models import Cnn, Mlp, Model
 from dlopt.optim.optimizers import Adam
 from dlopt.train import metrics_log

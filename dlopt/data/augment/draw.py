@@ -1,5 +1,5 @@
 """Random numbers of a row as pure functions of (seed, epoch, pick), so that a row looks the same in whatever batch, process or
-machine it is made. A pick is a row and how often it has come before in the epoch, as one integer (see `dlopt.data.order`).
+machine it is made. A pick is a row and how often it has come before in the epoch, as one integer (see `dlopt.data.feed.order`).
 
 Every pick has a 64-bit key; each part of the job, and each number that it draws, goes on from that key as SplitMix64 does.
 """

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, field_validator, model_validator
 
-from dlopt.data.canonical import TRUTH, as_text
 from dlopt.data.clean.base import Cleaning, ColumnCleaning
 from dlopt.data.clean.duplicates import identities
-from dlopt.data.inputs.values import doubles, plain, texts, without_empty
+from dlopt.data.types.canonical import TRUTH, as_text
+from dlopt.data.types.values import doubles, plain, texts, without_empty
 
 Violation = tuple[np.ndarray, str]
 """Which rows violate a rule, bool of shape (rows,), and how."""

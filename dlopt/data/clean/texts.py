@@ -14,7 +14,7 @@ from pydantic import Field
 from dlopt.data.clean.base import ColumnCleaning
 from dlopt.data.clean.near import NearDuplicates, clusters, least_of_equal
 from dlopt.data.counter import GAMMA, bits, mix, row_keys, string_words
-from dlopt.data.inputs.values import texts, without_empty
+from dlopt.data.types.values import texts, without_empty
 
 HASHES, FIRST = 128, 16
 NOTHING = np.uint32(0xFFFFFFFF)

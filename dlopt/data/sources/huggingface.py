@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from dlopt.data.columns import Stated
 from dlopt.data.sources.places import Place
 from dlopt.data.sources.reading import MAX_BLOCK, MIN_BLOCK, Named, Piece, Rows, missing_package
+from dlopt.data.types.columns import Stated
 from dlopt.part import DloptError
 
 

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import pyarrow as pa
 from pydantic import Field
 
-from dlopt.data.columns import Columns
 from dlopt.data.sources.lines import Csv, JsonLines
 from dlopt.data.sources.places import Listing, Place, in_folders, place_of, reading
 from dlopt.data.sources.reading import Files, Named, Piece, Rows, first_rows
 from dlopt.data.sources.tables import Arrow, Parquet
+from dlopt.data.types.columns import Columns
 from dlopt.part import DloptError
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-    from dlopt.data.canonical import ColumnType
+    from dlopt.data.types.canonical import ColumnType
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 AT_ONCE = 64

@@ -18,14 +18,14 @@ import pyarrow.csv
 import pyarrow.json
 from pydantic import Field, field_validator, model_validator
 
-from dlopt.data.canonical import as_text
-from dlopt.data.columns import Columns, decided, missing_as_null, spelled
 from dlopt.data.prepared import SEPARATOR
 from dlopt.data.sources import records
 from dlopt.data.sources.partitions import values_of
 from dlopt.data.sources.places import COMPRESSED, Place, reading
 from dlopt.data.sources.reading import Files, Named, Piece, block_bytes, conform, dataset, first_rows, no_column, wanted
 from dlopt.data.sources.records import Chunk
+from dlopt.data.types.canonical import as_text
+from dlopt.data.types.columns import Columns, decided, missing_as_null, spelled
 from dlopt.part import DloptError
 
 if TYPE_CHECKING:

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pyarrow as pa
 from pydantic import field_validator
 
-from dlopt.data.columns import Columns, Stated, decided
 from dlopt.data.sources.kinds import infer_kind
 from dlopt.data.sources.places import File, Listing, Place, matching
+from dlopt.data.types.columns import Columns, Stated, decided
 from dlopt.part import DloptError, Part
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-    from dlopt.data.canonical import ColumnType
+    from dlopt.data.types.canonical import ColumnType
 
 MIN_BLOCK, MAX_BLOCK = 2**20, 32 * 2**20
 """Bytes of rows that one task gets, about: small enough that a few megabytes keep several cores busy, large enough that the start of a

@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-from dlopt.data.columns import Stated
 from dlopt.data.sources.memory import of_frame
 from dlopt.data.sources.reading import Rows, from_table, missing_package, wanted
+from dlopt.data.types.columns import Stated
 from dlopt.part import DloptError
 
 if TYPE_CHECKING:

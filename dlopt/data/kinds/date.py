@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, field_validator
 
-from dlopt.data import moments
 from dlopt.data.encode import date_parts, known_form
-from dlopt.data.exact import exact_column, values_of
-from dlopt.data.inputs.number import Bound, in_units, no_column_twice
-from dlopt.data.inputs.values import Reasons, dates
-from dlopt.data.moments import Moments
+from dlopt.data.kinds.number import Bound, in_units, no_column_twice
+from dlopt.data.stats import moments
+from dlopt.data.stats.moments import Moments
+from dlopt.data.types.exact import exact_column, values_of
+from dlopt.data.types.values import Reasons, dates
 from dlopt.part import Feature, Part, Statistics
 
 DatePart = Literal["year", "quarter", "month", "week", "day", "day_of_year", "weekday", "hour", "minute", "second", "days"]

@@ -14,20 +14,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dlopt.data import moments, profile
 from dlopt.data.clean import ExactDuplicates, NearDuplicates, NearDuplicateTexts, Outliers
 from dlopt.data.encode import encode_png
-from dlopt.data.exact import raw_values, values_of, widened
-from dlopt.data.inputs import NumberTarget, TextInput
-from dlopt.data.inputs.number import QUARTILES
-from dlopt.data.moments import Moments
-from dlopt.data.plan import KEEP, Plan, Selected, lost_rows, open_piece, write_losers
+from dlopt.data.kinds import NumberTarget, TextInput
+from dlopt.data.kinds.number import QUARTILES
 from dlopt.data.prepared import array_of, as_table, piece_column, write_part
-from dlopt.data.profile import Summary
-from dlopt.data.quantiles import Quantiles
-from dlopt.data.repeats import Repeats, columns_of, names_of, repeats
-from dlopt.data.spill import HIGH, LOW, REASON, SIDE, TARGET, TIE, free_name, identity_column, order_column
-from dlopt.data.split import NAMES, Hashed
+from dlopt.data.stats import moments
+from dlopt.data.stats import summary as profile
+from dlopt.data.stats.moments import Moments
+from dlopt.data.stats.quantiles import Quantiles
+from dlopt.data.stats.repeats import Repeats, columns_of, names_of, repeats
+from dlopt.data.stats.summary import Summary
+from dlopt.data.table.plan import KEEP, Plan, Selected, lost_rows, open_piece, write_losers
+from dlopt.data.table.spill import HIGH, LOW, REASON, SIDE, TARGET, TIE, free_name, identity_column, order_column
+from dlopt.data.table.split import NAMES, Hashed
+from dlopt.data.types.exact import raw_values, values_of, widened
 from dlopt.part import Feature, Signature
 
 BINS = 2**16

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from dlopt.data.order import WINDOW_BYTES, lanes, row_of
+from dlopt.data.feed.order import WINDOW_BYTES, lanes, row_of
+from dlopt.data.feed.share import Share
 from dlopt.data.prepared import Rows, Split, as_table, column_of
-from dlopt.data.share import Share
 from dlopt.part import DloptError
 from dlopt.session import data_context
 
@@ -40,7 +40,7 @@ goes that it is mixed with. No column of data is called so."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class ReadPlan:
     """What the tasks that read the epochs from `first`, from its batch number `start` on, to `last` have to do, for all workers. Tasks are
     numbered from 0; each reads some chunks that follow each other in the sequence of its epoch. share: that of any worker."""
 
@@ -104,7 +104,7 @@ class Plan:
         return self._start(epoch) // order.window * order.window * order.batch_size
 
 
-class Piece(NamedTuple):
+class WindowRows(NamedTuple):
     """Rows that one worker gets of a task, for one window."""
 
     picks: np.ndarray
@@ -114,14 +114,14 @@ class Piece(NamedTuple):
     partners: np.ndarray | None
     """Where the row that each is mixed with goes, where rows are mixed, int64 (n,)."""
 
-    def part(self, some: slice | np.ndarray) -> Piece:
-        return Piece(self.picks[some], self.places[some], None if self.partners is None else self.partners[some])
+    def part(self, some: slice | np.ndarray) -> WindowRows:
+        return WindowRows(self.picks[some], self.places[some], None if self.partners is None else self.partners[some])
 
 
 class Reader:
     """What a task of Ray Data does: read its chunks, augment their rows, and hand them over, worker after worker."""
 
-    def __init__(self, plan: Plan, offset: int = 0) -> None:
+    def __init__(self, plan: ReadPlan, offset: int = 0) -> None:
         """offset: of the tasks' numbers."""
         self.plan, self.offset = plan, offset
 
@@ -137,14 +137,14 @@ class Reader:
             for start in range(0, len(piece.picks), step):
                 yield self._block(values, piece.part(slice(start, start + step)), epoch)
 
-    def _pieces(self, epoch: int, begin: int, end: int) -> Iterator[Piece]:
+    def _pieces(self, epoch: int, begin: int, end: int) -> Iterator[WindowRows]:
         """What of an interval of the sequence goes to whom, in the sequence's order."""
         size = self.plan.share.order.window * self.plan.share.order.batch_size
         for window in range(begin // size, -(-end // size)):
             start = window * size
             yield from self._pieces_of_window(epoch, window, max(begin, start) - start, min(end, start + size) - start)
 
-    def _pieces_of_window(self, epoch: int, window: int, begin: int, end: int) -> Iterator[Piece]:
+    def _pieces_of_window(self, epoch: int, window: int, begin: int, end: int) -> Iterator[WindowRows]:
         share = self.plan.share
         bounds = share.order.bounds(window)
         low, high = int(np.searchsorted(bounds, begin, side="right")) - 1, int(np.searchsorted(bounds, end))
@@ -159,9 +159,9 @@ class Reader:
             if len(some):
                 worker = replace(share, rank=rank)
                 others = None if partners is None else worker.destinations(found.places[partners[some]])
-                yield Piece(found.picks[some], worker.destinations(found.places[some]), others)
+                yield WindowRows(found.picks[some], worker.destinations(found.places[some]), others)
 
-    def _block(self, values: _Values, piece: Piece, epoch: int) -> pa.Table:
+    def _block(self, values: _Values, piece: WindowRows, epoch: int) -> pa.Table:
         share = self.plan.share
         rows = values.of(row_of(piece.picks))
         if share.augmentations:
@@ -204,7 +204,7 @@ def _arrays(tensors: Mapping[str, Tensor]) -> Rows:
     return {name: values.numpy() for name, values in tensors.items()}
 
 
-class Part(NamedTuple):
+class BlockRows(NamedTuple):
     """Rows of one worker in a block, of one window."""
 
     block: Any
@@ -219,15 +219,15 @@ class Dealer:
     who hands out references, never sees a row. A worker that takes nothing holds Ray Data up, which bounds what is read ahead; workers
     step together, so none is more than a window ahead of another."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan, self.parts = plan, [deque[Part]() for _ in range(plan.share.world)]
-        self.given: list[list[Part]] = [[] for _ in self.parts]
+    def __init__(self, plan: ReadPlan) -> None:
+        self.plan, self.parts = plan, [deque[BlockRows]() for _ in range(plan.share.world)]
+        self.given: list[list[BlockRows]] = [[] for _ in self.parts]
         self.counts, self.rank, self.left = plan.counts(), 0, 0
         self.blocks = self._blocks()
         self.lock = threading.Lock()
         self._next_count()
 
-    def take(self, rank: int) -> list[Part]:
+    def take(self, rank: int) -> list[BlockRows]:
         """What there is for a worker, in order; waits until there is something. Raises DloptError when a file is damaged.
 
         It is held on to until the worker asks for more: a process that gives back one reference to a block while another one to it is
@@ -252,7 +252,7 @@ class Dealer:
         begin = 0
         while begin < rows:
             end = min(rows, begin + self.left)
-            self.parts[self.rank].append(Part(block, begin, end))
+            self.parts[self.rank].append(BlockRows(block, begin, end))
             self.left -= end - begin
             begin = end
             self._next_count()
@@ -276,7 +276,7 @@ class DealerProcess(Dealer):
     """A dealer in an actor of Ray. Ray Data's execution, collected after Ray has gone, would start Ray anew and wait for ever: the
     process ends without that."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: ReadPlan) -> None:
         atexit.register(os._exit, 0)
         super().__init__(plan)
 

@@ -11,9 +11,9 @@ from PIL import ImageColor
 from pydantic import field_validator
 
 from dlopt.data.encode import MODES, decode_image, image_shape
-from dlopt.data.inputs.values import Reasons
-from dlopt.data.moments import Moments, of_pixels
 from dlopt.data.prepared import array_of, column_of
+from dlopt.data.stats.moments import Moments, of_pixels
+from dlopt.data.types.values import Reasons
 from dlopt.part import DloptError, Feature, Part, Statistics
 
 

@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, field_validator
 
-from dlopt.data import moments
-from dlopt.data.exact import exact_column, values_of
-from dlopt.data.inputs.values import Reasons, numbers
-from dlopt.data.moments import Moments, nonzero
 from dlopt.data.prepared import SEPARATOR
-from dlopt.data.quantiles import Quantiles
+from dlopt.data.stats import moments
+from dlopt.data.stats.moments import Moments, nonzero
+from dlopt.data.stats.quantiles import Quantiles
+from dlopt.data.types.exact import exact_column, values_of
+from dlopt.data.types.values import Reasons, numbers
 from dlopt.part import DloptError, Feature, Part, Statistics, Target
 
 Normalization = Literal["min_max", "symmetric", "standard", "robust", "max_abs", "log", "quantile", "none"]

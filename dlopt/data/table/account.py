@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from dlopt.data.clean import ExactDuplicates, NearDuplicates
-from dlopt.data.passes import Observed
-from dlopt.data.plan import Plan
 from dlopt.data.section import Data
-from dlopt.data.spill import Piece
-from dlopt.data.split import NAMES, GivenSplit, Split
+from dlopt.data.table.passes import Observed
+from dlopt.data.table.plan import Plan
+from dlopt.data.table.spill import PieceReport
+from dlopt.data.table.split import NAMES, AnySplit, GivenSplit
 from dlopt.part import DloptError
 
 
-def refuse_bad(section: Data, read: dict[str, list[Piece]], quarantine: Path) -> None:
+def refuse_bad(section: Data, read: dict[str, list[PieceReport]], quarantine: Path) -> None:
     """More rows that cannot be read than the job allows, or none that can be used."""
     total = wrong = 0
     for name, pieces in read.items():
@@ -33,7 +33,7 @@ def refuse_bad(section: Data, read: dict[str, list[Piece]], quarantine: Path) ->
         )
 
 
-def refuse_dropped(plan: Plan, read: dict[str, list[Piece]], seen: Observed) -> None:
+def refuse_dropped(plan: Plan, read: dict[str, list[PieceReport]], seen: Observed) -> None:
     """A part of `clean` that drops a larger share of the rows than it may."""
     total = sum(piece.read for pieces in read.values() for piece in pieces)
     for place, dropped in dropped_rows(plan, read, seen).items():
@@ -70,20 +70,22 @@ def refuse_unlearnable(plan: Plan, seen: Observed) -> None:
             raise DloptError(f"data: cleaning drops every row of label {label!r}: there is nothing to learn of it")
 
 
-def _why_empty(split: Split, name: str) -> str:
+def _why_empty(split: AnySplit, name: str) -> str:
     if not isinstance(split, GivenSplit):
         return "there are too few rows for its share"
     values = " or ".join(repr(value) for value, meant in split.names.items() if meant == name)
     return f"no row has {values} in column {split.column!r}: leave it out of split.names"
 
 
-def dropped_rows(plan: Plan, read: dict[str, list[Piece]], seen: Observed) -> Counter[int]:
+def dropped_rows(plan: Plan, read: dict[str, list[PieceReport]], seen: Observed) -> Counter[int]:
     """The rows that each part of `clean` has dropped, by its place; 0 for one that has dropped none."""
     early = sum((piece.dropped for pieces in read.values() for piece in pieces), Counter[int]())
     return Counter({place: early[place] + seen.dropped[place] for place in range(len(plan.section.clean))})
 
 
-def account(plan: Plan, read: dict[str, list[Piece]], seen: Observed, warnings: list[str], seconds: dict[str, float]) -> dict[str, Any]:
+def account(
+    plan: Plan, read: dict[str, list[PieceReport]], seen: Observed, warnings: list[str], seconds: dict[str, float]
+) -> dict[str, Any]:
     """What the manifest says of the rows."""
     everything = [piece for pieces in read.values() for piece in pieces]
     dropped, reasons = dropped_rows(plan, read, seen), sum((piece.reasons for piece in everything), Counter[str]())
@@ -109,7 +111,7 @@ def account(plan: Plan, read: dict[str, list[Piece]], seen: Observed, warnings: 
     }
 
 
-def _say(pieces: list[Piece]) -> str:
+def _say(pieces: list[PieceReport]) -> str:
     """The most frequent reasons, in one line."""
     reasons = sum((piece.reasons for piece in pieces), Counter[str]())
     return "; ".join(f"{reason} ({count:,})" for reason, count in sorted(reasons.items(), key=lambda pair: (-pair[1], pair[0]))[:3])

@@ -22,10 +22,10 @@ import pyarrow.compute as pc
 
 from dlopt.data.counter import bits, mix, string_words
 from dlopt.data.encode import decode_image
-from dlopt.data.exact import merged, raw_values
-from dlopt.data.inputs.values import DIGITS, dates, doubles, lost_in_double, plain, texts
 from dlopt.data.prepared import array_of, piece_column
-from dlopt.data.repeats import names_of
+from dlopt.data.stats.repeats import names_of
+from dlopt.data.types.exact import merged, raw_values
+from dlopt.data.types.values import DIGITS, dates, doubles, lost_in_double, plain, texts
 from dlopt.part import DloptError, Feature, Target
 
 LOOK_CELLS = 2**20
@@ -139,7 +139,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Sample:
+class RowSample:
     """Random rows, those with the smallest random keys, so that samples of pieces merge to one of the whole."""
 
     names: list[str]
@@ -156,10 +156,10 @@ class Sample:
         values = self._matrix[self.names.index(name)]
         return values.view(np.float32).astype(np.float64) if _is_number(kind) else values
 
-    def merge(self, other: Sample) -> Sample:
+    def merge(self, other: RowSample) -> RowSample:
         keys = np.concatenate([_unpack(self.keys, np.uint64), _unpack(other.keys, np.uint64)])
         kept = np.argsort(keys, kind="stable")[: _sample_rows(len(self.names))]
-        return Sample(self.names, _pack(keys[kept]), _pack(np.concatenate([self._matrix, other._matrix], axis=1)[:, kept]))
+        return RowSample(self.names, _pack(keys[kept]), _pack(np.concatenate([self._matrix, other._matrix], axis=1)[:, kept]))
 
     @cached_property
     def _matrix(self) -> np.ndarray:
@@ -172,7 +172,7 @@ class Summary:
 
     rows: int
     columns: dict[str, Column]
-    sample: Sample | None
+    sample: RowSample | None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -180,7 +180,7 @@ class Summary:
     @classmethod
     def from_json(cls, text: str) -> Summary:
         found = json.loads(text)
-        sample = Sample(**found["sample"]) if found["sample"] else None
+        sample = RowSample(**found["sample"]) if found["sample"] else None
         return cls(found["rows"], {name: Column(**column) for name, column in found["columns"].items()}, sample)
 
     def merge(self, other: Summary) -> Summary:
@@ -206,7 +206,7 @@ def summarise(columns: Columns, kinds: Mapping[str, str], targets: Sequence[str]
 def prepared_columns(
     features: Sequence[Feature], target: Target, table: pa.Table, goal: pa.ChunkedArray
 ) -> tuple[dict[str, Any], dict[str, str], tuple[str, ...]]:
-    """Columns, kinds and targets for `summarise`, from rows on their way through prepare (see dlopt.data.inputs).
+    """Columns, kinds and targets for `summarise`, from rows on their way through prepare (see dlopt.data.kinds).
 
     Numbers and categories are columns of their own again; of dates there are the parts, as numbers; goal: the targets, as they are read.
     """
@@ -533,7 +533,7 @@ def _merge_points(a: Column, b: Column, points: int) -> tuple[tuple[np.ndarray, 
     return kept, a.thinned or b.thinned or len(kept[0]) < len(different)
 
 
-def _sampled(columns: Columns, kinds: Mapping[str, str], found: Mapping[str, Column], rows: int) -> Sample:
+def _sampled(columns: Columns, kinds: Mapping[str, str], found: Mapping[str, Column], rows: int) -> RowSample:
     """Random rows of a piece. The randomness comes from what the piece holds, so that pieces of one table have different keys."""
     (seed,) = string_words([repr([(c.mean, c.squares, c.sketch, c.missing, c.rows) for c in found.values()])])
     keys = bits(np.arange(rows), 19, int(seed))
@@ -541,7 +541,7 @@ def _sampled(columns: Columns, kinds: Mapping[str, str], found: Mapping[str, Col
     chosen = np.argpartition(keys, size - 1)[:size]
     chosen = chosen[np.argsort(keys[chosen])]
     values = [_codes(_take(columns[name], chosen), kind) for name, kind in kinds.items()]
-    return Sample(list(kinds), _pack(keys[chosen]), _pack(np.stack(values)))
+    return RowSample(list(kinds), _pack(keys[chosen]), _pack(np.stack(values)))
 
 
 def _sample_rows(columns: int) -> int:

@@ -2,7 +2,7 @@
 
 Vocabularies, hash buckets, groups, rules, labels and `fill.by` compare these texts, so a value that was trained on is known when it
 is served. Only text leaves it open what a value is: `1.0` is a number in a column of numbers and a name in a column of versions. So
-a column has a type, stated in the job (`source.types`) or decided from the first rows of the source (see `dlopt.data.columns`):
+a column has a type, stated in the job (`source.types`) or decided from the first rows of the source (see `dlopt.data.types.columns`):
 
 | type | text |
 |---|---|

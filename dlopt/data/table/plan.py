@@ -18,12 +18,12 @@ import pyarrow.compute as pc
 
 from dlopt.data.clean import Outliers
 from dlopt.data.encode import shifted
-from dlopt.data.exact import raw_values, widened
-from dlopt.data.inputs.number import Bound
+from dlopt.data.kinds.number import Bound
 from dlopt.data.prepared import column_of
 from dlopt.data.section import Data
-from dlopt.data.spill import HIGH, LOW, SIDE, TARGET, TIE, is_local
-from dlopt.data.split import NAMES, ByRow, GivenSplit, Hashed, StratifiedSplit
+from dlopt.data.table.spill import HIGH, LOW, SIDE, TARGET, TIE, is_local
+from dlopt.data.table.split import NAMES, ByRow, GivenSplit, Hashed, StratifiedSplit
+from dlopt.data.types.exact import raw_values, widened
 from dlopt.part import Feature, Target
 
 KEEP = -1

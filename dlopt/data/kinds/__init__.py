@@ -11,12 +11,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-from dlopt.data.inputs.category import CategoryInput
-from dlopt.data.inputs.date import DateInput
-from dlopt.data.inputs.image import ImageInput
-from dlopt.data.inputs.number import NumberInput
-from dlopt.data.inputs.targets import AnyTarget, CategoryTarget, MultiLabelTarget, NumberTarget, ThresholdTarget
-from dlopt.data.inputs.text import TextInput
+from dlopt.data.kinds.category import CategoryInput
+from dlopt.data.kinds.date import DateInput
+from dlopt.data.kinds.image import ImageInput
+from dlopt.data.kinds.number import NumberInput
+from dlopt.data.kinds.targets import AnyTarget, CategoryTarget, MultiLabelTarget, NumberTarget, ThresholdTarget
+from dlopt.data.kinds.text import TextInput
 
 Input = Annotated[ImageInput | NumberInput | CategoryInput | DateInput | TextInput, Field(discriminator="kind")]
 

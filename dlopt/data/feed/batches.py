@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dlopt.data.order import row_of
+from dlopt.data.feed.dealer import PARTNER, PICK, PLACE, BlockRows, DealerProcess, ReadPlan
+from dlopt.data.feed.order import row_of
+from dlopt.data.feed.share import Share
 from dlopt.data.prepared import Rows, as_rows, empty_rows
-from dlopt.data.reading import PARTNER, PICK, PLACE, DealerProcess, Part, Plan
-from dlopt.data.share import Share
 from dlopt.part import DloptError, Feature, Signature
 
 
@@ -103,7 +103,7 @@ class Stream:
 
     def __init__(self, share: Share, first: int, last: int, device: torch.device, start: int = 0, dealer: Dealing | None = None) -> None:
         """dealer: of all workers; without it those of the process group get one together."""
-        plan = Plan(share, first, last, start)
+        plan = ReadPlan(share, first, last, start)
         self.share, self.device, self.next = share, device, (first, start)
         self.windows = plan.windows()
         self.dealer = dealer or dealer_of_group(plan)
@@ -168,7 +168,7 @@ class RemoteDealer:
         self.actor = actor
 
     @classmethod
-    def start(cls, plan: Plan, name: str | None = None) -> RemoteDealer:
+    def start(cls, plan: ReadPlan, name: str | None = None) -> RemoteDealer:
         """Beside this process."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -183,13 +183,13 @@ class RemoteDealer:
         import ray
 
         while True:
-            parts: list[Part] = ray.get(self.actor.take.remote(rank))
+            parts: list[BlockRows] = ray.get(self.actor.take.remote(rank))
             ray.wait(list({part.block for part in parts}), timeout=0)  # those on other nodes set out all at once
             for part in parts:
                 yield ray.get(part.block).slice(part.begin, part.end - part.begin)
 
 
-def dealer_of_group(plan: Plan) -> RemoteDealer:
+def dealer_of_group(plan: ReadPlan) -> RemoteDealer:
     """One for all workers of the process group; worker 0's."""
     import ray
 

@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 import numpy as np
 import pyarrow as pa
 
-from dlopt.data.inputs.values import doubles
 from dlopt.data.sources import Arrow, Csv, HuggingFace, Images, JsonLines, Parquet, Sample, Source, Texts
 from dlopt.data.sources.places import COMPRESSED, ZIP
+from dlopt.data.types.values import doubles
 from dlopt.part import DloptError
 
 TABLES = (Parquet, Csv, JsonLines, Arrow)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 
-from dlopt.data.order import Arranged, Order, lanes
+from dlopt.data.feed.order import Arranged, Order, lanes
 from dlopt.data.prepared import UNREADABLE, Split, damaged
 from dlopt.part import DloptError, Feature, Statistics
 
@@ -23,7 +23,7 @@ class Picks(NamedTuple):
     """What a worker computes of a window, batch after batch."""
 
     mine: np.ndarray
-    """Picks (see `dlopt.data.order`), int64 (n,)."""
+    """Picks (see `dlopt.data.feed.order`), int64 (n,)."""
     partners: np.ndarray | None
     """With what each is mixed, if anything is."""
 

@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, field_validator, model_validator
 
-from dlopt.data.canonical import as_text
-from dlopt.data.columns import column_type
 from dlopt.data.counter import bits, mix, stream, string_words
 from dlopt.data.encode import known_form
-from dlopt.data.inputs.values import Reasons, dates, doubles, is_text, plain, texts
+from dlopt.data.types.canonical import as_text
+from dlopt.data.types.columns import column_type
+from dlopt.data.types.values import Reasons, dates, doubles, is_text, plain, texts
 from dlopt.part import DloptError, Part
 
 NAMES = ("train", "validation", "test")
@@ -212,7 +212,7 @@ class GivenSplit(Part):
         return float("test" in self.names.values())
 
 
-Split = Annotated[RandomSplit | StratifiedSplit | GroupSplit | TimeSplit | GivenSplit, Field(discriminator="kind")]
+AnySplit = Annotated[RandomSplit | StratifiedSplit | GroupSplit | TimeSplit | GivenSplit, Field(discriminator="kind")]
 
 
 def cut(shares: tuple[float, ...]) -> np.ndarray:

@@ -13,9 +13,9 @@ import pyarrow.compute as pc
 from pydantic import Field, field_validator, model_validator
 
 from dlopt.data.encode import hashed
-from dlopt.data.inputs.number import no_column_twice
-from dlopt.data.inputs.values import Reasons, texts
+from dlopt.data.kinds.number import no_column_twice
 from dlopt.data.prepared import piece_column
+from dlopt.data.types.values import Reasons, texts
 from dlopt.part import DloptError, Feature, Part
 
 MOST_DISTINCT = 2_000_000

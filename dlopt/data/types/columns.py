@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import field_validator
 
-from dlopt.data.canonical import MISSING, NUMBER, TRUTH, ColumnType, as_text, moment_of
-from dlopt.data.inputs.values import is_text, plain
+from dlopt.data.types.canonical import MISSING, NUMBER, TRUTH, ColumnType, as_text, moment_of
+from dlopt.data.types.values import is_text, plain
 from dlopt.part import DloptError, Part
 
 CANONICAL = r"^(0|-?[1-9][0-9]*|-?(0|[1-9][0-9]{0,5})\.[0-9]{0,8}[1-9])$"
@@ -140,7 +140,7 @@ def missing_as_null(column: pa.ChunkedArray | pa.Array, missing: tuple[str, ...]
 
 
 def spelled(column: pa.ChunkedArray | pa.Array, kind: ColumnType) -> pa.ChunkedArray | pa.Array:
-    """Values of a column that is to be of a type in the texts of that type (see dlopt.data.canonical); null stays null."""
+    """Values of a column that is to be of a type in the texts of that type (see dlopt.data.types.canonical); null stays null."""
     own = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if kind == "string" or pa.types.is_nested(own) or (not is_text(own) and type_of_values(own) in (kind, "string")):
         return column

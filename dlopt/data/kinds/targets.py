@@ -13,12 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, field_validator, model_validator
 
-from dlopt.data import moments
-from dlopt.data.canonical import NUMBER, TRUTH, as_text
-from dlopt.data.exact import exact_column, values_of
-from dlopt.data.inputs.number import no_column_twice
-from dlopt.data.inputs.values import Reasons, doubles, is_text, numbers, plain
-from dlopt.data.moments import Moments
+from dlopt.data.kinds.number import no_column_twice
+from dlopt.data.stats import moments
+from dlopt.data.stats.moments import Moments
+from dlopt.data.types.canonical import NUMBER, TRUTH, as_text
+from dlopt.data.types.exact import exact_column, values_of
+from dlopt.data.types.values import Reasons, doubles, is_text, numbers, plain
 from dlopt.part import DloptError, Part, Target
 
 MOST_LABELS = 100_000

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from dlopt.data import guard
-from dlopt.data.profile import MEASURED, Column, Summary
+from dlopt.data.stats import guard
+from dlopt.data.stats.summary import MEASURED, Column, Summary
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 BARS = 40

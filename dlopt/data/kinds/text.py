@@ -1,4 +1,4 @@
-"""Texts on their way through prepare; how they become tokens is in `dlopt.data.text`."""
+"""Texts on their way through prepare; how they become tokens is in `dlopt.data.tokenizer`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dlopt.data import text
-from dlopt.data.inputs.values import Reasons, texts
+from dlopt.data import tokenizer as text
+from dlopt.data.types.values import Reasons, texts
 from dlopt.part import Feature
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import pyarrow as pa
 import yaml
 
-from dlopt.data import guard
 from dlopt.data.encode import image_shape
-from dlopt.data.guess import FOLDERS, kinds_of, name_of
-from dlopt.data.profile import Column, Summary, summarise
 from dlopt.data.sources import Source
+from dlopt.data.stats import guard
+from dlopt.data.stats.guess import FOLDERS, kinds_of, name_of
+from dlopt.data.stats.summary import Column, Summary, summarise
 from dlopt.part import DloptError
 
 ROWS = 20_000

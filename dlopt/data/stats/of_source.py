@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 import pyarrow as pa
 
-from dlopt.data.columns import Columns
-from dlopt.data.guess import name_of
-from dlopt.data.profile import Summary, merge, summarise
 from dlopt.data.sources import Source
+from dlopt.data.stats.guess import name_of
+from dlopt.data.stats.summary import Summary, merge, summarise
+from dlopt.data.types.columns import Columns
 from dlopt.part import DloptError
 from dlopt.progress import BLOCK, Progress, silent
 from dlopt.session import data_context

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dlopt.data.canonical import TRUTH, as_text
 from dlopt.data.encode import parse_dates
+from dlopt.data.types.canonical import TRUTH, as_text
 from dlopt.part import DloptError
 
 TOO_LARGE = 2.0**128 - 2.0**103

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dlopt.data.profile import Column, Sample, Summary
+from dlopt.data.stats.summary import Column, RowSample, Summary
 
 UNIQUE = 0.9
 """Share of the values that are different from which a column is an identifier; 6 standard errors of the estimate below 1."""
@@ -378,7 +378,7 @@ def _unseen(a: Column, b: Column) -> tuple[float, str]:
     return sum(new.values()) / b.seen, max(new, key=lambda value: new[value], default="")
 
 
-def _cuts(sample: Sample, name: str, kind: str, known: np.ndarray) -> list[np.ndarray]:
+def _cuts(sample: RowSample, name: str, kind: str, known: np.ndarray) -> list[np.ndarray]:
     """Ways of cutting a column into bins, each the bin of every row: its values, or quantiles and one bin for what is missing."""
     values = sample.column(name, kind)[known]
     if kind in ("category", "text"):

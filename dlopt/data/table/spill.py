@@ -21,13 +21,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dlopt.data.clean import DropDuplicates, ExactDuplicates, NearDuplicateImages, NearDuplicates, NearDuplicateTexts, RowRule
-from dlopt.data.columns import Columns
 from dlopt.data.counter import mix, row_keys, string_words
-from dlopt.data.exact import keys_of_rest, lost_in_single, raw_values, with_rest
-from dlopt.data.inputs.values import Reasons, is_text, lost_in_double
 from dlopt.data.prepared import array_of, column_of, piece_column
 from dlopt.data.section import Data
-from dlopt.data.split import RandomSplit, StratifiedSplit
+from dlopt.data.table.split import RandomSplit, StratifiedSplit
+from dlopt.data.types.columns import Columns
+from dlopt.data.types.exact import keys_of_rest, lost_in_single, raw_values, with_rest
+from dlopt.data.types.values import Reasons, is_text, lost_in_double
 from dlopt.part import DloptError, Feature
 
 PIECE_BYTES = 32 * 2**20
@@ -41,7 +41,7 @@ REASON = "reason"
 
 
 @dataclass(frozen=True)
-class Piece:
+class PieceReport:
     """What the first pass says of some rows of a source."""
 
     path: str
@@ -80,7 +80,7 @@ def is_local(part: Any) -> bool:
 
 
 class Spill:
-    """A function for Ray Data's map_batches: blocks of raw rows to one line for each piece, a pickled Piece."""
+    """A function for Ray Data's map_batches: blocks of raw rows to one line for each piece, a pickled PieceReport."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class Spill:
         for start in range(0, len(table), step):
             yield {"piece": [as_json(self.piece(table.slice(start, step)))]}
 
-    def piece(self, raw: pa.Table) -> Piece:
+    def piece(self, raw: pa.Table) -> PieceReport:
         """Judge, decode and key rows, and write them."""
         said = self.meaning.canonical(raw, self.section.compared)
         ruled, by_rule = self._judged(said)
@@ -117,7 +117,7 @@ class Spill:
         labels = self.section.target.count(good[TARGET].combine_chunks())
         path = self._write(self._keyed(good)) if len(good) else ""
         text_bytes = sum(pc.sum(pc.binary_length(column)).as_py() or 0 for column in good.columns if is_text(column.type))
-        return Piece(path, len(good), len(raw), Counter(bad.values()), by_rule, digits, labels, quarantine, text_bytes)
+        return PieceReport(path, len(good), len(raw), Counter(bad.values()), by_rule, digits, labels, quarantine, text_bytes)
 
     def _judged(self, raw: pa.Table) -> tuple[Reasons, Counter[int]]:
         """Rows that break a rule, and how many each rule has dropped first."""
@@ -223,18 +223,18 @@ class Spill:
         return str(path)
 
 
-def as_json(piece: Piece) -> str:
+def as_json(piece: PieceReport) -> str:
     """A piece as it travels to the driver."""
     pairs = {name: list(getattr(piece, name).items()) for name in ("reasons", "dropped", "digits", "labels")}
     plain = {name: getattr(piece, name) for name in ("path", "rows", "read", "quarantine", "text_bytes")}
     return json.dumps(plain | pairs)
 
 
-def from_json(text: str) -> Piece:
+def from_json(text: str) -> PieceReport:
     found = json.loads(text)
     for name in ("reasons", "dropped", "digits", "labels"):
         found[name] = Counter(dict(found[name]))
-    return Piece(**found)
+    return PieceReport(**found)
 
 
 def free_name(name: str, taken: Collection[str]) -> str:

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dlopt.data.exact import raw_values
 from dlopt.data.prepared import part_column, piece_column
+from dlopt.data.types.exact import raw_values
 from dlopt.part import Feature
 
 SAMPLE_ROWS, SAMPLE_CELLS = 2048, 2**19
