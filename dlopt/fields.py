@@ -7,13 +7,13 @@ import inspect
 import json
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
+from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from dlopt.mistakes import is_part, kinds_in, tag_of
 from dlopt.part import DloptError
@@ -58,14 +58,23 @@ def default_of(info: FieldInfo) -> str:
     if isinstance(value, BaseModel):
         return f"{{kind: {value.kind}}}" if hasattr(value, "kind") else "{}"
     if isinstance(value, (tuple, list)):
-        return "[" + ", ".join(f"{{kind: {one.kind}}}" if hasattr(one, "kind") else json.dumps(one) for one in value) + "]"
-    return json.dumps(value, ensure_ascii=False)
+        return "[" + ", ".join(f"{{kind: {one.kind}}}" if hasattr(one, "kind") else _json(one) for one in value) + "]"
+    return _json(value)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(to_jsonable_python(value), ensure_ascii=False)
 
 
 def takes(info: FieldInfo) -> str:
     """What a field takes, in words, with its bounds."""
-    bounds = [BOUNDS[name].format(value) for one in info.metadata for name in BOUNDS if (value := getattr(one, name, None)) is not None]
-    return ", ".join([_words(info.annotation), *bounds])
+    return " ".join([_words(info.annotation), *_bounds(info.metadata)])
+
+
+def _bounds(metadata: Iterable[Any]) -> list[str]:
+    """Bounds in words, of annotations and of fields within them."""
+    inner = [deeper for one in metadata for deeper in (one.metadata if isinstance(one, FieldInfo) else [one])]
+    return [BOUNDS[name].format(value) for one in inner for name in BOUNDS if (value := getattr(one, name, None)) is not None]
 
 
 def _words(annotation: Any) -> str:
@@ -74,8 +83,7 @@ def _words(annotation: Any) -> str:
     if annotation in plain:
         return plain[annotation]
     if origin is Annotated:
-        bounds = [BOUNDS[name].format(value) for one in inner[1:] for name in BOUNDS if (value := getattr(one, name, None)) is not None]
-        return " ".join([_words(inner[0]), *bounds])
+        return " ".join([_words(inner[0]), *_bounds(inner[1:])])
     if origin is Literal:
         return " | ".join(str(choice) for choice in inner)
     if is_part(annotation):
@@ -126,7 +134,7 @@ def _below(parts: tuple[type[BaseModel], ...], name: str, path: str) -> tuple[En
 
 
 def _written(entry: Entry, parts: tuple[type[BaseModel], ...]) -> str:
-    lines = [entry.path, f"  takes    {entry.takes}"]
+    lines = [entry.path, *textwrap.wrap(f"  takes    {entry.takes}", WIDTH, subsequent_indent="           ")]
     if entry.default:
         lines.append(f"  default  {entry.default}")
     lines += ["", *textwrap.wrap(" ".join(entry.says.split()), WIDTH)]
@@ -147,7 +155,7 @@ def _written(entry: Entry, parts: tuple[type[BaseModel], ...]) -> str:
 def _fields(part: type[BaseModel]) -> Iterator[str]:
     for entry in entries(part):
         default = f"  (default {entry.default})" if entry.default else "  (must be given)"
-        yield f"  {entry.path}: {entry.takes}{default}"
+        yield from textwrap.wrap(f"{entry.path}: {entry.takes}{default}", WIDTH, initial_indent="  ", subsequent_indent="    ")
         yield from textwrap.wrap(entry.says, WIDTH - 6, initial_indent="      ", subsequent_indent="      ")
 
 

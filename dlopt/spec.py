@@ -147,7 +147,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Job:
     found = read(path)
     for override in overrides:
         name, value = _parsed(override)
-        put(found, name, value)
+        put(found, name, value, override)
     job = validated(found, f"{path}: ")
     refuse_beside(job, path)
     return job
@@ -223,15 +223,16 @@ def _parsed(override: str) -> tuple[str, Any]:
         raise DloptError(f"{override!r}: {text!r} is not a YAML value") from None
 
 
-def put(job: dict[str, Any], path: str, value: Any) -> None:
-    """Set one value at a dotted path; numbers step into lists. Raises DloptError."""
+def put(job: dict[str, Any], path: str, value: Any, override: str = "") -> None:
+    """Set one value at a dotted path; numbers step into lists. Raises DloptError, which names the override as it was written."""
+    override = override or f"{path}={value!r:.40}"
     *parents, last = names = path.split(".")
     if not all(names):
-        raise DloptError(f"{path!r}: an override is written a.b=value")
+        raise DloptError(f"{override!r}: an override is written a.b=value")
     place: Any = job
     for depth, name in enumerate(parents):
-        place = _step(place, name, path, _default_at(job, names[: depth + 1]))
-    place[_index(place, last, path) if isinstance(place, list) else last] = value
+        place = _step(place, name, override, _default_at(job, names[: depth + 1]))
+    place[_index(place, last, override) if isinstance(place, list) else last] = value
 
 
 def _step(place: Any, name: str, override: str, default: Any) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from dlopt.data.clean import (
     Allowed,
@@ -108,7 +108,7 @@ def test_titles_name_what_is_looked_at() -> None:
     ],
 )
 def test_a_mistake_is_named(given: dict[str, Any], why: str) -> None:
-    with pytest.raises(DloptError, match=re.escape(why)):
+    with pytest.raises(ValidationError, match=re.escape(why)):
         part(**given)
 
 

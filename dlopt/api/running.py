@@ -7,6 +7,7 @@ import html
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,6 +103,10 @@ class Run(runs.Outcome):
 
     def _artifact(self, name: str) -> Artifact:
         return runs.artifact(self.folder, runs.read(self.folder), name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is made anew when it is asked for, of which a session cannot be pickled."""
+        return {one.name: getattr(self, one.name) for one in fields(self)}
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r})"

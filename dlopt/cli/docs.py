@@ -23,15 +23,18 @@ def add(commands: Any) -> None:
 
 
 def _docs(options: argparse.Namespace) -> None:
+    from dlopt.cli import make_parser
     from dlopt.docs import build, folder_of_pages, show
+
+    commands = {name: parser.format_help() for name, parser in make_parser().commands.items()}
 
     if options.page:
         show(options.page)
     elif options.output:
-        print(build(options.output))
+        print(build(options.output, commands))
     else:
         import webbrowser
 
-        page = build(folder_of_pages()) / "index.html"
+        page = build(folder_of_pages(), commands) / "index.html"
         print(page)
         webbrowser.open(page.as_uri())

@@ -6,13 +6,14 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from dlopt.artifact import versions
 from dlopt.part import DloptError
 
-PAGES = Path(__file__).parent
-CONFIG = PAGES / "mkdocs.yml"
+PAGES = Path(__file__).parent / "pages"
+CONFIG = PAGES.parent / "mkdocs.yml"
 
 
 def folder_of_pages() -> Path:
@@ -21,8 +22,8 @@ def folder_of_pages() -> Path:
     return cache / "dlopt" / f"docs-{versions().get('dlopt', '0')}"
 
 
-def build(out: Path) -> Path:
-    """Build all pages into a folder, any warning being an error. Raises DloptError."""
+def build(out: Path, commands: Mapping[str, str]) -> Path:
+    """Build all pages into a folder, any warning being an error. commands: name to the text of its help. Raises DloptError."""
     try:
         from mkdocs.commands.build import build as mkdocs_build
         from mkdocs.config import load_config
@@ -33,6 +34,7 @@ def build(out: Path) -> Path:
     out = out.resolve()
     with tempfile.TemporaryDirectory() as folder:
         config = load_config(str(CONFIG), site_dir=str(Path(folder) / "site"), strict=True)
+        config.extra["commands"] = dict(commands)
         config.plugins.on_startup(command="build", dirty=False)
         try:
             mkdocs_build(config)
