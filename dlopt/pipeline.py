@@ -96,7 +96,7 @@ def spread(folds: Sequence[Artifact]) -> dict[str, dict[str, dict[str, float]]]:
 @contextmanager
 def _steps(job: Job, home: Path, address: str | None, progress: Progress) -> Iterator[_Steps]:
     """What runs stages in a home, with Ray from the first time that one needs it."""
-    from dlopt.train.fit import local_cpus
+    from dlopt.train.stage import local_cpus
     from dlopt.train.start import import_ahead
 
     home = home.resolve()
@@ -122,8 +122,8 @@ def _prepared(job: Job, steps: _Steps, fold: Fold | None) -> Artifact:
 
 
 def _fitted(job: Job, steps: _Steps, data: Artifact, fresh: bool) -> Artifact:
-    from dlopt.train.checkpoints import store_of
-    from dlopt.train.fit import FIT, needs_ray
+    from dlopt.train.checkpoint.stores import store_of
+    from dlopt.train.stage import FIT, needs_ray
 
     path = place(FIT, job.fit, steps.home, (data,))
     if job.resources.profile and is_sealed(path) and not fresh:

@@ -18,8 +18,7 @@ from dlopt.mistakes import is_part, kinds_in, lines_of, tag_of
 from dlopt.models import Model
 from dlopt.part import PROBABILITIES, VALUES, DloptError, Part
 from dlopt.serve import Serve
-from dlopt.train.parallel import refuse_parallelism
-from dlopt.train.section import (
+from dlopt.train.job import (
     Fit,
     Resources,
     Train,
@@ -30,6 +29,7 @@ from dlopt.train.section import (
     refuse_other_workers,
     refuse_threshold,
 )
+from dlopt.train.parallel.strategies import refuse_parallelism
 
 
 class Job(Part):

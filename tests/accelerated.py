@@ -15,13 +15,14 @@ from dlopt.artifact import Artifact
 from dlopt.models import Cnn, FtTransformer, Mlp
 from dlopt.optim.averages import Ema, Swa
 from dlopt.optim.constraints import ClipAdaptive, ClipNorm, MaxNorm
-from dlopt.optim.health import Health
 from dlopt.optim.optimizers import Adam, AdamW, Sgd
 from dlopt.optim.wrappers import Lookahead
 from dlopt.part import Feature
-from dlopt.train import metrics_log, worker
-from dlopt.train.gradients import Sharpness
-from dlopt.train.section import Fit, Resources, Train
+from dlopt.train import worker
+from dlopt.train.job import Fit, Resources, Train
+from dlopt.train.loop.gradients import Sharpness
+from dlopt.train.watch import metrics_log
+from dlopt.train.watch.layers import Health
 from tests import sets
 
 TABLE, PIXELS = (sets.NUMBERS, sets.CATEGORIES), (sets.image(8, 8, 1),)
@@ -53,7 +54,7 @@ def train(name: str, data: Artifact, out: Path, device: torch.device, mode: Abst
         fit = Fit(seed=1, model=model, augment=(), train=given)
         out.mkdir(parents=True, exist_ok=True)
         with mode:
-            worker._Worker(worker.Assignment(fit=fit, resources=every, data=data.path, out=out, feed="resident"), 0, 1, device).run()
+            worker.Worker(worker.Assignment(fit=fit, resources=every, data=data.path, out=out, feed="resident"), 0, 1, device).run()
     assert len(list(metrics_log.read(out / "starts.jsonl"))) == 2
     return [line["loss"] for line in metrics_log.read(out / metrics_log.NAME) if "loss" in line]
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from dlopt.data.feed.batches import Batch
 from dlopt.optim.optimizers import Optimizer
-from dlopt.train.gradients import curved, plain
-from dlopt.train.objectives import Losses
+from dlopt.train.loop.gradients import curved, plain
+from dlopt.train.loop.objectives import Losses
 
 OTHER: dict[str, list[dict[str, Any]]] = {
     "sgd": [{"momentum": 0.9}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}],

@@ -34,9 +34,10 @@ from dlopt.cli import main
 from dlopt.data.feed import batches as feed
 from dlopt.data.feed.batches import Batch
 from dlopt.spec import load
-from dlopt.train import metrics_log, worker
-from dlopt.train.checkpoints import CHECKPOINTS, Store
-from dlopt.train.fit import FIT
+from dlopt.train import worker
+from dlopt.train.checkpoint.stores import CHECKPOINTS, Store
+from dlopt.train.stage import FIT
+from dlopt.train.watch import metrics_log
 from tests.commands import ROOT, environment
 from tests.reaper import bearing
 from tests.served import alive, descendants

@@ -14,7 +14,7 @@ from dlopt.data.prepared import Rows
 from dlopt.export.onnx import _graph, fed
 from dlopt.models import Model, Network, build_network
 from dlopt.part import Signature
-from dlopt.train.metrics import activated
+from dlopt.train.measure.metrics import activated
 from tests import sets
 
 

@@ -13,7 +13,7 @@ from dlopt.artifact import Artifact, Stage, once
 from dlopt.data.prepared import Rows, as_table, write_part
 from dlopt.models import Model, build_network
 from dlopt.part import Feature, Part, Signature, Statistics, Target
-from dlopt.train.section import Fit, Train
+from dlopt.train.job import Fit, Train
 from dlopt.train.start import DTYPES, read_statistics
 from tests.test_models import image, numbers, statistics
 

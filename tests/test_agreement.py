@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from dlopt.train import metrics_log
-from dlopt.train.agreement import Agreed, Agreement
-from dlopt.train.metrics_log import SPEED
-from dlopt.train.pace import Pace, Slowest, SpeedLog
-from dlopt.train.state import Record
+from dlopt.train.checkpoint.state import Record
+from dlopt.train.parallel.agreement import Agreed, Agreement
+from dlopt.train.watch import metrics_log
+from dlopt.train.watch.metrics_log import SPEED
+from dlopt.train.watch.speed import Pace, Slowest, SpeedLog
 from tests.processes import together
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from PIL import Image
 import dlopt
 from dlopt.api.predict import rows_of
 from dlopt.part import Feature, Signature, Target
-from dlopt.train.section import Train
+from dlopt.train.job import Train
 from tests.packages import package
 
 ROWS = 300
@@ -125,8 +125,6 @@ def test_what_is_passed_wrongly_is_one_line(arguments: dict[str, Any], says: str
 
 
 def test_what_else_is_passed_wrongly(run: dlopt.Run, tmp_path: Path) -> None:
-    good, again = {"number": 1, "town": ""}, "to the job's export and run it again"
-    workers = "workers read it, so give a path that every node can see"
     wrong: list[tuple[Any, str]] = [
         (lambda: run.predict({"number": 1, "town": "Rome"}), "predict: give a list of rows, even for a single one: predict([row])"),
         (lambda: run.predict("rows.csv"), "predict: give a list of rows, even for a single one: predict([row])"),

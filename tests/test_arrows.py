@@ -36,8 +36,9 @@ RAY = {
     "dlopt.data.feed.dealer",
     "dlopt.data.sources.reading",
     "dlopt.train.worker",
-    "dlopt.train.group",
-    "dlopt.train.room",
+    "dlopt.train.cluster.group",
+    "dlopt.train.cluster.room",
+    "dlopt.train.cluster.ray_internals",
     "dlopt.serve.app",
     "dlopt.session",
     "dlopt.submit",
@@ -111,7 +112,7 @@ def test_the_arrows_are_there_to_be_seen() -> None:
     assert "dlopt.data.prepared" in imports("dlopt.export.onnx")
     assert "ray.data" in imports("dlopt.data.feed.dealer")
     assert "dlopt.data.augment" in imports("dlopt.data.feed.share") and "ray" not in roots("dlopt.data.feed.share")
-    assert depth("dlopt.cli") < depth("dlopt.spec") < depth("dlopt.train.loop") < depth("dlopt.models.mlp") < depth("dlopt.part")
+    assert depth("dlopt.cli") < depth("dlopt.spec") < depth("dlopt.train.loop.steps") < depth("dlopt.models.mlp") < depth("dlopt.part")
 
 
 def test_ray_is_imported_where_it_is_used_and_nowhere_else() -> None:
@@ -133,7 +134,13 @@ def test_torch_stays_out_of_the_nouns_and_out_of_what_a_replica_imports() -> Non
 
 
 def test_the_loop_and_the_models_know_no_ray() -> None:
-    for name in ("dlopt.train.loop", "dlopt.train.objectives", "dlopt.train.state", "dlopt.models", "dlopt.optim.schedules"):
+    for name in (
+        "dlopt.train.loop.steps",
+        "dlopt.train.loop.objectives",
+        "dlopt.train.checkpoint.state",
+        "dlopt.models",
+        "dlopt.optim.schedules",
+    ):
         assert not {"ray", "ray.train", "ray.data"} & imports(name)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from dlopt.artifact import Artifact
 from dlopt.part import DloptError
-from dlopt.train.checkpoints import CHECKPOINTS, RECORD
+from dlopt.train.checkpoint.stores import CHECKPOINTS, RECORD
 from tests.faults import Call, Calls, left_over, lines_of, starts_of
 from tests.processes import run
 from tests.test_worker import prepared, section, work

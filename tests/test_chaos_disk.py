@@ -19,7 +19,8 @@ import pytest
 
 from dlopt import session
 from dlopt.cli import main
-from dlopt.train.checkpoints import Disk, newest
+from dlopt.train.checkpoint.checkpoints import newest
+from dlopt.train.checkpoint.stores import Disk
 from tests.commands import ROOT, environment, here
 from tests.conftest import missing
 from tests.faults import (

@@ -20,14 +20,14 @@ from dlopt.artifact import Artifact
 from dlopt.data.feed.batches import Batch, Resident
 from dlopt.models import Mlp
 from dlopt.optim.constraints import ClipNorm
-from dlopt.optim.health import Divergence
 from dlopt.optim.optimizers import Adam, Sgd
 from dlopt.part import DloptError
-from dlopt.train import metrics_log
-from dlopt.train.checkpoints import CHECKPOINTS
-from dlopt.train.metrics_log import HEALTH
-from dlopt.train.section import Fit, Resources
-from dlopt.train.worker import Assignment, _Worker
+from dlopt.train.checkpoint.stores import CHECKPOINTS
+from dlopt.train.job import Fit, Resources
+from dlopt.train.watch import metrics_log
+from dlopt.train.watch.divergence import Divergence
+from dlopt.train.watch.metrics_log import HEALTH
+from dlopt.train.worker import Assignment, Worker
 from tests import sets
 from tests.processes import together
 from tests.test_worker import CPU, section, work
@@ -174,7 +174,7 @@ def _train(rank: int, world: int, home: Path, data: Path, at: int) -> None:
     (Path(home) / "out").mkdir(exist_ok=True)
     resources = Resources.model_validate({"checkpoint": ALL})
     assignment = Assignment(fit=fitted(), resources=resources, data=Path(data), out=Path(home) / "out", feed="resident", threads=1)
-    info = _Worker(assignment, rank, 2, CPU).run()
+    info = Worker(assignment, rank, 2, CPU).run()
     if rank == 0:
         (Path(home) / "info.json").write_text(json.dumps(info))
 

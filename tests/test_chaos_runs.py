@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dlopt.artifact import Artifact
-from dlopt.train.stopping import STOP
+from dlopt.train.cluster.stopping import STOP
 from tests.commands import here, refused_here
 from tests.faults import (
     LOAD,

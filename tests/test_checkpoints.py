@@ -22,8 +22,10 @@ from dlopt.data.sources.places import Place
 from dlopt.models import Mlp
 from dlopt.optim.optimizers import Adam, AdamW, Sgd
 from dlopt.part import DloptError
-from dlopt.train.checkpoints import OWNER, RECORD, Bucket, Checkpointing, Disk, Every, Store, Writer, ends_epoch, newest, said, store_of
-from dlopt.train.state import Record, State
+from dlopt.train.checkpoint.checkpoints import newest
+from dlopt.train.checkpoint.state import Record, TrainingState
+from dlopt.train.checkpoint.stores import OWNER, RECORD, Bucket, Checkpointing, Disk, Every, Store, ends_epoch, said, store_of
+from dlopt.train.checkpoint.writer import Writer
 from tests.packages import package
 from tests.test_models import image, network
 
@@ -38,12 +40,12 @@ PARTS = [
 ]
 
 
-def fresh(part: Sgd | Adam | AdamW = PARTS[3], dtype: torch.dtype = torch.float32, seed: int = 1) -> State:
+def fresh(part: Sgd | Adam | AdamW = PARTS[3], dtype: torch.dtype = torch.float32, seed: int = 1) -> TrainingState:
     model = network(Mlp(hidden=(5,)), image(4, 4), dtype=dtype, seed=seed)
-    return State(model, part.build(list(model.parameters())), {}, Record())
+    return TrainingState(model, part.build(list(model.parameters())), {}, Record())
 
 
-def advance(state: State, steps: int, rate: float = 0.01) -> None:
+def advance(state: TrainingState, steps: int, rate: float = 0.01) -> None:
     """Steps on gradients that follow from the number of the step."""
     for _ in range(steps):
         state.record.step += 1
@@ -55,7 +57,7 @@ def advance(state: State, steps: int, rate: float = 0.01) -> None:
         state.optimizer.step()
 
 
-def save(state: State, writer: Writer) -> None:
+def save(state: TrainingState, writer: Writer) -> None:
     writer.write(state, *state.packed())
     writer.wait()
 
@@ -64,7 +66,7 @@ def name(serial: int, epoch: int, batch: int = 0) -> str:
     return f"{serial:06d}-epoch-{epoch:05d}-batch-{batch:06d}"
 
 
-def checkpoint(store: Store, epochs: int, part: Sgd | Adam | AdamW = PARTS[3]) -> tuple[State, Writer]:
+def checkpoint(store: Store, epochs: int, part: Sgd | Adam | AdamW = PARTS[3]) -> tuple[TrainingState, Writer]:
     """One for each epoch."""
     state, writer = fresh(part), Writer(store, 2, "me")
     for epoch in range(1, epochs + 1):
@@ -96,7 +98,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     return Bucket(Place(request.getfixturevalue("server"), "s3://"), f"runs/{tmp_path.name}")
 
 
-def weights(state: State) -> dict[str, Tensor]:
+def weights(state: TrainingState) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in state.model.state_dict().items()}
 
 
@@ -106,7 +108,7 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         assert one[key].dtype == other[key].dtype and torch.equal(one[key], other[key]), key
 
 
-def assert_same(one: State, other: State) -> None:
+def assert_same(one: TrainingState, other: TrainingState) -> None:
     (tensors, rest), (theirs, their_rest) = one.packed(), other.packed()
     assert_equal(tensors, theirs)
     assert rest == their_rest

@@ -18,7 +18,7 @@ import yaml
 
 from dlopt.cli import main
 from dlopt.spec import Job
-from dlopt.train import metrics_log
+from dlopt.train.watch import metrics_log
 from tests.commands import ROOT, environment, here, refused, refused_here, start
 from tests.served import alive, descendants
 

@@ -19,20 +19,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dlopt.artifact import Artifact
 from dlopt.models import Mlp
 from dlopt.optim.averages import Ema
-from dlopt.optim.health import Divergence
 from dlopt.optim.optimizers import Adam, Lbfgs, Sgd
 from dlopt.optim.optimizers_library import ScheduleFreeSgd
 from dlopt.optim.wrappers import Lookahead
 from dlopt.part import DloptError
-from dlopt.train import metrics_log
-from dlopt.train.checkpoints import CHECKPOINTS, Checkpointing, Every
-from dlopt.train.communication import Apart, Bfloat16, Diloco, LocalSgd, LowRank, Outer, PowerSgd
-from dlopt.train.fit import fit as fit_stage
-from dlopt.train.gradients import Sharpness
-from dlopt.train.metrics_log import STARTS
-from dlopt.train.section import Fit, Resources, Train, refuse_other_workers
+from dlopt.train.checkpoint.stores import CHECKPOINTS, Checkpointing, Every
+from dlopt.train.job import Fit, Resources, Train, refuse_other_workers
+from dlopt.train.loop.gradients import Sharpness
+from dlopt.train.parallel.compression import Bfloat16, PowerSGD, PowerSGDParallel
+from dlopt.train.parallel.local_sgd import DiLoCo, DiLoCoParallel, LocalSGD, LocalSGDParallel
+from dlopt.train.stage import fit as fit_stage
 from dlopt.train.training import Training
-from dlopt.train.worker import Assignment, _Worker
+from dlopt.train.watch import metrics_log
+from dlopt.train.watch.divergence import Divergence
+from dlopt.train.watch.metrics_log import STARTS
+from dlopt.train.worker import Assignment, Worker
 from tests.processes import together
 from tests.test_worker import CPU, prepared
 from tests.trained import curve, fit, prepare_digits, quick
@@ -40,7 +41,7 @@ from tests.trained import curve, fit, prepare_digits, quick
 WIDE = Mlp(hidden=(32, 32), dropout=0.2, norm="batch")
 PLAIN = Mlp(hidden=(32, 32), dropout=0.0)
 SLOW = Sgd(lr=0.05)
-POWER = PowerSgd(rank=2, start_step=3)
+POWER = PowerSGD(rank=2, start_step=3)
 
 
 def section(model: Mlp = PLAIN, **train: Any) -> Fit:
@@ -50,22 +51,22 @@ def section(model: Mlp = PLAIN, **train: Any) -> Fit:
 
 KINDS = {
     "power_sgd": {"compression": POWER},
-    "local_sgd": {"synchronization": LocalSgd(replicas=2, every=4)},
-    "diloco": {"synchronization": Diloco(replicas=2, every=4)},
+    "local_sgd": {"synchronization": LocalSGD(replicas=2, every=4)},
+    "diloco": {"synchronization": DiLoCo(replicas=2, every=4)},
 }
 RUNS: dict[str, Fit] = {
     "ddp": section(average=Ema(decay=0.9), l2=0.01, micro_batch_size=8),
-    "every_step": section(average=Ema(decay=0.9), l2=0.01, micro_batch_size=8, synchronization=LocalSgd(replicas=2, every=1)),
-    "mean": section(synchronization=LocalSgd(replicas=2, every=4)),
-    "outer_mean": section(synchronization=Diloco(replicas=2, every=4, outer_lr=1.0, outer_momentum=0.0)),
+    "every_step": section(average=Ema(decay=0.9), l2=0.01, micro_batch_size=8, synchronization=LocalSGD(replicas=2, every=1)),
+    "mean": section(synchronization=LocalSGD(replicas=2, every=4)),
+    "outer_mean": section(synchronization=DiLoCo(replicas=2, every=4, outer_lr=1.0, outer_momentum=0.0)),
     "whole": section(),
     "halved": section(compression=Bfloat16()),
-    "scaled": section(precision="float16", synchronization=LocalSgd(replicas=2, every=4)),
+    "scaled": section(precision="float16", synchronization=LocalSGD(replicas=2, every=4)),
     "learned": section(epochs=12, optimizer=Adam(lr=1e-2), monitor="accuracy"),
     "learned_bfloat16": section(epochs=12, optimizer=Adam(lr=1e-2), monitor="accuracy", compression=Bfloat16()),
-    "learned_power_sgd": section(epochs=12, optimizer=Adam(lr=1e-2), monitor="accuracy", compression=PowerSgd(rank=2, start_step=6)),
-    "learned_local_sgd": section(epochs=12, optimizer=Adam(lr=1e-2), monitor="accuracy", synchronization=LocalSgd(replicas=2)),
-    "learned_diloco": section(epochs=12, optimizer=Adam(lr=1e-2), monitor="accuracy", synchronization=Diloco(replicas=2, every=10)),
+    "learned_power_sgd": section(epochs=12, optimizer=Adam(lr=1e-2), monitor="accuracy", compression=PowerSGD(rank=2, start_step=6)),
+    "learned_local_sgd": section(epochs=12, optimizer=Adam(lr=1e-2), monitor="accuracy", synchronization=LocalSGD(replicas=2)),
+    "learned_diloco": section(epochs=12, optimizer=Adam(lr=1e-2), monitor="accuracy", synchronization=DiLoCo(replicas=2, every=10)),
 }
 RUNS |= {
     f"{kind}_{which}": section(WIDE, optimizer=Adam(lr=1e-2), precision="float32", **given)
@@ -85,7 +86,7 @@ def run(rank: int, home: Path, name: str, found: Fit | None = None, **resources:
     out.mkdir(exist_ok=True)
     given = Resources(workers=2, **resources)
     assignment = Assignment(fit=found or RUNS[name], resources=given, data=data_of(home).path, out=out, feed="resident")
-    info = _Worker(assignment, rank, dist.get_world_size(), CPU).run()
+    info = Worker(assignment, rank, dist.get_world_size(), CPU).run()
     if info:
         (out / f"info-{rank}.json").write_text(json.dumps(info))
     return info
@@ -184,8 +185,8 @@ def low_rank(rank: int, home: Path) -> None:
 
     whole = DistributedDataParallel(layer)
     true = [gradient(whole, inputs) for inputs in (few, *many)]
-    exact = gradient(LowRank(layer, rank, 2, False, PowerSgd(rank=4, start_step=0), 5).module(), few)
-    parallel = LowRank(layer, rank, 2, False, PowerSgd(rank=2, start_step=0), 5)
+    exact = gradient(PowerSGDParallel(layer, rank, 2, False, PowerSGD(rank=4, start_step=0), 5).module(), few)
+    parallel = PowerSGDParallel(layer, rank, 2, False, PowerSGD(rank=2, start_step=0), 5)
     model, sent = parallel.module(), []
     for step, inputs in enumerate(many):
         parallel.begin(step)
@@ -207,8 +208,8 @@ def low_rank(rank: int, home: Path) -> None:
 def outer_steps(rank: int, home: Path) -> None:
     """Five outer steps of a parameter whose replicas go different ways, and torch's SGD by their mean."""
     layer = nn.Linear(3, 2).double()
-    part = Diloco(replicas=2, outer_lr=0.7, outer_momentum=0.9)
-    replicas = Outer(layer, rank, 2, False, part)
+    part = DiLoCo(replicas=2, outer_lr=0.7, outer_momentum=0.9)
+    replicas = DiLoCoParallel(layer, rank, 2, False, part)
     other = [parameter.detach().clone().requires_grad_() for parameter in layer.parameters()]
     sgd = torch.optim.SGD(other, lr=0.7, momentum=0.9, nesterov=True)
     inner = torch.optim.SGD(layer.parameters(), lr=0.1)
@@ -233,11 +234,11 @@ def _work(rank: int, world: int, home: Path) -> None:
     for name in RUNS:
         run(rank, home, name)
     counted(rank, home, "counted_ddp", section(WIDE))
-    counted(rank, home, "counted_apart", section(WIDE, synchronization=LocalSgd(replicas=2, every=4), log_every=1))
-    with_odd_batches(rank, home, "odd_apart", RUNS["mean"], Apart, {3})
-    with_odd_batches(rank, home, "odd_power_sgd", section(compression=PowerSgd(rank=2, start_step=0)), LowRank, {3})
-    lost = section(synchronization=LocalSgd(replicas=2, every=4), divergence=Divergence(most=0))
-    with_odd_batches(rank, home, "lost", lost, Apart, set(range(5, 31)))
+    counted(rank, home, "counted_apart", section(WIDE, synchronization=LocalSGD(replicas=2, every=4), log_every=1))
+    with_odd_batches(rank, home, "odd_apart", RUNS["mean"], LocalSGDParallel, {3})
+    with_odd_batches(rank, home, "odd_power_sgd", section(compression=PowerSGD(rank=2, start_step=0)), PowerSGDParallel, {3})
+    lost = section(synchronization=LocalSGD(replicas=2, every=4), divergence=Divergence(most=0))
+    with_odd_batches(rank, home, "lost", lost, LocalSGDParallel, set(range(5, 31)))
     (home / "stopped").mkdir(exist_ok=True)
     (home / "stopped" / "stop").write_text("")
     run(rank, home, "stopped", RUNS["mean"])
@@ -351,7 +352,7 @@ def test_it_learns_as_well_as_with_whole_gradients(how: str, home: Path) -> None
 
 def test_another_number_of_workers_goes_on_from_what_is_common_with_nothing_unsent(tmp_path: Path) -> None:
     layer = nn.Linear(24, 32)
-    parallel = LowRank(layer, 1, 2, False, POWER, 5)
+    parallel = PowerSGDParallel(layer, 1, 2, False, POWER, 5)
     tensors = {f"worker.{rank}.weight": torch.full((32, 24), float(rank)) for rank in range(3)} | {"exchange.weight": torch.ones(24, 2)}
     optimizer = torch.optim.SGD(layer.parameters())
     parallel.recall(tensors, optimizer)
@@ -366,13 +367,13 @@ def test_one_worker_sends_nothing_so_that_compression_changes_nothing(tmp_path: 
     def weights(name: str, **train: Any) -> bytes:
         (tmp_path / name).mkdir()
         data = prepared(tmp_path)
-        _Worker(Assignment(fit=section(epochs=1, **train), data=data.path, out=tmp_path / name, feed="resident"), 0, 1, CPU).run()
+        Worker(Assignment(fit=section(epochs=1, **train), data=data.path, out=tmp_path / name, feed="resident"), 0, 1, CPU).run()
         return (tmp_path / name / "weights.safetensors").read_bytes()
 
-    assert weights("plain") == weights("bfloat16", compression=Bfloat16()) == weights("power", compression=PowerSgd(start_step=0))
+    assert weights("plain") == weights("bfloat16", compression=Bfloat16()) == weights("power", compression=PowerSGD(start_step=0))
 
 
-LOCAL = LocalSgd(replicas=2)
+LOCAL = LocalSGD(replicas=2)
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"compression": POWER, "synchronization": LOCAL}, "compression: with synchronization no gradients are sent: keep one of them"),
     ({"compression": Bfloat16(), "optimizer": Lbfgs()}, "optimizer: lbfgs searches along the true gradient: take out compression"),
@@ -413,6 +414,6 @@ def test_workers_that_cannot_do_it_are_refused_before_anything_runs(
 def test_replicas_learn_digits_as_well_through_the_whole_stage(ray_cluster: None, tmp_path: Path) -> None:
     data = prepare_digits(tmp_path / "data", 2000)
     made = partial(fit, home=tmp_path, data=data, workers=2, feed="resident")
-    whole, found = (made(quick(epochs=8, optimizer=Adam(lr=3e-3), synchronization=how)) for how in (None, LocalSgd(replicas=2)))
+    whole, found = (made(quick(epochs=8, optimizer=Adam(lr=3e-3), synchronization=how)) for how in (None, LocalSGD(replicas=2)))
     assert found.info["metrics"]["validation"]["accuracy"] > whole.info["metrics"]["validation"]["accuracy"] - 0.02
     assert len(curve(found)) == len(curve(whole)) == 400

@@ -14,8 +14,8 @@ import yaml
 
 from dlopt.part import DloptError, Signature, Target
 from dlopt.report import compare, plots, words
-from dlopt.train import metrics
-from dlopt.train.section import Fit
+from dlopt.train.job import Fit
+from dlopt.train.measure import metrics
 from tests.commands import here, refused_here
 from tests.test_report import DIGITS, IMAGE, NUMBERS, Read, epoch_line, fit_of, make, step_line
 from tests.test_report_health import finding, look

@@ -19,13 +19,13 @@ from dlopt.data.feed.batches import Batch
 from dlopt.models import Cnn, Mlp, Network
 from dlopt.models.preprocess import Preprocess
 from dlopt.optim.optimizers import Adam
-from dlopt.train import metrics_log
-from dlopt.train.compiled import Compiled, compile_network
-from dlopt.train.losses import loss_of
-from dlopt.train.metrics_log import STARTS
-from dlopt.train.objectives import supervised
-from dlopt.train.section import Fit, Resources, Train
-from dlopt.train.worker import Assignment, _Worker
+from dlopt.train.job import Fit, Resources, Train
+from dlopt.train.loop.compiled import Compiled, compile_network
+from dlopt.train.loop.losses import loss_of
+from dlopt.train.loop.objectives import supervised
+from dlopt.train.watch import metrics_log
+from dlopt.train.watch.metrics_log import STARTS
+from dlopt.train.worker import Assignment, Worker
 from tests import sets
 from tests.conftest import program
 from tests.test_models import image
@@ -53,7 +53,7 @@ def compiler() -> None:
 def work(fit: Fit, data: Artifact, out: Path, compiled: bool) -> list[str]:
     """Train; what was warned of."""
     out.mkdir(parents=True)
-    _Worker(Assignment(fit=fit, data=data.path, out=out, feed="resident", resources=Resources(compile=compiled)), 0, 1, CPU).run()
+    Worker(Assignment(fit=fit, data=data.path, out=out, feed="resident", resources=Resources(compile=compiled)), 0, 1, CPU).run()
     (start,) = metrics_log.read(out / STARTS)
     return start["warnings"]
 

@@ -22,8 +22,9 @@ from dlopt.data.feed.batches import Batch, Feed
 from dlopt.models import Cnn
 from dlopt.models.own import own
 from dlopt.part import Signature
-from dlopt.train import metrics_log, training, worker
-from dlopt.train.section import Fit
+from dlopt.train import training, worker
+from dlopt.train.job import Fit
+from dlopt.train.watch import metrics_log
 from tests.served import descendants
 from tests.trained import curve, fit, prepare_digits, quick
 
@@ -95,7 +96,7 @@ def work(config: dict[str, Any]) -> None:
         for feed in FEEDS:
             out = Path(config["out"]) / f"{name}-{feed}"
             assignment = worker.Assignment(fit=section, data=Path(config["data"]), out=out, feed=feed)
-            worker._Worker(assignment, context.get_world_rank(), context.get_world_size(), torch.device("cpu")).run()
+            worker.Worker(assignment, context.get_world_rank(), context.get_world_size(), torch.device("cpu")).run()
 
 
 @pytest.fixture(scope="module", params=[2, *(pytest.param(workers, marks=pytest.mark.slow) for workers in (1, 3, 4))])
@@ -138,9 +139,7 @@ def oracle(data: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
         worker.Training = Recording  # type: ignore[misc]
         for name, section in SECTIONS.items():
             (home / name).mkdir()
-            worker._Worker(
-                worker.Assignment(fit=section, data=data.path, out=home / name, feed="resident"), 0, 1, torch.device("cpu")
-            ).run()
+            worker.Worker(worker.Assignment(fit=section, data=data.path, out=home / name, feed="resident"), 0, 1, torch.device("cpu")).run()
     finally:
         worker.Training = original  # type: ignore[misc]
     return home

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dlopt.train.metrics_log import STARTS
+from dlopt.train.watch.metrics_log import STARTS
 from tests.commands import ROOT, environment, line_of
 from tests.faults import (
     RUN,

@@ -385,8 +385,8 @@ def test_rows_that_training_has_not_seen_are_encoded_by_what_it_has() -> None:
 def test_a_text_must_be_one() -> None:
     part, table = TextInput(column="c", min_frequency=1), pa.table({"text": ["some words"]})
     signature = Signature(inputs=(part.learn(iter([table]), part.feature(table)),), target=TARGET)
-    with pytest.raises(DloptError, match="row 1: c: 7 is not a text"):
-        encode_rows(signature, [{"c": None}, {"c": 7}])
+    with pytest.raises(DloptError, match=r"row 1: c: \[7, 7\] is not a text"):
+        encode_rows(signature, [{"c": None}, {"c": [7, 7]}])
 
 
 def test_no_rows_are_empty_tensors() -> None:
@@ -423,10 +423,10 @@ def test_a_category_may_be_any_plain_value(value: Any, text: str) -> None:
         (CategoryInput(columns=("c",)), ["x", "y"], "row 1: c: give a string, a number, true, false or null"),
         (CategoryInput(columns=("c",)), {"a": 1}, "row 1: c: give a string"),
         (DateInput(columns=("c",)), "soon", "row 1: c: 'soon' is not a date such as 2026-11-24"),
-        (DateInput(columns=("c",)), 2026, "row 1: c: 2026 is not a text"),
+        (DateInput(columns=("c",)), 2026, "row 1: c: 2026 is not a date"),
         (DateInput(columns=("c",), form="%d.%m.%Y"), "31.2.2026", "row 1: c: '31.2.2026' is not a date such as %d.%m.%Y"),
-        (NumberInput(columns=("c",)), "7", "row 1: c: '7' is not a number"),
-        (NumberInput(columns=("c",)), True, "row 1: c: True is not a number"),
+        (NumberInput(columns=("c",)), "seven", "row 1: c: 'seven' is not a number"),
+        (NumberInput(columns=("c",)), [7, 8], "row 1: c: [7, 8] is not a number"),
     ],
 )
 def test_what_a_client_sends_wrongly_is_said_with_its_row_and_column(part: Any, value: Any, said: str) -> None:

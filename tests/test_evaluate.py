@@ -17,7 +17,7 @@ from dlopt.data.prepared import Split
 from dlopt.export.onnx import trained_network
 from dlopt.models import Mlp, Network
 from dlopt.part import Target
-from dlopt.train.evaluate import evaluate, predict, write_predictions
+from dlopt.train.measure.evaluate import evaluate, predict, write_predictions
 from tests.processes import together
 from tests.sets import CATEGORIES, HASHED, LABELS, NUMBER, NUMBERS, PAIR, TEXT, THREE, TWO, prepared, signature, trained
 

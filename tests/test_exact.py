@@ -24,7 +24,7 @@ from dlopt.export.onnx import _graph, compare
 from dlopt.models import build_network
 from dlopt.models.linear import Linear
 from dlopt.models.preprocess import Preprocess
-from dlopt.train.evaluate import evaluate, predict, write_predictions
+from dlopt.train.measure.evaluate import evaluate, predict, write_predictions
 from tests.arranged import SPLITS, Split, arranged, refused, rows_of, section_of, shuffled, signature_of, statistics_of
 
 SECONDS = 1_764_500_000 + np.random.default_rng(2).permutation(600)

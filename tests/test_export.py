@@ -19,9 +19,9 @@ from dlopt.export import Onnx
 from dlopt.export.onnx import EXPORT, LARGEST, MODEL, TIE, _graph, _other_labels, _refuse_too_large, _unit, compare, fed, trained_network
 from dlopt.models import Cnn, Mlp, Network, TextBag, TextCnn, Units
 from dlopt.part import DloptError, Signature, Target
-from dlopt.train.evaluate import predict
-from dlopt.train.metrics import activated
-from dlopt.train.section import Fit, Train
+from dlopt.train.job import Fit, Train
+from dlopt.train.measure.evaluate import predict
+from dlopt.train.measure.metrics import activated
 from tests import sets
 from tests.sets import CATEGORIES, DATES, EVERYTHING, HASHED, LABELS, NUMBER, ONE, PAIR, TEXT, THREE, TWO, inputs_of, trained
 from tests.test_models import image, numbers

@@ -18,14 +18,16 @@ from dlopt.artifact import Artifact, once, place
 from dlopt.mistakes import lines_of
 from dlopt.part import DloptError, Target
 from dlopt.progress import WARNING
-from dlopt.train import metrics_log, room, training, worker
-from dlopt.train.agreement import Agreement
-from dlopt.train.fit import FIT, OVERSUBSCRIBED, _refuse_other_target, local_cpus, need_of, needs_ray
-from dlopt.train.losses import Focal, Huber
-from dlopt.train.room import Need, refuse_never
-from dlopt.train.section import Resources, Train, refuse_monitor
-from dlopt.train.stopping import GaveUp
-from dlopt.train.thresholds import Tuned
+from dlopt.train import training, worker
+from dlopt.train.cluster import room
+from dlopt.train.cluster.room import Need, refuse_never
+from dlopt.train.cluster.stopping import GaveUp
+from dlopt.train.job import Resources, Train, refuse_monitor
+from dlopt.train.loop.losses import Focal, Huber
+from dlopt.train.measure.thresholds import Tuned
+from dlopt.train.parallel.agreement import Agreement
+from dlopt.train.stage import FIT, OVERSUBSCRIBED, _refuse_other_target, local_cpus, need_of, needs_ray
+from dlopt.train.watch import metrics_log
 from tests.served import descendants
 from tests.sets import LABELS, NUMBER, THREE, TWO
 from tests.trained import prepare_digits, quick

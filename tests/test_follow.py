@@ -15,10 +15,10 @@ from dlopt.artifact import write_atomically
 from dlopt.part import Target
 from dlopt.progress import WARNING
 from dlopt.terminal import EVERY, LONGEST, Terminal, pause
-from dlopt.train.follow import Follower, Once, _Said, _shown
-from dlopt.train.forecast import Forecast, clock, rounded
-from dlopt.train.metrics_log import HEALTH, NAME, SPEED, STARTS, MetricsLog
-from dlopt.train.section import Train
+from dlopt.train.job import Train
+from dlopt.train.progress.follow import NewLines, ProgressReader, Status, _shown
+from dlopt.train.progress.forecast import Forecast, clock, rounded
+from dlopt.train.watch.metrics_log import HEALTH, NAME, SPEED, STARTS, MetricsWriter
 from tests.sets import LABELS, NUMBER, TWO
 
 ROWS, BATCH, EPOCHS, STEPS = 1000, 100, 4, 10
@@ -55,7 +55,7 @@ class Files:
     def back(self, step: int) -> None:
         """Another group of workers takes out what it will do again."""
         for name in (NAME, SPEED, HEALTH):
-            MetricsLog(self.out, step // STEPS, step, name).close()
+            MetricsWriter(self.out, step // STEPS, step, name).close()
 
     def _write(self, name: str, line: dict[str, Any]) -> None:
         with open(self.out / name, "a") as file:
@@ -67,9 +67,9 @@ class Heard:
 
     def __init__(self, out: Path, waiting: str | None = None) -> None:
         self.lines: list[tuple[float | None, str]] = []
-        said = _Said(EPOCHS, STEPS, "accuracy", Forecast(ROWS, EPOCHS), lambda: self.waiting)
+        said = Status(EPOCHS, STEPS, "accuracy", Forecast(ROWS, EPOCHS), lambda: self.waiting)
         self.waiting = waiting
-        self.follower = Follower(out, said, lambda stage, share, text: self.lines.append((share, text)))
+        self.follower = ProgressReader(out, said, lambda stage, share, text: self.lines.append((share, text)))
 
     def at(self, now: float) -> list[str]:
         """What is said at a second of the clock."""
@@ -227,7 +227,7 @@ def test_what_an_earlier_process_has_gone_through_is_not_said_again(tmp_path: Pa
 
 
 def test_lines_that_a_restart_writes_again_are_given_once(tmp_path: Path) -> None:
-    files, lines = Files(tmp_path), Once(tmp_path / NAME)
+    files, lines = Files(tmp_path), NewLines(tmp_path / NAME)
     for step in (1, 2, 3):
         files.step(step)
     files.epoch(1)
@@ -243,7 +243,7 @@ def test_lines_that_a_restart_writes_again_are_given_once(tmp_path: Path) -> Non
 
 
 def test_lines_of_another_way_come_with_the_step_that_they_begin_at(tmp_path: Path) -> None:
-    files, lines = Files(tmp_path), Once(tmp_path / NAME)
+    files, lines = Files(tmp_path), NewLines(tmp_path / NAME)
     for step in (9, 10):
         files.step(step)
     files.epoch(1, accuracy=0.5)
@@ -347,7 +347,7 @@ def test_a_log_of_hours_is_short(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_half_a_line_is_waited_for(tmp_path: Path) -> None:
-    lines = Once(tmp_path / NAME)
+    lines = NewLines(tmp_path / NAME)
     write_atomically(tmp_path / NAME, '{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
     assert lines.new() == (None, [{"step": 1, "loss": 0.5}])
     with open(tmp_path / NAME, "a") as file:
@@ -361,8 +361,8 @@ def test_what_a_log_has_left_out_is_written_once_it_may_if_it_still_holds(
     """Lines are some time apart; the last thing that is said before a long silence is said a moment after another one."""
     terminal = Terminal("digits")
     terminal.progress("fit", 0.0, "starting 2 workers")
-    said = _Said(EPOCHS, STEPS, "accuracy", Forecast(ROWS, EPOCHS), lambda: "waiting for 2 CPUs: 1 of 4 is free")
-    follower = Follower(tmp_path, said, terminal.progress)
+    said = Status(EPOCHS, STEPS, "accuracy", Forecast(ROWS, EPOCHS), lambda: "waiting for 2 CPUs: 1 of 4 is free")
+    follower = ProgressReader(tmp_path, said, terminal.progress)
     for second in (1.0, 2.0):
         follower.look(second)
         follower.again()

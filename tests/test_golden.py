@@ -17,7 +17,7 @@ import torch
 
 from dlopt import pipeline, spec
 from dlopt.spec import Job
-from dlopt.train.worker import Assignment, _Worker
+from dlopt.train.worker import Assignment, Worker
 from tests.commands import ROOT
 
 STORED = Path(__file__).parent / "golden"
@@ -34,7 +34,7 @@ def first_steps(job: Job, home: Path) -> dict[str, list[float]]:
     """Losses and gradient norms of the first steps, in this process."""
     data = pipeline.prepare(job, home)
     fit, cpu = job.fit, torch.device("cpu")
-    worker = _Worker(Assignment(fit=fit, data=data.path, out=home / "golden" / job.name, feed="resident"), 0, 1, cpu)
+    worker = Worker(Assignment(fit=fit, data=data.path, out=home / "golden" / job.name, feed="resident"), 0, 1, cpu)
     worker.assignment.out.mkdir(parents=True)
     training = worker.training(data, worker.state(data)[0])
     found = [step for step, _ in itertools.islice(training.steps(1), STEPS.get(job.name, 10))]

@@ -16,8 +16,8 @@ from dlopt.optim.optimizers import Adam
 from dlopt.optim.optimizers_library import Sophia
 from dlopt.optim.wrappers import Lookahead
 from dlopt.part import Target
-from dlopt.train.gradients import Gradient, accumulated, curved, plain, sharpness_aware, split
-from dlopt.train.objectives import Loss, Losses, Objective, supervised
+from dlopt.train.loop.gradients import Gradient, accumulated, curved, plain, sharpness_aware, split
+from dlopt.train.loop.objectives import Loss, Losses, Objective, supervised
 from tests.driven import Small, batches, cross_entropy, weights
 from tests.processes import together
 

@@ -18,8 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dlopt.models import Cnn, Mlp, Model, build_network
-from dlopt.optim.health import EARLY, Divergence, Diverging, Finding, Health, Layer, Look, Spikes, Watch, rounded, spiking, vanishing
 from dlopt.part import Feature, Signature, Statistics, Target
+from dlopt.train.watch.divergence import Divergence, Diverging
+from dlopt.train.watch.findings import vanishing
+from dlopt.train.watch.health import EARLY, Watch
+from dlopt.train.watch.layers import Finding, Health, Layer, Look, rounded
+from dlopt.train.watch.spikes import Spikes, spiking
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

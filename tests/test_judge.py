@@ -14,18 +14,18 @@ from torch import nn
 
 from dlopt.artifact import Stage, once
 from dlopt.data.prepared import as_table, write_part
-from dlopt.train.judge import judge
-from dlopt.train.section import EarlyStopping, Train
-from dlopt.train.state import Record, State
+from dlopt.train.checkpoint.state import Record, TrainingState
+from dlopt.train.job import EarlyStopping, Train
+from dlopt.train.measure.judge import judge
 from tests.test_follow import STEPS, Files, Heard
 from tests.test_worker import SIGNATURE, Rows, section, work, write
 
 
-def judged(losses: Sequence[float | None], accuracies: Sequence[float] | None = None, **train: Any) -> tuple[State, list[float]]:
+def judged(losses: Sequence[float | None], accuracies: Sequence[float] | None = None, **train: Any) -> tuple[TrainingState, list[float]]:
     """The state after epochs with such losses of the validation split, None where they were not finite, and the weight kept after each;
     the weight of an epoch is its number."""
     model = nn.Linear(1, 1, bias=False)
-    state = State(model, torch.optim.SGD(model.parameters(), lr=1.0), {}, Record())
+    state = TrainingState(model, torch.optim.SGD(model.parameters(), lr=1.0), {}, Record())
     settings = Train(epochs=len(losses), batch_size=1, **train)
     kept = []
     for epoch, loss in enumerate(losses, start=1):

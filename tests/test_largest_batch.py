@@ -14,10 +14,10 @@ from dlopt.models import Mlp
 from dlopt.optim.optimizers import Adam
 from dlopt.optim.schedules import ScaleLr
 from dlopt.part import DloptError
-from dlopt.train.gradients import Sharpness
-from dlopt.train.largest_batch import FINE, MIB, Trials, free_bytes, largest, largest_batch, rates_for
-from dlopt.train.mistakes import is_lack_of_memory
-from dlopt.train.section import Fit, Train
+from dlopt.train.job import Fit, Train
+from dlopt.train.loop.gradients import Sharpness
+from dlopt.train.loop.largest_batch import FINE, MIB, Trials, free_bytes, largest, largest_batch, rates_for
+from dlopt.train.watch.mistakes import is_lack_of_memory
 from tests.sets import THREE, prepared, signature
 from tests.test_models import image
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from dlopt.data.feed.batches import Batch
 from dlopt.optim.constraints import ClipNorm
 from dlopt.optim.optimizers import Lbfgs
-from dlopt.train.gradients import plain
-from dlopt.train.loop import Step, peaked, steps
-from dlopt.train.losses import loss_of
-from dlopt.train.objectives import Losses, supervised
+from dlopt.train.loop.gradients import plain
+from dlopt.train.loop.losses import loss_of
+from dlopt.train.loop.objectives import Losses, supervised
+from dlopt.train.loop.steps import Step, peaked, steps
 from tests.sets import TWO
 
 OBJECTIVE = supervised(loss_of(None, TWO, nn.Identity()), 0, 0, 1)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from dlopt.data.feed.batches import Batch, Mixed
 from dlopt.models import Units
 from dlopt.part import Target
-from dlopt.train.losses import (
+from dlopt.train.loop.losses import (
     DEFAULTS,
     LOSSES,
     Absolute,
@@ -31,7 +31,7 @@ from dlopt.train.losses import (
     losses_for,
     unsmoothed,
 )
-from dlopt.train.objectives import class_weights, supervised
+from dlopt.train.loop.objectives import class_weights, supervised
 from tests.sets import LABELS, NUMBER, PAIR, THREE, TWO, spread
 from tests.test_objectives import Given, drawn
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from dlopt.models import Units
 from dlopt.part import Target
-from dlopt.train.metrics import (
+from dlopt.train.job import Monitor
+from dlopt.train.measure.metrics import (
     METRICS,
     MOST_SCORED,
     SEVERAL_CLASSES,
@@ -32,7 +33,6 @@ from dlopt.train.metrics import (
     roc_auc,
     tally,
 )
-from dlopt.train.section import Monitor
 from tests.sets import LABELS, NUMBER, PAIR, THREE, TWO, spread
 
 CPU = torch.device("cpu")
@@ -297,7 +297,7 @@ def test_areas_of_more_classes_than_can_be_kept_are_left_out() -> None:
 
 def test_nothing_of_training_loads_torchmetrics() -> None:
     """It takes more than a second."""
-    code = "import sys, dlopt.spec, dlopt.train.evaluate; print('torchmetrics' in sys.modules)"
+    code = "import sys, dlopt.spec, dlopt.train.measure.evaluate; print('torchmetrics' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
 
 

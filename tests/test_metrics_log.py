@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from dlopt.train.metrics_log import NAME, MetricsLog, Tail, read
+from dlopt.train.watch.metrics_log import NAME, MetricsReader, MetricsWriter, read
 
 
 def test_lines_come_back_as_they_were_written(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, 0, 0)
+    log = MetricsWriter(tmp_path, 0, 0)
     log.write(epoch=1, step=10, loss=0.1 + 0.2)
     log.write(epoch=1, train={"loss": 0.5}, validation=None)
     log.flush()
@@ -30,7 +30,7 @@ def test_half_a_line_at_the_end_is_not_there_and_the_next_writer_takes_it_out(tm
     path = tmp_path / NAME
     path.write_bytes(b'{"step": 1}\n' + half)
     assert list(read(path)) == [{"step": 1}]
-    log = MetricsLog(tmp_path, 1, 1)
+    log = MetricsWriter(tmp_path, 1, 1)
     log.write(step=2)
     log.close()
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
@@ -42,12 +42,12 @@ def test_lines_of_what_is_trained_again_are_taken_out(tmp_path: Path) -> None:
     steps = [{"step": step, "epoch": (step + 1) // 2} for step in range(1, 6)]
     written = [*steps[:2], ends[0], *steps[2:4], ends[1], steps[4]]
     for position, kept in {(2, 4): written[:6], (1, 4): written[:5], (1, 3): written[:4], (1, 2): written[:3], (0, 2): steps[:2]}.items():
-        log = MetricsLog(tmp_path, 9, 9)
+        log = MetricsWriter(tmp_path, 9, 9)
         log.undo(0, 0)
         for line in written:
             log.write(**line)
         log.close()
-        log = MetricsLog(tmp_path, *position)
+        log = MetricsWriter(tmp_path, *position)
         log.write(step=9, again=True)
         log.close()
         assert list(read(tmp_path / NAME)) == [*kept, {"step": 9, "again": True}]
@@ -55,7 +55,7 @@ def test_lines_of_what_is_trained_again_are_taken_out(tmp_path: Path) -> None:
 
 
 def test_numbers_that_json_does_not_have_are_null(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, 0, 0)
+    log = MetricsWriter(tmp_path, 0, 0)
     log.write(epoch=1, loss=float("nan"), train={"loss": float("inf"), "accuracy": 0.5})
     log.close()
 
@@ -68,9 +68,9 @@ def test_numbers_that_json_does_not_have_are_null(tmp_path: Path) -> None:
 
 def test_a_tail_reads_each_line_once_and_all_again_after_a_restart(tmp_path: Path) -> None:
     path = tmp_path / NAME
-    tail = Tail(path)
+    tail = MetricsReader(path)
     assert tail.new() == []
-    log = MetricsLog(tmp_path, 0, 0)
+    log = MetricsWriter(tmp_path, 0, 0)
     log.write(epoch=1, step=1)
     log.flush()
     assert tail.new() == [{"epoch": 1, "step": 1}]
@@ -81,5 +81,5 @@ def test_a_tail_reads_each_line_once_and_all_again_after_a_restart(tmp_path: Pat
         file.write('ep": 2}\n')
     assert tail.new() == [{"epoch": 2, "step": 2}]
     log.close()
-    MetricsLog(tmp_path, 1, 1).close()
+    MetricsWriter(tmp_path, 1, 1).close()
     assert tail.new() == [{"epoch": 1, "step": 1}]

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from dlopt.models import noise
 from dlopt.models.own import own
 from dlopt.part import DloptError, Signature
-from dlopt.train import group, metrics_log
-from dlopt.train.mistakes import mistake_of
-from dlopt.train.section import Fit, Train
-from dlopt.train.stopping import Preempted
+from dlopt.train.cluster import group
+from dlopt.train.cluster.stopping import Preempted
+from dlopt.train.job import Fit, Train
+from dlopt.train.watch import metrics_log
+from dlopt.train.watch.mistakes import mistake_of
 from tests import sets
 from tests.trained import fit
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dlopt.train import neighbour, parallel
-from dlopt.train.parallel import Replicated
+from dlopt.train.parallel import base, shared_memory
+from dlopt.train.parallel.base import Parallel
 from tests.processes import fork, joined, together
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -34,10 +34,10 @@ def _exchanged(rank: int, world: int, folder: Path) -> None:
     for way, given in WAYS.items():
         torch.manual_seed(0)
         network = nn.Sequential(nn.Linear(40, 64), nn.ReLU(), nn.Linear(64, 3))
-        held = Replicated(network, rank, world)
+        held = Parallel(network, rank, world)
         held.exchanged = given.get("exchanged", True)
-        other = None if way == "message" else neighbour.meet(rank, given.get("size", 1 << 20))
-        with mock.patch.object(parallel, "meet", lambda rank, size, other=other: other):
+        other = None if way == "message" else shared_memory.meet(rank, given.get("size", 1 << 20))
+        with mock.patch.object(base, "meet", lambda rank, size, other=other: other):
             module, gradients = held.module(), list[Tensor]()
         for step in range(4):  # after the first, gradients lie in other places
             generator = torch.Generator().manual_seed(10 * step + rank)
@@ -58,7 +58,7 @@ def test_two_workers_have_the_bits_of_a_ring_by_whichever_way_they_swap_gradient
 
 
 def _averaged(rank: int, world: int, folder: Path) -> None:
-    other = neighbour.meet(rank, 80)
+    other = shared_memory.meet(rank, 80)
     assert other
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         numbers = torch.arange(33, dtype=dtype) * (1 + 2 * rank)
@@ -79,11 +79,11 @@ def test_numbers_of_any_kind_are_averaged_and_nothing_has_a_name(tmp_path: Path,
 def _elsewhere(rank: int, world: int, folder: Path) -> None:
     unreachable = mock.patch.object(socket.socket, "connect", side_effect=ConnectionRefusedError)
     with unreachable if rank == 1 else nullcontext():
-        assert neighbour.meet(rank, 80) is None
+        assert shared_memory.meet(rank, 80) is None
     for why in (OSError, AttributeError):
         with mock.patch.object(os, "memfd_create", side_effect=why):
-            assert neighbour.meet(rank, 80) is None
-    assert neighbour.meet(rank, 80)
+            assert shared_memory.meet(rank, 80) is None
+    assert shared_memory.meet(rank, 80)
 
 
 def test_workers_of_two_machines_or_without_such_memory_are_no_neighbours(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_workers_of_two_machines_or_without_such_memory_are_no_neighbours(tmp_pa
 
 
 def _killed(rank: int, world: int, folder: Path) -> None:
-    other = neighbour.meet(rank, 80)
+    other = shared_memory.meet(rank, 80)
     assert other
     numbers = torch.ones(5)
     other.average(numbers)

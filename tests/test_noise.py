@@ -18,10 +18,10 @@ from dlopt.data.feed.batches import Batch, shortened
 from dlopt.models import noise
 from dlopt.models.layers import Dropout, activation, dropout
 from dlopt.models.recompute import recompute
-from dlopt.train.gradients import Gradient, accumulated, plain, sharpness_aware
-from dlopt.train.loop import peaked, steps
-from dlopt.train.losses import loss_of
-from dlopt.train.objectives import supervised
+from dlopt.train.loop.gradients import Gradient, accumulated, plain, sharpness_aware
+from dlopt.train.loop.losses import loss_of
+from dlopt.train.loop.objectives import supervised
+from dlopt.train.loop.steps import peaked, steps
 from tests import sets
 from tests.test_recompute import FAMILIES, inputs_of, network_of
 

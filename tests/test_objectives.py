@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from dlopt.data.feed.batches import Batch, Mixed
 from dlopt.models import Cnn, Mlp, Network, Units
 from dlopt.part import Target
-from dlopt.train.gradients import plain
-from dlopt.train.losses import loss_of
-from dlopt.train.objectives import Losses, class_weights, penalty, supervised
+from dlopt.train.loop.gradients import plain
+from dlopt.train.loop.losses import loss_of
+from dlopt.train.loop.objectives import Losses, class_weights, penalty, supervised
 from tests.sets import LABELS, PAIR, THREE, TWO, spread
 from tests.test_models import TARGET, image, network
 

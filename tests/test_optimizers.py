@@ -31,7 +31,7 @@ from dlopt.optim.optimizers import (
     Sgd,
 )
 from dlopt.part import DloptError
-from dlopt.train.gradients import Curved
+from dlopt.train.loop.gradients import Curved
 from tests.driven import KINDS, PARTS, Small, advance, batches, named
 
 pytestmark = pytest.mark.usefixtures("one_thread")

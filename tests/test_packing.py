@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dlopt.optim.groups import Group, Parameters
 from dlopt.optim.optimizers import Adam
 from dlopt.optim.wrappers import Lookahead
-from dlopt.train.packing import optimizer_state, pack, restore_optimizer, unpack
+from dlopt.train.checkpoint.packing import optimizer_state, pack, restore_optimizer, unpack
 from tests.driven import PARTS, Small, advance, batches, named, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -21,18 +21,22 @@ from dlopt.models.own import own
 from dlopt.optim.averages import Ema
 from dlopt.optim.constraints import ClipAdaptive, ClipNorm, ClipValue, MaxNorm
 from dlopt.optim.groups import Group, Parameters
-from dlopt.optim.health import Health
 from dlopt.optim.optimizers import Adam, AdamW, Muon, Sgd
 from dlopt.optim.optimizers_library import ScheduleFreeAdamW, Sophia
 from dlopt.optim.wrappers import Lookahead
 from dlopt.part import DloptError, Signature
 from dlopt.spec import Job
-from dlopt.train import metrics_log, worker
-from dlopt.train.gradients import Sharpness, curved, plain
-from dlopt.train.loop import peaked, steps
-from dlopt.train.parallel import ACROSS, BY_PARAMETER, Replicated, Sharded, Zero, parallel_of, refuse_parallelism
-from dlopt.train.section import Fit, Resources, Train
+from dlopt.train import worker
+from dlopt.train.job import Fit, Resources, Train
+from dlopt.train.loop.gradients import Sharpness, curved, plain
+from dlopt.train.loop.steps import peaked, steps
+from dlopt.train.parallel.base import Parallel
+from dlopt.train.parallel.fsdp import FSDP
+from dlopt.train.parallel.strategies import ACROSS, BY_PARAMETER, parallel_of, refuse_parallelism
+from dlopt.train.parallel.zero import Zero
 from dlopt.train.training import Training
+from dlopt.train.watch import metrics_log
+from dlopt.train.watch.layers import Health
 from tests import sets
 from tests.driven import PARTS, Small, batches, cross_entropy, named
 from tests.processes import together
@@ -107,7 +111,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
 def train(fit: Fit, data: Path, out: Path, rank: int, world: int, **resources: Any) -> None:
     out.mkdir(parents=True, exist_ok=True)
     given = worker.Assignment(fit=fit, data=data, out=out, feed="resident", resources=Resources(**resources))
-    worker._Worker(given, rank, world, CPU).run()
+    worker.Worker(given, rank, world, CPU).run()
 
 
 SEVERAL = {
@@ -238,7 +242,7 @@ def test_a_checkpoint_of_any_kind_and_number_of_workers_goes_on_in_any_other(
         torch.testing.assert_close(found[key], value, rtol=0, atol=1e-8)
 
 
-def losses_of(part: Any, parallel: Replicated, rank: int, world: int) -> list[float]:
+def losses_of(part: Any, parallel: Parallel, rank: int, world: int) -> list[float]:
     """Of some steps of a small network."""
     network = parallel.network
     groups = parallel.groups(Parameters().of(network, part))
@@ -349,7 +353,7 @@ def _held(rank: int, world: int, folder: Path, data: Path) -> None:
     found: dict[str, dict[str, int]] = {}
     for kind in KINDS:
         given = worker.Assignment(fit=section("texts"), data=data, out=folder, feed="resident", resources=Resources(parallelism=kind))
-        made = worker._Worker(given, rank, world, CPU)
+        made = worker.Worker(given, rank, world, CPU)
         state = made.state(Artifact.open(data))[0]
         training = made.training(Artifact.open(data), state)
         next(training.steps(1))
@@ -384,7 +388,7 @@ def _called(rank: int, world: int, folder: Path) -> None:
     inputs = next(batches(torch.float64)).inputs
     expected = network(inputs)
     parallel = parallel_of("fsdp", network, rank, world)
-    assert isinstance(parallel, Sharded)
+    assert isinstance(parallel, FSDP)
     with parallel.gathered(), torch.no_grad():
         found = [network(inputs) for _ in range(rank * 2)]  # worker 0 not once
     assert all(torch.allclose(one, expected, rtol=0, atol=1e-12) for one in found)
@@ -392,7 +396,7 @@ def _called(rank: int, world: int, folder: Path) -> None:
     losses = losses_of(Adam(), parallel, rank, world)
     with parallel.gathered(), torch.no_grad():
         after = [network(inputs) for _ in range(3 - rank)]
-    assert losses == pytest.approx(losses_of(Adam(), Replicated(Small(torch.float64)), 0, 1), rel=1e-9)
+    assert losses == pytest.approx(losses_of(Adam(), Parallel(Small(torch.float64)), 0, 1), rel=1e-9)
     assert after and not torch.allclose(after[0], expected, atol=1e-3)
     (folder / f"done-{rank}").touch()
 
@@ -429,5 +433,5 @@ def test_the_fit_stage_refuses_in_one_line_before_workers_start(ray_cluster: Non
 def test_one_worker_holds_everything_whatever_the_word() -> None:
     for kind in KINDS:
         parallel = parallel_of(kind, Small(), 0, 1)
-        assert type(parallel) is Replicated and parallel.module() is parallel.network
+        assert type(parallel) is Parallel and parallel.module() is parallel.network
         assert not isinstance(parallel, Zero)

@@ -24,7 +24,7 @@ from dlopt.optim.optimizers import Adam
 from dlopt.optim.schedules import Chain, Constant, Cosine, OneCycle, Plateau, ScaleLr, Scheduled, Span, StepDecay
 from dlopt.part import DloptError
 from dlopt.report.schedule import HEIGHT, POINTS, WIDTH, Curve, curve_of, text, write
-from dlopt.train.section import Fit, Train
+from dlopt.train.job import Fit, Train
 
 
 def curve(schedule: Scheduled, epochs: int = 4, rows: int = 1000, **train: Any) -> Curve:

@@ -24,16 +24,17 @@ from dlopt.optim.constraints import ClipNorm
 from dlopt.optim.optimizers import Adam, Lbfgs, Sgd
 from dlopt.optim.optimizers_library import Sophia
 from dlopt.part import DloptError, Part
-from dlopt.train import checkpoints, metrics_log
-from dlopt.train.evaluate import evaluate
-from dlopt.train.gradients import Sharpness, plain, unscaled
-from dlopt.train.loop import Step, peaked, steps
-from dlopt.train.losses import loss_of
-from dlopt.train.metrics_log import HEALTH
-from dlopt.train.objectives import supervised
-from dlopt.train.precision import HIGHEST, LOWEST, LossScale, Precision, mixed, scale_of
-from dlopt.train.section import Fit, Train
+from dlopt.train.checkpoint import checkpoints
+from dlopt.train.job import Fit, Train
+from dlopt.train.loop.gradients import Sharpness, plain, unscaled
+from dlopt.train.loop.losses import loss_of
+from dlopt.train.loop.objectives import supervised
+from dlopt.train.loop.precision import HIGHEST, LOWEST, LossScale, Precision, mixed, scale_of
+from dlopt.train.loop.steps import Step, peaked, steps
+from dlopt.train.measure.evaluate import evaluate
 from dlopt.train.start import load_network
+from dlopt.train.watch import metrics_log
+from dlopt.train.watch.metrics_log import HEALTH
 from tests import sets
 from tests.processes import together
 from tests.test_models import image
@@ -252,7 +253,8 @@ class Killed(Exception):
 
 
 def test_a_resumed_run_has_the_scale_and_the_bits_of_one_that_was_not_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dlopt.train import judge, training
+    from dlopt.train import training
+    from dlopt.train.measure import judge
 
     monkeypatch.setattr(LossScale, "INTERVAL", 6)
     data = sets.prepared(tmp_path, sets.signature(sets.NUMBERS), train=300)

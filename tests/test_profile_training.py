@@ -16,13 +16,13 @@ from dlopt.cli import main
 from dlopt.data.feed.batches import Batch
 from dlopt.models import Mlp
 from dlopt.progress import BLOCK
-from dlopt.train.gradients import Gradient, plain
-from dlopt.train.loop import Step, peaked, steps
-from dlopt.train.losses import loss_of
-from dlopt.train.objectives import Losses, supervised
-from dlopt.train.profile import BREAKDOWN, FOLDER, PARTS, TRACED, WARM, Clock, Profile, Unprofiled, drawn, say
-from dlopt.train.section import Fit, Resources, Train
-from dlopt.train.worker import Assignment, _Worker
+from dlopt.train.job import Fit, Resources, Train
+from dlopt.train.loop.gradients import Gradient, plain
+from dlopt.train.loop.losses import loss_of
+from dlopt.train.loop.objectives import Losses, supervised
+from dlopt.train.loop.steps import Step, peaked, steps
+from dlopt.train.watch.profile import BREAKDOWN, FOLDER, PHASES, TRACED, WARM, Clock, Profile, Unprofiled, drawn, say
+from dlopt.train.worker import Assignment, Worker
 from tests import sets
 from tests.processes import together
 from tests.test_worker import CPU
@@ -106,7 +106,7 @@ def test_whoever_sleeps_is_found_and_the_parts_add_up_to_the_step(culprit: str, 
     profile.close()
     (found,) = breakdown(tmp_path)["workers"]
     parts = ms(found)
-    assert list(parts) == list(PARTS) and len(done) == 80
+    assert list(parts) == list(PHASES) and len(done) == 80
     assert found["steps"] == 80 - WARM - TRACED
     assert parts[culprit] >= 1e3 * NAP
     assert sum(parts.values()) == pytest.approx(found["step_ms"], rel=0.02)
@@ -202,18 +202,18 @@ def test_a_job_is_profiled_with_its_checkpoints_and_gives_the_same_bits(tmp_path
         out = tmp_path / str(profiled)
         out.mkdir()
         resources = Resources.model_validate({"profile": profiled, "checkpoint": {"every": {"steps": 10}}})
-        _Worker(Assignment(fit=fit, data=data.path, out=out, feed="resident", resources=resources), 0, 1, CPU).run()
+        Worker(Assignment(fit=fit, data=data.path, out=out, feed="resident", resources=resources), 0, 1, CPU).run()
         weights.append((out / "weights.safetensors").read_bytes())
     assert weights[0] == weights[1] and not (tmp_path / "False" / FOLDER).exists()
     (found,) = breakdown(tmp_path / "True")["workers"]
     assert found["steps"] == 4 * 32 - WARM - TRACED
-    assert all(ms(found)[name] > 0 for name in PARTS if name != "all-reduce")
+    assert all(ms(found)[name] > 0 for name in PHASES if name != "all-reduce")
     assert sum(ms(found).values()) == pytest.approx(found["step_ms"], rel=0.02)
     told: list[tuple[str, float | None, str]] = []
     say(tmp_path / "True", lambda *line: told.append(line))
     ((stage, share, text),) = told
     assert (stage, share) == ("fit", 1.0) and text.startswith(BLOCK) and len(text.splitlines()) < 24
-    assert all(name in text for name in PARTS) and "ui.perfetto.dev" in text
+    assert all(name in text for name in PHASES) and "ui.perfetto.dev" in text
     say(tmp_path / "False", lambda *line: told.append(line))
     assert len(told) == 1
 
@@ -240,7 +240,7 @@ def test_the_command_line_draws_it_and_says_when_there_is_nothing_to_be_measured
     command = ["run", str(tmp_path / "job.yaml"), "--home", str(tmp_path / "runs"), "--profile"]
     assert main(command) == 0
     told = capsys.readouterr().err
-    assert all(f"\n  {name} " in told for name in PARTS) and "profile has traces" in told
+    assert all(f"\n  {name} " in told for name in PHASES) and "profile has traces" in told
     (folder,) = (tmp_path / "runs" / "model").glob(f"*/{FOLDER}")
     assert {path.name for path in folder.iterdir()} == {BREAKDOWN, "worker-00000.json"}
     assert main(command) == 0

@@ -285,7 +285,7 @@ def test_a_pixel_is_a_whole_number_from_0_to_255(home: Path, pixel: str) -> None
     ("value", "says"),
     [
         *((value, "a number is too large") for value in ("1e39", "1e999", "-Infinity", "9" * 400)),
-        *((value, f"{said} is not a number") for value, said in (("true", "True"), ('"1"', "'1'"), ("[1]", "[1]"))),
+        *((value, f"{said} is not a number") for value, said in (('"1_0"', "'1_0'"), ('"one"', "'one'"), ("[1, 2]", "[1, 2]"))),
     ],
 )
 def test_a_number_is_a_finite_number_or_missing(home: Path, value: str, says: str) -> None:
@@ -294,6 +294,13 @@ def test_a_number_is_a_finite_number_or_missing(home: Path, value: str, says: st
     reply = ask(application(home, NUMBERS), "POST", PREDICT, content=body)
     assert reply.status_code == 400, reply.text
     assert error_of(reply) == f"row 1: distance: {says}"
+
+
+def test_numbers_are_read_as_training_reads_them_from_a_file(home: Path) -> None:
+    app = application(home, NUMBERS)
+    plain = ask(app, "POST", PREDICT, json={"instances": [[1, 2.5, None], [1, 0, 1e3]]}).json()
+    other = [{"month": "1", "day": " 2.5", "distance": ""}, {"month": True, "day": "False", "distance": "1E3"}]
+    assert ask(app, "POST", PREDICT, json={"instances": other}).json() == plain
 
 
 def test_a_long_string_among_pixels_does_not_fill_the_memory(home: Path) -> None:

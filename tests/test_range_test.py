@@ -17,11 +17,11 @@ from dlopt.data.feed.batches import Batch
 from dlopt.data.sources import Sample
 from dlopt.optim.optimizers import Adam, AdamW, Sgd
 from dlopt.part import DloptError
-from dlopt.train.gradients import plain
-from dlopt.train.loop import peaked, steps
-from dlopt.train.losses import loss_of
-from dlopt.train.objectives import Losses, Objective, supervised
-from dlopt.train.range_test import HIGH, LOW, Sweep, range_test, sweep
+from dlopt.train.loop.gradients import plain
+from dlopt.train.loop.losses import loss_of
+from dlopt.train.loop.objectives import Losses, Objective, supervised
+from dlopt.train.loop.range_test import HIGH, LOW, Sweep, range_test, sweep
+from dlopt.train.loop.steps import peaked, steps
 from tests.driven import KINDS, Small, batches
 from tests.sets import THREE
 

@@ -20,7 +20,7 @@ from dlopt.optim.averages import Averaging
 from dlopt.optim.constraints import Clip
 from dlopt.optim.optimizers import Optimizer
 from dlopt.optim.schedules import Schedule
-from dlopt.train.losses import LossPart
+from dlopt.train.loop.losses import LossPart
 from tests.commands import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -61,9 +61,17 @@ def test_the_tree_names_every_file_and_no_other() -> None:
         "stats",
         "feed",
         "augment",
+        "loop",
+        "parallel",
+        "checkpoint",
+        "measure",
+        "watch",
+        "cluster",
+        "progress",
         "track",
     )  # a line for the whole folder
     there = {path.name for path in files if path.parent.name not in folded}
+    assert [name for name in folded if f"{name}/" not in tree] == []
     assert {Path(name).name for name in named} == there
 
 

@@ -15,17 +15,18 @@ from torch import Tensor, nn
 from dlopt.data.feed.batches import Batch
 from dlopt.models import Cnn, FtTransformer, Joint, Mlp, Network, Resnet, TableResnet, TextBag, TextCnn, TextTransformer, Vit, build_network
 from dlopt.models.recompute import blocks, recompute
-from dlopt.optim.health import Health, Watch
 from dlopt.optim.optimizers import Adam
 from dlopt.optim.optimizers_library import Sophia
 from dlopt.part import Signature
-from dlopt.train.gradients import Sharpness, accumulated
-from dlopt.train.losses import loss_of
-from dlopt.train.objectives import supervised
-from dlopt.train.parallel import Parallelism, parallel_of
-from dlopt.train.precision import Precision
-from dlopt.train.section import Fit, Resources, Train
-from dlopt.train.worker import Assignment, _Worker
+from dlopt.train.job import Fit, Resources, Train
+from dlopt.train.loop.gradients import Sharpness, accumulated
+from dlopt.train.loop.losses import loss_of
+from dlopt.train.loop.objectives import supervised
+from dlopt.train.loop.precision import Precision
+from dlopt.train.parallel.strategies import Parallelism, parallel_of
+from dlopt.train.watch.health import Watch
+from dlopt.train.watch.layers import Health
+from dlopt.train.worker import Assignment, Worker
 from tests import sets
 from tests.processes import together
 from tests.test_models import image
@@ -169,7 +170,7 @@ def section(model: Any, precision: Precision = "float32", **train: Any) -> Fit:
 def bits(fit: Fit, data: Any, out: Path, again: bool) -> bytes:
     out.mkdir()
     resources = Resources(checkpoint_activations=again)
-    _Worker(Assignment(fit=fit, data=data.path, out=out, feed="resident", resources=resources), 0, 1, CPU).run()
+    Worker(Assignment(fit=fit, data=data.path, out=out, feed="resident", resources=resources), 0, 1, CPU).run()
     return (out / "weights.safetensors").read_bytes()
 
 

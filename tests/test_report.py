@@ -28,7 +28,7 @@ from dlopt.models.mlp import Mlp
 from dlopt.part import DloptError, Feature, Part, Signature, Target
 from dlopt.report import Samples, page, plots
 from dlopt.report.samples import samples
-from dlopt.train.section import Fit, Train
+from dlopt.train.job import Fit, Train
 from tests.conftest import program
 
 IMAGE = Feature(name="image", kind="image", dtype="uint8", shape=(28, 28, 1), columns=("image",))

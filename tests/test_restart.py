@@ -9,9 +9,9 @@ import pytest
 
 from dlopt.artifact import Artifact
 from dlopt.models import Cnn, Mlp, Model
-from dlopt.train.metrics_log import STARTS
-from dlopt.train.section import Fit, Resources
-from dlopt.train.worker import Assignment, _Worker
+from dlopt.train.job import Fit, Resources
+from dlopt.train.watch.metrics_log import STARTS
+from dlopt.train.worker import Assignment, Worker
 from tests import sets
 from tests.processes import together
 from tests.test_worker import CPU, section
@@ -30,7 +30,7 @@ def _train(rank: int, world: int, home: Path) -> None:
         out.mkdir(exist_ok=True)
         fit: Fit = section(epochs=2).model_copy(update={"model": model})
         resources = Resources.model_validate({"checkpoint": {"every": {"steps": 5}, "keep": 50}})
-        _Worker(Assignment(fit=fit, data=_data(Path(home)).path, out=out, feed="resident", resources=resources), rank, world, CPU).run()
+        Worker(Assignment(fit=fit, data=_data(Path(home)).path, out=out, feed="resident", resources=resources), rank, world, CPU).run()
 
 
 @pytest.mark.slow

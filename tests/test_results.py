@@ -22,7 +22,7 @@ from dlopt.models import Mlp
 from dlopt.part import Feature, Signature, Target
 from dlopt.report import plots, rows
 from dlopt.report.results import KINDS, THRESHOLDS, Categories, Labels, Numbers, Results, precision_recall, roc
-from dlopt.train.evaluate import write_predictions
+from dlopt.train.measure.evaluate import write_predictions
 from tests import sets
 from tests.served import FLIGHTS, SAID
 from tests.test_report import IMAGE, LINES, METRICS, NUMBERS, Read, Run, epoch_line, fit_of, make_data, make_model, pixels

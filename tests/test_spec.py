@@ -14,7 +14,7 @@ from dlopt.models.layers import ACTIVATIONS
 from dlopt.optim.optimizers import Adam, Optimizer, Sgd
 from dlopt.part import DloptError, Part, Signature, Statistics
 from dlopt.spec import Job
-from dlopt.train.section import EarlyStopping, Train
+from dlopt.train.job import EarlyStopping, Train
 from tests.test_readme import kinds
 
 JOBS = sorted((Path(__file__).parents[1] / "jobs").glob("*.yaml"))

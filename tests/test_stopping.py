@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from dlopt.train import stopping
-from dlopt.train.stopping import RESIZE, STOP, reason
-from dlopt.train.watchdog import EXIT_CODE, HUNG, Watchdog, whereabouts
+from dlopt.train.cluster import stopping
+from dlopt.train.cluster.stopping import RESIZE, STOP, reason
+from dlopt.train.watch.watchdog import EXIT_CODE, HUNG, Watchdog, whereabouts
 from tests.commands import ROOT
 
 LISTENING = """
 import sys, time
 from pathlib import Path
-from dlopt.train import stopping
+from dlopt.train.cluster import stopping
 out = Path(sys.argv[1])
 stopping.listen()
 print("listening", flush=True)
@@ -127,7 +127,7 @@ def test_a_worker_that_hangs_ends_itself(tmp_path: Path) -> None:
     hanging = f"""
 import time
 from pathlib import Path
-from dlopt.train.watchdog import Watchdog
+from dlopt.train.watch.watchdog import Watchdog
 Watchdog(Path({str(tmp_path)!r}), 1, 0.2, fatal=True)
 time.sleep(60)
 """

@@ -25,11 +25,11 @@ from dlopt.part import Signature, Target
 from dlopt.serve import Serve
 from dlopt.serve.auth import Guard
 from dlopt.serve.replica import Application
-from dlopt.train.evaluate import predict
-from dlopt.train.losses import Binary, CrossEntropy, Focal, loss_of
-from dlopt.train.section import Fit, Train
-from dlopt.train.thresholds import Threshold, Tuned, best, fixed, signed, tuned
-from dlopt.train.worker import Assignment, _Worker
+from dlopt.train.job import Fit, Train
+from dlopt.train.loop.losses import Binary, CrossEntropy, Focal, loss_of
+from dlopt.train.measure.evaluate import predict
+from dlopt.train.measure.thresholds import Threshold, Tuned, best, fixed, signed, tuned
+from dlopt.train.worker import Assignment, Worker
 from tests.sets import LABELS, NUMBERS, TWO, prepared, signature
 from tests.test_protocols import PREDICT, ask
 
@@ -125,7 +125,7 @@ def learn(home: Path, data: Artifact, threshold: Any, **train: Any) -> Artifact:
 
 
 def _work(section: Fit, out: Path, data: Artifact) -> dict[str, Any]:
-    info = _Worker(Assignment(fit=section, data=data.path, out=out, feed="resident"), 0, 1, CPU).run()
+    info = Worker(Assignment(fit=section, data=data.path, out=out, feed="resident"), 0, 1, CPU).run()
     shutil.rmtree(out / "checkpoints")
     assert info is not None
     return info

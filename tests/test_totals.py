@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlopt.train.loop import Step
-from dlopt.train.state import Record
-from dlopt.train.totals import Totals
+from dlopt.train.checkpoint.state import Record
+from dlopt.train.loop.steps import Step
+from dlopt.train.measure.totals import Totals
 from tests.processes import together
 
 ROWS = [7, 7, 7, 3] * 600

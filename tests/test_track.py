@@ -21,16 +21,16 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import TypeAdapter, ValidationError
 
 from dlopt.part import DloptError
-from dlopt.train import metrics_log
-from dlopt.train.follow import Follower, _Said
-from dlopt.train.forecast import Forecast
-from dlopt.train.metrics_log import NAME
-from dlopt.train.section import Resources
-from dlopt.train.track import MLflow, Prometheus, TensorBoard, Track, courier
-from dlopt.train.track.courier import Courier, complaints, couriers
-from dlopt.train.track.mlflow import flattened
-from dlopt.train.track.tensorboard import FOLDER
-from dlopt.train.track.tracker import Line, Tracker, refuse_missing
+from dlopt.train.job import Resources
+from dlopt.train.progress.follow import ProgressReader, Status
+from dlopt.train.progress.forecast import Forecast
+from dlopt.train.progress.track import MLflow, Prometheus, TensorBoard, Track, courier
+from dlopt.train.progress.track.courier import Courier, complaints, couriers
+from dlopt.train.progress.track.mlflow import flattened
+from dlopt.train.progress.track.tensorboard import FOLDER
+from dlopt.train.progress.track.tracker import Line, Tracker, refuse_missing
+from dlopt.train.watch import metrics_log
+from dlopt.train.watch.metrics_log import NAME
 from tests.conftest import missing, program
 from tests.served import free_port
 from tests.test_follow import BATCH, EPOCHS, ROWS, STEPS, Files
@@ -64,8 +64,8 @@ def followed(out: Path, *parts: Any) -> Iterator[tuple[Callable[[], None], list[
     """A process of `dlopt run` without training: (read what is new in the files, the trackers, all that was said)."""
     said: list[str] = []
     with couriers(parts, out, SETTINGS) as trackers:
-        words = _Said(EPOCHS, STEPS, "accuracy", Forecast(ROWS, EPOCHS))
-        follower = Follower(out, words, lambda stage, share, text: said.append(text), trackers)
+        words = Status(EPOCHS, STEPS, "accuracy", Forecast(ROWS, EPOCHS))
+        follower = ProgressReader(out, words, lambda stage, share, text: said.append(text), trackers)
         yield lambda: follower.look(0.0), trackers, said
 
 

@@ -25,23 +25,24 @@ from dlopt.models import Mlp, Model
 from dlopt.optim.averages import Ema, Swa
 from dlopt.optim.constraints import MaxNorm
 from dlopt.optim.groups import Group, Parameters
-from dlopt.optim.health import Divergence, Health
 from dlopt.optim.optimizers import Adam, Lbfgs, Optimizer, Sgd
 from dlopt.optim.optimizers_library import ScheduleFreeAdamW
 from dlopt.optim.schedules import ScaleLr, Span
 from dlopt.optim.wrappers import Lookahead
 from dlopt.part import DloptError
-from dlopt.train import metrics_log
-from dlopt.train.agreement import Agreement
-from dlopt.train.evaluate import evaluate
-from dlopt.train.fit import FIT
-from dlopt.train.gradients import Sharpness
-from dlopt.train.metrics_log import HEALTH, LAYERS, RANGE
-from dlopt.train.section import Resources
+from dlopt.train.cluster.stopping import STOP, Stopped
+from dlopt.train.job import Resources
+from dlopt.train.loop.gradients import Sharpness
+from dlopt.train.measure.evaluate import evaluate
+from dlopt.train.parallel.agreement import Agreement
+from dlopt.train.stage import FIT
 from dlopt.train.start import load_network
-from dlopt.train.stopping import STOP, Stopped
 from dlopt.train.training import Training
-from dlopt.train.worker import STARTS, _Worker
+from dlopt.train.watch import metrics_log
+from dlopt.train.watch.divergence import Divergence
+from dlopt.train.watch.layers import Health
+from dlopt.train.watch.metrics_log import HEALTH, LAYERS, RANGE
+from dlopt.train.worker import STARTS, Worker
 from tests import sets
 from tests.test_readme import kinds
 from tests.test_worker import CPU, epochs, prepared, section, without_seconds, work
@@ -235,14 +236,14 @@ def test_a_run_that_is_told_to_end_while_the_model_is_measured_ends_then_and_sea
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, fit = prepared(tmp_path), section()
-    finish = _Worker._finish
+    finish = Worker._finish
 
-    def told(worker: _Worker, *words: Any) -> dict[str, Any]:
+    def told(worker: Worker, *words: Any) -> dict[str, Any]:
         os.kill(os.getpid(), signal.SIGTERM)
         return finish(worker, *words)
 
     with monkeypatch.context() as patch, pytest.raises(Stopped, match=r"^stopped after the last step: "):
-        patch.setattr(_Worker, "_finish", told)
+        patch.setattr(Worker, "_finish", told)
         once(FIT, fit, tmp_path, data, resources=Resources(workers=0))
     made = once(FIT, fit, tmp_path, data, resources=Resources(workers=0))
     assert made.info["restarts"] == 1 and made.info["steps"] == 40

@@ -21,15 +21,15 @@ from dlopt.optim.constraints import ClipNorm
 from dlopt.optim.optimizers import Adam, Sgd
 from dlopt.optim.schedules import Cosine, Plateau
 from dlopt.part import DloptError, Part, Signature, Target
-from dlopt.train import metrics_log
-from dlopt.train.checkpoints import CHECKPOINTS, RECORD
-from dlopt.train.drift import refuse_drift
-from dlopt.train.evaluate import evaluate
-from dlopt.train.metrics import names
-from dlopt.train.section import EarlyStopping, Fit, Resources, Train
+from dlopt.train.checkpoint.stores import CHECKPOINTS, RECORD
+from dlopt.train.job import EarlyStopping, Fit, Resources, Train
+from dlopt.train.measure.evaluate import evaluate
+from dlopt.train.measure.metrics import names
+from dlopt.train.parallel.drift import refuse_drift
 from dlopt.train.start import load_network
 from dlopt.train.training import Training
-from dlopt.train.worker import Assignment, _Worker
+from dlopt.train.watch import metrics_log
+from dlopt.train.worker import Assignment, Worker
 from tests import sets
 from tests.processes import together
 from tests.test_models import numbers, statistics
@@ -76,7 +76,7 @@ def work(fit: Fit, data: Artifact, out: Path, **resources: Any) -> dict[str, Any
     """The info of the model that one worker makes in `out`."""
     out.mkdir(parents=True, exist_ok=True)
     assignment = Assignment(fit=fit, resources=Resources(**resources), data=data.path, out=out, feed="resident")
-    info = _Worker(assignment, 0, 1, CPU).run()
+    info = Worker(assignment, 0, 1, CPU).run()
     assert info is not None
     return info
 
@@ -305,7 +305,7 @@ def _train(rank: int, world: int, home: Path) -> None:
         fit, data, out = _shared(Path(home), name, target, train)
         (out / "two").mkdir(parents=True, exist_ok=True)
         assignment = Assignment(fit=fit, resources=Resources(), data=data.path, out=out / "two", feed="resident", threads=1)
-        info = _Worker(assignment, rank, 2, CPU).run()
+        info = Worker(assignment, rank, 2, CPU).run()
         if rank == 0:
             (out / "info.json").write_text(json.dumps(info))
 

@@ -17,9 +17,9 @@ from dlopt.data.sources import Parquet, Sample
 from dlopt.data.table.split import StratifiedSplit
 from dlopt.models import Mlp
 from dlopt.optim.optimizers import Adam
-from dlopt.train import metrics_log
-from dlopt.train.fit import FIT
-from dlopt.train.section import Fit, Resources, Train
+from dlopt.train.job import Fit, Resources, Train
+from dlopt.train.stage import FIT
+from dlopt.train.watch import metrics_log
 
 AUGMENT = (RandomCrop(padding=2), RandomHorizontalFlip(), RandomRotation(degrees=15))
 

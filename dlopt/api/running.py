@@ -61,7 +61,7 @@ class Run(runs.Outcome):
 
     @property
     def predictions(self) -> Any:
-        """What the model said of every row of the test split, as a pyarrow Table (see dlopt/train/evaluate.py). Raises DloptError."""
+        """What the model said of every row of the test split, as a pyarrow Table (see dlopt/train/measure/evaluate.py). Raises DloptError."""
         import pyarrow.parquet as pq
 
         model = self._artifact("model")

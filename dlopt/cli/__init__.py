@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _options(words)
         stopped = options.stopped
         from dlopt.part import DloptError
-        from dlopt.train.stopping import GaveUp, Stopped
+        from dlopt.train.cluster.stopping import GaveUp, Stopped
 
         try:
             code = int(options.command(options) or 0)

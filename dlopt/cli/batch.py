@@ -37,7 +37,7 @@ def _find_batch(options: argparse.Namespace) -> None:
 
     from dlopt import pipeline, spec
     from dlopt.terminal import Terminal
-    from dlopt.train.largest_batch import MIB, largest_batch, rates_for
+    from dlopt.train.loop.largest_batch import MIB, largest_batch, rates_for
 
     job = spec.load(options.job, options.overrides)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

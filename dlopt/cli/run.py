@@ -63,7 +63,7 @@ def _run(options: argparse.Namespace) -> None:
 
     job = spec.load(options.job, [*options.overrides, *(["resources.profile=true"] if options.profile else [])])
     if options.metrics_port:
-        from dlopt.train.track import Prometheus
+        from dlopt.train.progress.track import Prometheus
 
         track = (*job.resources.track, Prometheus(port=options.metrics_port))
         job = job.model_copy(update={"resources": job.resources.model_copy(update={"track": track})})

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from PIL.ImageFile import ImageFile
 
 from dlopt.data.counter import string_words
 from dlopt.data.tokenizer import join_texts, tokens_of
-from dlopt.data.types.canonical import ColumnType, as_text
+from dlopt.data.types.canonical import ColumnType, as_number, as_text
 from dlopt.part import DloptError, Feature, Signature
 
 if TYPE_CHECKING:
@@ -47,6 +48,11 @@ MOST_SCANS = 100
 BITS, TILE_WIDTH, TILE_HEIGHT, MOST_TILE = 258, 322, 323, 2**20
 """TIFF's tags: bits of a value, size of a tile; and how many pixels a tile may have that is larger than its image: all are decoded."""
 WHITE = (255, 255, 255)
+PLAIN_NUMBERS = {int, float, type(None)}
+DATA_URI = re.compile(r"data:[^,;]*(;[^,;]*)*;base64,", re.IGNORECASE)
+"""What stands before the base64 of a file in a data URI."""
+BLANKS = re.compile(r"\s+")
+"""What base64 may have in between, as MIME breaks it into lines."""
 
 
 def decode_image(
@@ -274,6 +280,10 @@ def shifted(values: np.ndarray, offsets: Sequence[float]) -> np.ndarray:
         return (values - np.array(offsets) if offsets else values).astype(np.float32, copy=False)
 
 
+Columns = Mapping[str, "Sequence[Any] | np.ndarray"]
+"""Raw values by the name of their column; or, by the name of an input of several columns, these side by side: (rows, columns)."""
+
+
 def encode_rows(signature: Signature, rows: Sequence[Any]) -> dict[str, np.ndarray]:
     """Raw rows as a client sends them, as the tensors that the model takes: {name: (rows, *shape)}.
 
@@ -282,34 +292,76 @@ def encode_rows(signature: Signature, rows: Sequence[Any]) -> dict[str, np.ndarr
     (ISO 8601), a category (a string, a number, true or false) and a text may be null (missing). Strings come back as an array of
     objects. Raises DloptError naming the row and the column.
     """
-    return {feature.name: _encode(signature, feature, rows) for feature in signature.inputs}
+    return encode_columns(signature, columns_of(signature, rows))
 
 
-def _encode(signature: Signature, feature: Feature, rows: Sequence[Any]) -> np.ndarray:
-    alone = len(signature.inputs) == 1
+def columns_of(signature: Signature, rows: Sequence[Any]) -> Columns:
+    """Rows as `encode_rows` takes them, by column. Raises DloptError."""
+    alone, first = len(signature.inputs) == 1, signature.inputs[0]
+    if alone and len(first.columns) > 1 and rows and not isinstance(rows[0], Mapping):
+        return {first.name: rows}
+    bare = alone and len(first.columns) == 1
+    names = dict.fromkeys(name for feature in signature.inputs for name in feature.columns)
+    return {name: [_value(row, name, index, bare) for index, row in enumerate(rows)] for name in names}
+
+
+def encode_columns(signature: Signature, columns: Columns) -> dict[str, np.ndarray]:
+    """Raw values by column, all of the same length, as the tensors that the model takes. Values are those of `encode_rows`, lists of one
+    of them, or arrays of such; an image may be the bytes of a file. Raises DloptError naming the row and the column."""
+    return {feature.name: _encode(feature, columns) for feature in signature.inputs}
+
+
+def _encode(feature: Feature, columns: Columns) -> np.ndarray:
+    side_by_side = columns.get(feature.name) if feature.name not in feature.columns else None
+    if side_by_side is None and (lost := next((name for name in feature.columns if name not in columns), None)) is not None:
+        raise DloptError(f"there is no column {lost!r}")
     if feature.kind == "image":
-        return _images(feature, [_value(row, feature.columns[0], index, alone) for index, row in enumerate(rows)])
+        return _images(feature, columns[feature.columns[0]] if side_by_side is None else side_by_side)
+    if side_by_side is None:
+        given = {name: _bare(columns[name]) for name in feature.columns}
+    elif feature.kind == "number":
+        return _numbers(feature, side_by_side)
+    else:
+        given = _side_by_side(feature, side_by_side)
     if feature.kind == "number":
-        return _numbers(feature, rows, alone)
-    columns = _columns(feature, rows, alone)
+        return _numbers(feature, _rows_of(list(given.values())))
+    lists = {name: values.tolist() if isinstance(values, np.ndarray) else list(values) for name, values in given.items()}
     if feature.kind == "category":
-        return _categories(feature, columns)
+        return _categories(feature, lists)
     if feature.kind == "text":
-        return _no_wider(tokens_of(feature).encode(join_texts([_texts(feature, name, values) for name, values in columns.items()])))
-    return np.concatenate([_dates(feature, name, values) for name, values in columns.items()], axis=1)
+        return _no_wider(tokens_of(feature).encode(join_texts([_texts(feature, name, values) for name, values in lists.items()])))
+    return np.concatenate([_dates(feature, name, values) for name, values in lists.items()], axis=1)
 
 
-def _columns(feature: Feature, rows: Sequence[Any], alone: bool) -> dict[str, list[Any]]:
-    """The raw values of each column of an input."""
-    if alone and rows and not isinstance(rows[0], Mapping):
-        if len(feature.columns) == 1:
-            return {feature.columns[0]: [row[0] if isinstance(row, (list, tuple)) and len(row) == 1 else row for row in rows]}
-        if any(not isinstance(row, (list, tuple)) or len(row) != len(feature.columns) for row in rows):
-            raise DloptError(
-                f"rows must be lists of {len(feature.columns)} values or objects with the columns {', '.join(feature.columns)}"
-            )
-        return {name: [row[place] for row in rows] for place, name in enumerate(feature.columns)}
-    return {name: [_value(row, name, index, alone=False) for index, row in enumerate(rows)] for name in feature.columns}
+def _bare(values: Sequence[Any] | np.ndarray) -> Sequence[Any] | np.ndarray:
+    """The values of one column, of which each may be in a list of its own."""
+    if isinstance(values, np.ndarray):
+        return values.reshape(len(values)) if values.ndim > 1 and values.size == len(values) else values
+    return [value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value for value in values]
+
+
+def _rows_of(columns: list[Sequence[Any] | np.ndarray]) -> Sequence[Any] | np.ndarray:
+    """Columns side by side."""
+    if all(isinstance(values, np.ndarray) and values.dtype.kind in "biuf" for values in columns):
+        return np.stack(columns, axis=1)
+    return list(zip(*(values.tolist() if isinstance(values, np.ndarray) else values for values in columns), strict=True))
+
+
+def _side_by_side(feature: Feature, rows: Sequence[Any] | np.ndarray) -> dict[str, Sequence[Any] | np.ndarray]:
+    _check_width(feature, rows)
+    if isinstance(rows, np.ndarray):
+        return {name: rows[:, place] for place, name in enumerate(feature.columns)}
+    return {name: [row[place] for row in rows] for place, name in enumerate(feature.columns)}
+
+
+def _check_width(feature: Feature, rows: Sequence[Any] | np.ndarray) -> None:
+    wide = len(feature.columns)
+    if isinstance(rows, np.ndarray):
+        fits = rows.ndim == 2 and rows.shape[1] == wide
+    else:
+        fits = set(map(type, rows)) <= {list, tuple} and set(map(len, rows)) <= {wide}
+    if not fits:
+        raise DloptError(f"rows must be lists of {wide} values or objects with the columns {', '.join(feature.columns)}")
 
 
 def _categories(feature: Feature, columns: dict[str, list[Any]]) -> np.ndarray:
@@ -324,7 +376,7 @@ def _categories(feature: Feature, columns: dict[str, list[Any]]) -> np.ndarray:
 
 
 def _category(name: str, index: int, value: Any, kind: ColumnType, missing: tuple[str, ...]) -> str:
-    if value is not None and not isinstance(value, (str, int, float)):
+    if value is not None and not isinstance(value, (str, int, float, date)):
         raise DloptError(f"row {index}: {name}: give a string, a number, true, false or null")
     return as_text(value, kind, missing)
 
@@ -332,7 +384,7 @@ def _category(name: str, index: int, value: Any, kind: ColumnType, missing: tupl
 def _texts(feature: Feature, name: str, values: list[Any]) -> list[str]:
     """Texts as they were trained on, "" where missing."""
     for index, value in enumerate(values):
-        if value is not None and not isinstance(value, str):
+        if value is not None and not isinstance(value, (str, int, float, date)):
             raise DloptError(f"row {index}: {name}: {value!r:.40} is not a text")
     kind = feature.type_of(name) if feature.kind == "text" else "string"
     return [as_text(value, kind, feature.markers) for value in values]
@@ -346,33 +398,45 @@ def _no_wider(ids: np.ndarray) -> np.ndarray:
 def _dates(feature: Feature, name: str, values: list[Any]) -> np.ndarray:
     import pyarrow as pa
 
-    written = [value or None for value in _texts(feature, name, values)]
+    if any(isinstance(value, date) for value in values):
+        return _parts(feature, name, pa.array(values))
+    for index, value in enumerate(values):
+        if value is not None and not isinstance(value, str):
+            raise DloptError(f"row {index}: {name}: {value!r:.40} is not a date")
+    return _parts(feature, name, pa.array([value or None for value in _texts(feature, name, values)], pa.string()))
+
+
+def _parts(feature: Feature, name: str, written: pa.Array) -> np.ndarray:
     try:
-        found = parse_dates(pa.array(written, pa.string()), feature.form)
+        found = parse_dates(written, feature.form)
     except DloptError:
-        for index, value in enumerate(written):
+        for index in range(len(written)):
             try:
-                parse_dates(pa.array([value], pa.string()), feature.form)
+                parse_dates(written.slice(index, 1), feature.form)
             except DloptError as error:
                 raise DloptError(f"row {index}: {name}: {error}") from None
         raise
     return date_parts(found, feature.parts).astype(feature.dtype)
 
 
-def _value(row: Any, column: str, index: int, alone: bool) -> Any:
-    if isinstance(row, Mapping) and not (alone and set(row) == {"b64"}):
+def _value(row: Any, column: str, index: int, bare: bool) -> Any:
+    if isinstance(row, Mapping) and not (bare and set(row) == {"b64"}):
         if column not in row:
             raise DloptError(f"row {index}: has no column {column!r}")
         return row[column]
-    if not alone:
+    if not bare:
         raise DloptError(f"row {index}: must be an object of columns")
     return row
 
 
-def _images(feature: Feature, values: list[Any]) -> np.ndarray:
+def _images(feature: Feature, values: Sequence[Any] | np.ndarray) -> np.ndarray:
     """Whole numbers in plain lists take one conversion for the whole batch; anything else is looked at row by row."""
-    if not values:
+    if not len(values):
         return _empty(feature)
+    if isinstance(values, np.ndarray):
+        if values.dtype.kind != "O":
+            return _pixels(feature, values)
+        values = values.reshape(len(values)).tolist()
     for shape in _shapes(feature):
         try:
             numbers = _flat(values, shape)
@@ -383,6 +447,19 @@ def _images(feature: Feature, values: list[Any]) -> np.ndarray:
             continue
         return np.frombuffer(pixels, np.uint8).reshape(-1, *feature.shape)
     return np.stack([_image(feature, value, index) for index, value in enumerate(values)])
+
+
+def _pixels(feature: Feature, values: np.ndarray) -> np.ndarray:
+    if values.shape[1:] not in _shapes(feature):
+        raise DloptError(f"{feature.name}: shape {list(values.shape)} where {[len(values), *feature.shape]} is needed")
+    if values.dtype != np.uint8:
+        with np.errstate(invalid="ignore"):
+            pixels = values.astype(np.uint8)
+        if values.dtype.kind == "b" or (wrong := np.flatnonzero((pixels != values).reshape(len(values), -1).any(axis=1))).size:
+            row = 0 if values.dtype.kind == "b" else wrong[0]
+            raise DloptError(f"row {row}: {feature.name}: pixels must be whole numbers from 0 to 255")
+        values = pixels
+    return values.reshape(-1, *feature.shape)
 
 
 def _shapes(feature: Feature) -> list[tuple[int, ...]]:
@@ -404,6 +481,8 @@ def _flat(values: Sequence[Any], shape: tuple[int, ...]) -> Sequence[Any]:
 
 def _image(feature: Feature, value: Any, index: int) -> np.ndarray:
     where = f"row {index}: {feature.name}"
+    if isinstance(value, bytes):
+        return _from_file(value, where, feature)
     if isinstance(value, Mapping):
         return _from_base64(value, where, feature)
     for shape in reversed(_shapes(feature)):  # the deepest first: it does not fit lists of numbers
@@ -415,16 +494,21 @@ def _image(feature: Feature, value: Any, index: int) -> np.ndarray:
 
 
 def _from_base64(value: Mapping[str, Any], where: str, feature: Feature) -> np.ndarray:
-    height, width, channels = feature.shape
     if set(value) != {"b64"} or not isinstance(value["b64"], str):
         raise DloptError(f'{where}: give nested numbers or {{"b64": "..."}}')
+    text = DATA_URI.sub("", value["b64"]) if value["b64"][:5].lower() == "data:" else value["b64"]
     try:
-        size = (height, width)
-        data = base64.b64decode(value["b64"], validate=True)
-        limits = {"size": size} if feature.resize else {"only": size}
-        return decode_image(data, channels, **limits, background=feature.background)
+        data = base64.b64decode(BLANKS.sub("", text), validate=True)
     except ValueError:  # binascii.Error is one
         raise DloptError(f"{where}: b64 is not base64") from None
+    return _from_file(data, where, feature)
+
+
+def _from_file(data: bytes, where: str, feature: Feature) -> np.ndarray:
+    height, width, channels = feature.shape
+    limits = {"size": (height, width)} if feature.resize else {"only": (height, width)}
+    try:
+        return decode_image(data, channels, **limits, background=feature.background)
     except DloptError as error:
         raise DloptError(f"{where}: {error}") from None
 
@@ -435,34 +519,44 @@ def _whole(numbers: Sequence[Any], where: str) -> np.ndarray:
     return np.array(numbers, dtype=np.uint8)
 
 
-def _numbers(feature: Feature, rows: Sequence[Any], alone: bool) -> np.ndarray:
-    if alone and rows and not isinstance(rows[0], Mapping):
-        if any(not isinstance(row, (list, tuple)) or len(row) != feature.size for row in rows):
-            raise DloptError(f"rows must be lists of {feature.size} numbers or objects with the columns {', '.join(feature.columns)}")
-        values: list[Any] = list(rows)
-    else:
-        values = [[_value(row, column, index, alone=False) for column in feature.columns] for index, row in enumerate(rows)]
-    if not values:
+def _numbers(feature: Feature, values: Sequence[Any] | np.ndarray) -> np.ndarray:
+    """Numbers of rows (rows, columns), NaN where missing."""
+    _check_width(feature, values)
+    if isinstance(values, np.ndarray) and values.dtype.kind not in "biuf":
+        values = values.tolist()
+    if isinstance(values, np.ndarray):
+        return _finite(feature, values.astype(np.float64))
+    if not len(values):
         return _empty(feature)
-    for index, row in enumerate(values):
-        for column, value in zip(feature.columns, row, strict=True):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))) and not _says_missing(feature, value):
-                raise DloptError(f"row {index}: {column}: {value!r:.40} is not a number")
+    if set(map(type, chain.from_iterable(values))) <= PLAIN_NUMBERS:
+        numbers: Any = [[np.nan if value is None else value for value in row] for row in values]
+    else:
+        numbers = [[_number(feature, *one, index) for one in zip(feature.columns, row, strict=True)] for index, row in enumerate(values)]
     try:
-        with np.errstate(over="ignore"):
-            numbers = [[np.nan if value is None or isinstance(value, str) else value for value in row] for row in values]
-            found = np.array(numbers, dtype=np.float64)
-            single = found.astype(np.float32)
+        found = np.array(numbers, dtype=np.float64)
     except OverflowError:
-        single = np.where([[abs(value) > LARGEST for value in row] for row in numbers], np.inf, 0)
+        found = np.array([[as_number(value) for value in row] for row in numbers])
+    return _finite(feature, found)
+
+
+def _number(feature: Feature, column: str, value: Any, index: int) -> float:
+    """One value as training reads it from a file: texts of numbers are numbers, true is 1, and what says so is missing."""
+    if value is None or (isinstance(value, str) and (value == "" or value in feature.markers)):
+        return np.nan
+    try:
+        return as_number(value)
+    except ValueError:
+        raise DloptError(f"row {index}: {column}: {value!r:.40} is not a number") from None
+
+
+def _finite(feature: Feature, found: np.ndarray) -> np.ndarray:
+    """Numbers as the model takes them, float64 or float32; of neither kind infinite ones."""
+    with np.errstate(over="ignore"):
+        single = found.astype(np.float32)
     if np.isinf(single).any():
         row, place = np.argwhere(np.isinf(single))[0]
         raise DloptError(f"row {row}: {feature.columns[place]}: a number is too large")
     return found if feature.dtype == "float64" else single
-
-
-def _says_missing(feature: Feature, value: Any) -> bool:
-    return isinstance(value, str) and (value == "" or value in feature.markers)
 
 
 def _empty(feature: Feature) -> np.ndarray:

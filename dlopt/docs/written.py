@@ -35,10 +35,8 @@ def pages(helps: Mapping[str, str]) -> dict[str, str]:
 
 def commands(helps: Mapping[str, str]) -> str:
     """What each command says of itself."""
-    codes = (
-        "0 done, 2 a mistake that you can mend (a line each), 1 a failure of the system, with its cause, 130 Ctrl-C, 141 nobody reads on"
-    )
-    parts = ["# Commands", f"As `dlopt COMMAND --help` has them. Exit codes: {codes}, 143 SIGTERM."]
+    codes = "0 done, 2 a mistake that you can mend (a line each), 1 a failure of the system, with its cause, 130 Ctrl-C"
+    parts = ["# Commands", f"As `dlopt COMMAND --help` has them. Exit codes: {codes}, 141 nobody reads on, 143 SIGTERM."]
     return "\n\n".join(parts + [f"## dlopt {name}\n\n```text\n{text.strip()}\n```" for name, text in helps.items()])
 
 

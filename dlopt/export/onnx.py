@@ -25,9 +25,9 @@ from dlopt.export import Onnx
 from dlopt.models import Network, Units
 from dlopt.part import DloptError, Feature, Signature, Target
 from dlopt.progress import Progress, silent
-from dlopt.train.evaluate import predict
-from dlopt.train.metrics import activated
-from dlopt.train.section import Fit
+from dlopt.train.job import Fit
+from dlopt.train.measure.evaluate import predict
+from dlopt.train.measure.metrics import activated
 from dlopt.train.start import load_network
 
 MODEL, OPSET, ML_OPSET = "model.onnx", 18, 2

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
 from dlopt.models.noise import Noisy
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class Residual(nn.Module):
@@ -55,7 +59,7 @@ def rising(most: float, blocks: int) -> list[float]:
     return [most * number / blocks for number in range(1, blocks + 1)]
 
 
-def residual_end(layer: nn.Module) -> nn.Module:
+def residual_end(layer: Layer) -> Layer:
     """The same layer, marked as the last one with weights of a residual branch: `layers.initialize` can start it with zeros."""
     for part in layer.modules():  # the norm itself may be inside of one that turns its input
         part.residual_end = True  # type: ignore[assignment]

@@ -33,8 +33,6 @@ DIMENSION = 21
 """Bits of the index for each dimension of a row but the last, whose places come four to an index."""
 KEPT = 2**16
 """About how many keys, of as many steps as that is, are made at once; and of how many places in a row their indices are kept."""
-AGAIN = 0xD1342543DE82EF95
-"""What the stream of a layer is moved by when it is called again in the same forward pass."""
 SELU = 1.7580993408473766
 """alpha * scale of selu, which alpha dropout sets numbers to the negative of."""
 

@@ -9,13 +9,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dlopt.models.depth import Residual
+from dlopt.models.depth import Residual, residual_end
 from dlopt.models.encoder import Chain, Encoder, Headed, initialized
 from dlopt.models.layers import Activation, Dropout, Init, activation, dropout, widening
 from dlopt.models.norms import Norm, norm
 from dlopt.models.preprocess import Preprocess
 from dlopt.models.rows import Rows, TextLayer
-from dlopt.models.transformer import Block, TokenNorm, refuse_uneven_heads, residual_end
+from dlopt.models.transformer import Block, TokenNorm, refuse_uneven_heads
 from dlopt.part import DloptError, Feature, Part, Signature
 
 TABLE = ("number", "date", "category")

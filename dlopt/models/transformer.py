@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dlopt.models import noise
+from dlopt.models.depth import residual_end
 from dlopt.models.encoder import Encoder, Headed, initialized
 from dlopt.models.layers import EMBEDDING_STD, Activation, Dropout, Init, activation, dropout, widening
 from dlopt.models.mlp import tower
@@ -235,12 +236,6 @@ class Attention(nn.Module):
     def _split(self, values: Tensor) -> Tensor:
         """(rows, length, width) to (rows, heads, length, width of a head)."""
         return values.unflatten(2, (self.heads, self.each)).transpose(1, 2)
-
-
-def residual_end(layer: nn.Linear) -> nn.Linear:
-    """Mark the last layer of a branch: with `zero_residual_ends` it starts at 0."""
-    layer.residual_end = True  # type: ignore[assignment]
-    return layer
 
 
 def refuse_uneven_heads(width: int, heads: int) -> None:

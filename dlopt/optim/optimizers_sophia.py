@@ -13,7 +13,7 @@ NEVER = 2**62
 
 
 class EstimatedSophia(SophiaH):
-    """pytorch-optimizer's SophiaH. `dlopt.train.gradients.curved` gives it an estimate before each step that is due one."""
+    """pytorch-optimizer's SophiaH. `dlopt.train.loop.gradients.curved` gives it an estimate before each step that is due one."""
 
     def __init__(self, params: list[dict[str, Any]], period: int, **settings: Any) -> None:
         super().__init__(params, update_period=NEVER, **settings)
@@ -35,6 +35,8 @@ class EstimatedSophia(SophiaH):
 
     def step(self, closure: Callable[[], float] | None = None) -> None:
         if self.due and not self.estimate:
-            raise RuntimeError("sophia: this step is due an estimate of the curvature: wrap the gradient by dlopt.train.gradients.curved")
+            raise RuntimeError(
+                "sophia: this step is due an estimate of the curvature: wrap the gradient by dlopt.train.loop.gradients.curved"
+            )
         super().step(hessian=self.estimate if self.due else None)
         self.estimate = []

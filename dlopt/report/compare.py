@@ -18,7 +18,7 @@ from dlopt import runs
 from dlopt.artifact import Artifact, write_atomically
 from dlopt.part import DloptError, Signature, Target
 from dlopt.report import Figure, health, page, plots, words
-from dlopt.train import metrics_log
+from dlopt.train.watch import metrics_log
 
 FEWEST, MOST = 2, len(plots.OF_RUN)
 LONGEST = 18
@@ -79,7 +79,7 @@ class Layers(NamedTuple):
 
     side: Side
     figure: Figure | None
-    findings: list[health.Found]
+    findings: list[health.Finding]
 
 
 def write(path: Path, folders: Sequence[Path]) -> None:

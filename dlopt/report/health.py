@@ -10,7 +10,7 @@ import numpy as np
 
 from dlopt.artifact import Artifact
 from dlopt.report import Figure, layered, words
-from dlopt.train import metrics_log
+from dlopt.train.watch import metrics_log
 
 KINDS = {
     "vanishing": "vanishing gradient",
@@ -26,7 +26,7 @@ TITLES = {"gradient": "Gradient norm by layer", "ratio": "Size of a step against
 """What is drawn of every layer over the steps, by its name in a look."""
 
 
-class Found(NamedTuple):
+class Finding(NamedTuple):
     """Something that was wrong with training."""
 
     step: str
@@ -75,16 +75,16 @@ def context(
     }
 
 
-def findings(lines: Sequence[Mapping[str, Any]]) -> list[Found]:
+def findings(lines: Sequence[Mapping[str, Any]]) -> list[Finding]:
     """In the order of the steps; what was said twice, because training went on from a checkpoint, once."""
-    found: dict[tuple[Any, ...], Found] = {}
+    found: dict[tuple[Any, ...], Finding] = {}
     for line in lines:
         for one in line.get("findings") or ():
             key = (one["kind"], *one["layers"]) if one["layers"] else (one["kind"], one["step"])
-            found.setdefault(key, Found(f"{one['step']:,}", KINDS.get(one["kind"], one["kind"]), ", ".join(one["layers"]), one["says"]))
+            found.setdefault(key, Finding(f"{one['step']:,}", KINDS.get(one["kind"], one["kind"]), ", ".join(one["layers"]), one["says"]))
         if "rollback" in line:
             says = f"{line['rollback']}: back to the end of epoch {line['epoch']}, and on at a rate of {line['rate']:.3g}"
-            found[ROLLED_BACK, len(found)] = Found(f"{line['step']:,}", ROLLED_BACK, "", says)
+            found[ROLLED_BACK, len(found)] = Finding(f"{line['step']:,}", ROLLED_BACK, "", says)
     return list(found.values())
 
 

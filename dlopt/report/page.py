@@ -21,7 +21,7 @@ from dlopt.part import Signature, Target
 from dlopt.report import Figure, Samples, health, plots, profile, words
 from dlopt.report.results import Results, read_results
 from dlopt.report.rows import MOST_COLUMNS, cells, columns, examples, pictures, read_rows
-from dlopt.train import metrics_log
+from dlopt.train.watch import metrics_log
 
 WORST = 24
 """Mistakes that are shown."""

@@ -1,5 +1,5 @@
-"""What the model says of the test split, read from predictions.parquet (whose columns dlopt/train/evaluate.py explains): tables, plots
-and the worst mistakes, a class for each kind of target."""
+"""What the model says of the test split, read from predictions.parquet (dlopt/train/measure/evaluate.py explains its columns): tables,
+plots and the worst mistakes, a class for each kind of target."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from dlopt.artifact import Artifact
 from dlopt.data.feed.share import Share
 from dlopt.data.prepared import Split
 from dlopt.report import Samples
-from dlopt.train.section import Fit
+from dlopt.train.job import Fit
 
 IMAGES, VERSIONS = 8, 4
 

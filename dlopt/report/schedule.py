@@ -13,7 +13,7 @@ import numpy as np
 from dlopt.artifact import write_atomically
 from dlopt.optim.schedules import Course, Scheduled, refuse_too_long
 from dlopt.part import DloptError
-from dlopt.train.section import Fit, course_of
+from dlopt.train.job import Fit, course_of
 from dlopt.train.start import peak_of
 
 POINTS = 5000

@@ -19,12 +19,12 @@ from dlopt.data.prepared import Rows, Split
 from dlopt.models import Network, build_network
 from dlopt.models.lsuv import lsuv
 from dlopt.part import Signature, Statistics
-from dlopt.train.loop import peaked
-from dlopt.train.losses import loss_of
-from dlopt.train.objectives import Objective, class_weights, supervised
-from dlopt.train.parallel import Replicated
-from dlopt.train.range_test import STEPS, Sweep, sweep
-from dlopt.train.section import Fit
+from dlopt.train.job import Fit
+from dlopt.train.loop.losses import loss_of
+from dlopt.train.loop.objectives import Objective, class_weights, supervised
+from dlopt.train.loop.range_test import STEPS, Sweep, sweep
+from dlopt.train.loop.steps import peaked
+from dlopt.train.parallel.base import Parallel
 
 SAMPLE = 256
 """Rows that layers are measured and scaled on before the first step."""
@@ -68,9 +68,9 @@ def peak_of(fit: Fit, rows: int) -> float | None:
     return rate * scale.factor(fit.train.rows_of_batch(rows)) if scale else rate
 
 
-def optimizer_of(fit: Fit, network: nn.Module, peak: float, parallel: Replicated | None = None) -> torch.optim.Optimizer:
+def optimizer_of(fit: Fit, network: nn.Module, peak: float, parallel: Parallel | None = None) -> torch.optim.Optimizer:
     """The job's optimizer, with what is wrapped around it, on the groups of the network's parameters. parallel: how they are shared out."""
-    parallel, part = parallel or Replicated(network), fit.train.optimizer.model_copy(update={"lr": peak})
+    parallel, part = parallel or Parallel(network), fit.train.optimizer.model_copy(update={"lr": peak})
     found = parallel.optimizer(part.build(parallel.groups(fit.train.parameters.of(network, part))))
     return peaked(fit.train.lookahead.wrap(found) if fit.train.lookahead else found)
 

@@ -19,28 +19,28 @@ from dlopt.data.feed.share import Share
 from dlopt.data.prepared import Split
 from dlopt.models import Network
 from dlopt.part import DloptError
-from dlopt.train import checkpoints
-from dlopt.train.agreement import Agreement
-from dlopt.train.averaged import averaged
-from dlopt.train.checkpoints import Store
-from dlopt.train.communication import Apart
-from dlopt.train.drift import refuse_drift
-from dlopt.train.evaluate import evaluate
-from dlopt.train.gradients import Gradient, accumulated, curved, plain, sharpness_aware, unscaled
-from dlopt.train.judge import judge
-from dlopt.train.loop import Step, steps
-from dlopt.train.metrics import Metrics
-from dlopt.train.observer import Diary, Diverged, Observer, Taken
-from dlopt.train.pace import Pace
-from dlopt.train.parallel import Replicated
-from dlopt.train.precision import mixed, scale_of
-from dlopt.train.profile import Profile, Unprofiled
-from dlopt.train.section import Fit, Resources, course_of
+from dlopt.train.checkpoint.checkpoints import newest_of_all
+from dlopt.train.checkpoint.state import TrainingState
+from dlopt.train.checkpoint.stores import Store
+from dlopt.train.cluster.stopping import Preempted, Reason, Stopped, reason
+from dlopt.train.job import Fit, Resources, course_of
+from dlopt.train.loop.gradients import Gradient, accumulated, curved, plain, sharpness_aware, unscaled
+from dlopt.train.loop.precision import mixed, scale_of
+from dlopt.train.loop.steps import Step, steps
+from dlopt.train.measure.averaged import averaged
+from dlopt.train.measure.evaluate import evaluate
+from dlopt.train.measure.judge import judge
+from dlopt.train.measure.metrics import Metrics
+from dlopt.train.measure.thresholds import fixed
+from dlopt.train.parallel.agreement import Agreement
+from dlopt.train.parallel.base import Parallel
+from dlopt.train.parallel.drift import refuse_drift
+from dlopt.train.parallel.local_sgd import LocalSGDParallel
 from dlopt.train.start import first_batches, objective_of, read_statistics
-from dlopt.train.state import State
-from dlopt.train.stopping import Preempted, Reason, Stopped, reason
-from dlopt.train.thresholds import fixed
-from dlopt.train.watchdog import Watchdog
+from dlopt.train.watch.observer import Diary, Diverged, Observer, Taken
+from dlopt.train.watch.profile import Profile, Unprofiled
+from dlopt.train.watch.speed import Pace
+from dlopt.train.watch.watchdog import Watchdog
 
 PURPOSE = 5  # of the random numbers that a user's own network draws from torch's generator
 REESTIMATED = 100
@@ -57,7 +57,7 @@ class Training:
     out: Path
     store: Store
     feed_kind: str
-    state: State
+    state: TrainingState
     rank: int
     world: int
     device: torch.device
@@ -84,7 +84,7 @@ class Training:
         self.marked = self.saved = time.monotonic()
 
     @property
-    def parallel(self) -> Replicated:
+    def parallel(self) -> Parallel:
         return self.state.parallel
 
     @property
@@ -160,14 +160,14 @@ class Training:
     def _after_step(self, step: int) -> None:
         if self.fit.train.max_norm:
             self.fit.train.max_norm.apply(self.parallel.held)
-        if self.state.average and not isinstance(self.parallel, Apart):
+        if self.state.average and not isinstance(self.parallel, LocalSGDParallel):
             self.state.average.update(step)
 
     def _epoch(self) -> None:
         train, record = self.fit.train, self.state.record
         began, epoch = time.monotonic(), record.epoch + 1
         for step, rows in self.steps(epoch):
-            if isinstance(self.parallel, Apart):
+            if isinstance(self.parallel, LocalSGDParallel):
                 self._apart(self.parallel, step, rows, epoch)
             else:
                 self.observer.step(step, rows, epoch)
@@ -236,7 +236,7 @@ class Training:
         with unwatched, averaged(self.state, self.network, lambda: (batch.inputs for batch in batches)):
             yield
 
-    def _apart(self, replicas: Apart, step: Step, rows: int, epoch: int) -> None:
+    def _apart(self, replicas: LocalSGDParallel, step: Step, rows: int, epoch: int) -> None:
         """After a replica's step. Each looks at its own; what workers must know of each other's steps they tell when they synchronise."""
         record = self.state.record
         mine, _ = self.sizes[record.batch - 1]
@@ -318,17 +318,6 @@ class Training:
             last, start = self.fit.train.epochs, self.state.record.batch
             self.feed = Stream(self.share, epoch, last, self.device, start) if stream else Resident(self.share, self.device)
         return self.feed
-
-
-def newest_of_all(store: Store, rank: int, world: int, epoch_ends: bool = False) -> tuple[checkpoints.Checkpoint | None, list[str]]:
-    """The newest whole checkpoint, the same on all workers, since worker 0 chooses it, and a line for each damaged one."""
-    found, damaged = checkpoints.newest(store, epoch_ends) if rank == 0 else (None, [])
-    if world == 1:
-        return found, damaged
-    told = [(found and found.name, damaged)]
-    dist.broadcast_object_list(told, src=0)
-    name, damaged = told[0]
-    return (found or checkpoints.read(store, name) if name else None), damaged
 
 
 def _seed(seed: int, device: torch.device) -> None:

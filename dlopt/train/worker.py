@@ -24,23 +24,26 @@ from dlopt.models import Network
 from dlopt.models.own import Own, draws_by_row, register
 from dlopt.models.recompute import recompute
 from dlopt.models.spread import spread
-from dlopt.optim.health import Watch
 from dlopt.part import Part
-from dlopt.train.checkpoints import Store, Writer, store_of
-from dlopt.train.compiled import compile_network
-from dlopt.train.evaluate import evaluate, thresholds_of, write_predictions
-from dlopt.train.metrics_log import HEALTH, LAYERS, NAME, RANGE, STARTS, MetricsLog
-from dlopt.train.observer import Diary
-from dlopt.train.pace import SpeedLog
-from dlopt.train.parallel import Replicated, parallel_of
-from dlopt.train.precision import mixed
-from dlopt.train.section import Fit, Resources, course_of
+from dlopt.train.checkpoint.checkpoints import newest_of_all
+from dlopt.train.checkpoint.state import Record, TrainingState
+from dlopt.train.checkpoint.stores import Store, store_of
+from dlopt.train.checkpoint.writer import Writer
+from dlopt.train.cluster.stopping import Preempted, Stopped
+from dlopt.train.job import Fit, Resources, course_of
+from dlopt.train.loop.compiled import compile_network
+from dlopt.train.loop.precision import mixed
+from dlopt.train.measure.evaluate import evaluate, thresholds_of, write_predictions
+from dlopt.train.measure.thresholds import signed
+from dlopt.train.parallel.base import Parallel
+from dlopt.train.parallel.strategies import parallel_of
 from dlopt.train.start import first_batches, first_rows, load_network, objective_of, optimizer_of, peak_of, scaled_by_data, swept
-from dlopt.train.state import Record, State
-from dlopt.train.stopping import Preempted, Stopped
-from dlopt.train.thresholds import signed
-from dlopt.train.training import Training, newest_of_all
-from dlopt.train.watchdog import Watchdog
+from dlopt.train.training import Training
+from dlopt.train.watch.health import Watch
+from dlopt.train.watch.metrics_log import HEALTH, LAYERS, NAME, RANGE, STARTS, MetricsWriter
+from dlopt.train.watch.observer import Diary
+from dlopt.train.watch.speed import SpeedLog
+from dlopt.train.watch.watchdog import Watchdog
 
 PREDICTIONS = "predictions.parquet"
 
@@ -72,11 +75,11 @@ def train_worker(
         register(assignment.fit.model, factory)
     if assignment.threads:
         torch.set_num_threads(assignment.threads)
-    return _Worker(assignment, context.get_world_rank(), context.get_world_size(), get_device(), store).run()
+    return Worker(assignment, context.get_world_rank(), context.get_world_size(), get_device(), store).run()
 
 
 @dataclass
-class _Worker:
+class Worker:
     assignment: Assignment
     rank: int
     world: int
@@ -138,7 +141,7 @@ class _Worker:
     def store(self) -> Store:
         return self.elsewhere or store_of(self.assignment.out, self.assignment.resources.checkpoint)
 
-    def training(self, data: Artifact, state: State, diary: Diary | None = None, watchdog: Watchdog | None = None) -> Training:
+    def training(self, data: Artifact, state: TrainingState, diary: Diary | None = None, watchdog: Watchdog | None = None) -> Training:
         """Ready for the next step."""
         given = self.assignment
         workers = (self.rank, self.world, self.device)
@@ -156,10 +159,10 @@ class _Worker:
 
     def _diary(self, writer: Writer, record: Record, hosts: list[str]) -> Diary:
         out = self.assignment.out
-        log, health = (MetricsLog(out, record.epoch, record.step, name) for name in (NAME, HEALTH))
+        log, health = (MetricsWriter(out, record.epoch, record.step, name) for name in (NAME, HEALTH))
         return Diary(writer, log, health, SpeedLog(out, record, hosts))
 
-    def state(self, data: Artifact, writer: Writer | None = None) -> tuple[State, list[str]]:
+    def state(self, data: Artifact, writer: Writer | None = None) -> tuple[TrainingState, list[str]]:
         """Where training goes on: the newest whole checkpoint, the same on all workers, since worker 0 chooses it; or the start. And the
         host of each worker."""
         fit = self.assignment.fit
@@ -175,7 +178,7 @@ class _Worker:
         optimizer = optimizer_of(fit, network, record.peak, parallel)
         average = fit.train.average.build(parallel.held, course_of(fit, len(split))) if fit.train.average else None
         watch = Watch(network, fit.train.health, parallel.share, parallel.norms)
-        state = State(network, optimizer, {}, record, average, watch, parallel)
+        state = TrainingState(network, optimizer, {}, record, average, watch, parallel)
         if found:
             found.load(state)
         else:
@@ -207,13 +210,13 @@ class _Worker:
         objective = mixed(objective_of(fit, data, network, self.device), fit.train.precision, self.device)
         return compile_network(network, split.signature.inputs, objective, batch, plainly)
 
-    def _parallel(self, network: Network) -> Replicated:
+    def _parallel(self, network: Network) -> Parallel:
         """What of training this worker holds, and how it comes together with the others."""
-        fit, own = self.assignment.fit, isinstance(self.assignment.fit.model, Own)
+        fit, custom = self.assignment.fit, isinstance(self.assignment.fit.model, Own)
         part = fit.train.synchronization or (fit.train.compression if self.world > 1 else None)
         if part:
-            return part.build(network, self.rank, self.world, own, fit.seed)
-        return parallel_of(self.assignment.resources.parallelism, network, self.rank, self.world, own)
+            return part.build(network, self.rank, self.world, custom, fit.seed)
+        return parallel_of(self.assignment.resources.parallelism, network, self.rank, self.world, custom)
 
     def _hosts(self) -> list[str]:
         """Of each worker."""

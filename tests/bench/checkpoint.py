@@ -26,10 +26,11 @@ from dlopt import session
 from dlopt.artifact import Artifact
 from dlopt.models import Cnn
 from dlopt.optim.optimizers import Adam
-from dlopt.train.checkpoints import Checkpointing, Every, Writer
-from dlopt.train.section import Fit, Resources, Train
+from dlopt.train.checkpoint.stores import Checkpointing, Every
+from dlopt.train.checkpoint.writer import Writer
+from dlopt.train.job import Fit, Resources, Train
 from dlopt.train.training import Training
-from dlopt.train.worker import Assignment, _Worker
+from dlopt.train.worker import Assignment, Worker
 from tests.bench.train import prepare
 
 EPOCHS, BATCH, STEPS, TURNS = 8, 256, 20, 3
@@ -78,7 +79,7 @@ class Run:
             mock.patch.object(Writer, "_write", _timed(Writer._write, self.written)),
         ):
             given = Assignment(fit=fit, data=data.path, out=Path(out), feed="resident", resources=resources)
-            _Worker(given, 0, 1, torch.device("cpu")).run()
+            Worker(given, 0, 1, torch.device("cpu")).run()
 
     def pairs(self) -> list[Pair]:
         """None of the first epoch, and none in which one ends."""

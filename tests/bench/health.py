@@ -20,7 +20,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dlopt.optim.health import Health, Watch
+from dlopt.train.watch.health import Watch
+from dlopt.train.watch.layers import Health
 
 
 def mlp() -> nn.Module:

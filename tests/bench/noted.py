@@ -21,7 +21,7 @@ class Noting(importlib.abc.MetaPathFinder):
     """Puts the notes into the worker's function as soon as the command imports the stage that makes it."""
 
     def find_spec(self, name: str, *_: Any) -> ModuleSpec | None:
-        if name != "dlopt.train.fit":
+        if name != "dlopt.train.stage":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

@@ -37,10 +37,10 @@ from dlopt.data.table.split import RandomSplit
 from dlopt.models import Model
 from dlopt.optim.optimizers import Optimizer
 from dlopt.optim.schedules import Schedule
-from dlopt.train.evaluate import evaluate
-from dlopt.train.section import Fit, Train
+from dlopt.train.job import Fit, Train
+from dlopt.train.measure.evaluate import evaluate
 from dlopt.train.training import Training
-from dlopt.train.worker import Assignment, _Worker
+from dlopt.train.worker import Assignment, Worker
 
 DIGITS = Path(__file__).resolve().parents[3] / "shared" / "data" / "mnist"
 CPU = torch.device("cpu")
@@ -99,7 +99,7 @@ def training(data: Artifact, optimizer: Mapping[str, Any], schedule: Mapping[str
         schedule=TypeAdapter(Schedule).validate_python(schedule),
     )
     fit = Fit(seed=seed, model=model, augment=(), train=train)
-    worker = _Worker(Assignment(fit=fit, data=data.path, out=home, feed="resident"), 0, 1, CPU)
+    worker = Worker(Assignment(fit=fit, data=data.path, out=home, feed="resident"), 0, 1, CPU)
     return worker.training(data, worker.state(data)[0])
 
 

@@ -56,10 +56,12 @@ from dlopt.data.sources import Parquet
 from dlopt.data.table.split import RandomSplit
 from dlopt.models import Cnn, Mlp
 from dlopt.optim.optimizers import Adam
-from dlopt.train import metrics_log, parallel, worker
-from dlopt.train.agreement import Agreement
-from dlopt.train.fit import FIT
-from dlopt.train.section import Fit, Resources, Train
+from dlopt.train import worker
+from dlopt.train.job import Fit, Resources, Train
+from dlopt.train.parallel import base
+from dlopt.train.parallel.agreement import Agreement
+from dlopt.train.stage import FIT
+from dlopt.train.watch import metrics_log
 from tests.bench import train as feeds
 from tests.bench.noted import FIRST
 from tests.commands import ROOT, environment
@@ -207,7 +209,7 @@ def _tiny(folder: Path) -> Artifact:
 
 def _group(folder: Path, data: Artifact, size: int) -> dict[str, float]:
     """What a group of so many workers takes, in seconds."""
-    from dlopt.train import group, room  # which import Ray, whose settings must stand before
+    from dlopt.train.cluster import group, room  # which import Ray, whose settings must stand before
 
     out = folder / f"group-{size}"
     out.mkdir()
@@ -225,8 +227,8 @@ def measured(config: dict[str, Any]) -> dict[str, float]:
     started = time.time() - config["began"]
     fit = Fit(seed=1, model=Mlp(hidden=(64,)), augment=(), train=Train(epochs=1, batch_size=64, log_every=1000))
     assignment = worker.Assignment(fit=fit, data=Path(config["data"]), out=Path(config["out"]), feed="resident")
-    mine = worker._Worker(assignment, rank, world, torch.device("cpu"))
-    parallel.meet = lambda rank, size: None  # type: ignore[assignment]  # as between machines
+    mine = worker.Worker(assignment, rank, world, torch.device("cpu"))
+    base.meet = lambda rank, size: None  # type: ignore[assignment]  # as between machines
     training = mine.training(Artifact.open(assignment.data), mine.state(Artifact.open(assignment.data))[0])
     steps, gradient, agreement = training.steps(1), torch.zeros(1400), Agreement(rank, world, torch.device("cpu"))
     found = {"start": round(started, 2)}

@@ -39,9 +39,9 @@ from dlopt.data.sources import Parquet, Sample
 from dlopt.data.table.split import RandomSplit
 from dlopt.models import Cnn, Mlp, Model
 from dlopt.optim.optimizers import Adam
-from dlopt.train import metrics_log
-from dlopt.train.fit import FIT, local_cpus
-from dlopt.train.section import Fit, Resources, Train
+from dlopt.train.job import Fit, Resources, Train
+from dlopt.train.stage import FIT, local_cpus
+from dlopt.train.watch import metrics_log
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "mnist" / "train.parquet"
 PARTS = (RandomCrop(padding=2), RandomRotation(degrees=10))

@@ -54,6 +54,19 @@ def as_text(value: Any, kind: ColumnType = "string", missing: Collection[str] = 
     return plain if kind == "string" else SPELLINGS[kind](plain)
 
 
+def as_number(value: Any) -> float:
+    """A value of a column of numbers: texts of numbers are numbers, and true is 1. Raises ValueError."""
+    text = str(value)
+    if "_" in text:  # 1_000 is Python's own
+        raise ValueError(text)
+    try:
+        return float(TRUTH.get(text.lower(), value))
+    except OverflowError:
+        return math.inf
+    except TypeError:
+        raise ValueError(text) from None
+
+
 def _plain(value: Any) -> str:
     """Of a value that is no text."""
     if isinstance(value, bool):

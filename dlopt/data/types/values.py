@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dlopt.data.encode import parse_dates
-from dlopt.data.types.canonical import TRUTH, as_text
+from dlopt.data.types.canonical import as_number, as_text
 from dlopt.part import DloptError
 
 TOO_LARGE = 2.0**128 - 2.0**103
@@ -65,10 +65,8 @@ def _doubles_by_row(column: pa.Array) -> tuple[np.ndarray, Reasons]:
         if value is None:
             continue
         try:
-            values[row] = float(TRUTH.get(str(value).lower(), value) if "_" not in str(value) else "")  # 1_000 is Python's own
-        except OverflowError:
-            values[row] = np.inf
-        except (TypeError, ValueError):
+            values[row] = as_number(value)
+        except ValueError:
             reasons[row] = f"{value!r:.40} is not a number"
     return values, reasons
 

@@ -1,0 +1,1 @@
+"""What training must remember, and where it is written."""

@@ -1,0 +1,114 @@
+"""State of an optimizer as flat tensors and JSON, and back, to the bit.
+
+torch's own `load_state_dict` casts state to the type of its parameter, and a file keeps no memory format: both would make training go on
+a little differently from how it would have, and a fused kernel, which walks through memory, would take one element for another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+Tensors = dict[str, Tensor]
+UNSAVED = ("params", "names")
+"""What of a parameter group follows from the network."""
+
+
+def pack(state: Any) -> tuple[Tensors, Any]:
+    """Nested dictionaries, lists, tuples, tensors, numbers, texts, None as ({name: tensor on the CPU}, JSON that says where they belong).
+
+    What lies on the CPU already is mostly not copied: write it before the next step.
+    """
+    tensors: Tensors = {}
+    return tensors, _packed(state, tensors, set())
+
+
+def unpack(tensors: Tensors, rest: Any) -> Any:
+    """What `pack` was given, tensors in the order in memory that they had."""
+    if not isinstance(rest, dict):
+        return rest
+    ((kind, value),) = rest.items()
+    match kind:
+        case "tensor":
+            return tensors[value]
+        case "ordered":
+            name, order = value
+            return tensors[name].permute([order.index(dimension) for dimension in range(len(order))])
+        case "dict":
+            return {key: unpack(tensors, inside) for key, inside in value}
+        case "number":
+            return float(value)
+        case _:
+            found = [unpack(tensors, inside) for inside in value]
+            return tuple(found) if kind == "tuple" else found
+
+
+def _packed(state: Any, tensors: Tensors, stored: set[int]) -> Any:
+    match state:
+        case Tensor():
+            return _tensor(state, tensors, stored)
+        case dict():
+            return {"dict": [[key, _packed(value, tensors, stored)] for key, value in state.items()]}
+        case list() | tuple():
+            return {"tuple" if isinstance(state, tuple) else "list": [_packed(value, tensors, stored) for value in state]}
+        case float() if not math.isfinite(state):
+            return {"number": str(state)}
+        case None | bool() | int() | float() | str():
+            return state
+    raise TypeError(f"cannot pack a {type(state).__name__}")
+
+
+def _tensor(value: Tensor, tensors: Tensors, stored: set[int]) -> dict[str, Any]:
+    """Its dimensions are stored with the one of the longest stride first, so that it lies in the file as it does in memory.
+
+    stored: addresses of what is in `tensors` already, since safetensors takes no two of one storage.
+    """
+    name = str(len(tensors))
+    order = sorted(range(value.dim()), key=lambda dimension: -value.stride()[dimension])
+    lying = value.detach().cpu().permute(order)
+    storage = lying.untyped_storage()
+    alone = lying.is_contiguous() and storage.nbytes() == lying.nbytes and storage.data_ptr() not in stored
+    tensors[name] = lying if alone else lying.clone(memory_format=torch.contiguous_format)
+    stored.add(storage.data_ptr())
+    return {"tensor": name} if order == list(range(value.dim())) else {"ordered": [name, order]}
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """`optimizer.state_dict()` as `pack` takes it: groups without what follows from the network."""
+    found = optimizer.state_dict()
+    groups = [{key: value for key, value in group.items() if key not in UNSAVED} for group in found["param_groups"]]
+    return found | {"param_groups": groups}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Put into an optimizer, made anew for the same parameters, what `optimizer_state` said of another one: to the bit."""
+    fresh = optimizer.state_dict()["param_groups"]
+    kept = [{key: group[key] for key in UNSAVED if key in group} for group in fresh]
+    groups = [saved | mine for saved, mine in zip(state["param_groups"], kept, strict=True)]
+    optimizer.load_state_dict(state | {"param_groups": groups})
+    fused = [(parameter, group.get("fused")) for group in optimizer.param_groups for parameter in group["params"]]
+    for index, (parameter, walks) in enumerate(fused):
+        if index in state["state"]:
+            optimizer.state[parameter] = _placed(state["state"][index], optimizer.state[parameter], parameter if walks else None)
+
+
+def _placed(saved: Any, loaded: Any, parameter: Parameter | None) -> Any:
+    """What was saved, in its own type, where torch put it. parameter: in whose memory format state of its shape must lie, if in any."""
+    if isinstance(saved, dict):
+        return {key: _placed(value, loaded[key], parameter) for key, value in saved.items()}
+    if isinstance(saved, list | tuple):
+        return type(saved)(_placed(value, other, parameter) for value, other in zip(saved, loaded, strict=True))
+    if not isinstance(saved, Tensor):
+        return saved
+    if parameter is not None and saved.shape == parameter.shape:
+        return torch.empty_like(parameter, dtype=saved.dtype, device=loaded.device, requires_grad=False).copy_(saved)
+    return saved.to(loaded.device, copy=True)
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

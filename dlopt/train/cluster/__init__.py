@@ -1,0 +1,1 @@
+"""Ray Train: room for workers, groups of them, and why they ended."""

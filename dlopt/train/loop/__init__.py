@@ -1,0 +1,1 @@
+"""A step: forward, gradients, clipping, the optimizer; and what tries steps out. Knows no Ray."""

@@ -1,0 +1,56 @@
+"""Where the numbers of training lie when several workers train one network: one word of a job, and the same curve whichever it is.
+
+| word | weights        | gradients      | optimizer's state | of                                                |
+|------|----------------|----------------|-------------------|---------------------------------------------------|
+| ddp  | on each worker | on each worker | on each worker    | Li et al. 2020                                    |
+| zero | on each worker | on each worker | shared out        | Rajbhandari et al. 2020, its first stage          |
+| fsdp | shared out     | shared out     | shared out        | Zhao et al. 2023: a block's weights are gathered  |
+|      |                |                |                   | when it is computed, and let go of afterwards     |
+
+A checkpoint is whole whatever the word: worker 0 gathers it, and each takes its share of it again.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+
+from dlopt.part import DloptError, Part
+from dlopt.train.parallel.base import Parallel
+from dlopt.train.parallel.ddp import DDP
+from dlopt.train.parallel.fsdp import FSDP
+from dlopt.train.parallel.local_sgd import DiLoCo, LocalSGD
+from dlopt.train.parallel.zero import Zero
+
+Parallelism = Literal["ddp", "zero", "fsdp"]
+ACROSS = {"lbfgs", "prodigy"}
+"""Optimizers whose state is of all parameters together."""
+BY_PARAMETER = {"adafactor", "muon", "lars", "lamb", "soap", "shampoo", "sophia"}
+"""Optimizers that look at a parameter as a whole."""
+
+
+def parallel_of(kind: Parallelism, network: nn.Module, rank: int, world: int, custom: bool = False) -> Parallel:
+    """The network of a job on several workers, or on one. custom: whether it is a user's, of whose parts nothing is known."""
+    made = Parallel if world == 1 else {"ddp": DDP, "zero": Zero, "fsdp": FSDP}[kind]
+    return made(network, rank, world, custom)
+
+
+def refuse_parallelism(kind: Parallelism, optimizer: str) -> None:
+    """Raises DloptError where workers cannot share out the state of an optimizer, by its kind."""
+    if kind != "ddp" and optimizer in ACROSS:
+        raise DloptError(f"resources.parallelism: {kind} cannot shard the state of optimizer {optimizer}: use ddp")
+    if kind == "fsdp" and optimizer in BY_PARAMETER:
+        raise DloptError(f"resources.parallelism: fsdp cannot shard the state of optimizer {optimizer}: use zero or ddp")
+
+
+def refuse_communication(
+    compression: Part | None, synchronization: LocalSGD | DiLoCo | None, workers: str | int | tuple[int, int], kind: Parallelism
+) -> None:
+    """Raises DloptError where workers cannot tell each other what the job wants."""
+    if synchronization and workers != synchronization.replicas:
+        replicas, found = synchronization.replicas, list(workers) if isinstance(workers, tuple) else workers
+        raise DloptError(f"train.synchronization: its {replicas} replicas need resources.workers: {replicas}, not {found}")
+    for field, given in (("compression", compression), ("synchronization", synchronization)):
+        if given and kind != "ddp":
+            raise DloptError(f"train.{field}: needs a whole network on each worker: use resources.parallelism: ddp, not {kind}")

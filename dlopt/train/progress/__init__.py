@@ -1,0 +1,1 @@
+"""What the driver shows of a run, from the files that training writes."""

@@ -1,0 +1,1 @@
+"""What is seen of training while it runs: health, speed, logs, whether it moves."""
