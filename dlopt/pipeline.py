@@ -197,6 +197,7 @@ def as_yaml(job: Job) -> str:
 def _write_run(folder: Path, job: Job, artifacts: dict[str, Artifact], folds: list[Artifact], made: dict[str, float]) -> None:
     """job.yaml, report.html and run.json, which makes it a run, last."""
     from dlopt.report import page
+    from dlopt.report.importance import importance
     from dlopt.report.samples import samples
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -210,6 +211,7 @@ def _write_run(folder: Path, job: Job, artifacts: dict[str, Artifact], folds: li
         model=artifacts["model"],
         exports={name.removeprefix("export."): found for name, found in artifacts.items() if name.startswith("export.")},
         samples=samples(artifacts["data"], job.fit),
+        importance=importance(artifacts["model"], artifacts["data"]),
         folds=[fold.info["metrics"]["validation"] for fold in folds],
     )
     record = {

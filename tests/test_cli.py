@@ -102,7 +102,7 @@ def test_schema_is_json_schema_with_a_text_for_every_field(capsys: pytest.Captur
         ("augment=[{kind: random_crop}]", "augment.0: there is no image among data.inputs for random_crop"),
         ("export=[{kind: onnx},{kind: onnx}]", "export: one kind is there twice"),
         ("train", "'train': an override is written a.b=value"),
-        ("train.=3", "'train.': an override is written a.b=value"),
+        ("train.=3", "'train.=3': an override is written a.b=value"),
     ],
 )
 def test_a_mistake_in_a_job_is_one_line_that_names_the_field(

@@ -61,7 +61,7 @@ class Run(runs.Outcome):
 
     @property
     def predictions(self) -> Any:
-        """What the model said of every row of the test split, as a pyarrow Table (see dlopt/train/measure/evaluate.py). Raises DloptError."""
+        """What the model said of every row of the test split, as a Table (see dlopt/train/measure/evaluate.py). Raises DloptError."""
         import pyarrow.parquet as pq
 
         model = self._artifact("model")
@@ -72,7 +72,7 @@ class Run(runs.Outcome):
     @cached_property
     def model(self) -> Network:
         """The trained network in torch, in eval mode: {name: tensor} as prepared data have them, to logits or numbers."""
-        from dlopt.export.onnx import trained_network
+        from dlopt.train.start import trained_network
 
         return trained_network(self._artifact("model"), self._artifact("data"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ MOST_COLUMNS = 40
 MOST_LETTERS = 400
 """Of a text, so many are shown."""
 MISSING, UNKNOWN = "missing", "unknown"
+WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 MOST_CLASSES, EXAMPLES, LOOKED_AT = 20, 8, 8
 """Image examples: so many of at most so many classes, found in at most so many row groups."""
 
@@ -44,7 +46,7 @@ class Column(NamedTuple):
 
 def columns(signature: Signature) -> list[Column]:
     """The columns of `cells`; images are pictures and no cells."""
-    return [Column(name, feature.kind in ("number", "date")) for feature in signature.inputs for name in _columns(feature)]
+    return [Column(name, feature.kind == "number") for feature in signature.inputs for name in _columns(feature)]
 
 
 def cells(signature: Signature, rows: Rows) -> list[list[str]]:
@@ -85,13 +87,30 @@ def _first_rows(data: Artifact) -> Rows:
 def _columns(feature: Feature) -> Sequence[str]:
     if feature.kind == "image":
         return ()
-    if feature.kind == "date":
-        return [f"{column} {part}" for column in feature.columns for part in feature.parts]
     return [" + ".join(feature.columns)] if feature.kind == "text" else feature.columns
 
 
 def _numbers(feature: Feature, values: np.ndarray) -> list[list[str]]:
+    values = values + np.array(feature.offsets) if feature.offsets else values
     return [[MISSING if value != value else figure(value, 6) for value in row] for row in values.tolist()]
+
+
+def _dates(feature: Feature, values: np.ndarray) -> list[list[str]]:
+    """A date a column, of the parts that the model sees: 2026-11-24 08:30 where they make one, else each part by its name."""
+    values = (values + np.array(feature.offsets) if feature.offsets else values).reshape(len(values), len(feature.columns), -1)
+    return [[_date(dict(zip(feature.parts, parts, strict=True))) for parts in row] for row in values.tolist()]
+
+
+def _date(parts: dict[str, float]) -> str:
+    if any(value != value for value in parts.values()):
+        return MISSING
+    if "days" in parts:
+        return f"{datetime(1970, 1, 1, tzinfo=UTC) + timedelta(days=parts['days']):%Y-%m-%d %H:%M}".removesuffix(" 00:00")
+    whole = {name: round(value) for name, value in parts.items()}
+    if {"year", "month", "day"} <= set(whole):
+        day = f"{whole['year']}-{whole['month']:02}-{whole['day']:02}"
+        return f"{day} {whole['hour']:02}:{whole.get('minute', 0):02}" if "hour" in whole else day
+    return ", ".join(f"{name} {WEEKDAYS[value] if name == 'weekday' else value}" for name, value in whole.items())
 
 
 def _categories(feature: Feature, codes: np.ndarray) -> list[list[str]]:
@@ -125,7 +144,7 @@ JOINED: dict[str, Callable[[list[str]], str]] = {"ByteLevel": _from_bytes, "Spli
 """How tokens make a text, where it is not words with blanks between them."""
 CELLS: dict[str, Callable[[Feature, np.ndarray], list[list[str]]]] = {
     "number": _numbers,
-    "date": _numbers,
+    "date": _dates,
     "category": _categories,
     "text": _texts,
 }
