@@ -14,9 +14,9 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"sklearn"},
+    {"sklearn", "docs"},
     {"api"},
-    {"submit", "terminal", "docs"},
+    {"submit", "terminal"},
     {"pipeline", "fields"},
     {"spec"},
     {"export", "serve", "report"},

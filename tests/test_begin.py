@@ -85,7 +85,7 @@ def test_what_cannot_be_begun_says_why(tmp_path: Path) -> None:
     path.write_text("a,b,c\n" + "".join(f"{row % 5},{'xy'[row % 2]},k{row if row < 3 else 9}\n" for row in range(60)))
     with pytest.raises(DloptError, match=r"^--target: classes of 'c' have fewer than 3 rows \(k0, k1, k2\), too few for three splits"):
         begin(Csv(path=str(path)), ["c"])
-    path.write_text("a,b\n" + "".join(f"{row},{'' if row % 2 else row * 2.5}\n" for row in range(60)))
+    path.write_text("a,b\n" + "".join(f"{row % 13},{'' if row % 2 else row * 2.5}\n" for row in range(60)))
     assert begin(Csv(path=str(path)), ["b"]).job["data"]["clean"] == [{"kind": "drop_missing", "columns": ["b"]}]
 
 

@@ -112,7 +112,7 @@ def rows_of(data: Any, signature: Signature) -> Sequence[Any]:
 
 
 def _is_columns(data: Mapping[Any, Any]) -> bool:
-    return all(isinstance(values, (list, tuple, np.ndarray)) for values in data.values())
+    return all(isinstance(values, (list, tuple)) or (hasattr(values, "__array__") and np.ndim(values)) for values in data.values())
 
 
 def _values(kind: str, name: str, column: pa.ChunkedArray) -> list[Any]:

@@ -21,7 +21,7 @@ COMMANDS = (init, run, check, explain, profile, schedule, batch, serve, submit, 
 EPILOG = """the first steps:
   dlopt init data.csv --target late -o job.yaml   write a job
   dlopt run job.yaml                              train, export, report
-  dlopt serve job                                 try it in a browser
+  dlopt serve data                                try it in a browser
 
 dlopt COMMAND --help has examples of each; dlopt docs opens the pages."""
 

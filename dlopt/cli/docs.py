@@ -9,7 +9,7 @@ from typing import Any
 from dlopt.cli.options import command
 
 EXAMPLES = """
-  dlopt docs                 opens the pages in a browser
+  dlopt docs                 opens the pages in a browser, until Ctrl-C
   dlopt docs tables          shows a page here
   dlopt docs -o site         builds the pages into a folder
 """
@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
 
 def _docs(options: argparse.Namespace) -> None:
     from dlopt.cli import make_parser
-    from dlopt.docs import build, folder_of_pages, show
+    from dlopt.docs import build, folder_of_pages, serve, show
 
     commands = {name: parser.format_help() for name, parser in make_parser().commands.items()}
 
@@ -33,8 +33,4 @@ def _docs(options: argparse.Namespace) -> None:
     elif options.output:
         print(build(options.output, commands))
     else:
-        import webbrowser
-
-        page = build(folder_of_pages(), commands) / "index.html"
-        print(page)
-        webbrowser.open(page.as_uri())
+        serve(build(folder_of_pages(), commands))

@@ -6,7 +6,10 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import webbrowser
 from collections.abc import Mapping
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from dlopt.artifact import versions
@@ -48,6 +51,17 @@ def build(out: Path, commands: Mapping[str, str]) -> Path:
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(Path(folder) / "site", out)
     return out
+
+
+def serve(site: Path) -> None:
+    """Open the pages in a browser, from a server on this machine alone, without which a browser would not search them; until Ctrl-C."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        handler.func.log_message = lambda *_: None  # type: ignore[method-assign]
+        url = f"http://127.0.0.1:{server.server_port}/"
+        print(f"{url}   Ctrl-C ends it", flush=True)
+        webbrowser.open(url)
+        server.serve_forever()
 
 
 def show(name: str) -> None:

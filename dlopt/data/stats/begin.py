@@ -31,6 +31,8 @@ FEWEST = 10
 """Rows without which there are no three splits."""
 STEPS = 2000
 """About how many steps a first training has at most; early stopping ends it sooner."""
+PATH = "path"
+"""The column of folders CLASS/FILE that says where a row is."""
 SCHEMA = "dlopt.schema.json"
 
 
@@ -62,7 +64,8 @@ class Beginning:
 
 def begin(source: Source, targets: Sequence[str], name: str | None = None, rows: int = ROWS) -> Beginning:
     """From the first rows of a source, without Ray. Raises DloptError when there is nothing to learn in them."""
-    kinds = kinds_of(source, targets, rows)
+    hidden = (PATH,) if isinstance(source, FOLDERS) else ()
+    kinds = {column: kind for column, kind in kinds_of(source, targets, rows).items() if column not in hidden}
     table = source.peek(rows)
     table = source.meaning().canonical(table, [column for column, kind in kinds.items() if kind in ("category", "text", "multi_label")])
     there = dict(zip(table.column_names, table.columns, strict=True))
@@ -108,7 +111,7 @@ def _problems(
     if not used:
         why = "; ".join(f"{column}: {what}" for column, what in left_out.items()) or "there is no other column"
         yield f"--target: nothing is left to predict {targets[0]!r} from: {why}"
-    rare = [name for name, count in counts.items() if name and count < 3]
+    rare = sorted(name for name, count in counts.items() if name and count < 3)
     if rare:
         few = f"{', '.join(rare[:5])}{', ...' if len(rare) > 5 else ''}"
         yield f"--target: classes of {targets[0]!r} have fewer than 3 rows ({few}), too few for three splits: drop or join them"
@@ -122,7 +125,9 @@ def plain_name(text: str) -> str:
 
 def _by_folder(source: Source) -> Counter[str]:
     """Of folders CLASS/FILE, of which a look sees few: files by class."""
-    return Counter(file.inside.partition("/")[0] for file in source.listed().files) if isinstance(source, FOLDERS) else Counter()
+    if not isinstance(source, FOLDERS):
+        return Counter()
+    return Counter(inside.partition("/")[0] for inside in source.listed().files["inside"].to_pylist())
 
 
 def _left_out(source: Source, summary: Summary, targets: Sequence[str], findings: Sequence[guard.Finding]) -> dict[str, str]:
