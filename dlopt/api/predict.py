@@ -19,8 +19,8 @@ from dlopt.data.encode import encode_rows
 from dlopt.data.sources.memory import table_of
 from dlopt.data.types.values import doubles
 from dlopt.part import DloptError, Signature
-from dlopt.serve import protocols
-from dlopt.serve.replica import Predictor
+from dlopt.serve.exchange import Answer, decisions
+from dlopt.serve.model import Predictor
 
 ROWS = 2048
 """Rows that are decoded at a time."""
@@ -60,10 +60,10 @@ class Model:
         """A DataFrame for a DataFrame (pandas or polars, with pandas' index) and a Table for a Table, with a column for what is
         predicted and one for each probability; for rows, images and arrays a list, as the server's predictions are."""
         outputs, target = self.outputs(data), self.signature.target
-        decided = protocols.decisions(target, outputs)
+        decided = decisions(target, outputs)
         shape = _frame_of(data)
         if shape is None:
-            return protocols.rows_of(protocols.columns_of(target, outputs, decided))
+            return _by_row(Answer(target, outputs, decided).columns())
         labels, numbers = target.labels, outputs.T
         if target.kind == "number":
             return shape(dict(zip(target.columns, numbers, strict=True)))
@@ -72,6 +72,13 @@ class Model:
             return shape({"labels": [[labels[index] for index in row] for row in decided], **chances})
         best = [index for (index,) in decided]
         return shape({"label": [labels[index] for index in best], "probability": outputs[np.arange(len(best)), best], **chances})
+
+
+def _by_row(columns: dict[str, list[Any]]) -> list[Any]:
+    """A row's prediction each; of a lone number the bare values."""
+    if len(columns) == 1:
+        return next(iter(columns.values()))
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _counted(said: str, start: int) -> str:
