@@ -53,11 +53,16 @@ def build(out: Path, commands: Mapping[str, str]) -> Path:
     return out
 
 
+class _Quiet(SimpleHTTPRequestHandler):
+    """One that says nothing of requests."""
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
 def serve(site: Path) -> None:
     """Open the pages in a browser, from a server on this machine alone, without which a browser would not search them; until Ctrl-C."""
-    handler = partial(SimpleHTTPRequestHandler, directory=str(site))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        handler.func.log_message = lambda *_: None  # type: ignore[method-assign]
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(site))) as server:
         url = f"http://127.0.0.1:{server.server_port}/"
         print(f"{url}   Ctrl-C ends it", flush=True)
         webbrowser.open(url)
