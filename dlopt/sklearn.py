@@ -64,19 +64,19 @@ class _Estimator(BaseEstimator):
         return self
 
     def _run(self, job: dict[str, Any], columns: dict[str, Any]) -> None:
-        from dlopt import api
+        from dlopt.api.running import run
         from dlopt.runs import exported
 
         with ExitStack() as stack:
             home = self.home or stack.enter_context(tempfile.TemporaryDirectory(prefix="dlopt-"))
             try:
-                run = api.run(job, data=columns, home=home, progress=None if self.verbose else False)
+                done = run(job, data=columns, home=home, progress=None if self.verbose else False)
             except DloptError as error:
                 raise FitError(str(error)) from None
-            _, export = exported(run.folder)
+            _, export = exported(done.folder)
             self.signature_ = export.read("signature.json").decode()
             self.onnx_ = export.read("model.onnx")
-            self.run_ = str(run.folder) if self.home else None
+            self.run_ = str(done.folder) if self.home else None
         self.__dict__.pop("_model", None)
 
     def _outputs(self, X: Any) -> np.ndarray:
@@ -109,11 +109,11 @@ class _Estimator(BaseEstimator):
 
     def _inputs(self, columns: dict[str, Any], goal: Any) -> list[dict[str, Any]]:
         """What the columns of a DataFrame seem to be."""
-        from dlopt import api
+        from dlopt.api.begun import begin
 
         with tempfile.TemporaryDirectory(prefix="dlopt-") as home:
             try:
-                job = api.begin({**columns, TARGET: goal}, TARGET, home=home).job
+                job = begin({**columns, TARGET: goal}, TARGET, home=home).job
             except DloptError as error:
                 raise FitError(str(error)) from None
         return [part.model_dump(mode="json", exclude_unset=True) | {"kind": part.kind} for part in job.data.inputs]

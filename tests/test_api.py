@@ -54,6 +54,16 @@ def test_a_name_that_is_not_used_costs_nothing() -> None:
         assert getattr(dlopt, name).__doc__
 
 
+def test_a_run_is_loaded_and_asked_without_torch_and_ray(run: dlopt.Run) -> None:
+    code = f"""
+import sys, dlopt
+run = dlopt.load({str(run.folder)!r})
+print(run.predict([{{"number": 3.5, "town": "Oslo"}}])[0]["label"], [n for n in ("torch", "ray", "matplotlib") if n in sys.modules])
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.split(None, 1)[1] == "[]\n"
+
+
 def test_predictions_are_those_of_the_run(run: dlopt.Run) -> None:
     """Of the test split, whose rows are found by their number, to the last digits of float32; onnxruntime against torch."""
     from dlopt.data.prepared import Split
@@ -114,7 +124,10 @@ def test_a_run_shows_itself_and_gives_away_its_model(run: dlopt.Run, tmp_path: P
         ({"job": JOB, "data": 7}, "from_data: a int is no table: give a Table, a DataFrame, a dict of arrays or a list of dicts"),
         ({"data": columns(), "target": "lat"}, "--target: there is no column 'lat'; the columns are number, town, late"),
         ({"data": columns(), "target": ()}, "--target: name the column to predict; the columns are number, town, late"),
-        ({"data": {"a": [1] * 20, "b": ["x", "y"] * 10}, "target": "b"}, "--target: nothing is left to predict 'b' from: a: constant"),
+        (
+            {"data": {"a": [1] * 20, "b": ["x", "y"] * 10}, "target": "b"},
+            "--target: nothing is left to predict 'b' from: a: it is the same in every row",
+        ),
         ({"data": columns(8), "target": "late"}, "--target: 'late' has 8 rows with a value: there is nothing to learn from so few"),
     ],
 )
@@ -161,7 +174,7 @@ def test_images_of_every_kind_are_rows(tmp_path: Path) -> None:
     signature = Signature(inputs=(feature,), target=Target(name="label", labels=("a", "b")))
     pixels = np.arange(18, dtype=np.uint8).reshape(2, 3, 3)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    from dlopt.data.encode import encode_rows
+    from dlopt.data.kinds import encode_rows
 
     for data in (pixels[None], [pixels], [Image.fromarray(pixels)], [tmp_path / "a.png"], [(tmp_path / "a.png").read_bytes()]):
         np.testing.assert_array_equal(encode_rows(signature, rows_of(data, signature))["image"][0], pixels)

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
+from dlopt.api.home import home_of
 from dlopt.data.sources import Source, from_data
 from dlopt.data.stats.guess import source_of
 from dlopt.disk import HELD
-from dlopt.part import DloptError, Part
-
-
-def home_of(home: str | Path | None) -> Path:
-    """The folder of runs: what is given, else $DLOPT_HOME, else `runs`. Raises DloptError for what is no path."""
-    if home is not None and not isinstance(home, (str, os.PathLike)):
-        raise DloptError(f"home: must be a path, not {type(home).__name__}")
-    return Path(home or os.environ.get("DLOPT_HOME") or "runs").expanduser()
+from dlopt.part import Part
 
 
 def source_from(data: Any, home: str | Path | None) -> Source:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from dlopt.artifact import Artifact
-from dlopt.data.encode import encode_rows
+from dlopt.data.kinds import encode_rows
 from dlopt.data.sources.memory import table_of
 from dlopt.data.types.values import doubles
 from dlopt.part import DloptError, Signature

@@ -12,14 +12,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dlopt import runs, spec
-from dlopt.api.data import home_of, source_from
+from dlopt import runs
+from dlopt.api.home import home_of
 from dlopt.api.notebook import shown
 from dlopt.api.page import Page
 from dlopt.artifact import Artifact
 from dlopt.part import DloptError, Signature
 from dlopt.progress import Progress
-from dlopt.spec import Job
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from dlopt.api.predict import Model
     from dlopt.api.server import Server
     from dlopt.models import Network
+    from dlopt.spec import Job
 
 
 class Run(runs.Outcome):
@@ -40,6 +40,8 @@ class Run(runs.Outcome):
     @property
     def job(self) -> Job:
         """The job that was run, with all its defaults."""
+        from dlopt import spec
+
         return spec.load(self.folder / runs.JOB)
 
     @cached_property
@@ -162,6 +164,10 @@ def job_from(
     overrides: Mapping[str, Any],
 ) -> Job:
     """One of a file, of dicts, of a Job, or begun from data. Raises DloptError."""
+    from dlopt import spec
+    from dlopt.api.data import source_from
+    from dlopt.spec import Job
+
     if job is None:
         from dlopt.api.begun import begin
 

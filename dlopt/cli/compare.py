@@ -24,6 +24,6 @@ def add(commands: Any) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from dlopt import api
+    from dlopt.api.comparing import compare
 
-    print(api.compare(options.run, options.output, home=options.home).path)
+    print(compare(options.run, options.output, home=options.home).path)

@@ -38,9 +38,9 @@ def add(commands: Any) -> None:
 
 
 def _init(options: argparse.Namespace) -> None:
-    from dlopt import api
+    from dlopt.api.begun import begin
 
-    begun = api.begin(options.source, options.target, name=options.name, rows=options.rows)
+    begun = begin(options.source, options.target, name=options.name, rows=options.rows)
     if options.output is None:
         print(begun.text, end="")
         return

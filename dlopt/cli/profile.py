@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
 
 def _profile(options: argparse.Namespace) -> None:
     set_ray_environment(options)
-    from dlopt.api import profile
+    from dlopt.api.profiles import profile
     from dlopt.terminal import Terminal, print_profile
 
     with Terminal(options.source) as terminal:

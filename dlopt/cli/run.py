@@ -58,7 +58,8 @@ def add(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     set_ray_environment(options)
-    from dlopt import api, spec
+    from dlopt import spec
+    from dlopt.api.running import run
     from dlopt.terminal import Terminal
 
     job = spec.load(options.job, [*options.overrides, *(["resources.profile=true"] if options.profile else [])])
@@ -68,7 +69,7 @@ def _run(options: argparse.Namespace) -> None:
         track = (*job.resources.track, Prometheus(port=options.metrics_port))
         job = job.model_copy(update={"resources": job.resources.model_copy(update={"track": track})})
     with Terminal(job.name) as terminal:
-        done = api.run(job, home=options.home, address=options.address, fresh=options.fresh, progress=terminal.progress)
+        done = run(job, home=options.home, address=options.address, fresh=options.fresh, progress=terminal.progress)
         terminal.summary(done)
     told = {"run": str(done.folder), "name": done.name, "metrics": done.metrics, "seconds": done.seconds}
     print(json.dumps(told | ({"spread": done.spread} if done.spread else {})) if options.json else done.folder)

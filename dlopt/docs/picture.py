@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-from dlopt import api
+from dlopt.api.running import load
 from dlopt.docs import PAGES
 
 COLOURS = {"ink": "#1b1f24", "quiet": "#5b6470", "line": "#d5dae1", "accent": "#2457d6", "second": "#b4530a", "alarm": "#b3261e"}
@@ -34,4 +34,4 @@ def picture(report: str) -> str:
 
 
 if __name__ == "__main__":
-    (PAGES / "curves.svg").write_text(picture(Path(api.load(sys.argv[1]).report).read_text()))
+    (PAGES / "curves.svg").write_text(picture(Path(load(sys.argv[1]).report).read_text()))

@@ -59,10 +59,10 @@ def importance(model: Artifact, data: Artifact) -> Importance | None:
 
 def _columns(feature: Feature) -> Iterator[tuple[str, slice]]:
     """Each column of an input, and where its numbers are; an image and a text are one."""
-    if feature.kind in ("image", "text"):
+    if feature.holds in ("pixels", "tokens") or feature.is_vector:
         yield feature.name, slice(None)
         return
-    width = len(feature.parts) if feature.kind == "date" else 1
+    width = feature.size // len(feature.columns)
     for place, name in enumerate(feature.columns):
         yield name, slice(place * width, (place + 1) * width)
 

@@ -11,17 +11,23 @@ from typing import Any
 import pyarrow as pa
 import yaml
 
-from dlopt.data.encode import image_shape
+from dlopt.data.kinds import kinds
+from dlopt.data.kinds.pixels import image_shape
 from dlopt.data.sources import Source
 from dlopt.data.stats import guard
+from dlopt.data.stats.column import Column
 from dlopt.data.stats.guess import FOLDERS, kinds_of, name_of
-from dlopt.data.stats.summary import Column, Summary, summarise
+from dlopt.data.stats.summary import Summary, summarise
 from dlopt.part import DloptError
 
 ROWS = 20_000
 """First rows that are looked at."""
-NO_INPUT = ("identifier", "constant", "leak")
-"""What the guard finds of columns that are no inputs."""
+NO_INPUT = {
+    "identifier": "it identifies rows, differing in every one",
+    "constant": "it is the same in every row",
+    "leak": "it says the target all by itself",
+}
+"""What the guard finds of columns that are no inputs, in words."""
 NESTED = "lists and objects are no input: make columns of what is in them"
 MISSING = 0.9
 """A column with more missing values than this is left out."""
@@ -65,11 +71,11 @@ class Beginning:
 def begin(source: Source, targets: Sequence[str], name: str | None = None, rows: int = ROWS) -> Beginning:
     """From the first rows of a source, without Ray. Raises DloptError when there is nothing to learn in them."""
     hidden = (PATH,) if isinstance(source, FOLDERS) else ()
-    kinds = {column: kind for column, kind in kinds_of(source, targets, rows).items() if column not in hidden}
+    looks = {column: kind for column, kind in kinds_of(source, targets, rows).items() if column not in hidden}
     table = source.peek(rows)
-    table = source.meaning().canonical(table, [column for column, kind in kinds.items() if kind in ("category", "text", "multi_label")])
+    table = source.meaning().canonical(table, [column for column, kind in looks.items() if kind in ("category", "text", "multi_label")])
     there = dict(zip(table.column_names, table.columns, strict=True))
-    summary = summarise({column: there.get(column, pa.nulls(len(table))) for column in kinds}, kinds, targets)
+    summary = summarise({column: there.get(column, pa.nulls(len(table))) for column in looks}, looks, targets)
     looked = f"its first {len(table):,} rows" if len(table) == rows else f"its {len(table):,} rows"
     found = job_of(source, summary, targets, guard.findings({guard.WHOLE: summary}, targets), name)
     for problem in found.problems:
@@ -132,10 +138,10 @@ def _by_folder(source: Source) -> Counter[str]:
 
 def _left_out(source: Source, summary: Summary, targets: Sequence[str], findings: Sequence[guard.Finding]) -> dict[str, str]:
     """Columns that are no inputs, and why."""
-    found = {finding.column: finding.what for finding in findings if finding.what in NO_INPUT and finding.column not in targets}
+    found = {one.column: NO_INPUT[one.what] for one in findings if one.what in NO_INPUT and one.column not in targets}
     for field in source.peek(1).schema:
         column = summary.columns.get(field.name)
-        if column and column.kind != "image" and pa.types.is_nested(field.type) and field.name not in targets:
+        if column and not kinds[column.kind].nested and pa.types.is_nested(field.type) and field.name not in targets:
             found[field.name] = NESTED
     for name, known in summary.columns.items():
         if name not in targets and name not in found and known.rows and known.missing > MISSING * known.rows:
@@ -144,12 +150,9 @@ def _left_out(source: Source, summary: Summary, targets: Sequence[str], findings
 
 
 def _inputs(source: Source, used: Mapping[str, Column]) -> list[dict[str, Any]]:
-    kinds = {name: "category" if column.kind == "number" and column.distinct <= 2 else column.kind for name, column in used.items()}
-    together = {kind: [name for name, its in kinds.items() if its == kind] for kind in ("number", "category", "date")}
-    inputs: list[dict[str, Any]] = [{"kind": kind, "columns": names} for kind, names in together.items() if names]
-    texts = [name for name, kind in kinds.items() if kind == "text"]
-    inputs += [{"kind": "text", **({"name": name} if len(texts) > 1 else {}), "column": name} for name in texts]
-    return inputs + [{"kind": "image", "column": name, **_size(source, name)} for name, kind in kinds.items() if kind == "image"]
+    meant = {name: "category" if column.kind == "number" and column.distinct <= 2 else column.kind for name, column in used.items()}
+    begun = [line for kind, part in kinds.items() for line in part.begun(kind, [name for name, its in meant.items() if its == kind])]
+    return [line | (_size(source, line["column"]) if kinds[line["kind"]].holds == "pixels" else {}) for line in begun]
 
 
 def _size(source: Source, column: str) -> dict[str, Any]:
