@@ -38,7 +38,14 @@ def pieces_of(folder: Path, count: int, rows: int, seed: int = 0) -> tuple[list[
         high[: size // 3] = np.sort(generator.integers(0, 50, size // 3).astype(np.uint64) << np.uint64(58))
         high.sort()
         low, tie = generator.integers(0, 3, size).astype(np.uint64), generator.permutation(size).astype(np.uint64)
-        table = pa.table({"value": [f"{number}.{row}" for row in range(size)], HIGH: high, LOW: low, TIE: tie + np.uint64(1000 * number)})
+        table = pa.table(
+            {
+                "value": pa.array([f"{number}.{row}" for row in range(size)], pa.string()),
+                HIGH: high,
+                LOW: low,
+                TIE: tie + np.uint64(1000 * number),
+            }
+        )
         files.append((write_rows(table, folder), number % 3))
         tables.append(table.append_column(ORIGIN, pa.array(np.full(size, number % 3, np.int8))))
     return files, pa.concat_tables(tables)

@@ -31,7 +31,9 @@ from dlopt.data.kinds.number import QUARTILES, Bound, GroupMedian, in_units
 from dlopt.data.kinds.targets import MOST_LABELS
 from dlopt.data.section import Data
 from dlopt.data.sources import Source
+from dlopt.data.stats import guard
 from dlopt.data.stats.describe import describe
+from dlopt.data.stats.pairwise import merged
 from dlopt.data.stats.repeats import names_of
 from dlopt.data.table import passes
 from dlopt.data.table.account import account, bad_rows, refuse_bad, refuse_dropped, refuse_unlearnable, too_bad
@@ -71,8 +73,8 @@ def peek(section: Data) -> Signature:
 
 
 def prepare(section: Data, out: Path, *, progress: Progress = silent) -> dict[str, Any]:
-    """Fill `out` with train/, validation/, test/ and quarantine/ parquet, signature.json, statistics.json and profile.json;
-    returns the counts."""
+    """Fill `out` with train/, validation/, test/ and quarantine/ parquet, signature.json, statistics.json and, if it is
+    asked for, profile.json; returns the counts."""
     data_context(preserve_order=True, reserve=False)
     clock, spill = _Clock(), out / SPILL
     features, whole = _look(section, progress)
@@ -118,10 +120,14 @@ def arrange(
     write_atomically(out / "signature.json", signature.model_dump_json(indent=1))
     write_atomically(out / "statistics.json", json.dumps({name: found.model_dump() for name, found in statistics.items()}, indent=1))
     across = {name: (seen.across[name], chance) for name, chance in seen.by_chance([name for name in read if name != "source"]).items()}
-    described = describe(seen.profile, _target_columns(plan.target), across, section.split_by)
-    described["warnings"] += [*_unheld(read), *plan.warnings]
-    write_atomically(out / "profile.json", json.dumps(described))
-    return account(plan, read, seen, described["warnings"], clock.seconds)
+    if section.profile:
+        described = describe(seen.profile, _target_columns(plan.target), across, section.split_by)
+        warnings = described["warnings"] = [*described["warnings"], *_unheld(read), *plan.warnings]
+        write_atomically(out / "profile.json", json.dumps(described))
+    else:
+        leaks = [guard.duplicates(split, *counts, None) for split, counts in across.items()]
+        warnings = [*(leak.text for leak in leaks if leak), *_unheld(read), *plan.warnings]
+    return account(plan, read, seen, warnings, clock.seconds)
 
 
 PREPARE = Stage("data", prepare, version=3)
@@ -199,14 +205,16 @@ def _read(section: Data, spills: dict[str, Spill], quarantine: Path, progress: P
         with _saying(f"data.{name}"):
             for row in source.read([*section.columns, PATH]).map_batches(spills[name], batch_format="pyarrow", batch_size=None).iter_rows():
                 read[name].add(from_json(row["piece"]))
-                if hopeless := bad_rows(read) > section.most_bad * most or len(read[name].labels) > MOST_LABELS:
+                rows = sum(some.read for some in read.values())
+                bad = bad_rows(read)
+                if hopeless := (bad > section.most_bad * most and rows < most) or len(read[name].labels) > MOST_LABELS:
                     break
                 if time.monotonic() - said > SAY_SECONDS:
                     said = time.monotonic()
                     progress("prepare", None, f"data.{name}: {read[name].read:,} rows read")
         if hopeless:
-            section.target.target(read[name].labels)  # which says if they are too many
-            bad, rows = bad_rows(read), sum(some.read for some in read.values())
+            if len(read[name].labels) > MOST_LABELS:
+                section.target.target(read[name].labels)  # which says so
             _keep_quarantine(read, quarantine)
             raise too_bad(section, read, quarantine, f"{bad:,} of the first {rows:,} rows, of at most {most:,}, cannot be read (")
         if not read[name].read:
@@ -302,10 +310,7 @@ class _Ranges:
 
     def merged(self, task: Callable[..., Any], doing: str) -> Any:
         """All that is found, merged in the order of the ranges; None when nothing is."""
-        total = None
-        for found in self.each(task, doing):
-            total = found if total is None else total if found is None else total.merge(found)
-        return total
+        return merged(found for found in self.each(task, doing) if found is not None)
 
 
 def _one_by_one(task: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:

@@ -231,13 +231,6 @@ def prepared_columns(
     return columns, kinds | dict.fromkeys(target.columns, "number"), target.columns
 
 
-def merge(*parts: Summary) -> Summary:
-    """Summary of all parts together. They are merged in pairs, in their order, so that errors grow with log2(parts) only."""
-    while len(parts) > 1:
-        parts = tuple(parts[i].merge(parts[i + 1]) if i + 1 < len(parts) else parts[i] for i in range(0, len(parts), 2))
-    return parts[0]
-
-
 def cardinality(registers: np.ndarray) -> float:
     """Estimate of how many different values were hashed into the registers of a HyperLogLog.
 

@@ -59,7 +59,7 @@ class Observed:
     target: Moments | None
     """And of a target of numbers."""
     profile: dict[str, Summary]
-    """What each split that has rows looks like, for the profile and the warnings."""
+    """What each split that has rows looks like, for the profile and the warnings; nothing where the job asks for none."""
 
     def by_chance(self, given: Collection[str]) -> dict[str, float]:
         """How many rows of validation and test may equal one of train though nobody copied them. given: splits that come from a source
@@ -112,7 +112,7 @@ def observe(plan: Plan, number: int) -> Observed:
         repeats(found.table, plan.features, kept, found.keys[kept]) if leaks else None,
         inputs,
         target,
-        {name: _summary(plan, rows, name == "train") for name, rows in splits.items()},
+        {name: _summary(plan, rows, name == "train") for name, rows in splits.items()} if plan.section.profile else {},
     )
 
 

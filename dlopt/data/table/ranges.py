@@ -33,7 +33,8 @@ Run = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
 
 def in_ranges(pieces: Sequence[Sorted], power: int, folder: Path, run: Run) -> list[str]:
     """The files of 2**power ranges, of pieces of which there is at least one. run: works on tasks; results in their order."""
-    bins, bits = [list(pieces)], 0
+    bins: list[Sequence[Sorted]] = [pieces]
+    bits = 0
     while bits < power and max(map(len, bins)) > MOST_OPEN:
         step = min(BITS, power - bits)
         groups = [(number, some[start : start + MOST_OPEN]) for number, some in enumerate(bins) for start in range(0, len(some), MOST_OPEN)]
