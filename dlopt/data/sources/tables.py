@@ -119,12 +119,14 @@ def _batches_of(parquet: pq.ParquetFile, piece: Piece, columns: Sequence[str] | 
     chosen = [field for field in schema if wanted is None or field.name in wanted]
     if any(not is_fixed_width(field.type) for field in chosen):
         batch = min(batch, BATCH_ROWS)
-    some: list[pa.RecordBatch] = []
-    for one in parquet.iter_batches(batch, row_groups=groups, columns=wanted and [field.name for field in chosen], use_threads=False):
+    names = None if wanted is None else [field.name for field in chosen]
+    some, held = list[pa.RecordBatch](), 0
+    for one in parquet.iter_batches(batch, row_groups=groups, columns=names, use_threads=False):
         some.append(one)
-        if sum(part.nbytes for part in some) >= MAX_BLOCK:
+        held += one.nbytes
+        if held >= MAX_BLOCK:
             yield pa.Table.from_batches(some)
-            some = []
+            some, held = [], 0
     if some:
         yield pa.Table.from_batches(some)
 
