@@ -15,7 +15,6 @@ import pytest
 
 from dlopt.data.count import most_rows
 from dlopt.data.kinds import CategoryInput, CategoryTarget, DateInput, NumberInput, TextInput
-from dlopt.data.prepare import meant
 from dlopt.data.stats import guard, guess
 from dlopt.data.stats.describe import describe
 from dlopt.data.stats.summary import summarise
@@ -121,7 +120,7 @@ def goes_on(case: Hostile, tables: list[pa.Table], folder: Path) -> None:
     if not parts:
         return
     section = section_of(*parts, target=CategoryTarget(column=LABEL))
-    features = tuple(meant(part.feature(case.source.peek(64)), meaning) for part in section.inputs)
+    features = tuple(part.meant(part.feature(case.source.peek(64)), meaning) for part in section.inputs)
     first_pass = Spill(section, features, False, str(folder), meaning)
     pieces = [from_json(text) for said in first_pass(table) for text in said["piece"]]
     assert sum(piece.read for piece in pieces) == len(table)
