@@ -274,15 +274,9 @@ def _schema(options: argparse.Namespace) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    import yaml
+    from dlopt.serve.start import found, serve
 
-    from dlopt import runs
-    from dlopt.serve import Serve
-    from dlopt.serve.start import serve
-
-    folder = runs.find(options.run, options.home)
-    name, export = runs.exported(folder)
-    section = Serve.model_validate(yaml.safe_load((folder / runs.JOB).read_text())["serve"])
+    name, export, section = found(options.run, options.home)
     serve(
         export,
         name,

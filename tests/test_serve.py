@@ -492,6 +492,35 @@ def test_on_another_cluster_it_deletes_only_its_own(export: Artifact, cluster_ad
     assert not any(path.exists() for path in folder)
 
 
+@pytest.mark.slow
+def test_the_builder_that_ray_knows_is_enough(tmp_path: Path, cluster_address: str) -> None:
+    """As `serve run dlopt.serve:app run=... keys=...` does: nothing of ours but the import path."""
+    from ray import serve
+
+    from dlopt.serve import app as builder
+
+    export = make_export(tmp_path)
+    (tmp_path / "a").mkdir()
+    record = {"name": "digits", "created": "2026", "artifacts": {"export.onnx": os.path.relpath(export.path, tmp_path / "a")}}
+    (tmp_path / "a" / "run.json").write_text(json.dumps(record))
+    (tmp_path / "a" / "job.yaml").write_text("serve: {}")
+    (tmp_path / "keys").write_text(KEY)
+    for arguments, said in (({"run": "digits", "keys": "none", "ports": "1"}, "ports: "), ({"run": "digits"}, "keys: ")):
+        with pytest.raises(DloptError, match=f"^dlopt.serve:app: {said}.*it takes run=, home= and keys="):
+            builder(arguments)
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.run(builder({"run": "digits", "home": str(tmp_path), "keys": str(tmp_path / "keys")}), name="built", route_prefix="/digits")
+    try:
+        port = int(serve.status().proxies and port)
+        url = f"http://127.0.0.1:{port}/digits{PREDICT}"
+        assert CLIENT.post(url, json=BLACK).status_code == 401
+        reply = CLIENT.post(url, json=BLACK, headers={"x-api-key": KEY})
+        assert set(reply.json()["predictions"][0]) == {"label", "probabilities"}
+    finally:
+        serve.delete("built")
+
+
 def server_metrics() -> list[Path]:
     """Folders in which the replicas of a joined cluster count."""
     found = list(Path("/tmp").glob("dlopt-metrics-*"))

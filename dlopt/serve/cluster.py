@@ -19,19 +19,22 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from contextlib import ExitStack, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from dlopt import session
 from dlopt.artifact import Artifact
-from dlopt.part import DloptError
+from dlopt.part import DloptError, Part
 from dlopt.serve import Replicas, Serve
 from dlopt.serve.application import DRAINING, Replica
-from dlopt.serve.auth import make_key
+from dlopt.serve.auth import Key, make_key, read_keys
 from dlopt.serve.metrics import DIRECTORY, in_flight
-from dlopt.serve.start import EVERYWHERE, LOOPBACK, Listening, Say, greet
+from dlopt.serve.start import EVERYWHERE, LOOPBACK, Listening, Say, found, greet
 from dlopt.serve.stopping import Stopped, Stops, children_deaf_to_ctrl_c, nothing_left, stops_noted
 
 START_SECONDS = 120.0
@@ -62,6 +65,7 @@ HAPROXY = {
 }
 """HAProxy, and replicas that it reaches directly. What a replica dies over, another one answers, as long as the request fits into HAProxy's
 buffer: asking twice changes nothing. The rest makes stopping quick."""
+QUIET = {"enable_access_log": False, "log_level": "WARNING"}
 REFUSALS = {
     400: "Invalid HTTP request received.",
     403: "not allowed",
@@ -158,9 +162,20 @@ def _serve_there(export: Artifact, name: str, section: Serve, listening: Listeni
 def _deploy(export: Artifact, name: str, section: Serve, listening: Listening, metrics: Path) -> None:
     """Ask Serve for the application; it is not there yet when this returns."""
     from ray import serve as ray_serve
-    from ray.serve.config import AutoscalingConfig
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve_host = LOOPBACK if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" else listening.host
+    ray_serve.start(proxy_location="HeadOnly", http_options={"host": serve_host, "port": listening.port}, logging_config=QUIET)
+    application = bound(export, name, section, listening.keys, listening.file, metrics)
+    target = ray_serve.RunTarget(application, name=name, route_prefix="/", logging_config=QUIET)
+    ray_serve.run_many([target], wait_for_applications_running=False)
+
+
+def bound(export: Artifact, name: str, section: Serve, keys: tuple[Key, ...], file: Path | None, metrics: Path) -> Any:
+    """The Ray Serve application of a model, yet to be run. metrics: the folder in which the replicas of a host count."""
+    from ray import serve as ray_serve
+    from ray.serve.config import AutoscalingConfig
+
     options: dict[str, Any] = {"num_replicas": section.replicas}
     if isinstance(section.replicas, Replicas):
         low, high = section.replicas.min, section.replicas.max
@@ -177,12 +192,31 @@ def _deploy(export: Artifact, name: str, section: Serve, listening: Listening, m
         ray_actor_options={"num_cpus": section.threads, "runtime_env": {"env_vars": {DIRECTORY: str(metrics)}}},
         **options,
     )
-    quiet = {"enable_access_log": False, "log_level": "WARNING"}
-    serve_host = LOOPBACK if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" else listening.host
-    ray_serve.start(proxy_location="HeadOnly", http_options={"host": serve_host, "port": listening.port}, logging_config=quiet)
-    application = deployment.bind(export.path.resolve(), name, section, listening.keys, listening.file)
-    target = ray_serve.RunTarget(application, name=name, route_prefix="/", logging_config=quiet)
-    ray_serve.run_many([target], wait_for_applications_running=False)
+    return deployment.bind(export.path.resolve(), name, section, keys, file)
+
+
+class Run(Part):
+    """What `serve run dlopt.serve:app` is told."""
+
+    run: str
+    """A run's folder, or the name of a job for its newest run."""
+    home: Path = Path("runs")
+    """Where a job's runs are."""
+    keys: str
+    """A file of API keys that every node sees, or `none` where whoever reaches the port may ask."""
+
+
+def built(arguments: Mapping[str, Any]) -> Any:
+    """The Ray Serve application of a run, for `serve run`, `serve deploy` and KubeRay. Raises DloptError."""
+    try:
+        given = Run.model_validate(dict(arguments))
+    except ValidationError as error:
+        said = error.errors()[0]
+        raise DloptError(f"dlopt.serve:app: {'.'.join(map(str, said['loc']))}: {said['msg']}; it takes run=, home= and keys=") from None
+    name, export, section = found(given.run, given.home)
+    file = None if given.keys == "none" else Path(given.keys).resolve()
+    metrics = Path(tempfile.gettempdir()) / f"dlopt-metrics-{export.manifest.digest}-{make_key()}"
+    return bound(export, name, section, read_keys(file) if file else (), file, metrics)
 
 
 def _drain(section: Serve, metrics: Path, stops: Stops) -> None:

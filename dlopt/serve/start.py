@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dlopt import session
+from dlopt import runs, session
 from dlopt.artifact import Artifact
 from dlopt.part import DloptError, Signature
 from dlopt.serve import Serve
@@ -49,6 +49,15 @@ class Listening:
     def family(self) -> socket.AddressFamily:
         """Of the host's addresses."""
         return socket.AF_INET6 if ":" in self.host else socket.AF_INET
+
+
+def found(run: str, home: Path) -> tuple[str, Artifact, Serve]:
+    """The name, the export and the job's section of a run: its folder, or a job's name for its newest run. Raises DloptError."""
+    import yaml
+
+    folder = runs.find(run, home)
+    name, export = runs.exported(folder)
+    return name, export, Serve.model_validate(yaml.safe_load((folder / runs.JOB).read_text())["serve"])
 
 
 def serve(
