@@ -220,7 +220,9 @@ def test_a_length_of_a_gibibyte_is_refused_before_the_body_comes(server: Server)
 def test_what_is_no_http_does_not_reach_the_model(server: Server) -> None:
     before = server.replicas
     for junk in (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", head(server, "Content-Length: minus one"), head(server, "Content-Length: -5")):
-        assert raw(server, junk).split(b" ")[1:2] == [b"400"]
+        reply = raw(server, junk)
+        assert reply.split(b" ")[1:2] == [b"400"]
+        assert set(json.loads(reply.partition(b"\r\n\r\n")[2])) == {"error"}
     assert ask(server, "POST", PREDICT, json=BLACK).status_code == 200
     assert server.replicas == before
 
@@ -231,7 +233,8 @@ def test_slow_bodies_get_a_408_and_slow_heads_do_not_stay(server: Server) -> Non
     reply = raw(server, head(server, "Content-Length: 100"), b"{")
     assert reply.startswith(b"HTTP/1.1 408 ")
     assert b"did not arrive within 2 seconds" in reply
-    assert raw(server, b"POST / HTTP/1.1\r\nHost: test\r\n").startswith(b"HTTP/1.1 408 ")  # HAProxy's part
+    reply = raw(server, b"POST / HTTP/1.1\r\nHost: test\r\n")  # HAProxy's part
+    assert reply.startswith(b"HTTP/1.1 408 ") and json.loads(reply.partition(b"\r\n\r\n")[2]) == {"error": cluster.REFUSALS[408]}
     assert time.monotonic() - start < 2 * 10  # the socket's own time-out
 
 
@@ -410,6 +413,34 @@ def test_its_end_leaves_nothing_running_and_nothing_behind(server: Server) -> No
 
 
 @pytest.mark.slow
+def test_sigterm_under_load_drops_nothing(export: Artifact) -> None:
+    """/readyz says 503 while all goes on; from the end on nobody listens."""
+    starting = Server(export, Serve(drain_seconds=1.5).model_dump_json()).wait()
+    replies: list[tuple[int, int]] = []
+
+    def load() -> None:
+        while True:
+            try:
+                predicted = CLIENT.post(starting.url + PREDICT, json=BLACK).status_code
+                replies.append((predicted, CLIENT.get(starting.url + "/readyz").status_code))
+            except httpx.ConnectError:
+                return
+            except httpx.TransportError:
+                replies.append((0, 0))
+                return
+
+    threads = [threading.Thread(target=load) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    assert until(lambda: len(replies) >= 20, True)
+    assert starting.stop(signal.SIGTERM, timeout=LEAVES_SECONDS) == 0
+    for thread in threads:
+        thread.join()
+    assert [ready for _, ready in replies].count(503) > 10
+    assert [predicted for predicted, _ in replies].count(200) >= len(replies) - len(threads)  # at the very end a connection may be cut
+
+
+@pytest.mark.slow
 def test_a_stop_during_the_start_leaves_nothing_either(export: Artifact) -> None:
     starting = Server(export)
     assert until(lambda: any("ServeController" in line for line in descendants(starting.process.pid).values()), True)
@@ -475,6 +506,7 @@ def test_on_another_cluster_it_deletes_only_its_own(export: Artifact, cluster_ad
     from ray import serve
 
     server = Server(export, address=cluster_address).wait()
+    LISTENS.append(server.port)
     try:
         assert ask(server, "POST", PREDICT, json=BLACK).status_code == 200
         assert ask(server, "POST", PREDICT, json=BLACK, headers={}).status_code == 401
@@ -508,17 +540,21 @@ def test_the_builder_that_ray_knows_is_enough(tmp_path: Path, cluster_address: s
     for arguments, said in (({"run": "digits", "keys": "none", "ports": "1"}, "ports: "), ({"run": "digits"}, "keys: ")):
         with pytest.raises(DloptError, match=f"^dlopt.serve:app: {said}.*it takes run=, home= and keys="):
             builder(arguments)
-    port = free_port()
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    if not LISTENS:
+        LISTENS.append(free_port())
+        serve.start(http_options={"host": "127.0.0.1", "port": LISTENS[0]})
     serve.run(builder({"run": "digits", "home": str(tmp_path), "keys": str(tmp_path / "keys")}), name="built", route_prefix="/digits")
     try:
-        port = int(serve.status().proxies and port)
-        url = f"http://127.0.0.1:{port}/digits{PREDICT}"
+        url = f"http://127.0.0.1:{LISTENS[0]}/digits{PREDICT}"
         assert CLIENT.post(url, json=BLACK).status_code == 401
         reply = CLIENT.post(url, json=BLACK, headers={"x-api-key": KEY})
         assert set(reply.json()["predictions"][0]) == {"label", "probabilities"}
     finally:
         serve.delete("built")
+
+
+LISTENS: list[int] = []
+"""Where Serve listens on the shared cluster, from when it does."""
 
 
 def server_metrics() -> list[Path]:

@@ -78,7 +78,7 @@ class Batcher(Generic[T]):
         if self.worker is None and not self.due:
             self.due = True
             loop.call_soon(self._turn)
-        return await one.answer  # type: ignore[no-any-return]
+        return await one.answer
 
     def _turn(self) -> None:
         """Run what waits: after all that the event loop had to do already has been done."""

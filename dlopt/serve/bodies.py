@@ -70,7 +70,7 @@ def _going_on(begun: Any, waits_for: Any) -> Generator[Any, Any, Message]:
             else:
                 waits_for = begun.send(given)
     except StopIteration as done:
-        return done.value  # type: ignore[no-any-return]
+        return done.value
 
 
 async def _rest(message: Message, receive: Receive, max_bytes: int, seconds: float) -> bytes:
