@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     schema.set_defaults(command=_schema)
 
     serve = commands.add_parser("serve", help="serve a run's model over HTTP until Ctrl-C")
-    serve.add_argument("run", metavar="RUN", help="a run's folder, or a job's name for its newest run")
+    serve.add_argument("run", metavar="RUN", help="a run's folder, a job's name for its newest run, or a serve.yaml of several models")
     _home(serve)
     serve.add_argument("--host", help="address to listen on (default: 127.0.0.1, this machine alone; beyond it a key is asked for)")
     serve.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
@@ -274,12 +274,12 @@ def _schema(options: argparse.Namespace) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    from dlopt.serve.start import found, serve
+    from dlopt.serve.plan import entries_of
+    from dlopt.serve.start import serve
 
-    name, export, section = found(options.run, options.home)
+    entries, section = entries_of(options.run, options.home)
     serve(
-        export,
-        name,
+        entries,
         section,
         host=options.host,
         port=options.port,

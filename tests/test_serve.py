@@ -27,6 +27,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from dlopt.artifact import Artifact, Stage, once
 from dlopt.part import DloptError
 from dlopt.serve import Serve, cluster, start
+from dlopt.serve.registry import Entry
 from tests.conftest import missing, program
 from tests.served import IMAGE, Made, Server, alive, descendants, free_port, listening, make_export
 
@@ -590,5 +591,5 @@ def on_cluster(export: Artifact, section: Serve, address: str) -> None:
     from ray import serve
 
     said: list[str] = []
-    start.serve(export, "digits", section, host=None, port=free_port(), keys=None, address=address, say=said.append)
+    start.serve((Entry.of(export, "digits", section),), section, host=None, port=free_port(), keys=None, address=address, say=said.append)
     assert serve.status().applications == {}
