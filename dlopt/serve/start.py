@@ -148,10 +148,10 @@ def greet(entries: tuple[Entry, ...], listening: Listening, say: Say) -> None:
     """Say where the models are served, and the line that asks the first one."""
     url, key = listening.local_url, listening.made
     exports = [Artifact.open(entry.path) for entry in entries]
-    versions = "" if len(entries) == 1 else " version {}"
-    told = [
-        f"{entry.name}{versions.format(entry.version)} ({export.manifest.digest})" for entry, export in zip(entries, exports, strict=True)
-    ]
+    pairs = zip(entries, exports, strict=True)
+    told = [f"{entry.name} {entry.version} ({export.manifest.digest})" for entry, export in pairs]
+    if len(told) == 1:
+        told = [f"{entries[0].name} ({exports[0].manifest.digest})"]
     say(f"{', '.join(told)} {'is' if len(told) == 1 else 'are'} served at {url}/{f'?token={key}' if key else ''}")
     if listening.host in (EVERYWHERE, "::"):
         others = f"http://{socket.gethostname()}:{listening.port}/"
@@ -159,9 +159,8 @@ def greet(entries: tuple[Entry, ...], listening: Listening, say: Say) -> None:
     if key:
         say(f"API key: {key}")
     guarded = f"-H 'Authorization: Bearer {key or 'KEY'}' " if listening.keys else ""
-    say(
-        f"curl {guarded}{_example(Signature.model_validate_json(exports[0].read('signature.json')))} {url}/v1/models/{entries[0].name}:predict"
-    )
+    example = _example(Signature.model_validate_json(exports[0].read("signature.json")))
+    say(f"curl {guarded}{example} {url}/v1/models/{entries[0].name}:predict")
     say("Ctrl-C stops it")
 
 
