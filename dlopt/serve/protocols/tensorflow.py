@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from pydantic_core import from_json, to_json
 
-from dlopt.data.kinds import columns_of
+from dlopt.data.kinds import columns_of, kinds
 from dlopt.part import Feature, Signature, Target
 from dlopt.serve.example import example_row
 from dlopt.serve.exchange import (
@@ -169,7 +169,7 @@ def parse(body: bytes, signature: Signature) -> Parsed:
     if not isinstance(rows, list) or not rows:
         raise Refusal(400, "instances: must be a list with at least one row")
     first = signature.inputs[0]
-    if first.kind == "image" and len(signature.inputs) == 1 and (pixels := _dense(rows, first, body)) is not None:
+    if kinds[first.kind].holds == "pixels" and len(signature.inputs) == 1 and (pixels := _dense(rows, first, body)) is not None:
         return Request({first.columns[0]: pixels}, len(rows)), False
     return Request(columns_of(signature, rows), len(rows)), False
 
