@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
@@ -67,6 +68,4 @@ def app(arguments: Mapping[str, Any]) -> Any:
 
     arguments: run (a folder, or a job's name), home (the folder of runs), keys (a file of API keys, or none). Raises DloptError.
     """
-    from dlopt.serve.cluster import built
-
-    return built(arguments)
+    return import_module("dlopt.serve.cluster").built(arguments)  # by its name: a replica imports this module, and must not need Ray
