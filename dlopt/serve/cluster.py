@@ -78,7 +78,7 @@ REFUSALS = {
     503: "no replica is there: try again in a moment",
     504: "no replica has answered in time",
 }
-"""What HAProxy itself says, in JSON as everybody else."""
+"""What HAProxy itself says of a request, in JSON as everybody else. Of what it cannot read as one it knows its own HTML alone."""
 WRAPPER = r"""#!/bin/sh
 # Stands in for HAProxy's binary and edits the configuration that Ray wrote for it.
 # Ray opens the statistics and the metrics to every interface: keep them on this machine.
