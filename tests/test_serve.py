@@ -505,6 +505,7 @@ def cluster_address(ray_cluster: None) -> Iterator[str]:
 def test_on_another_cluster_it_deletes_only_its_own(export: Artifact, cluster_address: str) -> None:
     from ray import serve
 
+    before = server_metrics()
     server = Server(export, address=cluster_address).wait()
     LISTENS.append(server.port)
     try:
@@ -516,7 +517,8 @@ def test_on_another_cluster_it_deletes_only_its_own(export: Artifact, cluster_ad
         other = Server(export, name="other", address=cluster_address)
         assert "Prefix / is being used by application" in other.process.communicate(timeout=60)[0].splitlines()[-1]
         assert list(serve.status().applications) == ["digits"]
-        folder = server_metrics()
+        folder = server_metrics() - before
+        assert folder
     finally:
         status = server.stop(signal.SIGINT, group=True)
     assert status == 0
@@ -557,11 +559,9 @@ LISTENS: list[int] = []
 """Where Serve listens on the shared cluster, from when it does."""
 
 
-def server_metrics() -> list[Path]:
+def server_metrics() -> set[Path]:
     """Folders in which the replicas of a joined cluster count."""
-    found = list(Path("/tmp").glob("dlopt-metrics-*"))
-    assert found
-    return found
+    return set(Path("/tmp").glob("dlopt-metrics-*"))
 
 
 @pytest.mark.slow

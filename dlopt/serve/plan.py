@@ -88,6 +88,7 @@ def _said(error: ValidationError) -> str:
     where = ".".join(map(str, first["loc"]))
     if first["type"] != "extra_forbidden":
         return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}" if where else "must be a mapping with models"
-    part: type[Part] = {"models": Served, "serve": Serve}.get(str(first["loc"][0]), Plan) if len(first["loc"]) > 1 else Plan
+    parts: dict[str, type[Part]] = {"models": Served, "serve": Serve}
+    part = parts.get(str(first["loc"][0]), Plan) if len(first["loc"]) > 1 else Plan
     near = difflib.get_close_matches(str(first["loc"][-1]), part.model_fields, 1)
     return f"{where}: unknown key" + (f"; did you mean '{near[0]}'?" if near else "")
