@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
 import yaml
@@ -10,6 +9,7 @@ from pydantic import Field, ValidationError
 
 from dlopt import runs
 from dlopt.artifact import Artifact
+from dlopt.mistakes import lines_of
 from dlopt.part import DloptError, Part, Signature
 from dlopt.serve import Serve
 from dlopt.serve.registry import Entry
@@ -79,16 +79,4 @@ def _read(path: Path) -> Plan:
     try:
         return Plan.model_validate(given)
     except ValidationError as error:
-        raise DloptError(f"{path}: {_said(error)}") from None
-
-
-def _said(error: ValidationError) -> str:
-    """The first mistake in one line, with the nearest key."""
-    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
-    where = ".".join(map(str, first["loc"]))
-    if first["type"] != "extra_forbidden":
-        return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}" if where else "must be a mapping with models"
-    parts: dict[str, type[Part]] = {"models": Served, "serve": Serve}
-    part = parts.get(str(first["loc"][0]), Plan) if len(first["loc"]) > 1 else Plan
-    near = difflib.get_close_matches(str(first["loc"][-1]), part.model_fields, 1)
-    return f"{where}: unknown key" + (f"; did you mean '{near[0]}'?" if near else "")
+        raise DloptError(f"{path}: {lines_of(error, Plan)[0]}") from None

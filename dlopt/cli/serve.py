@@ -1,0 +1,48 @@
+"""`dlopt serve`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from dlopt.cli.options import add_address, add_home, command, port
+
+EXAMPLES = """
+  dlopt serve mnist
+  dlopt serve runs/mnist-77b72eee --host 127.0.0.1 --port 9000
+  dlopt serve mnist --keys keys.txt
+  dlopt serve serve.yaml --ray
+"""
+
+
+def add(commands: Any) -> None:
+    """The command."""
+    parser = command(commands, "serve", _serve, "serve a run's model over HTTP until Ctrl-C", EXAMPLES)
+    parser.add_argument("run", metavar="RUN", help="a run's folder, a job's name for its newest run, or a serve.yaml of several models")
+    add_home(parser)
+    parser.add_argument("--host", help="address to listen on (default: 127.0.0.1, this machine alone; beyond it a key is asked for)")
+    parser.add_argument("--port", type=port, default=8000, help="port to listen on (default: 8000)")
+    parser.add_argument(
+        "--keys", type=Path, metavar="FILE", help="API keys that are let in, one a line; without it one is made up and printed"
+    )
+    add_address(parser, "a running Ray cluster to serve on")
+    parser.add_argument("--ray", action="store_true", help="use Ray Serve, as more than one replica does, where one process would do")
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from dlopt.serve.plan import entries_of
+    from dlopt.serve.start import serve
+
+    entries, section = entries_of(options.run, options.home)
+    serve(
+        entries,
+        section,
+        host=options.host,
+        port=options.port,
+        keys=options.keys,
+        address=options.address or os.environ.get("RAY_ADDRESS"),
+        say=lambda line: print(line, flush=True),
+        ray=options.ray,
+    )
