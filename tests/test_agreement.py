@@ -93,7 +93,7 @@ def test_a_line_of_speed_says_how_fast_and_how_long_data_were_waited_for(tmp_pat
     for seconds, waited in ((2.0, 0.5), (0.25, 0.0), (1.75, 1.0)):
         now[0] += seconds
         record.step, record.rows, pace.waited = record.step + 20, record.rows + 640, pace.waited + waited
-        log.lap(record, pace, (0.1,), checkpoint_seconds=0.125)
+        log.lap(record, pace, (0.1,), {"checkpoint_seconds": 0.125})
     log.close()
     first, second = metrics_log.read(tmp_path / SPEED)
     common = {"epoch": 2, "checkpoint_seconds": 0.125, "workers": 1, "slow": None}

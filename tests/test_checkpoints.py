@@ -224,6 +224,31 @@ def test_what_a_killed_writer_left_is_not_looked_at_and_swept_up_by_the_next_one
     assert store.names() == [name(1, 1), name(2, 2)]
 
 
+def test_training_does_not_wait_for_a_slow_store_and_ends_of_epochs_are_not_lost(tmp_path: Path) -> None:
+    """While the first is written, one in the midst of an epoch is left out, and of two ends of epochs the newer one follows."""
+    go = threading.Event()
+
+    class Slow(Disk):
+        def write(self, name: str, files: Iterable[tuple[str, bytes]]) -> None:
+            assert go.wait(10)
+            super().write(name, files)
+
+    state, writer = fresh(), Writer(Slow(tmp_path), 2, "me")
+    assert writer.ready()
+    for epoch in range(3):
+        state.record.epoch = epoch
+        writer.write(state, *state.packed())
+        assert not writer.ready()
+    assert writer.as_json()["skipped_checkpoints"] == 4  # three times not ready, and the end of the first epoch
+    go.set()
+    writer.wait()
+    assert Disk(tmp_path).names() == [name(1, 0), name(3, 2)]
+    assert writer.ready()
+    save(state, writer)
+    assert Disk(tmp_path).names()[-1] == name(4, 2)
+    writer.close()
+
+
 def test_what_is_cleared_is_gone(store: Store) -> None:
     store.clear()
     checkpoint(store, 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from dlopt.train.measure.evaluate import evaluate
 from dlopt.train.measure.judge import judge
 from dlopt.train.measure.metrics import Metrics
 from dlopt.train.measure.thresholds import fixed
-from dlopt.train.parallel.agreement import Agreement
+from dlopt.train.parallel.agreement import Agreement, agreed, patiently
 from dlopt.train.parallel.base import Parallel
 from dlopt.train.parallel.drift import refuse_drift
 from dlopt.train.parallel.local_sgd import LocalSGDParallel
@@ -43,6 +43,8 @@ from dlopt.train.watch.speed import Pace
 from dlopt.train.watch.watchdog import Watchdog
 
 PURPOSE = 5  # of the random numbers that a user's own network draws from torch's generator
+MOMENT = 1.0
+"""Seconds that a checkpoint in the midst of an epoch waits for the one before."""
 REESTIMATED = 100
 """Batches that the statistics of batch normalization are made of, for averaged weights."""
 
@@ -107,8 +109,14 @@ class Training:
                     self.save()
         self.profile.close()
 
-    def save(self) -> None:
-        """A checkpoint of where training stands. All workers call it at the same step."""
+    def save(self, needed: bool = True) -> None:
+        """A checkpoint of where training stands; if it is not needed, none while the one before is still being written. All workers call it
+        at the same step."""
+        if not needed:
+            with self._unwatched():
+                ready = agreed(self.diary is None or self.diary.writer.ready(MOMENT), self.world, self.device)
+            if not ready:
+                return
         record = self.state.record
         record.seconds, self.marked = record.seconds + time.monotonic() - self.marked, time.monotonic()
         self.observer.remember()
@@ -200,19 +208,19 @@ class Training:
             due, stop = self._agreed(due)
         if (due and record.batch < self.share.order.batches) or stop:  # after the last batch of an epoch comes a checkpoint anyway
             self._refuse_not_finite()
-            self.save()
+            self.save(needed=stop is not None)
         if stop:
             raise Stopped(f"stopped at step {record.step}") if stop == "stop" else Preempted(f"preempted at step {record.step}")
 
     def _agreed(self, due: bool) -> tuple[bool, Reason | None]:
         """Whether a checkpoint is due, and whether training is to end, by what all workers know."""
         seconds = self.resources.checkpoint.every.seconds
-        late = seconds is not None and time.monotonic() - self.saved >= seconds
-        agreed = self.agreement.exchange(self.state.record.step, reason(self.out), late, self.pace.lap())
+        late = seconds is not None and time.monotonic() - self.saved >= seconds and self.diary is not None and self.diary.writer.ready()
+        told = self.agreement.exchange(self.state.record.step, reason(self.out), late, self.pace.lap())
         if self.diary:
-            self.diary.speed.lap(self.state.record, self.pace, agreed.busy, self.diary.writer.seconds)
+            self.diary.speed.lap(self.state.record, self.pace, told.busy, self.diary.writer.as_json())
             self.diary.log.flush()  # about twice a second: who follows it sees training as it is
-        return due or agreed.checkpoint, agreed.stop
+        return due or told.checkpoint, told.stop
 
     def _worth_saving(self) -> bool:
         """Whether a checkpoint is due at the end of this epoch."""
@@ -232,9 +240,12 @@ class Training:
     def measured(self) -> Iterator[None]:
         """Within it, the network has the weights that are measured and kept, and no step is waited for."""
         batches = first_batches(self.split, self.share.order.batch_size, REESTIMATED, self.device)
-        unwatched = self.watchdog.paused() if self.watchdog else nullcontext()
-        with unwatched, averaged(self.state, self.network, lambda: (batch.inputs for batch in batches)):
+        with self._unwatched(), averaged(self.state, self.network, lambda: (batch.inputs for batch in batches)):
             yield
+
+    def _unwatched(self) -> AbstractContextManager[None]:
+        """Within it, training may take its time."""
+        return self.watchdog.paused() if self.watchdog else nullcontext()
 
     def _apart(self, replicas: LocalSGDParallel, step: Step, rows: int, epoch: int) -> None:
         """After a replica's step. Each looks at its own; what workers must know of each other's steps they tell when they synchronise."""
@@ -266,9 +277,9 @@ class Training:
         tried = f"{why}; lower train.optimizer.lr or set train.clip"
         if rollbacks > train.divergence.most:
             raise DloptError(f"train: training diverges even after {rollbacks - 1} roll-backs to a lower rate: {tried}")
-        if self.diary:
-            self.diary.writer.wait()
-        found, _ = newest_of_all(self.store, self.rank, self.world, epoch_ends=True)
+        with self._unwatched():
+            patiently(self.diary.writer.wait if self.diary else lambda: None, self.world, self.device)
+            found, _ = newest_of_all(self.store, self.rank, self.world, self.device, epoch_ends=True)
         assert found
         found.load(self.state)
         record = self.state.record

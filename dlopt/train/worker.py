@@ -35,6 +35,7 @@ from dlopt.train.loop.compiled import compile_network
 from dlopt.train.loop.precision import mixed
 from dlopt.train.measure.evaluate import evaluate, thresholds_of, write_predictions
 from dlopt.train.measure.thresholds import signed
+from dlopt.train.parallel.agreement import patiently
 from dlopt.train.parallel.base import Parallel
 from dlopt.train.parallel.strategies import parallel_of
 from dlopt.train.start import first_batches, first_rows, load_network, objective_of, optimizer_of, peak_of, scaled_by_data, swept
@@ -100,10 +101,11 @@ class Worker:
             if record.epoch < self.assignment.fit.train.epochs and not record.stopped:
                 with self._watched() as watchdog:
                     self.training(data, state, diary, watchdog).run()
+            self._close_together(diary)
         except Stopped:
             return {"stopped": "asked", "steps": state.record.step}
         except Preempted:
-            self._leave_together(diary)
+            self._close_together(diary)
             raise
         finally:
             if diary:
@@ -130,12 +132,9 @@ class Worker:
         sweep(self.assignment.out)
         return found
 
-    def _leave_together(self, diary: Diary | None) -> None:
-        """Once the checkpoint is written: Ray Train ends all workers as soon as one of them has."""
-        if diary:
-            diary.close()
-        if self.world > 1:
-            dist.barrier()
+    def _close_together(self, diary: Diary | None) -> None:
+        """Once the last checkpoint is written, however long that takes: Ray Train ends all workers as soon as one of them has."""
+        patiently(diary.close if diary else lambda: None, self.world, self.device)
 
     @property
     def store(self) -> Store:
@@ -166,7 +165,7 @@ class Worker:
         """Where training goes on: the newest whole checkpoint, the same on all workers, since worker 0 chooses it; or the start. And the
         host of each worker."""
         fit = self.assignment.fit
-        found, damaged = newest_of_all(self.store, self.rank, self.world)
+        found, damaged = newest_of_all(self.store, self.rank, self.world, self.device)
         network, split = load_network(fit, data).to(self.device), Split.open(data, "train")
         record = found.record if found else self._beginning(network, split, data)
         watch: Watch | None = None

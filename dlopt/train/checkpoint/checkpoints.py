@@ -11,6 +11,7 @@ from dataclasses import asdict
 from hashlib import sha256
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from safetensors.torch import load as load_tensors
 from torch import Tensor
@@ -19,6 +20,7 @@ from dlopt.part import DloptError
 from dlopt.train.checkpoint.state import Record, TrainingState
 from dlopt.train.checkpoint.stores import RECORD, Store, ends_epoch
 from dlopt.train.checkpoint.writer import digest_of
+from dlopt.train.parallel.agreement import patiently
 
 
 class Checkpoint(NamedTuple):
@@ -79,12 +81,14 @@ def read(store: Store, name: str) -> Checkpoint:
     return Checkpoint(name, tensors, seal["optimizer"], record)
 
 
-def newest_of_all(store: Store, rank: int, world: int, epoch_ends: bool = False) -> tuple[Checkpoint | None, list[str]]:
+def newest_of_all(
+    store: Store, rank: int, world: int, device: torch.device, epoch_ends: bool = False
+) -> tuple[Checkpoint | None, list[str]]:
     """The newest whole checkpoint, the same on all workers, since worker 0 chooses it, and a line for each damaged one."""
-    found, damaged = newest(store, epoch_ends) if rank == 0 else (None, [])
+    found, damaged = patiently(lambda: newest(store, epoch_ends) if rank == 0 else (None, []), world, device)
     if world == 1:
         return found, damaged
-    told = [(found and found.name, damaged)]
+    told: list[Any] = [(found and found.name, damaged)]
     dist.broadcast_object_list(told, src=0)
     name, damaged = told[0]
-    return (found or read(store, name) if name else None), damaged
+    return patiently(lambda: found or (read(store, name) if name else None), world, device), damaged

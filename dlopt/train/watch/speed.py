@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +88,8 @@ class SpeedLog:
         self.began = self.time = time.monotonic()
         self.step, self.rows, self.waited = record.step, record.rows, 0.0
 
-    def lap(self, record: Record, pace: Pace, busy: tuple[float, ...], checkpoint_seconds: float) -> None:
-        """Write a line if it is time for one."""
+    def lap(self, record: Record, pace: Pace, busy: tuple[float, ...], checkpoints: Mapping[str, float]) -> None:
+        """Write a line if it is time for one. checkpoints: what their writer tells of them."""
         self.slow = self.slowest.lap(busy)
         seconds = time.monotonic() - self.time
         if seconds < Pace.SECONDS and self.time != self.began:
@@ -103,7 +103,7 @@ class SpeedLog:
             rows_per_second=round(rows / seconds, 1),
             step_seconds=round(seconds / steps, 6) if steps else None,
             data_wait=round(min(1.0, (pace.waited - self.waited) / seconds), 4),
-            checkpoint_seconds=round(checkpoint_seconds, 4),
+            **checkpoints,
             workers=len(busy),
             slow=self.slow,
         )
