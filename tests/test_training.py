@@ -18,7 +18,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 from safetensors.torch import load as load_tensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from dlopt.artifact import once
 from dlopt.data.prepared import Split
@@ -37,6 +37,7 @@ from dlopt.train.checkpoint.writer import Writer
 from dlopt.train.cluster.stopping import STOP, Stopped
 from dlopt.train.job import Fit, Resources
 from dlopt.train.loop.gradients import Sharpness
+from dlopt.train.measure import averaged
 from dlopt.train.measure.evaluate import evaluate
 from dlopt.train.parallel.agreement import Agreement
 from dlopt.train.stage import FIT
@@ -491,3 +492,15 @@ def test_training_that_diverges_goes_back_to_the_last_epoch_though_its_checkpoin
     work(fit, data, tmp_path / "fast")
     assert bits(tmp_path / "out") == bits(tmp_path / "fast")
     assert [line["step"] for line in rollbacks(tmp_path / "out")] == [line["step"] for line in rollbacks(tmp_path / "fast")]
+
+
+def test_statistics_for_averaged_weights_are_made_as_training_makes_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set[tuple[int, bool]]()
+
+    def noted(network: nn.Module, batches: Iterable[dict[str, Tensor]]) -> None:
+        seen.update((len(batch["numbers"]), torch.is_autocast_enabled("cpu")) for batch in batches)
+
+    monkeypatch.setattr(averaged, "reestimate", noted)
+    fit = section(epochs=1, micro_batch_size=12, precision="bfloat16", average=Ema())
+    work(fit.model_copy(update={"model": Mlp(hidden=(8,), norm="batch")}), prepared(tmp_path), tmp_path / "out")
+    assert seen == {(12, True), (8, True)}  # of batches of 32, and the last one of 12

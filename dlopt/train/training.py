@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from dlopt.artifact import Artifact
 from dlopt.data.counter import bits
@@ -24,9 +25,10 @@ from dlopt.train.checkpoint.state import TrainingState
 from dlopt.train.checkpoint.stores import Store
 from dlopt.train.cluster.stopping import Preempted, Reason, Stopped, reason
 from dlopt.train.job import Fit, Resources, course_of
-from dlopt.train.loop.gradients import Gradient, accumulated, curved, plain, sharpness_aware, unscaled
-from dlopt.train.loop.precision import mixed, scale_of
-from dlopt.train.loop.steps import Step, steps
+from dlopt.train.loop.gradients import split
+from dlopt.train.loop.pipeline import Pipeline
+from dlopt.train.loop.precision import computing
+from dlopt.train.loop.steps import Step
 from dlopt.train.measure.averaged import averaged
 from dlopt.train.measure.evaluate import evaluate
 from dlopt.train.measure.judge import judge
@@ -73,14 +75,13 @@ class Training:
         self.share = self._share()
         self.sizes = self.share.sizes()
         self.course = course_of(self.fit, len(self.split))
-        self.scale = scale_of(train.precision)
-        self.profile = self._profile()
-        self.model, self.gradient = self.parallel.module(), self.profile.timed("backward", self._gradient())
-        self.pace = Pace()
+        self.profile, self.pace = self._profile(), Pace()
         self.taken_apart: list[Taken] = []
         self.due = False
         objective = objective_of(self.fit, self.data, self.network, self.device, self.parallel.copies)
-        self.objective = self.profile.timed("forward", self.pace.timed(mixed(objective, train.precision, self.device, self.scale)))
+        stepped = self.state.optimizer, self.parallel, self.fit.seed
+        self.pipeline = Pipeline(train, objective, *stepped, self.profile, self.pace.timed)
+        self.scale = self.pipeline.scale
         self.observer = Observer(train, self.state, self.world, self.scale, self.diary)
         self.agreement = Agreement(self.rank, self.world, self.device, self.state.record.step)
         self.marked = self.saved = time.monotonic()
@@ -134,20 +135,8 @@ class Training:
         schedule, course, history, before, start = train.schedule, self.course, tuple(record.history), record.step, record.batch
         slower, begun = train.divergence.factor**record.rollbacks, (epoch - 1) * order.batches + start
         seeds = bits(np.arange(before, before + order.batches), self.fit.seed, self.rank, PURPOSE) >> np.uint64(1)
-        found = steps(
-            self.model,
-            self.state.optimizer,
-            self.profile.batches(self.parallel.batches(self.pace.waiting(self._feed(epoch).epoch(epoch, start)))),
-            self.objective,
-            self.gradient,
-            lambda index: slower * schedule.factor(begun + index, course, history),
-            train.clip,
-            train.centralize_gradients,
-            self.scale,
-            self.parallel.norm,
-            self.fit.seed,
-            before,
-        )
+        batches = self.profile.batches(self.pace.waiting(self._feed(epoch).epoch(epoch, start)))
+        found = self.pipeline.steps(batches, lambda index: slower * schedule.factor(begun + index, course, history), before)
         self.observer.ready()
         for index, (_, rows) in enumerate(self.sizes[start:]):
             _seed(int(seeds[index]), self.device)
@@ -158,18 +147,12 @@ class Training:
             record.step += 1
             record.batch += 1
             record.rows += rows
-            if step.taken:
-                self._after_step(record.step)
-            else:
+            if not step.taken:
                 self.parallel.undo()
+            elif self.state.average and not isinstance(self.parallel, LocalSGDParallel):
+                self.state.average.update(record.step)
             yield step, rows
             self.observer.ready()
-
-    def _after_step(self, step: int) -> None:
-        if self.fit.train.max_norm:
-            self.fit.train.max_norm.apply(self.parallel.held)
-        if self.state.average and not isinstance(self.parallel, LocalSGDParallel):
-            self.state.average.update(step)
 
     def _epoch(self) -> None:
         train, record = self.fit.train, self.state.record
@@ -239,9 +222,14 @@ class Training:
     @contextmanager
     def measured(self) -> Iterator[None]:
         """Within it, the network has the weights that are measured and kept, and no step is waited for."""
-        batches = first_batches(self.split, self.share.order.batch_size, REESTIMATED, self.device)
-        with self._unwatched(), averaged(self.state, self.network, lambda: (batch.inputs for batch in batches)):
+        with self._unwatched(), averaged(self.state, self.network, self._seen, computing(self.fit.train.precision, self.device)):
             yield
+
+    def _seen(self) -> Iterator[dict[str, Tensor]]:
+        """Inputs as batch normalization sees them in training: in micro batches."""
+        rows = self.fit.train.micro_batch_size or self.share.order.batch_size
+        for batch in first_batches(self.split, self.share.order.batch_size, REESTIMATED, self.device):
+            yield from (part.inputs for part in split(batch, rows, -(-batch.total // rows)))
 
     def _unwatched(self) -> AbstractContextManager[None]:
         """Within it, training may take its time."""
@@ -304,15 +292,6 @@ class Training:
             sampling=train.sampling,
             statistics=read_statistics(self.data),
         )
-
-    def _gradient(self) -> Gradient:
-        train, micro, factor = self.fit.train, self.fit.train.micro_batch_size, self.parallel.factor
-        together = self.parallel.together
-        found = plain(factor) if micro is None else accumulated(together, -(-micro // self.world), factor)
-        found = unscaled(self.profile.reduced(self.parallel.gradient(found)), self.scale)
-        if train.sharpness:
-            found = sharpness_aware(found, train.sharpness.rho, train.sharpness.adaptive, self.parallel.norm)
-        return curved(found, self.state.optimizer, together, self.scale)
 
     def _profile(self) -> Unprofiled:
         if not self.resources.profile:
