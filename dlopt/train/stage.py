@@ -84,7 +84,7 @@ def fit(section: Fit, out: Path, data: Artifact, *, resources: Resources, progre
     if resources.workers == "auto" and (gpus := gpus_of(nodes)) > need.most:
         progress("fit", None, f"{WARNING}{counted(need.most)} for {gpus} GPUs, the others idle: a batch cannot be shared out to more")
     if need.most > 1:
-        refuse_parallelism(resources.parallelism, section.train.optimizer.kind)
+        refuse_parallelism(resources.parallelism, section.train.optimizer)
     room.refuse_never(need, nodes)
     for asked in (STOP, RESIZE):
         stopping.take_back(out, asked)

@@ -34,6 +34,7 @@ from dlopt.train.job import Fit, Resources, course_of
 from dlopt.train.loop.compiled import compile_network
 from dlopt.train.loop.precision import mixed
 from dlopt.train.measure.evaluate import evaluate, thresholds_of, write_predictions
+from dlopt.train.measure.metrics import approximated
 from dlopt.train.measure.thresholds import signed
 from dlopt.train.parallel.agreement import patiently
 from dlopt.train.parallel.base import Parallel
@@ -186,7 +187,9 @@ class Worker:
                 writer.write(state, *packed)
         hosts = self._hosts()
         if self.rank == 0:
-            self._note_start(state.record, hosts, damaged, [*warnings, *([why] if why else [])])
+            rows = {name: len(Split.open(data, name)) for name in ("train", "validation", "test")}
+            warnings += filter(None, (why, approximated(split.signature.target, rows)))
+            self._note_start(state.record, hosts, damaged, warnings)
         return state, hosts
 
     def _said_of_own(self, network: Network, split: Split) -> list[str]:

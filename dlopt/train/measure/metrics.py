@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -52,6 +52,13 @@ TOP_CLASSES = ("top5_accuracy",)
 """What there is besides for more than five classes."""
 BINS = 15
 """Of the calibration error."""
+EXACT = 2**24
+"""The most probabilities of a split, of rows times classes or labels, that are kept for the areas under curves (128 MiB, over all workers);
+of more they are counted in bins."""
+FINE, LEAST_FINE, COUNTS = 4096, 256, 2**23
+"""Bins of a class's probabilities, as many as COUNTS leave to each. They are equally wide in the logit: narrow near 0 and 1."""
+WIDEST = 16.0
+"""The logit beyond which all probabilities are in one bin."""
 SMALLER_IS_BETTER = ("loss", "mae", "rmse", "calibration_error")
 
 
@@ -88,8 +95,10 @@ def decided(target: Target, probabilities: Tensor) -> Tensor:
 class Tally(ABC):
     """What tells the metrics, a batch at a time."""
 
-    def __init__(self, target: Target, sums: int, scored: int, device: torch.device) -> None:
+    def __init__(self, target: Target, sums: int, scored: int, rows: int, device: torch.device) -> None:
         self.target, self.device = target, device
+        self.bins = _Bins(scored, device) if rows * scored > EXACT else None
+        """Where there are too many scores to keep them."""
         self.sums = torch.zeros(sums + 1, dtype=torch.float64, device=device)
         """The sum of the rows' losses, then those of the kind; they add up over batches and workers."""
         self.scores = [torch.zeros(0, 2, scored, device=device)]
@@ -99,16 +108,24 @@ class Tally(ABC):
         """Outputs float64 (rows, outputs), the targets, and the rows' losses (rows,)."""
         given = activated(self.target, outputs)
         self.sums += torch.cat([losses.sum().reshape(1), *self.counts(given, target)])
-        if self.scores[0].shape[2]:
+        if self.bins:
+            self.bins.add(*self.scored(given, target))
+        elif self.scores[0].shape[2]:
             self.scores.append(torch.stack(self.scored(given, target), dim=1).float())
 
     def metrics(self, rows: int) -> Metrics:
         """Of a split of so many rows, once all workers' sums and scores are here. All of one kind have the same names."""
         if not rows:
             raise ValueError("a split without rows has no metrics")
-        scores, truths = torch.cat(self.scores).unbind(dim=1)
-        found = {"loss": self.sums[0].item() / rows} | self.told(self.sums[1:], scores, truths > 0.5, rows)
+        found = {"loss": self.sums[0].item() / rows} | self.told(self.sums[1:], self.curves(), rows)
         return {name: value if value is not None and math.isfinite(value) else None for name, value in found.items()}
+
+    def curves(self) -> list[Curve | None]:
+        """Of each class or label that is scored, once all workers' scores are here."""
+        if self.bins:
+            return self.bins.curves()
+        scores, truths = torch.cat(self.scores).unbind(dim=1)
+        return [curve_of(*column) for column in zip(scores.T.contiguous(), truths.T.contiguous() > 0.5, strict=True)]
 
     @abstractmethod
     def counts(self, given: Tensor, target: Tensor) -> list[Tensor]:
@@ -119,7 +136,7 @@ class Tally(ABC):
         raise NotImplementedError
 
     @abstractmethod
-    def told(self, sums: Tensor, scores: Tensor, truths: Tensor, rows: int) -> Metrics:
+    def told(self, sums: Tensor, curves: list[Curve | None], rows: int) -> Metrics:
         """The metrics besides the loss."""
 
 
@@ -127,9 +144,8 @@ class Classes(Tally):
     """Counts of each class: rows that are given it rightly, that are given it, that have it; rows whose class is among the likeliest
     ones; and for the calibration, by how sure the model is: rows, the sum of their probabilities, and rows it is right on."""
 
-    def __init__(self, target: Target, device: torch.device) -> None:
-        scored = 1 if target.size == 2 else target.size if 2 < target.size <= MOST_SCORED else 0
-        super().__init__(target, 3 * target.size + 1 + 3 * BINS, scored, device)
+    def __init__(self, target: Target, rows: int, device: torch.device) -> None:
+        super().__init__(target, 3 * target.size + 1 + 3 * BINS, scored(target), rows, device)
 
     def counts(self, given: Tensor, target: Tensor) -> list[Tensor]:
         decision = decided(self.target, given)
@@ -142,17 +158,17 @@ class Classes(Tally):
             classes = classes[self.target.positive_index, None]
         return given[:, classes], target[:, None] == classes
 
-    def told(self, sums: Tensor, scores: Tensor, truths: Tensor, rows: int) -> Metrics:
+    def told(self, sums: Tensor, curves: list[Curve | None], rows: int) -> Metrics:
         counted, first, bins = sums.split([3 * self.target.size, 1, 3 * BINS])
         right, given, real = counted.reshape(3, -1)
         found: Metrics = {"accuracy": right.sum().item() / rows} | macro(right, given, real)
         found["calibration_error"] = calibration_error(bins.reshape(3, -1))
         if self.target.size == 2:
             one = [values[self.target.positive_index].item() for values in (right, given, real)]
-            area, average = _areas(curve_of(scores[:, 0], truths[:, 0]))
+            area, average = _areas(curves[0])
             found |= dict(zip(TWO_CLASSES, (*precision_recall_f1(*one), area, average), strict=True))
-        elif scores.shape[1]:
-            found |= _mean_areas(scores, truths)
+        elif curves:
+            found |= _mean_areas(curves)
         if self.target.size > TOP:
             found["top5_accuracy"] = first.item() / rows
         return found
@@ -161,8 +177,8 @@ class Classes(Tally):
 class Labels(Tally):
     """Counts of each label: rows that are given it rightly, that are given it, that have it; and rows with all labels right."""
 
-    def __init__(self, target: Target, device: torch.device) -> None:
-        super().__init__(target, 1 + 3 * target.size, target.size, device)
+    def __init__(self, target: Target, rows: int, device: torch.device) -> None:
+        super().__init__(target, 1 + 3 * target.size, target.size, rows, device)
 
     def counts(self, given: Tensor, target: Tensor) -> list[Tensor]:
         decision, real = decided(self.target, given), target > 0
@@ -172,7 +188,7 @@ class Labels(Tally):
     def scored(self, given: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         return given, target
 
-    def told(self, sums: Tensor, scores: Tensor, truths: Tensor, rows: int) -> Metrics:
+    def told(self, sums: Tensor, curves: list[Curve | None], rows: int) -> Metrics:
         right, given, real = sums[1:].reshape(3, -1)
         wrong = (given + real - 2 * right).sum().item()
         return {
@@ -180,7 +196,7 @@ class Labels(Tally):
             "subset_accuracy": sums[0].item() / rows,
             "micro_f1": precision_recall_f1(*(values.sum().item() for values in (right, given, real)))[2],
             **macro(right, given, real),
-            **_mean_areas(scores, truths),
+            **_mean_areas(curves),
         }
 
 
@@ -188,14 +204,14 @@ class Numbers(Tally):
     """Sums of each number: absolute and squared errors, and distances from the training rows' mean and their squares."""
 
     def __init__(self, target: Target, units: Units, device: torch.device) -> None:
-        super().__init__(target, 4 * target.size, 0, device)
+        super().__init__(target, 4 * target.size, 0, 0, device)
         self.mean = units.mean.double()
 
     def counts(self, given: Tensor, target: Tensor) -> list[Tensor]:
         error, distance = given - target, target - self.mean
         return [values.sum(dim=0) for values in (error.abs(), error.square(), distance, distance.square())]
 
-    def told(self, sums: Tensor, scores: Tensor, truths: Tensor, rows: int) -> Metrics:
+    def told(self, sums: Tensor, curves: list[Curve | None], rows: int) -> Metrics:
         absolute, squared, distance, square = sums.reshape(4, -1)
         around = square - distance.square() / rows
         varies = around > 1e-12 * square  # less is what rounding leaves of a number that never changes
@@ -206,12 +222,28 @@ class Numbers(Tally):
         }
 
 
-def tally(target: Target, output: torch.nn.Module, device: torch.device) -> Tally:
-    """The one for a kind of target. output: the network's output layer."""
+def scored(target: Target) -> int:
+    """How many probabilities of a row the areas under curves need."""
+    if target.kind == "category":
+        return 1 if target.size == 2 else target.size if target.size <= MOST_SCORED else 0
+    return target.size if target.kind == "multi_label" else 0
+
+
+def approximated(target: Target, rows: Mapping[str, int]) -> str | None:
+    """A line on what is not exact of splits of so many rows, if anything is not."""
+    large = [name for name, count in rows.items() if count * scored(target) > EXACT]
+    if not large:
+        return None
+    what = " and ".join(name for name in names(target.kind, target.size) if name.endswith(("roc_auc", "average_precision")))
+    return f"{what} of {' and '.join(large)}: counted in {_fine(scored(target)):,} bins of probabilities, since there are too many to keep"
+
+
+def tally(target: Target, output: torch.nn.Module, rows: int, device: torch.device) -> Tally:
+    """The one for a kind of target, of a split of so many rows. output: the network's output layer."""
     if target.kind == "number":
         assert isinstance(output, Units)
         return Numbers(target, output, device)
-    return Classes(target, device) if target.kind == "category" else Labels(target, device)
+    return Classes(target, rows, device) if target.kind == "category" else Labels(target, rows, device)
 
 
 def precision_recall_f1(right: float, given: float, real: float) -> tuple[float | None, float | None, float | None]:
@@ -238,6 +270,8 @@ class Curve(NamedTuple):
     """Rows of the class among them, int64 (n,)."""
     wrong: Tensor
     """Other rows among them."""
+    exact: bool = True
+    """Or each score stands for all from it to the next one."""
 
 
 def curve_of(scores: Tensor, truths: Tensor) -> Curve | None:
@@ -293,14 +327,46 @@ def _among_the_first(probabilities: Tensor, target: Tensor, most: int) -> Tensor
     return (ahead.sum(dim=1) < most) & ~own[:, 0].isnan()
 
 
+class _Bins:
+    """How many rows score so much for each class, of those that ought to and of the others: what is told of them is off by what happens
+    within a bin."""
+
+    def __init__(self, scored: int, device: torch.device) -> None:
+        self.fine = _fine(scored)
+        self.counts = torch.zeros(2, scored, self.fine + 1, dtype=torch.int64, device=device)
+        """Of others and of rows of the class, by the score; NaN comes last."""
+
+    def add(self, scores: Tensor, truths: Tensor) -> None:
+        """(rows, scored) each."""
+        place = ((scores.double().logit() + WIDEST) * (self.fine / (2 * WIDEST))).floor().clamp(0, self.fine - 1)
+        place = place.nan_to_num(self.fine).long() + (self.fine + 1) * torch.arange(scores.shape[1], device=scores.device)
+        place = place + self.counts[0].numel() * truths.long()
+        self.counts += place.reshape(-1).bincount(minlength=self.counts.numel()).view(self.counts.shape)
+
+    def curves(self) -> list[Curve | None]:
+        edges = torch.arange(self.fine, device=self.counts.device, dtype=torch.float64) * (2 * WIDEST / self.fine) - WIDEST
+        edges[0] = -math.inf
+        return [self._curve(*pair, edges.sigmoid().float().flip(0)) for pair in zip(self.counts[0], self.counts[1], strict=True)]
+
+    def _curve(self, others: Tensor, right: Tensor, edges: Tensor) -> Curve | None:
+        if int(others[-1] + right[-1]):
+            return None
+        there = (others[:-1] + right[:-1]).flip(0) > 0
+        return Curve(edges[there], *(counts[:-1].flip(0).cumsum(0)[there] for counts in (right, others)), exact=False)
+
+
+def _fine(scored: int) -> int:
+    return max(LEAST_FINE, min(FINE, COUNTS // max(2 * scored, 1)))
+
+
 def _areas(curve: Curve | None) -> tuple[float | None, float | None]:
     """ROC AUC and average precision."""
     return (None, None) if curve is None else (roc_auc(curve), average_precision(curve))
 
 
-def _mean_areas(scores: Tensor, truths: Tensor) -> Metrics:
-    """Over the classes or labels that the split can tell them of. scores, truths: (rows, classes)."""
-    found = [_areas(curve_of(*column)) for column in zip(scores.T.contiguous(), truths.T.contiguous(), strict=True)]
+def _mean_areas(curves: list[Curve | None]) -> Metrics:
+    """Over the classes or labels that the split can tell them of."""
+    found = [_areas(curve) for curve in curves]
     return {"macro_roc_auc": _mean(area for area, _ in found), "macro_average_precision": _mean(average for _, average in found)}
 
 
