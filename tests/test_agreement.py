@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from dlopt.models.norms import BatchNorm
 from dlopt.train.checkpoint.state import Record
+from dlopt.train.loop.objectives import Losses
 from dlopt.train.parallel.agreement import Agreed, Agreement
 from dlopt.train.watch import metrics_log
 from dlopt.train.watch.metrics_log import SPEED
@@ -79,10 +82,27 @@ def test_waiting_for_batches_and_computing_are_told_apart() -> None:
     objective = pace.timed(lambda model, batch: time.sleep(0.01))  # type: ignore[arg-type, return-value]
     for batch in pace.waiting(slow()):
         time.sleep(0.03)
-        objective(None, batch)  # type: ignore[arg-type]
+        objective(nn.Linear(1, 1), batch)
     assert pace.waited >= 4 * 0.02 and pace.computed >= 4 * 0.01
     assert pace.waited + pace.computed <= time.perf_counter() - began - 4 * 0.03
     assert pace.lap() == pace.computed and pace.lap() == 0.0
+
+
+def _batch_norm(rank: int, world: int, folder: Path) -> None:
+    """Worker 1 is slow before a layer that waits for all of them."""
+    network = nn.Sequential(nn.Linear(3, 3), BatchNorm(3))
+    network[0].register_forward_hook(lambda *_: time.sleep(0.05 * rank))
+    pace = Pace()
+    objective = pace.timed(lambda model, batch: Losses(model(batch).sum(), None))  # type: ignore[arg-type]
+    for _ in range(6):
+        objective(network, torch.randn(4, 3))  # type: ignore[arg-type]
+    (folder / f"{rank}").write_text(json.dumps([pace.computed, pace.others.seconds]))
+
+
+def test_waiting_for_other_workers_within_a_forward_pass_is_not_computing(tmp_path: Path) -> None:
+    together(2, _batch_norm, tmp_path)
+    (fast, waited), (slow, _) = (json.loads((tmp_path / f"{rank}").read_text()) for rank in range(2))
+    assert slow >= 6 * 0.05 and slow > 2 * fast and waited > 0.2
 
 
 def test_a_line_of_speed_says_how_fast_and_how_long_data_were_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

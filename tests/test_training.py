@@ -288,14 +288,14 @@ def test_the_same_job_gives_the_same_bits(tmp_path: Path) -> None:
 def trajectory(fit: Any, data: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
     """The weights after every step."""
     seen: list[dict[str, Tensor]] = []
-    after = Training._after_step
+    between = Training._between_steps
 
-    def note(training: Training, step: int) -> None:
-        after(training, step)
+    def note(training: Training) -> None:
         seen.append({name: value.clone() for name, value in training.network.state_dict().items()})
+        between(training)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "_after_step", note)
+        patch.setattr(Training, "_between_steps", note)
         work(fit, data, out)
     return seen
 

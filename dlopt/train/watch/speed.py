@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from dlopt.data.feed.batches import Batch
+from dlopt.models.clock import Clock, waits
 from dlopt.train.checkpoint.state import Record
 from dlopt.train.loop.objectives import Losses, Objective
 from dlopt.train.watch.metrics_log import SPEED, MetricsWriter
@@ -23,7 +24,8 @@ class Pace:
     """Between two lines."""
 
     def __init__(self) -> None:
-        self.waited = self.computed = 0.0
+        self.waited = 0.0
+        self.forward, self.others = Clock(), Clock()
         self._computed = 0.0
 
     def waiting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -43,16 +45,24 @@ class Pace:
         """The objective, and how long its forward passes take is counted in `computed`."""
 
         def timed(model: nn.Module, batch: Batch) -> Losses:
-            began = time.perf_counter()
-            losses = objective(model, batch)
-            self.computed += time.perf_counter() - began
-            return losses
+            waits.append(self.others)
+            try:
+                with self.forward.running(next(model.parameters()).device):
+                    return objective(model, batch)
+            finally:
+                waits.pop()
 
         return timed
 
+    @property
+    def computed(self) -> float:
+        """Seconds of forward passes, but for what they have waited for other workers."""
+        return self.forward.seconds - self.others.seconds
+
     def lap(self) -> float:
         """Seconds computed since the last time this was asked."""
-        found, self._computed = self.computed - self._computed, self.computed
+        now = self.computed
+        found, self._computed = now - self._computed, now
         return found
 
 
