@@ -198,20 +198,20 @@ class Killed(BaseException):
 def killed_after(step: int | None) -> Iterator[None]:
     """Within it, training ends after so many steps in all, as if its processes were killed; a checkpoint has been written after each."""
 
-    def after_step(self: Training, done: int) -> None:
-        original(self, done)
-        if done == step:
-            if self.diary:
-                self.diary.writer.wait()
+    def between_steps(self: Training) -> None:
+        if self.diary:
+            self.diary.writer.wait()
+        if self.state.record.step == step:
             raise Killed
+        original(self)
 
-    original, Training._after_step = Training._after_step, after_step  # type: ignore[method-assign]
+    original, Training._between_steps = Training._between_steps, between_steps  # type: ignore[method-assign]
     try:
         yield
     except Killed:
         pass
     finally:
-        Training._after_step = original  # type: ignore[method-assign]
+        Training._between_steps = original  # type: ignore[method-assign]
 
 
 CHAINS = {

@@ -56,9 +56,10 @@ EXACT = 2**24
 """The most probabilities of a split, of rows times classes or labels, that are kept for the areas under curves (128 MiB, over all workers);
 of more they are counted in bins."""
 FINE, LEAST_FINE, COUNTS = 4096, 256, 2**23
-"""Bins of a class's probabilities, as many as COUNTS leave to each. They are equally wide in the logit: narrow near 0 and 1."""
-WIDEST = 16.0
-"""The logit beyond which all probabilities are in one bin."""
+"""Bins of a class's probabilities, as many as COUNTS leave to each. They are equally wide in asinh(STEEP * logit): narrow around a half, and
+still narrow against their distance from 0 and from 1."""
+STEEP, WIDEST = 10.0, 88.0
+"""WIDEST is the logit beyond which float32 has no probability."""
 SMALLER_IS_BETTER = ("loss", "mae", "rmse", "calibration_error")
 
 
@@ -338,21 +339,23 @@ class _Bins:
 
     def add(self, scores: Tensor, truths: Tensor) -> None:
         """(rows, scored) each."""
-        place = ((scores.double().logit() + WIDEST) * (self.fine / (2 * WIDEST))).floor().clamp(0, self.fine - 1)
+        steep = (STEEP * scores.float().double().logit()).asinh() / math.asinh(STEEP * WIDEST)
+        place = ((steep + 1) * (self.fine / 2)).floor().clamp(0, self.fine - 1)
         place = place.nan_to_num(self.fine).long() + (self.fine + 1) * torch.arange(scores.shape[1], device=scores.device)
         place = place + self.counts[0].numel() * truths.long()
         self.counts += place.reshape(-1).bincount(minlength=self.counts.numel()).view(self.counts.shape)
 
     def curves(self) -> list[Curve | None]:
-        edges = torch.arange(self.fine, device=self.counts.device, dtype=torch.float64) * (2 * WIDEST / self.fine) - WIDEST
-        edges[0] = -math.inf
-        return [self._curve(*pair, edges.sigmoid().float().flip(0)) for pair in zip(self.counts[0], self.counts[1], strict=True)]
+        steep = torch.arange(self.fine, device=self.counts.device, dtype=torch.float64) * (2 / self.fine) - 1
+        edges = ((steep * math.asinh(STEEP * WIDEST)).sinh() / STEEP).sigmoid().float().flip(0)
+        return [self._curve(*pair, edges) for pair in zip(self.counts[0], self.counts[1], strict=True)]
 
     def _curve(self, others: Tensor, right: Tensor, edges: Tensor) -> Curve | None:
         if int(others[-1] + right[-1]):
             return None
         there = (others[:-1] + right[:-1]).flip(0) > 0
-        return Curve(edges[there], *(counts[:-1].flip(0).cumsum(0)[there] for counts in (right, others)), exact=False)
+        above = [counts[:-1].flip(0).cumsum(0)[there] for counts in (right, others)]
+        return Curve(edges[there], above[0], above[1], exact=False)
 
 
 def _fine(scored: int) -> int:
