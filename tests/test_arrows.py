@@ -35,7 +35,7 @@ RAY = {
     "dlopt.train.cluster.group",
     "dlopt.train.cluster.room",
     "dlopt.train.cluster.ray_internals",
-    "dlopt.serve.app",
+    "dlopt.serve.cluster",
     "dlopt.session",
     "dlopt.submit",
 }
@@ -119,7 +119,7 @@ def test_torch_stays_out_of_the_nouns_and_out_of_what_a_replica_imports() -> Non
     heavy = {"torch", "ray"}
     for name in ("dlopt.part", "dlopt.artifact", "dlopt.session", "dlopt.runs", "dlopt.progress"):
         assert "torch" not in roots(name)
-    seen, todo = set(), ["dlopt.serve.replica"]
+    seen, todo = set(), ["dlopt.serve.application"]
     while todo:
         name = todo.pop()
         if name in MODULES and name not in seen:
@@ -148,7 +148,7 @@ def loaded(module: str) -> set[str]:
 
 
 def test_a_replica_starts_without_torch_and_ray() -> None:
-    assert not {"torch", "ray", "onnx"} & loaded("dlopt.serve.replica")
+    assert not {"torch", "ray", "onnx"} & loaded("dlopt.serve.application")
 
 
 def test_the_command_line_answers_without_anything_heavy() -> None:

@@ -288,6 +288,7 @@ def test_plot_schedule_says_in_one_line_what_it_cannot_draw(
 
 
 @pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.slow
 def test_find_batch_and_plot_schedule_take_prepared_data_and_start_no_ray(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job, home = csv_job(tmp_path, table(200)), tmp_path / "home"
     here(capsys, "prepare", job, "--home", home)

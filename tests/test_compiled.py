@@ -137,6 +137,7 @@ print(json.dumps({"said": said, "losses": losses(home / "out")}))
 """
 
 
+@pytest.mark.slow
 def test_without_a_compiler_there_is_one_line_and_the_same_bits(tmp_path: Path) -> None:
     work(section(Mlp(hidden=(16,), dropout=0.0)), prepared(tmp_path / "plain"), tmp_path / "plain" / "out", compiled=False)
     environment = os.environ | {"CXX": "/nothing/here", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}

@@ -85,18 +85,24 @@ SECTIONS = {"whole": quick(precision="float64", dropout=0.2), "hundred": quick(b
 FEEDS = ("resident", "stream")
 
 
+def combinations(workers: int) -> list[tuple[str, str]]:
+    """Which sections a group goes through with which feeds: of two workers, which are always tried, all but the longest."""
+    every = [(name, feed) for name in SECTIONS for feed in FEEDS]
+    return [one for one in every if workers != 2 or one != ("hundred", "stream")]
+
+
 def work(config: dict[str, Any]) -> None:
-    """What a group of workers does: every section with both feeds, one after the other."""
+    """What a group of workers does: these sections with these feeds, one after the other."""
     import ray.train
 
     worker.Training = Recording  # type: ignore[misc]
     torch.set_num_threads(1)
     context = ray.train.get_context()
-    for name, section in SECTIONS.items():
-        for feed in FEEDS:
-            out = Path(config["out"]) / f"{name}-{feed}"
-            assignment = worker.Assignment(fit=section, data=Path(config["data"]), out=out, feed=feed)
-            worker.Worker(assignment, context.get_world_rank(), context.get_world_size(), torch.device("cpu")).run()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    for name, feed in combinations(world):
+        out = Path(config["out"]) / f"{name}-{feed}"
+        assignment = worker.Assignment(fit=SECTIONS[name], data=Path(config["data"]), out=out, feed=feed)
+        worker.Worker(assignment, rank, world, torch.device("cpu")).run()
 
 
 @pytest.fixture(scope="module", params=[2, *(pytest.param(workers, marks=pytest.mark.slow) for workers in (1, 3, 4))])
@@ -106,9 +112,8 @@ def group(request: pytest.FixtureRequest, data: Artifact, tmp_path_factory: pyte
     from ray.train.torch import TorchConfig, TorchTrainer
 
     workers, out = request.param, tmp_path_factory.mktemp(f"workers-{request.param}")
-    for name in SECTIONS:
-        for feed in FEEDS:
-            (out / f"{name}-{feed}").mkdir()
+    for name, feed in combinations(workers):
+        (out / f"{name}-{feed}").mkdir()
     TorchTrainer(
         work,
         train_loop_config={"data": str(data.path), "out": str(out)},
@@ -150,9 +155,9 @@ def test_any_number_of_workers_follows_the_curve_of_one_on_the_same_rows_in_the_
     feed: str, group: tuple[int, Path], oracle: Path
 ) -> None:
     workers, out = group
-    assert far(lines(oracle / "whole"), lines(out / f"whole-{feed}")) < 1e-9
-    assert far(lines(oracle / "hundred"), lines(out / f"hundred-{feed}")) < 1e-4
-    for name in SECTIONS:
+    allowed = {"whole": 1e-9, "hundred": 1e-4}
+    for name in [name for name, given in combinations(workers) if given == feed]:
+        assert far(lines(oracle / name), lines(out / f"{name}-{feed}")) < allowed[name]
         assert orders(oracle / name, 1) == orders(out / f"{name}-{feed}", workers)
         weights = noted(out / f"{name}-{feed}", "weights", workers)
         assert all(found == weights[0] for found in weights)  # to the bit

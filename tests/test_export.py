@@ -18,6 +18,7 @@ from dlopt.data.prepared import Split
 from dlopt.export import Onnx
 from dlopt.export.onnx import EXPORT, LARGEST, MODEL, TIE, _graph, _other_labels, _refuse_too_large, _unit, compare, fed, trained_network
 from dlopt.models import Cnn, Mlp, Network, TextBag, TextCnn, Units
+from dlopt.models.own import own
 from dlopt.part import DloptError, Signature, Target
 from dlopt.train.job import Fit, Train
 from dlopt.train.measure.evaluate import predict
@@ -25,6 +26,7 @@ from dlopt.train.measure.metrics import activated
 from tests import sets
 from tests.sets import CATEGORIES, DATES, EVERYTHING, HASHED, LABELS, NUMBER, ONE, PAIR, TEXT, THREE, TWO, inputs_of, trained
 from tests.test_models import image, numbers
+from tests.test_own import Tower
 
 IMAGES = Signature(inputs=(image(12, 10, 3),), target=THREE)
 FEW = Signature(inputs=(numbers("a", "b", "c"),), target=Target(name="late", labels=(0, 1)))
@@ -349,3 +351,41 @@ def test_the_export_of_another_model_or_tolerance_is_another_artifact(tmp_path: 
     digests = {exported(tmp_path, model, data, tolerance=tolerance).path.name for model in (one, other) for tolerance in (1e-5, 1e-4)}
     assert len(digests) == 4
     assert digest_of(Onnx().model_dump(mode="json")) == digest_of({"kind": "onnx", "tolerance": 1e-5})
+
+
+class Mixing(Tower):
+    """A network whose answer to a row depends on the other rows: by their mean, or by where the row stands."""
+
+    def __init__(self, signature: Signature, by: str) -> None:
+        super().__init__(signature, 4)
+        self.by = by
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        numbers = inputs["numbers"]
+        other = numbers.mean(dim=0) if self.by == "mean" else numbers.roll(1, 0)
+        return super().forward(inputs | {"numbers": numbers - other})
+
+
+class Unwritable(Tower):
+    """A network that ONNX has no words for."""
+
+    def __init__(self, signature: Signature) -> None:
+        super().__init__(signature, 4)
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return super().forward(inputs) + torch.special.i1e(inputs["numbers"]).sum(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("by", ["mean", "place"])
+def test_a_model_that_mixes_rows_is_refused(tmp_path: Path, by: str) -> None:
+    """Both sides of the comparison with torch see the same neighbours, so that alone would not tell."""
+    data = sets.prepared(tmp_path, sets.signature(sets.NUMBERS))
+    with pytest.raises(DloptError, match=r"^export: the model mixes rows: alone, a row gets another answer \(by .*\) than among 64"):
+        exported(tmp_path, trained(tmp_path, data, own(Mixing, by=by)), data)
+
+
+def test_a_model_that_onnx_cannot_say_is_one_line(tmp_path: Path) -> None:
+    data = sets.prepared(tmp_path, sets.signature(sets.NUMBERS))
+    with pytest.raises(DloptError, match=r"^export: the model cannot be written as ONNX: \w+: .*i1e") as error:
+        exported(tmp_path, trained(tmp_path, data, own(Unwritable)), data)
+    assert "\n" not in str(error.value)

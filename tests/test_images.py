@@ -23,13 +23,12 @@ import pyarrow as pa
 import pytest
 from PIL import EpsImagePlugin, Image, ImageFile, ImageOps, ImageSequence
 
-from dlopt.data.encode import MOST_SCANS, decode_image, encode_rows, image_shape
+from dlopt.data.encode import MOST_SCANS, decode_image, encode_columns, encode_rows, image_shape
 from dlopt.data.kinds import ImageInput
 from dlopt.data.sources import infer_kind
 from dlopt.part import DloptError, Signature, Target
-from dlopt.serve import Serve, replica
-from dlopt.serve.auth import Guard
-from dlopt.serve.replica import Application
+from dlopt.serve import Serve, model
+from dlopt.serve.application import Application, application_of
 from tests.served import IMAGE, PHOTOS, make_export
 
 RANDOM = np.random.default_rng(7)
@@ -383,7 +382,7 @@ def ask(app: Application, body: Any) -> httpx.Response:
 
 
 def application(home: Path, signature: Signature) -> Application:
-    return Application(make_export(home, signature), "m", Serve(), Guard(()))
+    return application_of(make_export(home, signature), "m", Serve())
 
 
 def photo(data: bytes) -> dict[str, Any]:
@@ -402,11 +401,11 @@ def test_an_eps_from_a_client_is_a_400_and_starts_nothing(home: Path, ghost: Pat
 def test_images_that_may_take_long_are_decoded_beside_the_event_loop(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[str] = []
 
-    def noted(signature: Signature, rows: Any) -> dict[str, np.ndarray]:
+    def noted(signature: Signature, columns: Any) -> dict[str, np.ndarray]:
         threads.append(threading.current_thread().name)
-        return encode_rows(signature, rows)
+        return encode_columns(signature, columns)
 
-    monkeypatch.setattr(replica, "encode_rows", noted)
+    monkeypatch.setattr(model, "encode_columns", noted)
     digit = {"b64": base64.b64encode(file_of(Image.new("L", (28, 28)))).decode()}
     small, large = application(home, IMAGE), application(home, PHOTOS)
     hidden = json.dumps({"instances": [photo(COLOUR_FILE)]}).replace('"b64"', '"\\u0062\\u00364"')
@@ -421,13 +420,13 @@ def test_other_requests_are_answered_while_large_images_are_decoded(home: Path, 
     app = application(home, PHOTOS)
     go, decoding = threading.Event(), threading.Semaphore(0)
 
-    def slow(signature: Signature, rows: Any) -> dict[str, np.ndarray]:
-        if rows[0]["camera"] == "slow":
+    def slow(signature: Signature, columns: Any) -> dict[str, np.ndarray]:
+        if columns["camera"] == ["slow"]:
             decoding.release()
             assert go.wait(60)
-        return encode_rows(signature, rows)
+        return encode_columns(signature, columns)
 
-    monkeypatch.setattr(replica, "encode_rows", slow)
+    monkeypatch.setattr(model, "encode_columns", slow)
 
     async def both() -> list[int]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:

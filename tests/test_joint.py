@@ -12,6 +12,7 @@ from dlopt import spec
 from dlopt.models import Cnn, FtTransformer, Joint, Mlp, Resnet, TableResnet, TextBag, TextCnn, TextTransformer, Vit
 from dlopt.models.table import Embeddings
 from dlopt.part import DloptError, Feature
+from tests.cases import crossed
 from tests.graphs import beyond_rounding, built, graph, said, tensors, without_gradient
 from tests.sets import CATEGORIES, DATES, EVERYTHING, HASHED, IMAGE, LABELS, NUMBER, NUMBERS, TEXT, THREE, inputs_of, signature
 from tests.test_models import image, same
@@ -33,8 +34,7 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("target", [THREE, LABELS, NUMBER], ids=lambda target: target.kind)
+@pytest.mark.parametrize(("model", "target"), crossed(MODELS, [THREE, LABELS, NUMBER]))
 def test_the_graph_says_what_torch_says(model: Joint, target: Any) -> None:
     found = signature(*MIX, target=target)
     net = built(model, found)

@@ -24,7 +24,7 @@ from dlopt.optim.constraints import ClipNorm
 from dlopt.optim.optimizers import Adam, Lbfgs, Sgd
 from dlopt.optim.optimizers_library import Sophia
 from dlopt.part import DloptError, Part
-from dlopt.train.checkpoint import checkpoints
+from dlopt.train.checkpoint.checkpoints import newest
 from dlopt.train.checkpoint.stores import CHECKPOINTS, Disk
 from dlopt.train.job import Fit, Train
 from dlopt.train.loop.gradients import Sharpness, plain, unscaled
@@ -110,7 +110,7 @@ def test_layers_compute_in_half_precision_and_all_that_is_kept_stays_float32(pre
     info = work(fit, data, tmp_path / "out")
     weights = load_tensors((tmp_path / "out" / "weights.safetensors").read_bytes())
     assert {value.dtype for value in weights.values()} == {torch.float32}
-    found, _ = checkpoints.newest(Disk(tmp_path / "out" / CHECKPOINTS))
+    found, _ = newest(Disk(tmp_path / "out" / CHECKPOINTS))
     assert found
     assert {value.dtype for value in found.tensors.values() if value.is_floating_point()} == {torch.float32}
     network = load_network(fit, data)
@@ -272,12 +272,12 @@ def test_a_resumed_run_has_the_scale_and_the_bits_of_one_that_was_not_interrupte
         with pytest.raises(Killed):
             work(fit, data, tmp_path / "out")
     store = Disk(tmp_path / "out" / CHECKPOINTS)
-    at_kill, _ = checkpoints.newest(store)
+    at_kill, _ = newest(store)
     assert at_kill and at_kill.record.loss_scale["scale"] > 2.0**16 and at_kill.record.loss_scale["good"] > 0
     work(fit, data, tmp_path / "out")
     assert (tmp_path / "out" / "weights.safetensors").read_bytes() == (tmp_path / "whole" / "weights.safetensors").read_bytes()
     assert overflows(tmp_path / "out") == overflows(tmp_path / "whole")
-    ends = [checkpoints.newest(Disk(tmp_path / name / CHECKPOINTS))[0] for name in ("out", "whole")]
+    ends = [newest(Disk(tmp_path / name / CHECKPOINTS))[0] for name in ("out", "whole")]
     assert ends[0] and ends[1] and ends[0].record.loss_scale == ends[1].record.loss_scale != at_kill.record.loss_scale
 
 

@@ -29,11 +29,15 @@ from dlopt.export import Onnx
 from dlopt.export.onnx import EXPORT, trained_network
 from dlopt.models import Mlp
 from dlopt.part import DloptError, Feature, Signature, Target
-from dlopt.serve import Replicas, Serve, replica
-from dlopt.serve.auth import Guard, digest, make_key, read_keys
+from dlopt.serve import Replicas, Serve
+from dlopt.serve import model as serving
+from dlopt.serve.application import Application, application_of
+from dlopt.serve.auth import Guard, Key, digest, make_key, read_keys
+from dlopt.serve.batcher import Batcher
+from dlopt.serve.exchange import THRESHOLD, Answer, Refusal, decisions
 from dlopt.serve.metrics import DIRECTORY
-from dlopt.serve.protocols import THRESHOLD, Refusal, Request, decisions, predictions
-from dlopt.serve.replica import FLUSH_SECONDS, FRESH_SECONDS, Application, Batcher, Predictor
+from dlopt.serve.model import FLUSH_SECONDS, FRESH_SECONDS, Model, Predictor
+from dlopt.serve.protocols.tensorflow import parse, predictions
 from tests import sets
 from tests.served import FLIGHTS, IMAGE, NUMBERS, PHOTOS, SAID, make_export, messages
 
@@ -48,7 +52,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def application(home: Path, signature: Signature = IMAGE, keys: tuple[str, ...] = (), **section: Any) -> Application:
-    return Application(make_export(home, signature), "m", Serve(**section), Guard(tuple(digest(key) for key in keys)))
+    return application_of(make_export(home, signature), "m", Serve(**section), Guard(tuple(Key.of(key) for key in keys)))
 
 
 def ask(app: Application, method: str, path: str, **options: Any) -> httpx.Response:
@@ -57,6 +61,11 @@ def ask(app: Application, method: str, path: str, **options: Any) -> httpx.Respo
             return await client.request(method, path, **options)
 
     return asyncio.run(one())
+
+
+def model_of(app: Application) -> Model:
+    assert app.models.only
+    return app.models.only
 
 
 def error_of(reply: httpx.Response) -> str:
@@ -122,7 +131,7 @@ LABELS = Target(name="tags", kind="multi_label", labels=("a", "b", "c"))
 
 
 def reply_of(target: Target, outputs: np.ndarray, by_column: bool = False) -> Any:
-    body = predictions(Request([None] * len(outputs), by_column), target, outputs, decisions(target, outputs))
+    body = predictions(Answer(target, outputs, decisions(target, outputs)), by_column)
     return json.loads(body)["outputs" if by_column else "predictions"]
 
 
@@ -174,7 +183,7 @@ def test_a_table_of_every_kind_of_column_is_predicted_as_onnxruntime_does(home: 
         {"delay": 2.5, "distance": 100, "carrier": "UA", "airport": "A007", "day": "2013-05-31"},
         {"delay": None, "distance": 1, "carrier": None, "airport": "unheard of", "day": None},
     ]
-    tensors = app._decode(json.dumps({"instances": rows}).encode())[1]
+    tensors = model_of(app)._decode(json.dumps({"instances": rows}).encode(), parse)[0]
     assert tensors["categories"].tolist() == [["UA", "A007"], ["", "unheard of"]]
     session = onnxruntime.InferenceSession(make_export(home, FLIGHTS).path / "model.onnx")
     (expected,) = session.run(["values"], tensors)
@@ -214,7 +223,7 @@ def test_the_server_says_of_raw_rows_what_torch_says_of_prepared_ones(tmp_path: 
     network = trained_network(model, data)
     with torch.no_grad():
         expected = network({name: torch.tensor(values) for name, values in tensors.items()}).sigmoid().numpy()
-    app = Application(once(EXPORT, Onnx(), tmp_path, model, data), "m", Serve(), Guard(()))
+    app = application_of(once(EXPORT, Onnx(), tmp_path, model, data), "m", Serve())
     reply = ask(app, "POST", PREDICT, json={"instances": raw})
     assert reply.status_code == 200, reply.text
     np.testing.assert_allclose([row["probabilities"] for row in reply.json()["predictions"]], expected, atol=1e-6)
@@ -347,23 +356,19 @@ def test_a_body_that_does_not_come_gets_a_408(home: Path) -> None:
 
     asyncio.run(app({"type": "http", "method": "POST", "path": PREDICT, "headers": [], "query_string": b""}, receive, send))
     assert sent[0]["status"] == 408
-    assert app.in_flight == 0
-
-
-def test_a_compressed_body_is_refused(home: Path) -> None:
-    assert ask(application(home), "POST", PREDICT, content=b"x", headers={"content-encoding": "gzip"}).status_code == 415
+    assert model_of(app).in_flight == 0
 
 
 def test_a_failure_of_the_system_is_json_as_well(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     app = application(home)
-    monkeypatch.setattr(app, "_decode", lambda body: 1 / 0)
+    monkeypatch.setattr(model_of(app), "_decode", lambda body, parse: 1 / 0)
     reply = ask(app, "POST", PREDICT, json={"instances": [BLACK]})
     assert (reply.status_code, error_of(reply)) == (500, "internal error; the server's log has the cause")
 
 
 def test_more_requests_than_may_wait_get_a_429(home: Path) -> None:
     app = application(home, max_waiting=1)
-    app.in_flight = 1
+    model_of(app).in_flight = 1
     reply = ask(app, "POST", PREDICT, json={"instances": [BLACK]})
     assert (reply.status_code, reply.headers["retry-after"]) == (429, "1")
 
@@ -378,7 +383,7 @@ def test_more_requests_than_may_wait_get_a_429(home: Path) -> None:
         ("PUT", PREDICT, 400, "Malformed request"),
         ("POST", "/v1/models/m", 400, "Malformed request"),
         ("POST", "/v1/models/m/metadata", 400, "Malformed request"),
-        ("POST", "/v1/models/m:classify", 400, "Malformed request"),
+        ("POST", "/v1/models/m:score", 400, "Malformed request"),
         ("POST", "/v1/models/", 400, "Malformed request"),
         ("POST", "/v1/models/other:predict", 404, "Servable not found for request: Latest(other)"),
         ("POST", "/v1/models/m/versions/2:predict", 404, "Servable not found for request: Specific(m, 2)"),
@@ -424,17 +429,19 @@ def test_metadata_has_the_types_of_every_kind_of_tensor(home: Path) -> None:
 
     assert tensors(FLIGHTS) == {
         "inputs": {
-            "numbers": ("DT_FLOAT", ["-1", "2"]),
-            "categories": ("DT_STRING", ["-1", "2"]),
-            "dates": ("DT_FLOAT", ["-1", "2"]),
+            "delay": ("DT_FLOAT", ["-1"]),
+            "distance": ("DT_FLOAT", ["-1"]),
+            "carrier": ("DT_STRING", ["-1"]),
+            "airport": ("DT_STRING", ["-1"]),
+            "day": ("DT_STRING", ["-1"]),
         },
         "outputs": {"minutes": ("DT_FLOAT", ["-1"])},
     }
     assert tensors(messages()) == {
-        "inputs": {"text": ("DT_INT32", ["-1", "-1"])},
+        "inputs": {"message": ("DT_STRING", ["-1"])},
         "outputs": {"labels": ("DT_STRING", ["-1", "-1"]), "probabilities": ("DT_FLOAT", ["-1", "3"])},
     }
-    assert tensors(PHOTOS)["inputs"]["codes"] == ("DT_INT32", ["-1", "1"])
+    assert tensors(PHOTOS)["inputs"]["photo"] == ("DT_UINT8", ["-1", "4", "6", "3"])
 
 
 def test_metadata_leaves_the_tokenizer_out(home: Path) -> None:
@@ -449,18 +456,18 @@ def test_metadata_leaves_the_tokenizer_out(home: Path) -> None:
 @pytest.mark.parametrize("signature", [IMAGE, NUMBERS, FLIGHTS, PHOTOS])
 def test_every_model_is_asked_whether_it_is_ready(home: Path, signature: Signature) -> None:
     app = application(home, signature)
-    app.answered -= FRESH_SECONDS
+    model_of(app).answered -= FRESH_SECONDS
     assert ask(app, "GET", "/readyz").json() == {"ready": True}
 
 
 def test_ready_means_that_the_model_answers_now(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replica, "ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(serving, "ANSWER_SECONDS", 0.3)
     app = application(home)
-    app.answered -= FRESH_SECONDS
+    model_of(app).answered -= FRESH_SECONDS
     assert ask(app, "GET", "/readyz").json() == {"ready": True}
-    app.predictor.blank = {}
+    model_of(app).predictor.blank = {}
     assert ask(app, "GET", "/readyz").status_code == 200  # asked a moment ago
-    app.answered -= FRESH_SECONDS
+    model_of(app).answered -= FRESH_SECONDS
     reply = ask(app, "GET", "/readyz")
     assert reply.status_code == 503
     assert error_of(reply).startswith("the model does not answer")
@@ -504,7 +511,7 @@ def test_a_key_is_taken_from_four_places(home: Path) -> None:
 def test_keys_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(f"# ours\n\n  {KEY}  \n{make_key()}\n")
-    assert read_keys(file)[0] == KEY
+    assert read_keys(file)[0] == Key(digest(KEY))
     assert len(read_keys(file)) == 2
 
 
@@ -534,14 +541,18 @@ def test_metrics_count_what_was_done(home: Path) -> None:
     label = ask(app, "POST", PREDICT, json={"instances": [BLACK]}).json()["predictions"][0]["label"]
     sealed = make_export(home).manifest.digest
     for line in (
-        'dlopt_requests_total{code="200",model="m"} 1.0',
-        'dlopt_requests_total{code="400",model="m"} 1.0',
-        'dlopt_rows_total{model="m"} 3.0',
-        f'dlopt_predictions_total{{label="{label}",model="m"}} 3.0',
-        'dlopt_request_seconds_count{model="m"} 2.0',
-        'dlopt_batch_seconds_count{model="m"} 1.0',
-        f'dlopt_model_info{{digest="{sealed}",model="m"}} 1.0',
-        'dlopt_in_flight{model="m"} 0.0',
+        'dlopt_requests_total{code="200",model="m",protocol="tensorflow",version="1"} 1.0',
+        'dlopt_requests_total{code="400",model="m",protocol="tensorflow",version="1"} 1.0',
+        'dlopt_rows_total{model="m",version="1"} 3.0',
+        f'dlopt_predictions_total{{label="{label}",model="m",version="1"}} 3.0',
+        'dlopt_request_seconds_count{model="m",protocol="tensorflow",version="1"} 2.0',
+        'dlopt_inference_seconds_count{model="m",version="1"} 1.0',
+        'dlopt_queue_seconds_count{model="m",version="1"} 1.0',
+        'dlopt_batch_rows_bucket{le="2.0",model="m",version="1"} 0.0',
+        'dlopt_batch_rows_bucket{le="4.0",model="m",version="1"} 1.0',
+        'dlopt_rejected_total{reason="request"} 1.0',
+        f'dlopt_model_info{{digest="{sealed}",model="m",version="1"}} 1.0',
+        'dlopt_in_flight{model="m",version="1"} 0.0',
     ):
         assert line in lines
 
@@ -553,29 +564,32 @@ def test_labels_are_counted_one_by_one_and_numbers_summed_up(home: Path) -> None
     counts = {label: sum(label in row["labels"] for row in found) for label in messages().target.labels}
     assert sum(counts.values()) != len(SAID)
     for label, count in counts.items():
-        assert f'dlopt_predictions_total{{label="{label}",model="m"}} {count}.0' in lines
+        assert f'dlopt_predictions_total{{label="{label}",model="m",version="1"}} {count}.0' in lines
 
     app = application(home, PHOTOS)
     row = {"photo": np.zeros((4, 6, 3), int).tolist(), "camera": None, "taken": None, "printed": None}
     found = ask(app, "POST", PREDICT, json={"instances": [row] * 3}).json()["predictions"]
     lines = ask(app, "GET", "/metrics").text.splitlines()
-    assert 'dlopt_values_count{column="width",model="m"} 3.0' in lines
-    total = next(float(line.split()[-1]) for line in lines if line.startswith('dlopt_values_sum{column="width",'))
-    assert total == pytest.approx(3 * found[0]["width"])
+    for column in ("height", "width"):
+        mine = [line for line in lines if line.startswith(f'dlopt_predicted_numbers_total{{column="{column}"')]
+        sums = {sign: sum(float(line.split()[-1]) for line in mine if sign in line) for sign in ("positive", "negative")}
+        assert min(sums.values()) == 0  # counters never fall
+        assert sums["positive"] - sums["negative"] == pytest.approx(3 * found[0][column])
     assert not any(line.startswith("dlopt_predictions") for line in lines)
 
 
 COUNT = """
 import sys
-from dlopt.serve.metrics import Metrics
+from dlopt.serve.metrics import Metrics, Registry
 from dlopt.part import Target
-metrics = Metrics("m", "d", Target(name="t", labels=("a", "b")))
+registry = Registry()
+metrics = Metrics(registry, "m", "1", "d", Target(name="t", labels=("a", "b")))
 for _ in range(int(sys.argv[1])):
     metrics.rows.inc()
-    metrics.seconds.observe(0.002)
+    metrics.queue_seconds.observe(0.002)
 metrics.in_flight.set(7)
 if sys.argv[2] == "show":
-    print(metrics.exposition().decode())
+    print(registry.exposition().decode())
 """
 
 
@@ -584,10 +598,10 @@ def test_metrics_add_up_over_processes_and_forget_the_gauges_of_the_dead(tmp_pat
     for count, what in ((3, "quiet"), (4, "show")):
         ended = subprocess.run([sys.executable, "-c", COUNT, str(count), what], env=environment, capture_output=True, text=True, check=True)
     lines = ended.stdout.splitlines()
-    assert 'dlopt_rows_total{model="m"} 7.0' in lines
-    assert 'dlopt_request_seconds_bucket{le="0.0025",model="m"} 7.0' in lines
-    assert 'dlopt_in_flight{model="m"} 7.0' in lines
-    assert 'dlopt_model_info{digest="d",model="m"} 1.0' in lines
+    assert 'dlopt_rows_total{model="m",version="1"} 7.0' in lines
+    assert 'dlopt_queue_seconds_bucket{le="0.0025",model="m",version="1"} 7.0' in lines
+    assert 'dlopt_in_flight{model="m",version="1"} 7.0' in lines
+    assert 'dlopt_model_info{digest="d",model="m",version="1"} 1.0' in lines
 
 
 # Batches
@@ -606,7 +620,7 @@ def test_batches_of_many_requests_do_not_mix_up_answers() -> None:
         return tensors["x"] * 2
 
     async def main() -> None:
-        batcher = Batcher(slow, max_batch=16, observe=lambda rows, seconds: None)
+        batcher = Batcher(slow, max_batch=16, observe=lambda rows, seconds, waits: None, latency_target=1000)
         batcher.seconds_per_row = 1.0
         wanted = [np.random.default_rng(row).normal(size=(row % 5 + 1, 3)) for row in range(200)]
         tasks = [asyncio.create_task(batcher({"x": rows})) for rows in wanted]
@@ -634,7 +648,7 @@ def test_texts_of_several_lengths_make_one_batch() -> None:
         return tensors["text"].sum(axis=1, keepdims=True) + 1000 * (tensors["name"] == "b")
 
     async def main() -> None:
-        batcher = Batcher(slow, max_batch=64, observe=lambda rows, seconds: None)
+        batcher = Batcher(slow, max_batch=64, observe=lambda rows, seconds, waits: None, latency_target=1000)
         batcher.seconds_per_row = 1.0
         texts = [np.arange(1, 2 * length + 1, dtype=np.int32).reshape(2, length) for length in (3, 7, 1, 12, 5)]
         names = [np.array([["a"], ["b"]], dtype=object)] * len(texts)
@@ -653,7 +667,7 @@ def test_one_failing_request_does_not_fail_its_neighbours() -> None:
         return tensors["x"]
 
     async def main() -> list[Any]:
-        batcher = Batcher(picky, max_batch=64, observe=lambda rows, seconds: None)
+        batcher = Batcher(picky, max_batch=64, observe=lambda rows, seconds, waits: None, latency_target=1000)
         batcher.seconds_per_row = 1.0
         return await asyncio.gather(*(batcher({"x": np.full((1, 1), value)}) for value in range(20)), return_exceptions=True)
 
@@ -677,7 +691,7 @@ def test_a_damaged_export_is_refused(tmp_path: Path) -> None:
     content[len(content) // 2] ^= 1
     (export.path / "model.onnx").write_bytes(content)
     with pytest.raises(DloptError, match="content differs from its seal"):
-        Application(Artifact.open(export.path), "m", Serve(), Guard(()))
+        application_of(Artifact.open(export.path), "m", Serve())
 
 
 def test_a_replica_imports_neither_torch_nor_ray(home: Path) -> None:
@@ -685,7 +699,7 @@ def test_a_replica_imports_neither_torch_nor_ray(home: Path) -> None:
 import sys
 from pathlib import Path
 from dlopt.serve import Serve
-from dlopt.serve.replica import Replica
+from dlopt.serve.application import Replica
 Replica(Path(sys.argv[1]), "m", Serve(), ())
 print([name for name in ("torch", "ray", "pandas") if name in sys.modules])
 """

@@ -132,7 +132,9 @@ def trained(part: Any, rate: float, data: list[Batch]) -> float:
 
 
 @pytest.mark.parametrize(
-    "part", [Sgd(), Sgd(momentum=0.9), Adam(), AdamW(), KINDS["muon"]()], ids=["sgd", "momentum", "adam", "adamw", "muon"]
+    "part",
+    [Sgd(), Adam(), *(pytest.param(part, marks=pytest.mark.slow) for part in (Sgd(momentum=0.9), AdamW(), KINDS["muon"]()))],
+    ids=["sgd", "adam", "momentum", "adamw", "muon"],
 )
 def test_on_digits_training_at_the_suggested_rate_beats_one_thirty_times_lower_and_does_not_diverge(mnist: None, part: Any) -> None:
     data = digits()
@@ -215,7 +217,10 @@ def test_a_group_with_a_rate_of_its_own_keeps_it_all_along() -> None:
         first, second = first * (1 - rate), second * 0.9
 
 
-@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"prodigy"}))  # which finds its own rate
+@pytest.mark.parametrize(
+    "kind",  # prodigy finds its own rate
+    [*sorted(set(KINDS) - {"prodigy", "lbfgs"}), pytest.param("lbfgs", marks=pytest.mark.slow)],
+)
 def test_every_optimizer_has_a_rate_that_is_suggested(kind: str) -> None:
     model, source = Small(), batches(rows=64)
     data = [next(source) for _ in range(30 if kind == "lbfgs" else 100)]  # which looks at each many times

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import zipfile
 from pathlib import Path
@@ -109,6 +110,47 @@ def test_the_classes_of_a_folder_are_those_of_torchvision_without_what_is_hidden
 def test_texts_of_a_deeper_folder_are_of_the_class_above(tmp_path: Path) -> None:
     touched(tmp_path, "ham/2024/a.txt", "spam/b.txt")
     assert Texts(path=str(tmp_path)).peek(9)["label"].to_pylist() == ["ham", "spam"]
+
+
+@pytest.mark.parametrize("change", ["content", "time", "more", "fewer", "name"])
+def test_what_a_folder_of_images_is_found_to_be_changes_with_its_files(change: str, tmp_path: Path) -> None:
+    touched(tmp_path, "a/1.png", "a/2.png", "b/3.png")
+    source = Images(path=str(tmp_path))
+    before = source.found()
+    assert source.found() == before and before[:2] == [str(tmp_path), 3] and len(json.dumps(before)) < 200 + len(str(tmp_path))
+    first = tmp_path / "a" / "1.png"
+    match change:
+        case "content":
+            first.write_bytes(b"other")
+            os.utime(first, ns=(1, (tmp_path / "a" / "2.png").stat().st_mtime_ns))
+        case "time":
+            os.utime(first, ns=(1, 1))
+        case "more":
+            touched(tmp_path, "b/4.png")
+        case "fewer":
+            first.unlink()
+        case "name":
+            first.rename(tmp_path / "b" / "1.png")
+    assert source.found() != before
+
+
+def test_files_of_folders_come_as_bytes_on_disk_in_the_order_of_their_names(tmp_path: Path) -> None:
+    names = [f"{label}/{number}.png" for label in ("b", "a", "Ü", "a b") for number in range(40)]
+    for number, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(bytes([number]))
+    table = pa.concat_tables(Images(path=str(tmp_path)).tables())
+    assert table["path"].to_pylist() == sorted(str(tmp_path / name) for name in names)
+    assert dict(zip(table["path"].to_pylist(), table["image"].to_pylist(), strict=True)) == {
+        str(tmp_path / name): bytes([number]) for number, name in enumerate(names)
+    }
+    assert pa.concat_tables(Images(path=str(tmp_path)).tables(["label"])).column_names == ["label"]
+
+
+def test_a_name_that_is_no_text_is_said(tmp_path: Path) -> None:
+    touched(tmp_path, "a/\udcff.png")
+    with pytest.raises(DloptError, match=r"a/\\udcff\.png': the name of this file is not UTF-8: rename it$"):
+        Images(path=str(tmp_path)).files()
 
 
 def test_a_folder_without_classes_says_what_it_holds(tmp_path: Path) -> None:

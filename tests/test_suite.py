@@ -20,12 +20,15 @@ from tests.conftest import SHARES, share_of
 from tests.processes import run, together
 from tests.reaper import GRACE, VARIABLE, bearing, left_of
 
+ALONE = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", ".", "."]
+TREE = os.environ | {"PYTHONPATH": str(ROOT)}
+"""A run of the tests of the working folder, with this one's fixtures."""
 ENDLESS = """
 import os, subprocess, time
 from pathlib import Path
 from tests.processes import context, fork
 
-def test_it(ray_cluster):
+def test_it({fixture}):
     subprocess.Popen(["sleep", "300"], start_new_session=True)
     context.set_forkserver_preload([])
     fork(time.sleep, 300)
@@ -34,27 +37,51 @@ def test_it(ray_cluster):
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
-def test_an_ended_run_leaves_nothing_running(number: signal.Signals, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "ray"),
+    [
+        (signal.SIGTERM, False),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(signal.SIGTERM, True), (signal.SIGKILL, True)]),
+    ],
+)
+def test_an_ended_run_leaves_nothing_running(number: signal.Signals, ray: bool, tmp_path: Path) -> None:
     """Neither its Ray, nor forked processes, nor what has left its session."""
-    (tmp_path / "test_endless.py").write_text(ENDLESS)
-    words = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", ".", "."]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    marks, deadline, found = tmp_path / "marks", time.monotonic() + 240, ""
-    while not (marks.exists() and (found := marks.read_text())) and process.poll() is None and time.monotonic() < deadline:
+    (tmp_path / "test_endless.py").write_text(ENDLESS.format(fixture="ray_cluster" if ray else ""))
+    process = subprocess.Popen(ALONE, cwd=tmp_path, env=TREE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    marks, deadline, written = tmp_path / "marks", time.monotonic() + 240, ""
+    while not (marks.exists() and (written := marks.read_text())) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert found
-    mark = found.split()[-1]
+    assert written
+    mark = written.split()[-1]
     assert mark not in os.environ[VARIABLE]
     running = " ".join(bearing(mark).values())
-    assert "sleep 300" in running and "raylet" in running and "forkserver" in running
+    assert "sleep 300" in running and "forkserver" in running and ("raylet" in running) is ray
     process.send_signal(number)
     said, _ = process.communicate(timeout=120)
     if number == signal.SIGTERM:
         assert process.returncode == pytest.ExitCode.INTERRUPTED
         assert [line.split(maxsplit=3)[3].strip() for line in said.splitlines() if line.startswith("left running")] == ["sleep 300"]
     assert left_of(mark, 4 * GRACE) == {}
+
+
+TERMINATED = """
+import signal, sys, pytest
+from pathlib import Path
+
+@pytest.fixture
+def starting():
+    sys.exit(signal.SIGTERM)  # as Ray's own handler does while it starts
+
+def test_one(starting): pass
+def test_two(): Path("two").touch()
+"""
+
+
+def test_a_sigterm_that_ray_hears_while_it_starts_ends_the_run(tmp_path: Path) -> None:
+    (tmp_path / "test_terminated.py").write_text(TERMINATED)
+    ended = subprocess.run(ALONE, cwd=tmp_path, env=TREE, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == pytest.ExitCode.INTERRUPTED, ended.stdout
+    assert not (tmp_path / "two").exists()
 
 
 def test_a_file_that_costs_more_than_its_budget_is_told() -> None:

@@ -13,6 +13,7 @@ from dlopt.models import FtTransformer, Mlp, Model, TableResnet
 from dlopt.models.layers import EMBEDDING_STD
 from dlopt.models.table import Columns, Embeddings
 from dlopt.part import DloptError, Feature
+from tests.cases import crossed
 from tests.graphs import beyond_rounding, built, fitted, graph, said, tensors, without_gradient
 from tests.sets import CATEGORIES, DATES, HASHED, IMAGE, LABELS, NUMBER, NUMBERS, ONE, TEXT, TWO, inputs_of, signature
 from tests.test_models import categories, numbers, same, text
@@ -28,9 +29,7 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("inputs", [COLUMNS, (NUMBERS,), (HASHED,)], ids=["all", "numbers", "categories"])
-@pytest.mark.parametrize("target", [TWO, LABELS, NUMBER], ids=lambda target: target.kind)
+@pytest.mark.parametrize(("model", "inputs", "target"), crossed(MODELS, [COLUMNS, (NUMBERS,), (HASHED,)], [LABELS, TWO, NUMBER]))
 def test_the_graph_says_what_torch_says(model: Model, inputs: tuple[Feature, ...], target: Any) -> None:
     """Of missing numbers, unknown strings and any number of rows."""
     found = signature(*inputs, target=target)
@@ -171,7 +170,7 @@ def test_residual_ends_of_zero_make_blocks_pass_on_what_they_get() -> None:
 def test_a_table_model_learns_what_a_sum_over_columns_cannot_say(model: Model) -> None:
     """Whether a number is above or below its mean, turned around by a category."""
     generator = np.random.default_rng(0)
-    values, codes = generator.normal(50, 20, (800, 2)).astype(np.float32), generator.integers(0, 3, (800, 1), dtype=np.int32)
+    values, codes = generator.normal(50, 20, (400, 2)).astype(np.float32), generator.integers(0, 3, (400, 1), dtype=np.int32)
     labels = torch.from_numpy(((values[:, 0] > 50) ^ (codes[:, 0] == 1)).astype(np.int64))
     found = signature(numbers("a", "b"), categories(3))
     rows = {"numbers": torch.from_numpy(values), "categories": torch.from_numpy(codes)}

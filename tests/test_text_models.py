@@ -15,6 +15,7 @@ from dlopt.models import Model, TextBag, TextCnn, TextTransformer
 from dlopt.models.layers import EMBEDDING_STD
 from dlopt.models.transformer import Attention, Block, Sinusoidal
 from dlopt.part import DloptError
+from tests.cases import crossed
 from tests.graphs import beyond_rounding, built, fitted, graph, said, without_gradient
 from tests.sets import EVERYTHING, LABELS, NUMBER, TEXT, THREE, inputs_of
 from tests.sets import signature as signature_of
@@ -60,8 +61,7 @@ def test_no_embedding_of_padding_reaches_the_outputs_nor_has_a_gradient(model: M
     same(net({"text": ids(*TEXTS)}), before)
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("target", [THREE, LABELS, NUMBER], ids=lambda target: target.kind)
+@pytest.mark.parametrize(("model", "target"), crossed(MODELS, [THREE, LABELS, NUMBER]))
 def test_the_graph_says_what_torch_says_of_any_rows_and_lengths(model: Model, target: Any) -> None:
     found = signature_of(*EVERYTHING, target=target)
     net = built(model, found)
@@ -170,7 +170,10 @@ def test_a_transformer_knows_the_order_of_words(model: Model) -> None:
     assert (first - second).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("model", [TextTransformer(width=16, depth=1), TextTransformer(width=16, depth=1, pooling="first")])
+@pytest.mark.parametrize(
+    "model",
+    [TextTransformer(width=16, depth=1), pytest.param(TextTransformer(width=16, depth=1, pooling="first"), marks=pytest.mark.slow)],
+)
 def test_a_transformer_learns_what_a_bag_of_words_cannot_know(model: Model) -> None:
     """Which of two words comes first, among others, in texts of many lengths."""
     generator = np.random.default_rng(0)

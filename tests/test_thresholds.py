@@ -23,8 +23,7 @@ from dlopt.models import Mlp
 from dlopt.optim.optimizers import Adam
 from dlopt.part import Signature, Target
 from dlopt.serve import Serve
-from dlopt.serve.auth import Guard
-from dlopt.serve.replica import Application
+from dlopt.serve.application import application_of
 from dlopt.train.job import Fit, Train
 from dlopt.train.loop.losses import Binary, CrossEntropy, Focal, loss_of
 from dlopt.train.measure.evaluate import predict
@@ -185,7 +184,7 @@ def test_metrics_predictions_export_and_server_follow_the_thresholds(home: Path,
         assert model.info["metrics"]["test"]["f1"] == pytest.approx(f1, rel=1e-12)
     export = once(EXPORT, Onnx(), home, model, data)
     assert Signature.model_validate_json(export.read("signature.json")) == found
-    app = Application(export, "m", Serve(max_rows=2000), Guard(()))
+    app = application_of(export, "m", Serve(max_rows=2000))
     raw = [dict(zip(NUMBERS.columns, row, strict=True)) for row in test.read()["numbers"].tolist()]
     reply = ask(app, "POST", PREDICT, content=json.dumps({"instances": raw})).json()["predictions"]  # NaN is missing
     names = [row["labels"] if "labels" in row else [row["label"]] for row in reply]

@@ -50,6 +50,7 @@ from dlopt.train.watch.metrics_log import HEALTH, LAYERS, RANGE
 from dlopt.train.watch.watchdog import HUNG
 from dlopt.train.worker import STARTS, Assignment, Worker
 from tests import sets
+from tests.cases import crossed
 from tests.processes import run, together
 from tests.test_readme import kinds
 from tests.test_worker import CPU, epochs, prepared, section, without_seconds, work
@@ -157,16 +158,18 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize(
-    "train",
-    [
-        {},
-        {"average": Swa(start=Span(share=0.4), every=Span(steps=3))},
-        {"optimizer": ScheduleFreeAdamW(lr=1e-2), "lookahead": None},
-        {"optimizer": Sgd(lr=30.0), "average": None, "lookahead": None, "max_norm": None},
-    ],
-    ids=["ema and all", "swa", "schedule-free", "with roll-backs"],
+    ("every", "train"),
+    crossed(
+        [{"steps": 4}, {"epochs": 1}],
+        [
+            {},
+            {"average": Swa(start=Span(share=0.4), every=Span(steps=3))},
+            {"optimizer": ScheduleFreeAdamW(lr=1e-2), "lookahead": None},
+            {"optimizer": Sgd(lr=30.0), "average": None, "lookahead": None, "max_norm": None},
+        ],
+        ids=[["steps", "epochs"], ["ema and all", "swa", "schedule-free", "with roll-backs"]],
+    ),
 )
-@pytest.mark.parametrize("every", [{"epochs": 1}, {"steps": 4}], ids=["epochs", "steps"])
 def test_a_killed_run_with_all_of_it_goes_on_to_the_same_bits(
     every: dict[str, int], train: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

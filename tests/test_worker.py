@@ -128,7 +128,7 @@ TARGETS = [sets.TWO, sets.THREE, sets.LABELS, sets.NUMBER, sets.PAIR]
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 def test_every_kind_of_target_is_learned_from_every_kind_of_input_and_measured(target: Target, tmp_path: Path) -> None:
-    data = sets.prepared(tmp_path, sets.signature(sets.NUMBERS, sets.CATEGORIES, sets.HASHED, sets.TEXT, target=target), train=1000)
+    data = sets.prepared(tmp_path, sets.signature(sets.NUMBERS, sets.CATEGORIES, sets.HASHED, sets.TEXT, target=target), train=500)
     fit = section(epochs=20, precision="float64")
     info = work(fit.model_copy(update={"model": Mlp(hidden=(32,), dropout=0.0)}), data, tmp_path / "out")
     assert list(info["metrics"]) == ["train", "validation", "test"]

@@ -35,6 +35,8 @@ LARGEST = 2**31 - 1
 """An ONNX file is one protobuf message, which cannot have more bytes."""
 TIE = 1e-6
 """Two classes whose probabilities in torch are as close as float32 rounds: either is the label, as the order of a sum has it."""
+MOST_TOGETHER, MOST_ALONE, SMALLER = 64, 16, 7
+"""Rows that are run in several ways to see whether they mix."""
 UNKNOWN = "?"
 """Stands for a string that is in no vocabulary; doubled until it is in none."""
 
@@ -44,7 +46,7 @@ def export(section: Onnx, out: Path, model: Artifact, data: Artifact, *, progres
     deviations.
 
     Raises RuntimeError when the file's outputs differ from torch's by more than the tolerance, are not finite, or give another
-    class or label on a row that is no tie.
+    class or label on a row that is no tie; DloptError when rows change each other's outputs, or ONNX cannot say what the model does.
     """
     progress("export", None, "writing ONNX")
     signature = Signature.model_validate_json(model.read("signature.json"))
@@ -53,13 +55,15 @@ def export(section: Onnx, out: Path, model: Artifact, data: Artifact, *, progres
     expected = predict(network, split, torch.device("cpu"))[0].numpy()
     content = _graph(network.float(), signature, model.manifest.digest)
     progress("export", None, f"comparing {len(expected):,} rows with torch")
-    largest, other_labels = compare(content, signature, split, expected, _unit(network))
+    unit = _unit(network)
+    largest, other_labels = compare(content, signature, split, expected, unit)
     if other_labels or not largest <= section.tolerance:
         other = f" and gives another label on {other_labels} of {len(expected)} rows" if signature.target.kind != "number" else ""
         raise RuntimeError(
             f"export refused: on the {name} split the ONNX file differs from torch by up to {largest:.2g} (export.tolerance is "
             f"{section.tolerance:g}){other}"
         )
+    refuse_mixing(content, signature, split, section.tolerance, unit)
     write_atomically(out / MODEL, content)
     write_atomically(out / "signature.json", model.read("signature.json"))
     return {
@@ -91,7 +95,7 @@ def compare(content: bytes, signature: Signature, split: Split, expected: np.nda
 
     expected: torch's probabilities or numbers less the target's offsets, float64 (rows, outputs).
     """
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    session = _session(content)
     largest, other_labels, start = 0.0, 0, 0
     offsets = np.array(signature.target.offsets or 0.0)
     for chunk in split.chunks:
@@ -101,6 +105,47 @@ def compare(content: bytes, signature: Signature, split: Split, expected: np.nda
         other_labels += _other_labels(found, part, signature.target) if signature.target.kind != "number" else 0
         start += len(found)
     return largest, other_labels
+
+
+def refuse_mixing(content: bytes, signature: Signature, split: Split, tolerance: float, unit: np.ndarray | float = 1.0) -> None:
+    """Run rows of a split together, alone, in another order and in other batches: what a row gets must not depend on its neighbours, which
+    are strangers' when the model is served. Raises DloptError."""
+    session = _session(content)
+    rows = {name: values[:MOST_TOGETHER] for name, values in split.read(split.chunks[:1]).items()}
+    count = len(next(iter(rows.values())))
+
+    def run(places: np.ndarray) -> np.ndarray:
+        (found,) = session.run([signature.target.output], fed(signature, {name: values[places] for name, values in rows.items()}))
+        return np.asarray(found) - np.array(signature.target.offsets or 0.0)
+
+    order = np.arange(count)
+    together = run(order)
+    ways = {
+        "alone": np.concatenate([run(order[[place]]) for place in order[:MOST_ALONE]]),
+        "in another order": run(order[::-1])[::-1],
+        "in smaller batches": np.concatenate([run(part) for part in np.array_split(order, range(SMALLER, count, SMALLER))]),
+    }
+    for way, found in ways.items():
+        difference = float(_differences(found, together[: len(found)], signature, unit).max())
+        if not difference <= tolerance:
+            raise DloptError(
+                f"export: the model mixes rows: {way}, a row gets another answer (by {difference:.2g}) than among {count}, so a client's "
+                "rows would change another's: compute means and the like over a row's own values, and over a batch only in training"
+            )
+
+
+def _session(content: bytes) -> onnxruntime.InferenceSession:
+    """Raises DloptError when onnxruntime does not take the file."""
+    try:
+        return onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise _not_onnx(error) from error
+
+
+def _not_onnx(error: Exception) -> DloptError:
+    """In one line: exporters tell long stories."""
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return DloptError(f"export: the model cannot be written as ONNX: {type(error).__name__}: {said[:300]}")
 
 
 def _differences(found: np.ndarray, expected: np.ndarray, signature: Signature, unit: np.ndarray | float) -> np.ndarray:
@@ -176,7 +221,10 @@ def _double(numbers: Sequence[float]) -> Tensor:
 def _graph(network: Network, signature: Signature, digest: str) -> bytes:
     """The network as an ONNX file: traced, then with the lookup of categories before it."""
     _refuse_too_large(network)
-    model = onnx.load_from_string(_traced(network, signature))
+    try:
+        model = onnx.load_from_string(_traced(network, signature))
+    except Exception as error:  # what torch.onnx and own code raise is of many types
+        raise _not_onnx(error) from error
     for index, feature in enumerate(signature.inputs):
         if feature.dtype == "string":
             _look_up(model, index, feature, free_prefix(f"{feature.name} codes", [other.name for other in signature.inputs]))

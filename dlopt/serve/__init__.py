@@ -40,7 +40,15 @@ class Serve(Part):
     max_waiting: int = Field(512, ge=1)
     """Requests in one replica at a time; more are refused with status 429."""
     body_seconds: float = Field(30, ge=0.1)
-    """A client that takes longer to send its request's body gets status 408; behind HAProxy one that takes longer with its headers, too."""
+    """A client that takes longer to send its request's head, or its body, gets status 408."""
+    request_seconds: float = Field(30, ge=0.1)
+    """A request that the model has not answered by then gets status 503."""
+    latency_target: float = Field(0.1, gt=0)
+    """A batch takes no more rows than run in so many seconds, as far as was measured."""
+    drain_seconds: float = Field(5, ge=0)
+    """After SIGTERM the server says that it is not ready, and goes on for so long, until whoever sends it requests has noticed."""
+    rate: float = Field(0, ge=0)
+    """Requests a second of one key, of each replica; more get status 429. 0 is any; a file of keys may say other for one."""
 
     @property
     def least_replicas(self) -> int:

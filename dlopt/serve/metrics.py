@@ -1,64 +1,85 @@
-"""Prometheus metrics of a served model, exact over all replicas of one host.
+"""Prometheus metrics of served models, exact over all replicas of one host.
 
 Each replica counts in memory-mapped files of one directory (prometheus_client's multiprocess mode, chosen by
 PROMETHEUS_MULTIPROC_DIR when the library is imported), and whichever replica is asked adds up all of them. Counts of replicas
 that were scaled away stay; their gauges go. Replicas on other hosts have a directory of their own: there each host must be
-asked. Without the variable, as in tests, the counts are this process's.
+asked. Without the variable, as in the embedded server, the counts are this process's.
+
+| name | what |
+|---|---|
+| dlopt_requests_total {model, version, protocol, code} | requests to predict, by HTTP status; model is "" where there is none of the name |
+| dlopt_request_seconds {model, version, protocol} | from its headers to its reply |
+| dlopt_queue_seconds, dlopt_inference_seconds {model, version} | the wait of a request for the model; one run of the model |
+| dlopt_batch_rows {model, version} | rows of one run |
+| dlopt_rows_total, dlopt_in_flight {model, version} | rows predicted; requests in work |
+| dlopt_predictions_total {model, version, label} | rows predicted, by the label they got |
+| dlopt_predicted_numbers_total {model, version, column, sign} | of numbers: the sum of the positive ones, and of the negative ones without
+their sign: the mean is the difference of the two rates over that of rows |
+| dlopt_rejected_total {reason} | calls that were refused: key, role, rate, overload, size, slow, timeout, request, model, ... |
+| dlopt_model_info {model, version, digest} | 1 for what is served |
 """
 
 from __future__ import annotations
 
 import os
+import struct
 from collections import Counter as Counts
 from collections.abc import Sequence
-from functools import cache
+from contextlib import suppress
+from functools import cache, lru_cache
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, Summary, generate_latest, values
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+    values,
+)
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from dlopt.part import Target
 
 DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 CONTENT_TYPE = CONTENT_TYPE_LATEST
-SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+RUN_SECONDS = (0.00005, 0.0001, 0.00025, *SECONDS)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+ONE, PROTOCOL = ("model", "version"), ("model", "version", "protocol")
+MOST_SERIES = 1000
+READS = 3
+"""How often a replica's files are read anew that begin or end meanwhile."""
 
 
-class Metrics:
-    """The metrics of one model in this process."""
+class Registry:
+    """What this process counts: one for each app, made when the first model is."""
 
-    def __init__(self, model: str, digest: str, target: Target) -> None:
+    def __init__(self) -> None:
         if directory := os.environ.get(DIRECTORY):
             Path(directory).mkdir(parents=True, exist_ok=True)
             _ask_for_the_process_once()
+        disable_created_metrics()  # a series more for each, which nobody asks for
         self.registry = CollectorRegistry()
-        self.model = model
-        requests = self._counter("dlopt_requests", "Requests to predict, by HTTP status", ("model", "code"))
-        self.rows = self._counter("dlopt_rows", "Rows predicted").labels(model)
-        self.seconds = self._histogram("dlopt_request_seconds", "Time of a request in the replica, from its headers to its reply", SECONDS)
-        self.batch_seconds = self._histogram("dlopt_batch_seconds", "Time of one run of the model; rows / runs is the mean batch", SECONDS)
-        self.in_flight = self._gauge("dlopt_in_flight", "Requests in work", ("model",), "livesum").labels(model)
-        self._gauge("dlopt_model_info", "Digest of the model that is served", ("model", "digest"), "livemax").labels(model, digest).set(1)
-        self.request = cache(lambda code: requests.labels(model, str(code)))  # labels() costs more than inc()
-        self.predicted: list[Counter] = []
-        self.values: list[Summary] = []
-        if target.kind == "number":
-            numbers = Summary("dlopt_values", "Numbers predicted; sum / count is their mean", ("model", "column"), registry=self.registry)
-            self.values = [numbers.labels(model, column) for column in target.columns]
-        else:
-            predictions = self._counter("dlopt_predictions", "Rows predicted, by the label they got", ("model", "label"))
-            self.predicted = [predictions.labels(model, str(label)) for label in target.labels]
+        self.requests = self._counter("dlopt_requests", "Requests to predict, by HTTP status", (*PROTOCOL, "code"))
+        self.seconds = self._histogram("dlopt_request_seconds", "Time of a request, from its headers to its reply", SECONDS, PROTOCOL)
+        self.queue_seconds = self._histogram("dlopt_queue_seconds", "Time that a request waited for the model", RUN_SECONDS)
+        self.inference_seconds = self._histogram("dlopt_inference_seconds", "Time of one run of the model", RUN_SECONDS)
+        self.batch_rows = self._histogram("dlopt_batch_rows", "Rows of one run of the model", ROWS)
+        self.rows = self._counter("dlopt_rows", "Rows predicted", ONE)
+        self.predictions = self._counter("dlopt_predictions", "Rows predicted, by the label they got", (*ONE, "label"))
+        self.numbers = self._counter("dlopt_predicted_numbers", "Sums of numbers predicted, by their sign", (*ONE, "column", "sign"))
+        self.rejected = self._counter("dlopt_rejected", "Calls that were refused", ("reason",))
+        self.in_flight = self._gauge("dlopt_in_flight", "Requests in work", ONE, "livesum")
+        self.info = self._gauge("dlopt_model_info", "1 for a model that is served", (*ONE, "digest"), "livemax")
+        self.request = lru_cache(MOST_SERIES)(self._request)  # labels() costs more than inc()
 
-    def count(self, outputs: np.ndarray, decided: Sequence[Sequence[int]]) -> None:
-        """Note rows that were predicted: outputs (rows, target.size), and the indices of the labels that each row got."""
-        self.rows.inc(len(outputs))
-        for index, rows in Counts(chain.from_iterable(decided)).items():
-            self.predicted[index].inc(rows)
-        for column, summary in enumerate(self.values):
-            for value in outputs[:, column].tolist():
-                summary.observe(value)
+    def _request(self, model: str, version: str, protocol: str, code: int) -> tuple[Counter, Histogram]:
+        return self.requests.labels(model, version, protocol, str(code)), self.seconds.labels(model, version, protocol)
 
     def exposition(self) -> bytes:
         """The text that Prometheus reads."""
@@ -66,18 +87,74 @@ class Metrics:
         if not directory:
             return generate_latest(self.registry)
         _forget_the_dead(Path(directory))
-        registry = CollectorRegistry()
-        MultiProcessCollector(registry, directory)
-        return generate_latest(registry)
+        for _ in range(READS - 1):
+            with suppress(FileNotFoundError, struct.error, ValueError):  # a replica has just begun its files, or ended
+                return _added_up(directory)
+        return _added_up(directory)
 
-    def _counter(self, name: str, text: str, labels: Sequence[str] = ("model",)) -> Counter:
+    def _counter(self, name: str, text: str, labels: Sequence[str]) -> Counter:
         return Counter(name, text, labels, registry=self.registry)
 
     def _gauge(self, name: str, text: str, labels: Sequence[str], mode: str) -> Gauge:
         return Gauge(name, text, labels, registry=self.registry, multiprocess_mode=mode)  # type: ignore[arg-type]
 
-    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
-        return Histogram(name, text, ("model",), buckets=buckets, registry=self.registry).labels(self.model)
+    def _histogram(self, name: str, text: str, buckets: Sequence[float], labels: Sequence[str] = ONE) -> Histogram:
+        return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
+
+
+class Metrics:
+    """The metrics of one model in this process."""
+
+    def __init__(self, registry: Registry, model: str, version: str, digest: str, target: Target) -> None:
+        one = (model, version)
+        self.rows = registry.rows.labels(*one)
+        self.queue_seconds, self.inference_seconds = registry.queue_seconds.labels(*one), registry.inference_seconds.labels(*one)
+        self.batch_rows, self.in_flight = registry.batch_rows.labels(*one), registry.in_flight.labels(*one)
+        self.info = registry.info.labels(*one, digest)
+        self.info.set(1)
+        self.predicted = [registry.predictions.labels(*one, str(label)) for label in target.labels]
+        self.numbers = [[registry.numbers.labels(*one, column, sign) for sign in ("positive", "negative")] for column in target.columns]
+
+    def count(self, outputs: np.ndarray, decided: Sequence[Sequence[int]]) -> None:
+        """Note rows that were predicted: outputs (rows, target.size), and the indices of the labels that each row got."""
+        self.rows.inc(len(outputs))
+        if len(decided) == 1:
+            for index in decided[0]:
+                self.predicted[index].inc()
+        else:
+            for index, rows in Counts(chain.from_iterable(decided)).items():
+                self.predicted[index].inc(rows)
+        for column, (positive, negative) in enumerate(self.numbers):
+            numbers = outputs[:, column]
+            positive.inc(float(numbers[numbers > 0].sum(dtype=np.float64)))
+            negative.inc(float(-numbers[numbers < 0].sum(dtype=np.float64)))
+
+    def observe_run(self, rows: int, seconds: float, waits: Sequence[float]) -> None:
+        """Note one run of the model, and how long each of its requests has waited for it."""
+        self.batch_rows.observe(rows)
+        self.inference_seconds.observe(seconds)
+        for wait in waits:
+            self.queue_seconds.observe(wait)
+
+    def gone(self) -> None:
+        """The model is served no longer."""
+        self.info.set(0)
+
+
+def _added_up(directory: str) -> bytes:
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, directory)
+    return generate_latest(registry)
+
+
+def in_flight(directory: Path) -> float:
+    """Requests in work in all replicas that count in a directory."""
+    _forget_the_dead(directory)
+    registry = CollectorRegistry()
+    with suppress(FileNotFoundError, struct.error, ValueError):
+        MultiProcessCollector(registry, str(directory))
+        return sum(sample.value for family in registry.collect() for sample in family.samples if sample.name == "dlopt_in_flight")
+    return 0.0
 
 
 @cache
@@ -89,7 +166,8 @@ def _ask_for_the_process_once() -> None:
 
 
 def _forget_the_dead(directory: Path) -> None:
-    """Drop the gauges of replicas that ended, however they ended."""
-    for pid in {path.stem.rpartition("_")[2] for path in directory.glob("gauge_live*_*.db")}:
+    """Drop the gauges of replicas that ended, however they ended; another replica may be doing the same."""
+    for path in directory.glob("gauge_live*_*.db"):
+        pid = path.stem.rpartition("_")[2]
         if pid.isdecimal() and not Path("/proc", pid).exists():
-            mark_process_dead(int(pid), str(directory))
+            path.unlink(missing_ok=True)

@@ -25,11 +25,13 @@ class Stopped(Exception):
 class Stops:
     """Notes SIGINT and SIGTERM when they come, and raises Stopped at `pause` alone: Ray's calls stand no exception in their midst.
 
-    A second signal changes nothing: all is being taken down already, and half of it would stay.
+    A second signal cuts the waiting for clients short, and else changes nothing: half of what is being taken down would stay.
     """
 
     def __init__(self) -> None:
-        self.noted = False
+        self.number = 0
+        """The first that came."""
+        self.count = 0
 
     def listen(self) -> None:
         """From now on; again when somebody else has taken a signal meanwhile."""
@@ -39,11 +41,23 @@ class Stops:
     def pause(self, seconds: float) -> None:
         """Sleep. Raises Stopped."""
         time.sleep(seconds)
-        if self.noted:
+        if self.count:
             raise Stopped
 
+    def wait(self) -> None:
+        """Until one comes."""
+        while not self.count:
+            time.sleep(0.1)
+
+    def linger(self, seconds: float) -> None:
+        """Sleep after the first one, until another comes."""
+        deadline = time.monotonic() + seconds
+        while self.count < 2 and (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(0.1, left))
+
     def _note(self, number: int, frame: Any) -> None:
-        self.noted = True
+        self.number = self.number or number
+        self.count += 1
 
 
 @contextmanager

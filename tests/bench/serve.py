@@ -1,16 +1,18 @@
 """Serving against the least that could serve: requests/s and latency of `dlopt serve` with one replica, and of a bare uvicorn app
-with the same onnxruntime session, parsing and replying the same JSON. 16 connections, one 28x28 image as nested numbers.
+with the same onnxruntime session, parsing and replying JSON. One 28x28 image: as nested numbers, as a binary tensor of the Open Inference
+Protocol v2, and as a PNG; 16 connections, and one.
 
-    python -m tests.bench.serve --json
+    python -m tests.bench.serve --json          # the embedded server; --ray: Ray Serve behind HAProxy as well
 
-The two are measured in turn, A B A B, each time with the other one idle; the ratio is the median over the pairs. The load comes
-from wrk where it is installed, else from asyncio in this process (slower than both servers: look at the ratio with care then).
+All are measured in turn, round after round, each time with the others idle; a ratio is the median over the rounds. The load comes
+from wrk where it is installed, else from asyncio in this process (slower than the servers: look at the ratios with care then).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import io
 import json
 import random
 import re
@@ -25,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import numpy as np
+from PIL import Image
 
 from tests.served import Server, free_port, make_export
 
@@ -58,15 +62,24 @@ uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[2]), log_level="error", acc
 """
 LUA = """
 wrk.method = "POST"
-wrk.headers["Content-Type"] = "application/json"
-wrk.headers["Authorization"] = "Bearer KEY"
-wrk.body = io.open("BODY"):read("*a")
+HEADERS
+wrk.body = io.open("BODY", "rb"):read("*a")
 done = function(summary, latency, requests)
   io.write(string.format("RESULT %d %f %f %f %d\\n", summary.requests, summary.duration / 1e6,
     latency:percentile(50) / 1e3, latency:percentile(99) / 1e3,
     summary.errors.connect + summary.errors.read + summary.errors.write + summary.errors.status + summary.errors.timeout))
 end
 """
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a client asks, over and over."""
+
+    url: str
+    body: bytes
+    headers: dict[str, str]
+    connections: int = CONNECTIONS
 
 
 @dataclass(frozen=True)
@@ -78,12 +91,13 @@ class Load:
     p99_ms: float
 
 
-def with_wrk(url: str, key: str, body: bytes, seconds: float, folder: Path) -> Load:
+def with_wrk(asked: Asked, seconds: float, folder: Path) -> Load:
     """Load from wrk, one thread; raises RuntimeError when a request failed."""
-    (folder / "body.json").write_bytes(body)
+    (folder / "body").write_bytes(asked.body)
     script = folder / "load.lua"
-    script.write_text(LUA.replace("KEY", key).replace("BODY", str(folder / "body.json")))
-    command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds:g}s", "-s", str(script), url]
+    headers = "\n".join(f'wrk.headers["{name}"] = "{value}"' for name, value in asked.headers.items())
+    script.write_text(LUA.replace("HEADERS", headers).replace("BODY", str(folder / "body")))
+    command = ["wrk", "-t1", f"-c{asked.connections}", f"-d{seconds:g}s", "-s", str(script), asked.url]
     said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=seconds + 30).stdout
     found = re.search(r"RESULT (\d+) ([\d.]+) ([\d.]+) ([\d.]+) (\d+)", said)
     if not found or int(found[5]):
@@ -91,17 +105,18 @@ def with_wrk(url: str, key: str, body: bytes, seconds: float, folder: Path) -> L
     return Load(int(found[1]) / float(found[2]), float(found[3]), float(found[4]))
 
 
-async def with_asyncio(url: str, key: str, body: bytes, seconds: float) -> Load:
-    """Load from this process: each connection sends its next request when the last was answered."""
-    host, port, path = re.fullmatch(r"http://([^:/]+):(\d+)(/.*)", url).groups()  # type: ignore[union-attr]
-    head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {key}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+async def with_asyncio(asked: Asked, seconds: float) -> Load:
+    """Load from this process, with connections that are kept."""
+    host, port, path = re.fullmatch(r"http://([^:/]+):(\d+)(/.*)", asked.url).groups()  # type: ignore[union-attr]
+    headers = "".join(f"{name}: {value}\r\n" for name, value in asked.headers.items())
+    head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\n{headers}Content-Length: {len(asked.body)}\r\n\r\n".encode()
     times: list[float] = []
     end = time.perf_counter() + seconds
 
     async def one() -> None:
         reader, writer = await asyncio.open_connection(host, int(port))
         while (start := time.perf_counter()) < end:
-            writer.write(head + body)
+            writer.write(head + asked.body)
             reply = (await reader.readuntil(b"\r\n\r\n")).lower()
             if b" 200 " not in reply.split(b"\r\n")[0]:
                 raise RuntimeError(reply.decode())
@@ -109,77 +124,100 @@ async def with_asyncio(url: str, key: str, body: bytes, seconds: float) -> Load:
             times.append(time.perf_counter() - start)
         writer.close()
 
-    await asyncio.gather(*(one() for _ in range(CONNECTIONS)))
+    await asyncio.gather(*(one() for _ in range(asked.connections)))
     times.sort()
     return Load(len(times) / seconds, 1e3 * times[len(times) // 2], 1e3 * times[int(len(times) * 0.99)])
 
 
-def load(url: str, key: str, body: bytes, seconds: float, folder: Path) -> Load:
+def load(asked: Asked, seconds: float, folder: Path) -> Load:
     """The load that this machine can make."""
-    if shutil.which("wrk"):
-        return with_wrk(url, key, body, seconds, folder)
-    return asyncio.run(with_asyncio(url, key, body, seconds))
+    return with_wrk(asked, seconds, folder) if shutil.which("wrk") else asyncio.run(with_asyncio(asked, seconds))
 
 
-def wait_for(url: str, body: bytes, key: str) -> list[dict[str, object]]:
-    """Until a server predicts; its predictions."""
+def answer(asked: Asked) -> httpx.Response:
+    """One reply, as soon as the server gives any."""
     deadline = time.monotonic() + 60
     while True:
         try:
-            reply = httpx.post(url, content=body, headers={"Authorization": f"Bearer {key}"}, trust_env=False)
-            return list(reply.raise_for_status().json()["predictions"])
+            return httpx.post(asked.url, content=asked.body, headers=asked.headers, trust_env=False).raise_for_status()
         except httpx.TransportError:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.1)
 
 
-def measure(seconds: float, pairs: int, host: str) -> dict[str, object]:
-    """Both servers at once on this machine, loaded in turn."""
+def questions(url: str, pixels: np.ndarray) -> dict[str, Asked]:
+    """The same image in three dialects, and over one connection."""
+    text = {"Content-Type": "application/json"}
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    tensor = {"name": "image", "shape": [1, 28, 28, 1], "datatype": "UINT8", "parameters": {"binary_data_size": 784}}
+    head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+    binary = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(head))}
+    body = json.dumps({"instances": [pixels.tolist()]}).encode()
+    predict = f"{url}/v1/models/digits:predict"
+    return {
+        "json": Asked(predict, body, text),
+        "binary": Asked(f"{url}/v2/models/digits/infer", head + pixels.tobytes(), binary),
+        "png": Asked(predict, file.getvalue(), {"Content-Type": "image/png"}),
+        "json_one_connection": Asked(predict, body, text, 1),
+    }
+
+
+def measure(seconds: float, rounds: int, ray: bool) -> dict[str, object]:
+    """All servers at once on this machine, loaded in turn."""
     folder = Path(tempfile.mkdtemp(prefix="bench-", dir="/tmp"))
     export = make_export(folder)
-    body = json.dumps({"instances": [[[random.Random(row).randrange(256) for _ in range(28)] for row in range(28)]]}).encode()
+    pixels = np.array([[random.Random(row).randrange(256) for _ in range(28)] for row in range(28)], np.uint8)
     port = free_port()
     bare = subprocess.Popen([sys.executable, "-c", BARE, str(export.check("model.onnx")), str(port)])
-    server = Server(export, host=host)
+    servers = {"embedded": Server(export, '{"drain_seconds": 0}', ray=False)}
     try:
-        server.wait()
-        key = server.key if any(line.startswith("API key: ") for line in server.said) else "none"
-        ours, theirs = f"{server.url}/v1/models/digits:predict", f"http://127.0.0.1:{port}/"
-        if wait_for(ours, body, key) != wait_for(theirs, body, key):
-            raise RuntimeError("the two servers do not say the same")
-        for url in (ours, theirs):
-            load(url, key, body, min(2.0, seconds), folder)
-        loads = [(load(ours, key, body, seconds, folder), load(theirs, key, body, seconds, folder)) for _ in range(pairs)]
+        if ray:
+            servers["ray"] = Server(export, '{"drain_seconds": 0}')
+        body = json.dumps({"instances": [pixels.tolist()]}).encode()
+        plain = Asked(f"http://127.0.0.1:{port}/", body, {"Content-Type": "application/json"})
+        asked = {"bare json": plain, "bare json_one_connection": Asked(plain.url, body, plain.headers, 1)}
+        for name, server in servers.items():
+            asked |= {f"{name} {kind}": one for kind, one in questions(server.wait().url, pixels).items()}
+        said = answer(plain).json()
+        if any(answer(asked[f"{name} json"]).json() != said or answer(asked[f"{name} png"]).json() != said for name in servers):
+            raise RuntimeError("the servers do not say the same")
+        for one in asked.values():
+            load(one, min(1.0, seconds), folder)
+        loads = [{name: load(one, seconds, folder) for name, one in asked.items()} for _ in range(rounds)]
     finally:
-        if server.process.poll() is None:
-            server.stop(signal.SIGTERM)
+        for server in servers.values():
+            if server.process.poll() is None:
+                server.stop(signal.SIGTERM)
         bare.terminate()
         bare.wait(10)
         shutil.rmtree(folder, ignore_errors=True)
-    served, plain = zip(*loads, strict=True)
+    return {"load": "wrk" if shutil.which("wrk") else "asyncio"} | {name: _summary(name, loads) for name in asked}
+
+
+def _summary(name: str, loads: list[dict[str, Load]]) -> dict[str, object]:
+    """Medians over the rounds; a ratio to the bare app's JSON over as many connections."""
+    other = "bare json_one_connection" if name.endswith("one_connection") else "bare json"
+    ratios = [one[name].rate / one[other].rate for one in loads]
     return {
-        "load": "wrk" if shutil.which("wrk") else "asyncio",
-        "served_per_s": round(statistics.median(one.rate for one in served), 1),
-        "bare_per_s": round(statistics.median(one.rate for one in plain), 1),
-        "ratio": round(statistics.median(a.rate / b.rate for a, b in loads), 3),
-        "ratios": [round(a.rate / b.rate, 3) for a, b in loads],
-        "served_p50_ms": round(statistics.median(one.p50_ms for one in served), 2),
-        "served_p99_ms": round(statistics.median(one.p99_ms for one in served), 2),
-        "bare_p50_ms": round(statistics.median(one.p50_ms for one in plain), 2),
-        "bare_p99_ms": round(statistics.median(one.p99_ms for one in plain), 2),
+        "ratio": round(statistics.median(ratios), 3),
+        "ratios": [round(ratio, 3) for ratio in ratios],
+        "per_s": round(statistics.median(one[name].rate for one in loads), 1),
+        "p50_ms": round(statistics.median(one[name].p50_ms for one in loads), 2),
+        "p99_ms": round(statistics.median(one[name].p99_ms for one in loads), 2),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--seconds", type=float, default=6, help="of each stretch of load")
-    parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--host", default="", help="as `dlopt serve --host`")
+    parser.add_argument("--seconds", type=float, default=3, help="of each stretch of load")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ray", action="store_true", help="Ray Serve behind HAProxy as well")
     options = parser.parse_args()
-    found = measure(options.seconds, options.pairs, options.host)
-    print(json.dumps(found) if options.json else "\n".join(f"{name:>14}  {value}" for name, value in found.items()))
+    found = measure(options.seconds, options.rounds, options.ray)
+    print(json.dumps(found) if options.json else "\n".join(f"{name:>28}  {value}" for name, value in found.items()))
 
 
 if __name__ == "__main__":

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field
 
+from dlopt.data.sources import places
 from dlopt.data.sources.lines import Csv, JsonLines
-from dlopt.data.sources.places import Listing, Place, in_folders, place_of, reading
-from dlopt.data.sources.reading import Files, Named, Piece, Rows, first_rows
+from dlopt.data.sources.reading import Rows, block_of, dataset, wanted
 from dlopt.data.sources.tables import Arrow, Parquet
-from dlopt.data.types.columns import Columns
+from dlopt.data.types.columns import Columns, Stated
 from dlopt.part import DloptError
 
 if TYPE_CHECKING:
@@ -28,43 +31,84 @@ TASK_ROWS = 1024
 """Images of a table that one task fetches."""
 
 
-class Folders(Files):
-    """What the sources with a folder for each class have in common."""
+class Folders(Stated, Rows):
+    """What the sources with a folder for each class have in common. Of each file, of which there may be millions, no more is held than
+    its name, size and time."""
 
+    endings: ClassVar[tuple[str, ...]]
     what: ClassVar[str]
+    """What a file is, which is also the name of its column."""
+    holds: ClassVar[pa.DataType]
 
-    path: str
+    path: str = Field(min_length=1)
     """A folder that holds one folder for each class, of files and of folders of them; on a disk that every node of the cluster sees, or
     behind s3://, gs://, abfs://."""
 
     missing: tuple[str, ...] = ("",)
     """Texts that say that a value is missing; a folder's name never does."""
 
-    def listed(self) -> Listing:
-        found = in_folders(self.path, self.endings)
-        if not found.files:
-            but = f": {found}" if found.left_out else ""
+    def listed(self) -> places.Folders:
+        """The files; raises DloptError when there are none."""
+        found = places.in_folders(self.path, self.endings)
+        if not len(found.files):
+            but = f": {said}" if (said := places.say_left_out(found.left_out)) else ""
             raise DloptError(f"{self.path}: holds no CLASS/{self.what} files ({', '.join(self.endings)}){but}")
         return found
+
+    def left_out(self) -> str:
+        return places.say_left_out(self.listed().left_out)
+
+    def files(self) -> list[str]:
+        """Their names, sorted."""
+        found = self.listed()
+        return [f"{found.place.prefix}{found.path}/{inside}" for inside in found.files["inside"].to_pylist()]
+
+    def found(self) -> Any:
+        """How many files there are, and a digest of their names, sizes and times: changed files are new data."""
+        found, digest = self.listed(), hashlib.sha256()
+        for batch in found.files.to_batches(max_chunksize=places.LISTED):
+            columns = [batch["inside"], batch["size"].cast(pa.large_string()), batch["changed"].cast(pa.large_string())]
+            lines = pc.binary_join_element_wise(*columns, pa.scalar("\t", pa.large_string()), null_handling="replace")
+            digest.update("\n".join(lines.to_pylist()).encode() + b"\n")
+        return [found.place.prefix + found.path, len(found.files), digest.hexdigest()]
 
     def meaning(self) -> Columns:
         return Columns(self.types, self.missing)
 
+    def layout(self, columns: Sequence[str] | None = None) -> pa.Schema:
+        return pa.schema([(self.what.lower(), self.holds), ("label", pa.string()), ("path", pa.string())])
+
     def first(self, rows: int) -> pa.Table:
         """As many rows, at most AT_ONCE, from all over the folders: files follow each other by class."""
-        place, pieces = self.pieces()
-        most = max(1, min(rows, AT_ONCE, len(pieces)))
-        return first_rows(self.load(place, [pieces[number * len(pieces) // most] for number in range(most)]), rows)
+        found = self.listed()
+        most = max(1, min(rows, AT_ONCE, len(found.files)))
+        some = pa.array([number * len(found.files) // most for number in range(most)])
+        return next(self._rows(found.place, found.path, found.files.take(some)))
 
-    def load(self, place: Place | None, pieces: Sequence[Piece], columns: Sequence[str] | None = None) -> Iterator[Named]:
-        assert place is not None
-        for start in range(0, len(pieces), AT_ONCE):
-            some = pieces[start : start + AT_ONCE]
-            labels = [piece.folder.partition("/")[0] for piece in some]
-            values = self.values(place, some)
-            yield self.path, pa.table({self.what.lower(): values, "label": labels, "path": pa.array([p.name for p in some], pa.string())})
+    def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        found = self.listed()
+        schema = wanted(self.layout(), columns)
+        return (table.select(schema.names) for table in self._rows(found.place, found.path, found.files))
 
-    def values(self, place: Place, pieces: Sequence[Piece]) -> pa.Array:
+    def read(self, columns: Sequence[str] | None = None) -> Dataset:
+        found = self.listed()
+        schema, sizes = wanted(self.layout(), columns), found.files["size"].to_numpy()
+        block = block_of(int(sizes.sum()))
+        starts = np.flatnonzero(np.diff((np.cumsum(sizes) - sizes) // block, prepend=-1))
+        files = found.files.select(["inside"])
+        tasks = [files.slice(start, stop - start) for start, stop in itertools.pairwise([*starts.tolist(), len(files)])]
+        place, path = found.place, found.path
+        return dataset(lambda some: (table.select(schema.names) for table in self._rows(place, path, some)), tasks, block)
+
+    def _rows(self, place: places.Place, folder: str, files: pa.Table) -> Iterator[pa.Table]:
+        """The rows of some files, a few at a time."""
+        for start in range(0, len(files), AT_ONCE):
+            some = files["inside"].slice(start, AT_ONCE).to_pylist()
+            labels, paths = [inside.partition("/")[0] for inside in some], [f"{folder}/{inside}" for inside in some]
+            yield pa.table([self.values(place, paths), labels, [place.prefix + path for path in paths]], schema=self.layout())
+
+    def values(self, place: places.Place, paths: Sequence[str]) -> pa.Array:
+        """What is in files. Raises DloptError."""
         raise NotImplementedError
 
 
@@ -73,17 +117,19 @@ class Images(Folders):
 
     endings: ClassVar[tuple[str, ...]] = IMAGE_ENDINGS
     what: ClassVar[str] = "IMAGE"
+    holds: ClassVar[pa.DataType] = pa.binary()
 
     kind: Literal["images"] = "images"
 
-    def values(self, place: Place, pieces: Sequence[Piece]) -> pa.Array:
-        return contents(place, [piece.path for piece in pieces])
+    def values(self, place: places.Place, paths: Sequence[str]) -> pa.Array:
+        return contents(place, paths)
 
 
 class Texts(Folders):
     """A folder with one folder of text files for each class; columns `text`, `label` (the folder's name) and `path`."""
 
     what: ClassVar[str] = "TEXT"
+    holds: ClassVar[pa.DataType] = pa.string()
 
     kind: Literal["text"] = "text"
     encoding: str = "utf-8"
@@ -91,17 +137,18 @@ class Texts(Folders):
     endings: tuple[str, ...] = (".txt",)  # type: ignore[misc]
     """Which files are read, by the ends of their names."""
 
-    def values(self, place: Place, pieces: Sequence[Piece]) -> pa.Array:
-        return pa.array([self._text(place, piece) for piece in pieces], pa.string())
+    def values(self, place: places.Place, paths: Sequence[str]) -> pa.Array:
+        return pa.array([self._text(place, path) for path in paths], pa.string())
 
-    def _text(self, place: Place, piece: Piece) -> str:
-        with reading(piece.name):
-            content = place.read(piece.path)
+    def _text(self, place: places.Place, path: str) -> str:
+        name = place.prefix + path
+        with places.reading(name):
+            content = place.read(path)
         try:
             return content.decode("utf-8-sig" if self.encoding == "utf-8" else self.encoding)
         except UnicodeDecodeError as error:
             line = 1 + content.count(b"\n", 0, error.start)
-            raise DloptError(f"{piece.name}: line {line} is not {self.encoding}: set encoding, for example to latin-1") from None
+            raise DloptError(f"{name}: line {line} is not {self.encoding}: set encoding, for example to latin-1") from None
 
 
 class ImageTable(Rows):
@@ -118,10 +165,10 @@ class ImageTable(Rows):
 
     def found(self) -> Any:
         """What the table depends on, and a digest of the names, sizes and times of all images."""
-        place, folder = place_of(self.folder)
+        place, folder = places.place_of(self.folder)
         digest, count = hashlib.sha256(), 0
-        with reading(self.folder):
-            for _, table in self.table.load(*self.table.pieces()):
+        with places.reading(self.folder):
+            for table in self.table.tables([self.column]):
                 paths = [_within(folder, path) for path in self._paths(table) if path]
                 for file in place.file_infos(paths):
                     digest.update(f"{file.path}\t{file.size}\t{file.changed}\n".encode())
@@ -138,11 +185,17 @@ class ImageTable(Rows):
         return self.table.stated()
 
     def first(self, rows: int) -> pa.Table:
-        place, folder = place_of(self.folder)
+        place, folder = places.place_of(self.folder)
         return self._with_images(self.table.peek(rows), place, folder)
 
+    def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        place, folder = places.place_of(self.folder)
+        for table in self.table.tables(None if columns is None else [*columns, self.column]):
+            for start in range(0, len(table), AT_ONCE):
+                yield self._with_images(table.slice(start, AT_ONCE), place, folder)
+
     def read(self, columns: Sequence[str] | None = None) -> Dataset:
-        place, folder = place_of(self.folder)
+        place, folder = places.place_of(self.folder)
         rows = self.table.read(None if columns is None else [*columns, self.column])
         spread = rows.repartition(target_num_rows_per_block=TASK_ROWS, strict=True)  # a small table may list many large images
         return spread.map_batches(lambda table: self._with_images(table, place, folder), batch_size=AT_ONCE, batch_format="pyarrow")
@@ -152,12 +205,12 @@ class ImageTable(Rows):
             raise DloptError(f"has no column {self.column!r}; its columns are {', '.join(table.column_names)}")
         return [None if path is None else str(path) for path in table[self.column].to_pylist()]
 
-    def _with_images(self, table: pa.Table, place: Place, folder: str) -> pa.Table:
+    def _with_images(self, table: pa.Table, place: places.Place, folder: str) -> pa.Table:
         paths = [_within(folder, path) if path else "" for path in self._paths(table)]
         return table.set_column(table.column_names.index(self.column), self.column, contents(place, paths))
 
 
-def contents(place: Place, paths: Sequence[str]) -> pa.Array:
+def contents(place: places.Place, paths: Sequence[str]) -> pa.Array:
     """The bytes of files; a file that cannot be read is an empty one, which is set aside later as no image."""
 
     def content(path: str) -> bytes:

@@ -7,8 +7,8 @@ import csv
 import itertools
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -21,8 +21,8 @@ from pydantic import Field, field_validator, model_validator
 from dlopt.data.prepared import SEPARATOR
 from dlopt.data.sources import records
 from dlopt.data.sources.partitions import values_of
-from dlopt.data.sources.places import COMPRESSED, Place, reading
-from dlopt.data.sources.reading import Files, Named, Piece, block_bytes, conform, dataset, first_rows, no_column, wanted
+from dlopt.data.sources.places import COMPRESSED, Place, reading, say_left_out
+from dlopt.data.sources.reading import Files, Named, Piece, block_bytes, conform, dataset_of, first_rows, no_column, wanted
 from dlopt.data.sources.records import Chunk
 from dlopt.data.types.canonical import as_text
 from dlopt.data.types.columns import Columns, decided, missing_as_null, spelled
@@ -31,6 +31,7 @@ from dlopt.part import DloptError
 if TYPE_CHECKING:
     from ray.data import Dataset
 
+Refuse = Callable[[pa.csv.InvalidRow], str]
 PEEK_ROWS = 1000
 """How many rows are looked at for the names of columns that not every row has."""
 LONE = re.compile("[\ud800-\udfff]")
@@ -78,11 +79,17 @@ class Lines(Files):
             if folders
             else ""
         )
-        return "; ".join(filter(None, (str(listing), says)))
+        return "; ".join(filter(None, (say_left_out(listing.left_out), says)))
 
     def load(self, place: Place | None, pieces: Sequence[Piece], columns: Sequence[str] | None = None) -> Iterator[Named]:
         for chunk in self._chunks(place, pieces, block_bytes(pieces)):
             yield chunk.name, self.parse(chunk)
+
+    def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        place, pieces = self.pieces()
+        schema = wanted(self.layout(columns), columns)
+        for chunk in self._chunks(place, pieces, block_bytes(pieces)):
+            yield conform(chunk.name, self.parse(chunk, schema), schema)
 
     def looks(self) -> Iterator[pa.Table]:
         place, pieces = self.pieces()
@@ -101,9 +108,9 @@ class Lines(Files):
         small = [piece for piece in pieces if piece.bytes <= 2 * block]
         found = []
         if small:
-            found.append(dataset(lambda some: parsed(self._chunks(place, some, block)), small, schema))
+            found.append(dataset_of(lambda some: parsed(self._chunks(place, some, block)), small, schema))
         if large:
-            texts = dataset(lambda some: ((c.name, c.as_table()) for c in self._chunks(place, some, block)), large, None)
+            texts = dataset_of(lambda some: ((c.name, c.as_table()) for c in self._chunks(place, some, block)), large, None)
             texts.context.target_max_block_size = block
             found.append(
                 texts.map_batches(
@@ -268,36 +275,27 @@ class Csv(Lines):
         columns = [name or f"{SEPARATOR}{number}" for number, name in enumerate(chunk.columns)]
         last = max((number for number, name in enumerate(chunk.columns, 1) if name), default=0)
         for some in [columns, columns[:last]] if last < len(columns) else [columns]:
-            wrong: list[pa.csv.InvalidRow] = []
             try:
-                return self._plain_numbers(self._values(chunk, some, types, wrong), local)
+                return self._plain_numbers(self._values(chunk, some, types), local)
             except pa.ArrowInvalid as error:
-                why = why or f"{chunk.name}: cannot be read: {self._why(chunk, wrong, error)}"
+                why = why or f"{chunk.name}: cannot be read: {self._why(chunk, some, types, error)}"
         raise DloptError(why)
 
-    def _values(self, chunk: Chunk, columns: list[str], types: pa.Schema, wrong: list[pa.csv.InvalidRow]) -> pa.Table:
-        """The texts of some of the columns. Raises pyarrow.ArrowInvalid, with what is `wrong`."""
+    def _values(self, chunk: Chunk, columns: list[str], types: pa.Schema, refuse: Refuse | None = None) -> pa.Table:
+        """The texts of some of the columns. refuse: is told of a row with too few or too many. Raises pyarrow.ArrowInvalid."""
         found = pa.csv.read_csv(
             pa.BufferReader(chunk.content),
             pa.csv.ReadOptions(use_threads=False, column_names=columns, block_size=len(chunk.content) + 1),
-            self._options(wrong),
+            pa.csv.ParseOptions(
+                delimiter=self.delimiter,
+                quote_char=self.quote or False,
+                escape_char=self.escape or False,
+                newlines_in_values=self.quote is not None,
+                invalid_row_handler=refuse,
+            ),
             pa.csv.ConvertOptions(column_types=types, include_columns=types.names),
         )
         return pa.table({name: pc.utf8_trim_whitespace(found[name]) for name in found.column_names}) if self.trim else found
-
-    def _options(self, wrong: list[pa.csv.InvalidRow]) -> pa.csv.ParseOptions:
-        def refuse(row: pa.csv.InvalidRow) -> str:
-            wrong.append(row)
-            return "error"
-
-        quoted = self.quote is not None
-        return pa.csv.ParseOptions(
-            delimiter=self.delimiter,
-            quote_char=self.quote or False,
-            escape_char=self.escape or False,
-            newlines_in_values=quoted,
-            invalid_row_handler=refuse,
-        )
 
     def _without_header(self, chunk: Chunk) -> tuple[Chunk, tuple[str, ...]]:
         """The rest of a file's first chunk, and the names in its first line; "" stands for a column without a name, which is left out, as
@@ -319,13 +317,21 @@ class Csv(Lines):
         _refuse_twice([name for name in columns if name], chunk.name)
         return Chunk(chunk.name, 1 + chunk.content.count(b"\n", 0, blank + end), content[end:]), columns
 
-    def _why(self, chunk: Chunk, wrong: list[pa.csv.InvalidRow], error: pa.ArrowInvalid) -> str:
+    def _why(self, chunk: Chunk, columns: list[str], types: pa.Schema, error: pa.ArrowInvalid) -> str:
         """What is wrong with a chunk, with its line."""
+        with _text(chunk):
+            chunk.content.decode()
+        wrong: list[pa.csv.InvalidRow] = []
+
+        def refuse(row: pa.csv.InvalidRow) -> str:
+            wrong.append(row)
+            return "error"
+
+        with suppress(pa.ArrowInvalid):
+            self._values(chunk, columns, types, refuse)
         if wrong:
             line = self._line(chunk, wrong[0].number)
             return f"line {line} has {wrong[0].actual_columns} values where {wrong[0].expected_columns} are expected"
-        with _text(chunk):
-            chunk.content.decode()
         return f"{str(error).splitlines()[0]}, after line {chunk.line}"
 
     def _line(self, chunk: Chunk, number: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import glob
+import itertools
 import os
 import re
 import zipfile
@@ -22,6 +23,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as fs
 
 from dlopt.part import DloptError
@@ -35,6 +37,8 @@ HIDDEN = (".", "_")
 HIDDEN_FILES, OTHER_FILES, LOOSE_FILES = "hidden, by names that begin with . or _", "of another kind", "in no class's folder"
 SETTINGS = ("endpoint_override", "region", "scheme", "anonymous")
 """What may follow an object store's path, as in `s3://bucket/folder?endpoint_override=127.0.0.1:9000&scheme=http`."""
+LISTED = 2**16
+"""Files of a folder that become columns at a time."""
 REQUESTS = 16
 """How many requests a server gets at once."""
 UNREADABLE = (pa.ArrowException, EOFError, ValueError, zlib.error, zipfile.BadZipFile)
@@ -63,6 +67,10 @@ class File:
         return self.inside.rpartition("/")[0]
 
 
+LeftOut = list[str]
+"""Names of files that are no data."""
+
+
 @dataclass(frozen=True)
 class Listing:
     """What there is of some paths, and what of it is no data."""
@@ -70,13 +78,20 @@ class Listing:
     place: Place
     files: list[File]
     """Sorted, each once."""
-    left_out: dict[str, list[str]] = field(default_factory=dict)
-    """Names of files, by why they are left out."""
+    left_out: dict[str, LeftOut] = field(default_factory=dict)
+    """By why they are left out."""
 
-    def __str__(self) -> str:
-        """What is left out, in one line; "" for nothing."""
-        said = [f"{len(names):,} {why} ({', '.join(names[:2])}{', ...' * (len(names) > 2)})" for why, names in self.left_out.items()]
-        return f"files left out: {'; '.join(said)}" if said else ""
+
+@dataclass(frozen=True)
+class Folders:
+    """The files in the folders of a folder. There may be millions, so they are columns."""
+
+    place: Place
+    path: str
+    """The folder, within its place."""
+    files: pa.Table
+    """`inside`, the path of each within the folder, by which they are sorted; `size`; and `changed`, as text."""
+    left_out: dict[str, LeftOut]
 
 
 @dataclass(frozen=True)
@@ -117,12 +132,16 @@ class Place:
     def under(self, path: str) -> tuple[list[File], str]:
         """All files of a path, a folder or a glob, and the glob's pattern from its first wildcard on; "" for no glob."""
         base, pattern = _base(path.rstrip("/"))
-        if not pattern and self._kind(base) == fs.FileType.File:
+        if not pattern and self.kind(base) == fs.FileType.File:
             return self.file_infos([base]), ""
         matches = _regex(path).fullmatch if pattern else None
         return [file for file in self._inside(base) if not matches or matches(file.path)], pattern
 
-    def _kind(self, path: str) -> fs.FileType:
+    def walked(self, folder: str) -> Iterator[tuple[str, int, int | str | None]]:
+        """(path within the folder, size, when or how it changed) of each file in a folder and in its folders."""
+        return ((file.inside, file.size, file.changed) for file in self._inside(folder))
+
+    def kind(self, path: str) -> fs.FileType:
         return self.filesystem.get_file_info([path])[0].type
 
     def _inside(self, folder: str) -> list[File]:
@@ -141,13 +160,22 @@ class Disk(Place):
     def under(self, path: str) -> tuple[list[File], str]:
         base, pattern = _base(path)
         if Path(path).is_dir():
-            base, pattern, found = path, "", list(_walked(path))
+            base, pattern, found = path, "", [inside for inside, _ in _entries(path)]
         elif Path(path).is_file() or not pattern:
             return self.file_infos([_absolute(path)] if os.path.lexists(path) else []), ""
         else:
             found = [os.path.relpath(file, base or ".") for file in glob.glob(path, recursive=True) if not Path(file).is_dir()]
         root = str(Path(base).resolve()).rstrip("/")
         return [_local_file(f"{root}/{inside}", inside) for inside in found], pattern
+
+    def walked(self, folder: str) -> Iterator[tuple[str, int, int | str | None]]:
+        for inside, entry in _entries(folder):
+            try:
+                stat = entry.stat()
+            except OSError:  # a link that leads nowhere is found out when it is read
+                yield inside, 0, None
+            else:
+                yield inside, stat.st_size, stat.st_mtime_ns
 
     def file_infos(self, paths: Sequence[str]) -> list[File]:
         return [_local_file(path) for path in paths]
@@ -226,17 +254,21 @@ def place_of(path: str) -> tuple[Place, str]:
 def matching(paths: str | Sequence[str], endings: tuple[str, ...], compressed: bool = False) -> Listing:
     """The files of paths, folders, globs or addresses; raises DloptError for what matches none. In a folder only files with these endings
     are meant; hidden ones are left out, in folders and where a wildcard does not begin as they do."""
-    places, found, left_out = [], dict[str, File](), dict[str, list[str]]()
+    places, found, left_out = [], dict[str, File](), dict[str, LeftOut]()
     for path in [paths] if isinstance(paths, str) else paths:
         place, inside = place_of(path)
         with reading(path):
             files, pattern = place.under(inside)
         if not files and not (place.is_local and Path(inside).is_dir()):
             raise DloptError(f"{path}: no such file; workers read it, so give a path that every node can see")
-        seen = [file for file in files if not is_hidden(file.inside, pattern)]
-        kept = [file for file in seen if pattern or not file.inside or _ends(file.name, endings, compressed)]
-        _leave_out(left_out, HIDDEN_FILES, files, seen)
-        _leave_out(left_out, OTHER_FILES, seen, kept)
+        kept = []
+        for file in files:
+            if is_hidden(file.inside, pattern):
+                left_out.setdefault(HIDDEN_FILES, []).append(file.inside)
+            elif pattern or not file.inside or _ends(file.name, endings, compressed):
+                kept.append(file)
+            else:
+                left_out.setdefault(OTHER_FILES, []).append(file.inside)
         if not kept:
             raise DloptError(f"{path}: this folder holds no {' or '.join(endings)} file{_but(left_out)}")
         if not compressed and (packed := next((file.name for file in kept if file.name.lower().endswith(ZIP)), "")):
@@ -248,25 +280,42 @@ def matching(paths: str | Sequence[str], endings: tuple[str, ...], compressed: b
     return Listing(places[0], [found[name] for name in sorted(found)], left_out)
 
 
-def in_folders(path: str, endings: tuple[str, ...]) -> Listing:
+def in_folders(path: str, endings: tuple[str, ...]) -> Folders:
     """The files, however deep, in the folders of a folder, which are its classes, as torchvision's ImageFolder has it, but without what is
-    hidden. Raises DloptError when there are none."""
+    hidden. Raises DloptError when there is no such folder."""
     place, folder = place_of(path)
     if isinstance(place, Web):
         raise DloptError(f"{path}: http cannot list folders: copy the files, or list them in a table (kind: image_table)")
+    folder = str(Path(folder).resolve()) if place.is_local else folder.rstrip("/")
     with reading(path):
-        files, _ = place.under(folder.rstrip("/"))
-    if folder.lower().endswith(ZIP) and files:
+        kind = place.kind(folder)
+        files = _as_columns(place.walked(folder) if kind == fs.FileType.Directory else iter(()))
+    if folder.lower().endswith(ZIP) and kind == fs.FileType.File:
         raise DloptError(f"{path}: is a zip archive: unpack it")
-    if any(not file.inside for file in files) or (not files and not (place.is_local and Path(folder).is_dir())):
+    if not len(files) and kind != fs.FileType.Directory:
         raise DloptError(f"{path}: no such folder; workers read it, so give a path that every node can see")
-    left_out = dict[str, list[str]]()
-    seen = [file for file in files if not is_hidden(file.inside)]
-    kind = [file for file in seen if file.path.lower().endswith(endings)]
-    kept = [file for file in kind if "/" in file.inside]
-    for why, before, after in ((HIDDEN_FILES, files, seen), (OTHER_FILES, seen, kind), (LOOSE_FILES, kind, kept)):
-        _leave_out(left_out, why, before, after)
-    return Listing(place, sorted(kept, key=lambda file: file.name), left_out)
+    left_out = dict[str, LeftOut]()
+    ends = f"(?i)(?:{'|'.join(map(re.escape, endings))})$"
+    for why, pattern, keep in ((HIDDEN_FILES, "(?:^|/)[._]", False), (OTHER_FILES, ends, True), (LOOSE_FILES, "/", True)):
+        kept = pc.equal(pc.match_substring_regex(files["inside"], pattern), keep)
+        if names := files["inside"].filter(pc.invert(kept)).to_pylist():
+            left_out[why] = names
+        files = files.filter(kept)
+    return Folders(place, folder, files.sort_by("inside").combine_chunks(), left_out)
+
+
+def _as_columns(files: Iterator[tuple[str, int, int | str | None]]) -> pa.Table:
+    """See `Folders.files`."""
+    schema = pa.schema([("inside", pa.large_string()), ("size", pa.int64()), ("changed", pa.string())])
+    parts = [schema.empty_table()]
+    while some := list(itertools.islice(files, LISTED)):
+        names, sizes, changes = zip(*some, strict=True)
+        said = [None if change is None else str(change) for change in changes]
+        try:
+            parts.append(pa.table([names, sizes, said], schema=schema))
+        except UnicodeEncodeError as error:
+            raise DloptError(f"{error.object!a}: the name of this file is not UTF-8: rename it") from None
+    return pa.concat_tables(parts)
 
 
 def is_hidden(inside: str, pattern: str = "") -> bool:
@@ -278,13 +327,13 @@ def is_hidden(inside: str, pattern: str = "") -> bool:
     return any(part.startswith(HIDDEN) and not any(fnmatchcase(part, one) for one in asked) for part in inside.split("/"))
 
 
-def _leave_out(left_out: dict[str, list[str]], why: str, before: Sequence[File], after: Sequence[File]) -> None:
-    if len(after) < len(before):
-        kept = {file.name for file in after}
-        left_out.setdefault(why, []).extend(file.inside for file in before if file.name not in kept)
+def say_left_out(left_out: dict[str, LeftOut]) -> str:
+    """What is left out, in one line; "" for nothing."""
+    said = [f"{len(names):,} {why} ({', '.join(names[:2])}{', ...' * (len(names) > 2)})" for why, names in left_out.items()]
+    return f"files left out: {'; '.join(said)}" if said else ""
 
 
-def _but(left_out: dict[str, list[str]]) -> str:
+def _but(left_out: dict[str, LeftOut]) -> str:
     return f" but {len(left_out[HIDDEN_FILES])} {HIDDEN_FILES}" if HIDDEN_FILES in left_out else ""
 
 
@@ -312,8 +361,8 @@ def unzipped(archive: Any) -> Any:
     return opened.open(inside[0])
 
 
-def _walked(folder: str) -> Iterator[str]:
-    """The files in a folder and in its folders, by their paths within it. Links to folders are followed, but not in circles."""
+def _entries(folder: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """The files in a folder and in its folders, and their paths within it. Links to folders are followed, but not in circles."""
     left = [(folder, "", frozenset[tuple[int, int]]())]
     while left:
         path, inside, above = left.pop()
@@ -325,7 +374,7 @@ def _walked(folder: str) -> Iterator[str]:
                 if entry.is_dir():
                     left.append((entry.path, f"{inside}{entry.name}/", above | {here}))
                 else:
-                    yield inside + entry.name
+                    yield inside + entry.name, entry
 
 
 def _absolute(path: str) -> str:

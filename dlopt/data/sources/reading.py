@@ -6,15 +6,18 @@ The rows of a source do not depend on how it is cut into pieces; the sizes only 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+import json
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import field_validator
 
 from dlopt.data.sources.kinds import infer_kind
-from dlopt.data.sources.places import File, Listing, Place, matching
+from dlopt.data.sources.places import File, Listing, Place, matching, say_left_out
 from dlopt.data.types.columns import Columns, Stated, decided
 from dlopt.part import DloptError, Part
 
@@ -74,6 +77,13 @@ class Rows(Part):
         columns. Raises DloptError."""
         raise NotImplementedError
 
+    def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """All rows in their order, read by this process: what `read` has Ray's workers do. Raises DloptError."""
+        place, pieces = self.pieces()
+        schema = wanted(self.layout(columns), columns)
+        for name, table in self.load(place, pieces, schema.names):
+            yield conform(name, table, schema)
+
     def first(self, rows: int) -> pa.Table:
         """The first rows as they are read, without Ray. Raises DloptError."""
         place, pieces = self.pieces()
@@ -109,7 +119,7 @@ class Rows(Part):
         Each file must have them; other columns are left out."""
         place, pieces = self.pieces()
         schema = wanted(self.layout(columns), columns)
-        return dataset(lambda some: self.load(place, some, schema.names), pieces, schema)
+        return dataset_of(lambda some: self.load(place, some, schema.names), pieces, schema)
 
 
 class Files(Stated, Rows):
@@ -140,7 +150,7 @@ class Files(Stated, Rows):
         return found.place, found.files
 
     def left_out(self) -> str:
-        return str(self.listed())
+        return say_left_out(self.listed().left_out)
 
     def files(self) -> list[str]:
         """Their names."""
@@ -170,11 +180,23 @@ def as_usual(table: pa.Table) -> pa.Table:
 
 
 def as_type(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    """A column as another type, as Arrow casts it. Raises pyarrow.ArrowException."""
-    if pa.types.is_dictionary(column.type) and usual(column.type) != column.type.value_type:  # which Arrow cannot decode
-        words = [chunk.dictionary.cast(usual(column.type)) for chunk in column.chunks]
+    """A column as another type, as Arrow casts it, or would if it could. Raises pyarrow.ArrowException."""
+    own = column.type
+    if isinstance(own, pa.BaseExtensionType):
+        storage = pa.chunked_array([chunk.storage for chunk in column.chunks], own.storage_type)
+        ids = [None if value is None else str(uuid.UUID(bytes=value)) for value in storage.to_pylist()] if own == pa.uuid() else None
+        return as_type(storage, kind) if ids is None else pa.chunked_array([pa.array(ids, pa.string())])
+    if pa.types.is_run_end_encoded(own):
+        return as_type(pa.chunked_array([pc.run_end_decode(chunk) for chunk in column.chunks], own.value_type), kind)
+    if pa.types.is_interval(own) or pa.types.is_union(own):
+        texts = [None if value is None else json.dumps(value, default=str) for value in column.to_pylist()]
+        return pa.chunked_array([pa.array(texts, pa.string())])
+    if "list_view" in str(own):  # of which Arrow makes lists that end too early
+        return pa.chunked_array([pa.array(chunk.to_pylist(), kind) for chunk in column.chunks], kind)
+    if pa.types.is_dictionary(own) and usual(own) != own.value_type:  # which Arrow cannot decode
+        words = [chunk.dictionary.cast(usual(own)) for chunk in column.chunks]
         arrays = [pa.DictionaryArray.from_arrays(chunk.indices, some) for chunk, some in zip(column.chunks, words, strict=True)]
-        column = pa.chunked_array(arrays, pa.dictionary(column.type.index_type, usual(column.type)))
+        column = pa.chunked_array(arrays, pa.dictionary(own.index_type, usual(own)))
     return column if column.type == kind else column.cast(kind)
 
 
@@ -192,9 +214,14 @@ def plain(schema: pa.Schema) -> pa.Schema:
 
 
 def usual(kind: pa.DataType) -> pa.DataType:
-    """A type without its dictionary, and not as a view, which polars writes; within lists and structs as well."""
-    if pa.types.is_dictionary(kind):
+    """A type without its dictionary or runs, and not as a view, which polars writes; within lists and structs as well. What parquet has
+    no type for becomes text."""
+    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
         return usual(kind.value_type)
+    if isinstance(kind, pa.BaseExtensionType):
+        return {pa.uuid(): pa.string(), pa.bool8(): pa.bool_()}.get(kind) or usual(kind.storage_type)
+    if pa.types.is_interval(kind) or pa.types.is_union(kind):
+        return pa.string()
     if pa.types.is_fixed_size_list(kind):
         return pa.list_(usual(kind.value_type), kind.list_size)
     if pa.types.is_list(kind) or pa.types.is_list_view(kind):
@@ -229,20 +256,30 @@ def no_column(name: str, column: str, columns: Sequence[str]) -> DloptError:
 
 def block_bytes(pieces: Sequence[Piece]) -> int:
     """How large a block should be, for pieces of this size together."""
-    return max(MIN_BLOCK, min(MAX_BLOCK, sum(piece.bytes for piece in pieces) // BLOCKS))
+    return block_of(sum(piece.bytes for piece in pieces))
 
 
-def dataset(load: Load, pieces: Sequence[Piece], schema: pa.Schema | None) -> Dataset:
-    """The rows of pieces, in blocks of `block_bytes`. Where there are few pieces, what comes after reading gets tasks of its own,
-    so that a single file keeps more than one core busy."""
-    import ray.data
+def block_of(size: int) -> int:
+    """How many bytes a block should have of so many together."""
+    return max(MIN_BLOCK, min(MAX_BLOCK, size // BLOCKS))
+
+
+def dataset_of(load: Load, pieces: Sequence[Piece], schema: pa.Schema | None) -> Dataset:
+    """The rows of pieces, in blocks of `block_bytes`."""
 
     def read(tasks: pa.Table) -> Iterator[pa.Table]:
         for name, table in load([Piece(**row) for row in tasks.to_pylist()]):
             yield table if schema is None else conform(name, table, schema)
 
     block = block_bytes(pieces)
-    tasks = [_as_table(some) for some in grouped(pieces, block)]
+    return dataset(read, [_as_table(some) for some in grouped(pieces, block)], block)
+
+
+def dataset(read: Callable[[pa.Table], Iterator[pa.Table]], tasks: list[pa.Table], block: int) -> Dataset:
+    """What is read of tasks, in blocks of so many bytes. Where there are few tasks, what comes after reading gets tasks of its own, so
+    that a single file keeps more than one core busy."""
+    import ray.data
+
     alone = len(tasks) if len(tasks) < BLOCKS else None  # Ray runs two maps as one task unless their concurrency differs
     rows = ray.data.from_arrow(tasks).map_batches(read, batch_size=None, batch_format="pyarrow", concurrency=alone)
     rows.context.target_max_block_size = block  # of this dataset and those made of it
@@ -253,7 +290,7 @@ def from_table(table: pa.Table) -> Dataset:
     """The rows of a table that this process holds."""
     import ray.data
 
-    rows = max(1, len(table) * block_bytes([Piece(bytes=table.nbytes)]) // max(table.nbytes, 1))
+    rows = max(1, len(table) * block_of(table.nbytes) // max(table.nbytes, 1))
     return ray.data.from_arrow([table.slice(start, rows) for start in range(0, max(len(table), 1), rows)])
 
 
@@ -263,6 +300,19 @@ def grouped(pieces: Sequence[Piece], block: int) -> Iterator[list[Piece]]:
     places = [(end - piece.bytes) // block for end, piece in zip(ends, pieces, strict=True)]
     for _, some in itertools.groupby(zip(places, pieces, strict=True), key=lambda pair: pair[0]):
         yield [piece for _, piece in some]
+
+
+def joined(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """Parts of a file that follow each other as one, so that the file is opened once."""
+    for _, some in itertools.groupby(pieces, key=lambda piece: piece.path):
+        last, *others = some
+        for piece in others:
+            if 0 < last.stop == piece.start:
+                last = replace(last, stop=piece.stop, bytes=last.bytes + piece.bytes)
+            else:
+                yield last
+                last = piece
+        yield last
 
 
 def _as_table(pieces: Sequence[Piece]) -> pa.Table:

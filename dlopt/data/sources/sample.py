@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -36,9 +36,13 @@ class Sample(Stated, Rows):
     def first(self, rows: int) -> pa.Table:
         return self._table().slice(0, rows)
 
-    def read(self, columns: Sequence[str] | None = None) -> Dataset:
+    def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         table = self._table()
-        return from_table(table.select(wanted(table.schema, columns).names))
+        yield table.select(wanted(table.schema, columns).names)
+
+    def read(self, columns: Sequence[str] | None = None) -> Dataset:
+        (table,) = self.tables(columns)
+        return from_table(table)
 
     def _table(self) -> pa.Table:
         return _mnist() if self.name == "mnist" else _rdataset(self.name)

@@ -108,14 +108,15 @@ def _histogram(splits: Mapping[str, Column]) -> dict[str, Any] | None:
 
 
 def _edges(columns: Sequence[Column]) -> np.ndarray:
-    """Bars of equal width over all but the far ends of the values."""
+    """Bars of equal width over all but the far ends of the values; fewer where float64 has no more numbers between these."""
     low, high = (_end(columns, p) for p in (TAIL, 1 - TAIL))
     if all(column.whole and column.kind != "image" for column in columns):
-        width = max(1, math.ceil((high - low + 1) / BARS))
-        return np.arange(math.ceil((high - low + 1) / width) + 1) * width + low - 0.5
-    if low == high:
-        return np.array([low - 0.5, low + 0.5])
-    return np.linspace(low, high, BARS + 1)
+        width = max(1.0, np.ceil((high - low + 1) / BARS))
+        edges = np.arange(math.ceil((high - low + 1) / width) + 1) * width + low - 0.5
+    else:
+        edges = np.linspace(low, high, BARS + 1) if low < high else np.array([low - 0.5, low + 0.5])
+    edges = np.unique(edges)
+    return edges if len(edges) > 1 else np.array([np.nextafter(low, -np.inf), np.nextafter(high, np.inf)])
 
 
 def _end(columns: Sequence[Column], p: float) -> float:

@@ -25,7 +25,7 @@ from dlopt.data.encode import decode_image
 from dlopt.data.prepared import array_of, piece_column
 from dlopt.data.stats.repeats import names_of
 from dlopt.data.types.exact import merged, raw_values
-from dlopt.data.types.values import DIGITS, dates, doubles, lost_in_double, plain, texts
+from dlopt.data.types.values import DIGITS, TOO_LARGE, dates, doubles, lost_in_double, plain, texts
 from dlopt.part import DloptError, Feature, Target
 
 LOOK_CELLS = 2**20
@@ -279,7 +279,7 @@ def _told(column: Any, step: int, different: np.ndarray) -> int:
     array = plain(column)[::step]
     values, _ = doubles(array)
     rest = lost_in_double(array, values)
-    there = np.isfinite(values)
+    there = np.abs(values) < TOO_LARGE
     return len(different) if rest is None else len(np.unique(np.stack([values[there], rest[there]]), axis=1).T)
 
 
@@ -422,13 +422,13 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 
 def _as_numbers(column: Any) -> tuple[np.ndarray, int]:
-    """float64 with NaN for what is missing, infinite or no number; and how many values are infinite or no number."""
+    """float64 with NaN for what is missing, no number or beyond what float32 holds; and how many values are of the last two."""
     if isinstance(column, np.ndarray):
         values, wrong = column.astype(np.float64), 0
     else:
         values, reasons = doubles(column)
         wrong = len(reasons)
-    infinite = np.isinf(values)
+    infinite = np.abs(values) >= TOO_LARGE
     if infinite.any():
         values, wrong = np.where(infinite, np.nan, values), wrong + int(infinite.sum())
     return values + 0.0, wrong  # no negative zero

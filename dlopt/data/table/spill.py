@@ -109,7 +109,7 @@ class Spill:
         ruled, by_rule = self._judged(said)
         columns, reasons = self._decoded(said)
         digits = self._digits(raw, columns)
-        bad = {row: why for row, why in reasons.items() if row not in ruled}
+        bad = {row: " ".join(why.split("\n")) for row, why in reasons.items() if row not in ruled}
         quarantine = self._set_aside(raw, ruled | bad)
         good = pa.table(columns)
         if ruled or bad:

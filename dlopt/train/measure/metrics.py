@@ -56,8 +56,8 @@ EXACT = 2**24
 """The most probabilities of a split, of rows times classes or labels, that are kept for the areas under curves (128 MiB, over all workers);
 of more they are counted in bins."""
 FINE, LEAST_FINE, COUNTS = 4096, 256, 2**23
-"""Bins of a class's probabilities, as many as COUNTS leave to each. They are equally wide in asinh(STEEP * logit): narrow around a half, and
-still narrow against their distance from 0 and from 1."""
+"""Bins of a class's probabilities, as many as COUNTS leave to each. They are equally wide in asinh(STEEP * logit): narrow around a half,
+and against their distance from 0 and from 1."""
 STEEP, WIDEST = 10.0, 88.0
 """WIDEST is the logit beyond which float32 has no probability."""
 SMALLER_IS_BETTER = ("loss", "mae", "rmse", "calibration_error")

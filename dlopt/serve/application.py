@@ -1,0 +1,192 @@
+"""The ASGI app that both servers run: guards, routes, reads bodies within limits, and answers everything, errors too, in JSON. Imports
+neither torch nor Ray, and runs under any ASGI server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from dlopt.artifact import Artifact
+from dlopt.part import DloptError
+from dlopt.serve import Serve
+from dlopt.serve.auth import Guard, Key, token_of
+from dlopt.serve.bodies import ClientGone, Receive, compressed, read_body
+from dlopt.serve.exchange import Call, Handler, Refusal, Reply
+from dlopt.serve.metrics import Registry
+from dlopt.serve.model import Model
+from dlopt.serve.protocols import DIALECTS
+from dlopt.serve.registry import Models
+
+Scope = MutableMapping[str, Any]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+ROUTES = 512
+"""Paths whose handlers are remembered."""
+DRAINING = "draining"
+"""A file of this name beside the metrics says to all replicas of this machine that the server is about to end."""
+OPEN = frozenset(path for dialect in DIALECTS for path in dialect.OPEN)
+"""Paths that an orchestrator asks without a key: they tell nothing."""
+ERROR_HEADERS = {
+    401: ((b"www-authenticate", b"Bearer"),),
+    405: ((b"allow", b"GET, HEAD, POST"),),
+    429: ((b"retry-after", b"1"),),
+    503: ((b"retry-after", b"1"),),
+}
+JSON_TYPE = b"application/json"
+logger = logging.getLogger(__name__)
+
+
+class Application:
+    """One app of any number of models."""
+
+    def __init__(self, models: Models, guard: Guard, section: Serve, counts: Registry, drains: Path | None = None) -> None:
+        """drains: the file whose being there says that the server is about to end."""
+        self.models, self.guard, self.section, self.counts, self.drains = models, guard, section, counts, drains
+        self.draining = False
+        self.in_flight = 0
+        self.route = lru_cache(ROUTES)(_route)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1003})
+        else:
+            self.in_flight += 1
+            try:
+                await self._serve(scope, receive, send)
+            finally:
+                self.in_flight -= 1
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = time.perf_counter()
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+
+        async def body(call: Call) -> bytes:
+            section = call.model.section if call.model else self.section
+            return await read_body(call.headers, receive, section.max_bytes, section.body_seconds)
+
+        call = Call(
+            method, path, scope["query_string"], dict(scope["headers"]), self.models, self.counts, body, self._check_ready, self.models.only
+        )
+        protocol = ""
+        try:
+            if path not in OPEN:
+                key = self.guard.admit(call.headers, call.query)
+                self._note_key(call, key)
+            protocol, handler = self.route(method, path)
+            reply = await handler(call)
+        except ClientGone:
+            return
+        except Refusal as refusal:
+            reply = self._refused(refusal)
+        except DloptError as error:
+            reply = self._refused(Refusal(400, str(error)))
+        except Exception:
+            logger.exception("a request failed")
+            reply = _error(500, "internal error; the server's log has the cause")
+        if call.counted:  # before it is sent: who has a reply finds it counted
+            name, version = (call.model.name, call.model.version) if call.model else ("", "")
+            requests, seconds = self.counts.request(name, version, protocol, reply.status)
+            requests.inc()
+            seconds.observe(time.perf_counter() - start)
+        await _send(send, reply, call, self.draining)
+
+    def _note_key(self, call: Call, key: Key | None) -> None:
+        if key is None:
+            return
+        call.role = key.role
+        if call.path == "/" and (token := token_of(call.query)):
+            call.cookie = self.guard.cookie(token)
+
+    def _refused(self, refusal: Refusal) -> Reply:
+        self.counts.rejected.labels(refusal.reason).inc()
+        return _error(refusal.status, refusal.message)
+
+    async def _check_ready(self) -> None:
+        """Raises Refusal."""
+        if self.drains and self.drains.exists():
+            self.draining = True
+        if self.draining:
+            raise Refusal(503, "the server is about to end", "unready")
+        for model in self.models:
+            await model.check_ready()
+
+
+def _route(method: str, path: str) -> tuple[str, Handler]:
+    for dialect in DIALECTS:
+        if handler := dialect.route(method, path):
+            return dialect.NAME, handler
+    raise Refusal(404, f"Not found: {path[:200]}", "path")
+
+
+def application_of(
+    export: Artifact, name: str, section: Serve, guard: Guard | None = None, drains: Path | None = None, counts: Registry | None = None
+) -> Application:
+    """The app of one model, which may be unloaded and loaded again. Raises DloptError."""
+    counts = counts or Registry()
+    models = Models(Model(export, name, section, counts))
+    models.sources[name] = lambda: [Model(Artifact.open(export.path), name, section, counts)]
+    return Application(models, guard or Guard(), section, counts, drains)
+
+
+class Replica:
+    """What Ray Serve makes in each replica's process."""
+
+    def __init__(self, export: Path, name: str, section: Serve, keys: tuple[Key, ...] = (), keys_file: Path | None = None) -> None:
+        from os import environ
+
+        from dlopt.serve.metrics import DIRECTORY
+
+        drains = Path(environ[DIRECTORY]) / DRAINING if environ.get(DIRECTORY) else None
+        path = keys_file if keys_file and keys_file.is_file() else None
+        self.application = application_of(Artifact.open(export), name, section, Guard(keys, path, section.rate), drains)
+
+    def __serve_build_asgi_app__(self) -> Application:
+        """Where Ray Serve gets the app from."""
+        return self.application
+
+
+def _error(status: int, message: str) -> Reply:
+    return Reply(status, json.dumps({"error": message}).encode(), headers=ERROR_HEADERS.get(status, ()))
+
+
+async def _send(send: Send, reply: Reply, call: Call, last: bool) -> None:
+    """last: whether the client should make a new connection for its next request, since this server ends."""
+    body, encoding = reply.body, b""
+    if b"accept-encoding" in call.headers:
+        body, encoding = await compressed_in_time(body, call.headers[b"accept-encoding"])
+    kind = JSON_TYPE if reply.content_type == "application/json" else reply.content_type.encode()
+    headers = [(b"content-type", kind), (b"content-length", b"%d" % len(body)), *reply.headers]
+    if call.model:
+        headers += call.model.headers
+    if encoding:
+        headers += [(b"content-encoding", encoding), (b"vary", b"accept-encoding")]
+    if last:
+        headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+LARGE_REPLY = 256 * 1024
+"""Replies from here on are compressed in a thread."""
+
+
+async def compressed_in_time(body: bytes, accepts: bytes) -> tuple[bytes, bytes]:
+    """As dlopt.serve.bodies.compressed, without holding up others."""
+    if len(body) < LARGE_REPLY:
+        return compressed(body, accepts)
+    return await asyncio.to_thread(compressed, body, accepts)
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while (message := await receive())["type"] != "lifespan.shutdown":
+        await send({"type": f"{message['type']}.complete"})
+    await send({"type": "lifespan.shutdown.complete"})

@@ -1,0 +1,501 @@
+"""The Open Inference Protocol v2 over REST, as KServe and Triton speak it: JSON, and tensors in binary after it.
+
+A model's inputs are the columns of a raw row: numbers, strings, and images as tensors or, of type BYTES, as files. An input of several
+columns may come whole by its own name, (rows, columns). Outputs are `label` and `probabilities`; of several labels `labels`, true for each
+that a row got; of numbers one for each column.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+from pydantic_core import from_json, to_json
+
+from dlopt.data.encode import Columns
+from dlopt.part import Signature
+from dlopt.serve.exchange import Answer, Call, Column, Handler, Json, Refusal, Reply, Request, inputs_of, json_reply, product_version
+from dlopt.serve.model import Model
+
+NAME = "v2"
+OPEN: tuple[str, ...] = ("/v2/health/live", "/v2/health/ready")
+EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository")
+PLATFORM = "onnx_onnxv1"
+HEADER = b"inference-header-content-length"
+MODEL_PATH = re.compile(r"/v2/models/(?P<name>[^/]+)(?:/versions/(?P<version>[0-9]+))?(?P<verb>|/ready|/infer|/config)")
+REPOSITORY_PATH = re.compile(r"/v2/repository/models/(?P<name>[^/]+)/(?P<verb>load|unload)")
+NUMPY = {
+    "BOOL": "?",
+    **{f"UINT{bits}": f"<u{bits // 8}" for bits in (8, 16, 32, 64)},
+    **{f"INT{bits}": f"<i{bits // 8}" for bits in (8, 16, 32, 64)},
+    **{f"FP{bits}": f"<f{bits // 8}" for bits in (16, 32, 64)},
+}
+"""Types of tensors, and numpy's names of them; BYTES are elements of any length."""
+DATATYPES = {"uint8": "UINT8", "float32": "FP32", "float64": "FP64", "int64": "INT64", "string": "BYTES", "bool": "BOOL"}
+PLAIN: dict[str, set[type]] = {"BOOL": {bool}, "FP32": {int, float, type(None)}, "FP64": {int, float, type(None)}, "BYTES": {str}}
+"""What JSON may hold of a type; of the rest whole numbers."""
+MOST_DIMENSIONS = 8
+LARGEST = 2**31
+
+
+class Output(NamedTuple):
+    """One output that a request asks for."""
+
+    name: str
+    binary: bool
+
+
+class Wanted(NamedTuple):
+    """What a request says of its reply: all outputs where it names none."""
+
+    id: str | None
+    outputs: tuple[Output, ...] | None
+    binary: bool
+
+
+def route(method: str, path: str) -> Handler | None:
+    """What answers a request to /v2... Raises Refusal."""
+    if path != "/v2" and not path.startswith("/v2/"):
+        return None
+    path = path.rstrip("/")
+    if plain := PLAIN_PATHS.get(path):
+        return _only(method, plain[0], plain[1])
+    if found := REPOSITORY_PATH.fullmatch(path):
+        name, load = found["name"], found["verb"] == "load"
+
+        async def change(call: Call) -> Reply:
+            return await _load(call, name) if load else await _unload(call, name)
+
+        return _only(method, "POST", change)
+    found = MODEL_PATH.fullmatch(path)
+    if not found:
+        raise Refusal(404, f"Not found: {path[:200]}")
+    name, version, verb = found["name"], found["version"], found["verb"]
+
+    async def answer(call: Call) -> Reply:
+        call.counted = verb == "/infer"
+        return await VERBS[verb](call, call.find(name, version))
+
+    return _only(method, "POST" if verb == "/infer" else "GET", answer)
+
+
+def _only(method: str, wanted: str, handler: Handler) -> Handler:
+    if method != wanted:
+        raise Refusal(405, f"Method not allowed: {method[:20]}; use {wanted}")
+    return handler
+
+
+async def _server(call: Call) -> Reply:
+    return json_reply({"name": "dlopt", "version": product_version(), "extensions": EXTENSIONS})
+
+
+async def _live(call: Call) -> Reply:
+    return json_reply({"live": True})
+
+
+async def _ready(call: Call) -> Reply:
+    await call.check_ready()
+    return json_reply({"live": True, "ready": True})
+
+
+async def _names(call: Call) -> Reply:
+    return json_reply({"models": call.models.names()})
+
+
+async def _index(call: Call) -> Reply:
+    body = await call.read()
+    ready_only = bool(_object(body).get("ready")) if body.strip() else False
+    loaded = [{"name": model.name, "version": model.version, "state": "READY", "reason": ""} for model in call.models]
+    away = [{"name": name, "state": "UNAVAILABLE", "reason": "unloaded"} for name in call.models.unloaded() if not ready_only]
+    return json_reply([*loaded, *away])
+
+
+async def _load(call: Call, name: str) -> Reply:
+    call.needs_admin()
+    await call.models.load(name)
+    return Reply(200, b"")
+
+
+async def _unload(call: Call, name: str) -> Reply:
+    call.needs_admin()
+    call.models.unload(name)
+    return Reply(200, b"")
+
+
+PLAIN_PATHS: dict[str, tuple[str, Handler]] = {
+    "/v2": ("GET", _server),
+    "/v2/health/live": ("GET", _live),
+    "/v2/health/ready": ("GET", _ready),
+    "/v2/models": ("GET", _names),
+    "/v2/repository/index": ("POST", _index),
+}
+
+
+async def _metadata(call: Call, model: Model) -> Reply:
+    return json_reply(
+        {
+            "name": model.name,
+            "versions": [one.version for one in call.models.versions(model.name)],
+            "platform": PLATFORM,
+            "inputs": [tensor_of(column) for column in inputs_of(model.signature)],
+            "outputs": [tensor_of(column) for column in outputs_of(model.signature)],
+            "parameters": {"digest": model.digest, "labels": list(model.signature.target.labels)},
+        }
+    )
+
+
+async def _model_ready(call: Call, model: Model) -> Reply:
+    await model.check_ready()
+    return json_reply({"name": model.name, "ready": True})
+
+
+async def _config(call: Call, model: Model) -> Reply:
+    """As Triton's clients read it."""
+    return json_reply(
+        {
+            "name": model.name,
+            "platform": "onnxruntime_onnx",
+            "backend": "onnxruntime",
+            "version_policy": {"specific": {"versions": [int(model.version)]}},
+            "max_batch_size": model.section.max_rows,
+            "input": [_config_of(column) for column in inputs_of(model.signature)],
+            "output": [_config_of(column) for column in outputs_of(model.signature)],
+        }
+    )
+
+
+async def _infer(call: Call, model: Model) -> Reply:
+    body = await call.read()
+    length = _header_length(call, body)
+    if length is None and (call.content_type == "application/octet-stream"):
+        raise Refusal(400, "Inference-Header-Content-Length: is needed with binary tensors")
+
+    def parse(body: bytes, signature: Signature) -> tuple[Request, Wanted]:
+        return _raw(body, signature) if length == 0 else _parsed(body, len(body) if length is None else length, model)
+
+    images = body.count(b"BYTES") * model.section.max_rows
+    answer, wanted = await model.predict(body, parse, images)
+    return _reply(answer, model, wanted)
+
+
+VERBS: dict[str, Callable[[Call, Model], Any]] = {"": _metadata, "/ready": _model_ready, "/infer": _infer, "/config": _config}
+
+
+def _header_length(call: Call, body: bytes) -> int | None:
+    """How many bytes of the body are JSON; None for all."""
+    text = call.headers.get(HEADER)
+    if text is None:
+        return None
+    if not text.isdigit() or len(text) > 12 or int(text) > len(body):
+        raise Refusal(400, f"Inference-Header-Content-Length: unexpected size for request JSON, expecting at most {len(body)} bytes")
+    return int(text)
+
+
+def _object(content: bytes) -> Json:
+    try:
+        found = from_json(content)
+    except ValueError as error:
+        raise Refusal(400, f"failed to parse the request JSON buffer: {str(error)[:200]}") from None
+    if not isinstance(found, dict):
+        raise Refusal(400, "the request must be a JSON object")
+    return found
+
+
+def _raw(body: bytes, signature: Signature) -> tuple[Request, Wanted]:
+    """The whole body is one row of the only input."""
+    columns = inputs_of(signature)
+    if len(columns) != 1:
+        raise Refusal(400, f"raw binary request: the model has {len(columns)} inputs: send JSON and binary tensors")
+    (column,) = columns
+    if column.dtype == "string":
+        return Request({column.name: [_text(body, column.name)]}, 1), Wanted(None, None, True)
+    kind, size = np.dtype(NUMPY[DATATYPES[column.dtype]]), math.prod(column.shape)
+    if len(body) != size * kind.itemsize:
+        raise Refusal(400, f"raw binary request: unexpected size for input '{column.name}', expecting {size * kind.itemsize} bytes")
+    return Request({column.name: np.frombuffer(body, kind).reshape(1, *column.shape)}, 1), Wanted(None, None, True)
+
+
+def _parsed(body: bytes, length: int, model: Model) -> tuple[Request, Wanted]:
+    found = _object(body if length == len(body) else body[:length])
+    inputs = found.get("inputs")
+    if not isinstance(inputs, list) or not inputs:
+        raise Refusal(400, "inputs: must be a list of at least one tensor")
+    signature = model.signature
+    known = {column.name: column for column in inputs_of(signature)} | {
+        feature.name: None for feature in signature.inputs if feature.name not in feature.columns
+    }
+    columns: dict[str, Any] = {}
+    reader = Binary(body, length)
+    rows = None
+    for given in inputs:
+        name, shape = _named(given, known, model.name)
+        if name in columns:
+            raise Refusal(400, f"input '{name}' is given twice")
+        if rows not in (None, shape[0]):
+            raise Refusal(400, f"input '{name}': shape {shape} where the tensors before have {rows} rows")
+        rows = shape[0]
+        if rows > model.section.max_rows:
+            raise Refusal(400, f"{rows} rows in one request, at most {model.section.max_rows} are taken (serve.max_rows)")
+        columns[name] = _values(given, name, shape, reader, known[name])
+    reader.check_end()
+    if not rows:
+        raise Refusal(400, "inputs: must have at least one row")
+    return Request(_checked(columns, signature, model.name), rows), _wanted(found, model)
+
+
+def _checked(columns: Columns, signature: Signature, model: str) -> Columns:
+    whole = {feature.name for feature in signature.inputs if feature.name in columns and feature.name not in feature.columns}
+    for feature in signature.inputs:
+        lost = [name for name in feature.columns if name not in columns]
+        if lost and feature.name not in whole:
+            raise Refusal(400, f"expected input '{lost[0]}' of model '{model}', got {', '.join(map(repr, columns))}"[:300])
+    return columns
+
+
+def _named(given: Any, known: dict[str, Any], model: str) -> tuple[str, list[int]]:
+    """Name and shape of an input."""
+    if not isinstance(given, dict) or not isinstance(name := given.get("name"), str):
+        raise Refusal(400, "inputs: each must be an object with name, shape, datatype and data")
+    if name not in known:
+        raise Refusal(400, f"unexpected inference input '{name[:100]}' for model '{model}'; there are {', '.join(known)}"[:400])
+    shape = given.get("shape")
+    if not isinstance(shape, list) or not 0 < len(shape) <= MOST_DIMENSIONS or not all(type(size) is int and size >= 0 for size in shape):
+        raise Refusal(400, f"input '{name}': shape must be a list of 1 to {MOST_DIMENSIONS} whole numbers, 0 or more")
+    if math.prod(size or 1 for size in shape) > LARGEST:
+        raise Refusal(400, f"input '{name}': a shape of more than {LARGEST:,} elements")
+    return name, shape
+
+
+class Binary:
+    """The tensors after a request's JSON, one after another."""
+
+    def __init__(self, body: bytes, start: int) -> None:
+        self.body, self.at = memoryview(body), start
+
+    def take(self, size: Any, name: str) -> memoryview:
+        """The next so many bytes. Raises Refusal."""
+        if type(size) is not int or size < 0 or size > len(self.body) - self.at:
+            raise Refusal(400, f"unexpected size for input '{name}': {len(self.body) - self.at} bytes are left")
+        part = self.body[self.at : self.at + size]
+        self.at += size
+        return part
+
+    def check_end(self) -> None:
+        """Raises Refusal when there is more."""
+        if self.at != len(self.body):
+            raise Refusal(400, f"unexpected additional input data: {len(self.body) - self.at} bytes")
+
+
+def _values(given: Json, name: str, shape: Sequence[int], reader: Binary, column: Column | None) -> Sequence[Any] | np.ndarray:
+    """An input's values, as its kind of column takes them."""
+    kind, parameters = given.get("datatype"), given.get("parameters") or {}
+    if not isinstance(parameters, dict):
+        raise Refusal(400, f"input '{name}': parameters must be an object")
+    if not isinstance(kind, str) or (kind not in NUMPY and kind != "BYTES"):
+        raise Refusal(400, f"input '{name}': datatype {str(kind)[:20]!r} is none of {', '.join([*NUMPY, 'BYTES'])}")
+    size, count = parameters.get("binary_data_size"), math.prod(shape)
+    image = column is not None and column.kind == "image"
+    if size is not None:
+        if "data" in given:
+            raise Refusal(400, f"input '{name}': has data and binary_data_size: give one")
+        content = reader.take(size, name)
+        values = _elements(content, count, name) if kind == "BYTES" else _numbers(content, kind, count, name)
+    else:
+        values = _from_list(given.get("data"), kind, shape, count, name)
+    if kind == "BYTES":
+        if image:
+            return [_file(value, name) for value in values]
+        texts = [value if isinstance(value, str) else _text(value, name) for value in values]
+        return np.array(texts, dtype=object).reshape(shape) if len(shape) > 1 else texts
+    return np.asarray(values).reshape(shape)
+
+
+def _numbers(content: memoryview, kind: str, count: int, name: str) -> np.ndarray:
+    dtype = np.dtype(NUMPY[kind])
+    if len(content) != count * dtype.itemsize:
+        raise Refusal(400, f"unexpected size for input '{name}', expecting {count * dtype.itemsize} bytes, got {len(content)}")
+    return np.frombuffer(content, np.uint8).view(bool) if kind == "BOOL" else np.frombuffer(content, dtype)
+
+
+def _elements(content: memoryview, count: int, name: str) -> list[bytes]:
+    """Of BYTES: each has its length before it."""
+    found: list[bytes] = []
+    at = 0
+    while at < len(content) and len(found) < count:
+        if at + 4 > len(content):
+            break
+        (size,) = struct.unpack_from("<I", content, at)
+        at += 4 + size
+        if at > len(content):
+            break
+        found.append(bytes(content[at - size : at]))
+    if at != len(content) or len(found) != count:
+        raise Refusal(400, f"unexpected size for input '{name}', expecting {count} elements with their lengths before them")
+    return found
+
+
+def _from_list(data: Any, kind: str, shape: Sequence[int], count: int, name: str) -> Any:
+    """Flat or nested JSON, row by row."""
+    if kind == "FP16":
+        raise Refusal(400, f"input '{name}': FP16 does not travel as JSON: send it in binary")
+    if not isinstance(data, list):
+        raise Refusal(400, f"input '{name}': data must be a list")
+    flat = _flat(data, shape)
+    if flat is None or len(flat) != count:
+        raise Refusal(400, f"input '{name}': data must have {count} elements, flat or nested as shape {list(shape)} says")
+    if not set(map(type, flat)) <= PLAIN.get(kind, {int}):
+        raise Refusal(400, f"input '{name}': data must all be of type {kind}")
+    if kind == "BYTES":
+        return flat
+    try:
+        return np.array(flat, dtype=NUMPY[kind])
+    except (OverflowError, ValueError):
+        raise Refusal(400, f"input '{name}': a number does not fit {kind}") from None
+
+
+def _flat(data: list[Any], shape: Sequence[int]) -> list[Any] | None:
+    """None where lists are nested otherwise. numpy would make an array of strings as long as the longest one."""
+    if not data or not isinstance(data[0], list):
+        return data
+    for size in shape[1:]:
+        if set(map(type, data)) != {list} or set(map(len, data)) != {size}:
+            return None
+        data = list(chain.from_iterable(data))
+    return data
+
+
+def _text(content: bytes, name: str) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise Refusal(400, f"input '{name}': a text is not UTF-8") from None
+
+
+def _file(value: Any, name: str) -> Any:
+    """An image's file: in JSON as base64."""
+    return value if isinstance(value, bytes) else {"b64": value}
+
+
+def _wanted(found: Json, model: Model) -> Wanted:
+    """What the request says of its reply. Raises Refusal."""
+    given, parameters, outputs = found.get("id"), found.get("parameters") or {}, found.get("outputs")
+    if given is not None and not isinstance(given, str):
+        raise Refusal(400, "id: must be a string")
+    if not isinstance(parameters, dict) or not isinstance(binary := parameters.get("binary_data_output", False), bool):
+        raise Refusal(400, "parameters: must be an object, and its binary_data_output true or false")
+    if not outputs and outputs in (None, []):
+        return Wanted(given, None, binary)
+    if not isinstance(outputs, list) or not all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in outputs):
+        raise Refusal(400, "outputs: must be a list of objects with a name")
+    known = [column.name for column in outputs_of(model.signature)]
+    asked = []
+    for one in outputs:
+        settings = one.get("parameters") or {}
+        if one["name"] not in known:
+            raise Refusal(400, f"unexpected inference output '{one['name'][:100]}' for model '{model.name}'; there are {', '.join(known)}")
+        if not isinstance(settings, dict) or not isinstance(its := settings.get("binary_data", binary), bool):
+            raise Refusal(400, f"output '{one['name']}': parameters must be an object, and its binary_data true or false")
+        if settings.get("classification"):
+            raise Refusal(400, f"output '{one['name']}': classification is not offered: ask for 'label' or 'probabilities'")
+        asked.append(Output(one["name"], its))
+    return Wanted(given, tuple(asked), binary)
+
+
+def outputs_of(signature: Signature) -> list[Column]:
+    """The tensors of an answer: labels of a row, of which there may be any number, are true or false each."""
+    from dlopt.serve import exchange
+
+    target = signature.target
+    return [
+        Column("labels", "labels", "bool", (target.size,)) if column.kind == "labels" else column for column in exchange.outputs_of(target)
+    ]
+
+
+def tensors_of(answer: Answer) -> dict[str, np.ndarray]:
+    """An answer's outputs as arrays."""
+    target, outputs = answer.target, answer.outputs
+    if target.kind == "number":
+        return {column: outputs[:, place] for place, column in enumerate(target.columns)}
+    if target.kind == "category":
+        labels = np.array(target.labels, dtype=object if isinstance(target.labels[0], str) else np.int64)
+        return {"label": labels[[best for (best,) in answer.decided]], "probabilities": outputs}
+    given = np.zeros(outputs.shape, bool)
+    for row, places in enumerate(answer.decided):
+        given[row, places] = True
+    return {"labels": given, "probabilities": outputs}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An output on its way: its JSON, and its bytes where they come after."""
+
+    head: Json
+    content: bytes = b""
+
+
+def _reply(answer: Answer, model: Model, wanted: Wanted) -> Reply:
+    arrays = tensors_of(answer)
+    columns = {column.name: column for column in outputs_of(model.signature)}
+    asked = wanted.outputs if wanted.outputs is not None else [Output(name, wanted.binary) for name in columns]
+    tensors = [_tensor(columns[name], arrays[name], binary) for name, binary in asked]
+    head: Json = {"model_name": model.name, "model_version": model.version}
+    if wanted.id is not None:
+        head["id"] = wanted.id
+    content = to_json(head | {"outputs": [tensor.head for tensor in tensors]})
+    if not any(binary for _, binary in asked):
+        return Reply(200, content)
+    parts = b"".join([content, *(tensor.content for tensor in tensors)])
+    return Reply(200, parts, "application/octet-stream", ((HEADER, str(len(content)).encode()),))
+
+
+def _tensor(column: Column, values: np.ndarray, binary: bool) -> Tensor:
+    kind = DATATYPES[column.dtype]
+    head = {"name": column.name, "shape": list(values.shape), "datatype": kind}
+    if not binary:
+        return Tensor(head | {"data": values.reshape(-1).tolist()})
+    if kind == "BYTES":
+        encoded = [text.encode() for text in values.reshape(-1).tolist()]
+        content = b"".join(part for one in encoded for part in (struct.pack("<I", len(one)), one))
+    else:
+        content = np.ascontiguousarray(values, NUMPY[kind]).tobytes()
+    return Tensor(head | {"parameters": {"binary_data_size": len(content)}}, content)
+
+
+def tensor_of(column: Column) -> Json:
+    """A column in a model's metadata."""
+    return {"name": column.name, "datatype": DATATYPES[column.dtype], "shape": [-1, *column.shape]}
+
+
+def _config_of(column: Column) -> Json:
+    kind = DATATYPES[column.dtype]
+    return {"name": column.name, "data_type": f"TYPE_{'STRING' if kind == 'BYTES' else kind}", "dims": list(column.shape) or [1]}
+
+
+def describe(model: Model) -> Json:
+    """The paths of a model in OpenAPI."""
+    base = f"/v2/models/{model.name}"
+    shape = {"type": "array", "items": {"type": "integer"}}
+    properties = {"name": {"type": "string"}, "shape": shape, "datatype": {"type": "string"}}
+    tensor = {"type": "object", "required": ["name", "shape", "datatype"], "properties": properties}
+    tensors = {"type": "array", "items": tensor}
+    body = {"type": "object", "required": ["inputs"], "properties": {"id": {"type": "string"}, "inputs": tensors, "outputs": {}}}
+    example = {"inputs": [tensor_of(column) | {"shape": [1, *column.shape]} for column in inputs_of(model.signature)]}
+    content = {"application/json": {"schema": body, "example": example}, "application/octet-stream": {"schema": {"format": "binary"}}}
+    reply = {"type": "object", "properties": {"model_name": {"type": "string"}, "outputs": tensors}}
+
+    def operation(summary: str, reply: Json) -> Json:
+        found = {"description": "OK", "content": {"application/json": {"schema": reply}}}
+        error = {"$ref": "#/components/responses/Error"}
+        return {"summary": summary, "tags": ["Open Inference Protocol v2"], "responses": {"200": found, "default": error}}
+
+    return {
+        f"{base}/infer": {"post": operation("Infer", reply) | {"requestBody": {"required": True, "content": content}}},
+        base: {"get": operation("Inputs and outputs", {"type": "object"})},
+        f"{base}/ready": {"get": operation("Readiness of the model", {"type": "object"})},
+    }

@@ -1,0 +1,171 @@
+"""`dlopt serve`: where to listen, who is let in, and which of the two servers it is: the embedded one, or Ray Serve."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import ipaddress
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from dlopt import session
+from dlopt.artifact import Artifact
+from dlopt.part import DloptError, Signature
+from dlopt.serve import Serve
+from dlopt.serve.auth import Guard, Key, make_key, read_keys
+from dlopt.serve.example import example_row
+
+Say = Callable[[str], None]
+LOOPBACK, EVERYWHERE = "127.0.0.1", "0.0.0.0"
+LONGEST_EXAMPLE = 2000
+"""Characters of a row in the line for curl; a model of larger images gets a line that sends a file."""
+
+
+@dataclass(frozen=True)
+class Listening:
+    """Where the server listens and what lets a client in."""
+
+    host: str
+    port: int
+    keys: tuple[Key, ...] = ()
+    file: Path | None = None
+    """Where the keys come from."""
+    made: str | None = None
+    """The key that was made up, in plain text."""
+
+    @property
+    def local_url(self) -> str:
+        """The server as this machine reaches it."""
+        host = LOOPBACK if self.host == EVERYWHERE else "::1" if self.host == "::" else self.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    @property
+    def family(self) -> socket.AddressFamily:
+        """Of the host's addresses."""
+        return socket.AF_INET6 if ":" in self.host else socket.AF_INET
+
+
+def serve(
+    export: Artifact,
+    name: str,
+    section: Serve,
+    *,
+    host: str | None,
+    port: int,
+    keys: Path | None,
+    address: str | None,
+    say: Say,
+    ray: bool = False,
+) -> None:
+    """Serve an exported model until SIGINT or SIGTERM, then take down what was started.
+
+    host: where to listen; None is this machine alone. keys: a file of API keys; None makes one up where others than this machine can
+    connect. address: a running cluster to serve on. ray: use Ray Serve where one process would do. say: prints a line to the user.
+    Raises DloptError.
+    """
+    _check(export)
+    address = session.address_of(address)
+    listening = listening_on(host, port, keys, shared=address is not None)
+    if address is not None:
+        from dlopt.serve.cluster import serve as serve_on_ray
+
+        serve_on_ray(export, name, section, listening, address, say)
+        return
+    with _port_of_ours(listening) as listener:
+        if ray or section.most_replicas > 1:
+            from dlopt.serve.cluster import serve as serve_on_ray
+
+            listener.close()  # the lock keeps others of us out
+            serve_on_ray(export, name, section, listening, None, say)
+        else:
+            _serve_embedded(export, name, section, listening, listener, say)
+
+
+def _serve_embedded(export: Artifact, name: str, section: Serve, listening: Listening, listener: socket.socket, say: Say) -> None:
+    from dlopt.serve import embedded
+    from dlopt.serve.application import application_of
+
+    application = application_of(export, name, section, Guard(listening.keys, listening.file, section.rate))
+    embedded.serve(application, section, listener, lambda: greet(export, name, listening, say))
+    say("stopped")
+
+
+def _check(export: Artifact) -> None:
+    """A damaged export is refused before anything is started."""
+    export.check("model.onnx")
+    Signature.model_validate_json(export.read("signature.json"))
+
+
+def listening_on(host: str | None, port: int, keys: Path | None, shared: bool = False) -> Listening:
+    """Where to listen, and whom to let in. Raises DloptError."""
+    if not 0 < port < 65536:
+        raise DloptError(f"--port: {port} is no port: give a number from 1 to 65535")
+    where = host or LOOPBACK
+    if keys is not None:
+        return Listening(where, port, read_keys(keys), keys.resolve())
+    if not shared and _is_loopback(where):
+        return Listening(where, port)
+    made = make_key()
+    return Listening(where, port, (Key.of(made),), made=made)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@contextmanager
+def _port_of_ours(listening: Listening) -> Iterator[socket.socket]:
+    """A socket that listens, and a lock on the port for as long as the server runs: HAProxy would share it. Raises DloptError."""
+    in_use = DloptError(f"--port: {listening.port} is in use: stop what listens there or give another")
+    path = Path(tempfile.gettempdir()) / f"dlopt-port-{listening.port}-{os.getuid()}.lock"
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise in_use from None
+        with socket.socket(listening.family, socket.SOCK_STREAM) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if listening.host == "::":
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            try:
+                listener.bind((listening.host, listening.port))
+                listener.listen()
+            except PermissionError:
+                raise DloptError(f"--port: {listening.port} needs more rights: give one from 1024 on") from None
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    raise in_use from None
+                raise DloptError(f"--host: cannot listen on {listening.host}: {error.strerror or error}") from None
+            yield listener
+
+
+def greet(export: Artifact, name: str, listening: Listening, say: Say) -> None:
+    """Say where the model is served, and the line that asks it."""
+    url, key = listening.local_url, listening.made
+    say(f"{name} ({export.manifest.digest}) is served at {url}/{f'?token={key}' if key else ''}")
+    if listening.host in (EVERYWHERE, "::"):
+        others = f"http://{socket.gethostname()}:{listening.port}/"
+        say(f"it listens on every interface (other machines: {others}); without --host it stays on this machine")
+    if key:
+        say(f"API key: {key}")
+    guarded = f"-H 'Authorization: Bearer {key or 'KEY'}' " if listening.keys else ""
+    say(f"curl {guarded}{_example(Signature.model_validate_json(export.read('signature.json')))} {url}/v1/models/{name}:predict")
+    say("Ctrl-C stops it")
+
+
+def _example(signature: Signature) -> str:
+    """What curl sends: a row that the model takes."""
+    body = json.dumps({"instances": [example_row(signature)]})
+    if len(body) > LONGEST_EXAMPLE:
+        return "-H 'Content-Type: image/png' --data-binary @image.png" if len(signature.inputs) == 1 else "-d @row.json"
+    quoted = body.replace("'", "'\\''")
+    return f"-d '{quoted}'"

@@ -1,0 +1,135 @@
+"""`dlopt serve` of one replica as a user runs it: one process without Ray, asked over HTTP."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import onnxruntime
+import pytest
+
+from dlopt.artifact import Artifact
+from dlopt.serve import Serve
+from tests.served import Server, descendants, listening, make_export
+
+PREDICT = "/v1/models/digits:predict"
+BLACK = {"instances": [[[0] * 28] * 28]}
+SECTION = Serve(max_bytes=1_000_000, body_seconds=1, drain_seconds=1).model_dump_json()
+CLIENT = httpx.Client(trust_env=False, timeout=30)
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return make_export(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module")
+def server(export: Artifact) -> Iterator[Server]:
+    made = Server(export, SECTION, host="", ray=False)
+    try:
+        yield made.wait()
+    finally:
+        if made.process.poll() is None:
+            made.stop(signal.SIGINT)
+
+
+def raw(server: Server, *parts: bytes, shut: bool = False) -> bytes:
+    """What the server says to these bytes until it closes the connection. shut: close our half of it after them."""
+    reply = b""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        for part in parts:
+            connection.sendall(part)
+        if shut:
+            connection.shutdown(socket.SHUT_WR)
+        while piece := connection.recv(65536):
+            reply += piece
+    return reply
+
+
+def head(*lines: str) -> bytes:
+    return "\r\n".join([f"POST {PREDICT} HTTP/1.1", "Host: test", *lines, "", ""]).encode()
+
+
+def test_it_is_one_process_that_listens_on_loopback_and_says_what_onnxruntime_says(server: Server, export: Artifact) -> None:
+    assert descendants(server.process.pid) == {}
+    assert {(address, port) for _, address, port in listening([server.process.pid])} == {("127.0.0.1", server.port)}
+    images = np.random.default_rng(5).integers(0, 256, (70, 28, 28), dtype=np.uint8)
+    (expected,) = onnxruntime.InferenceSession(export.path / "model.onnx").run(None, {"image": images[..., None]})
+    reply = CLIENT.post(server.url + PREDICT, json={"instances": images.tolist()})
+    np.testing.assert_allclose([row["probabilities"] for row in reply.json()["predictions"]], expected, atol=1e-6)
+
+
+def test_the_line_for_curl_that_it_prints_works(server: Server) -> None:
+    line = next(line for line in server.said if line.startswith("curl "))
+    said = subprocess.run(["sh", "-c", f"{line} --silent"], capture_output=True, text=True, check=True, timeout=60).stdout
+    assert set(json.loads(said)["predictions"][0]) == {"label", "probabilities"}
+
+
+@pytest.mark.parametrize(
+    ("parts", "status", "says"),
+    [
+        ((b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n",), b"400", "Invalid HTTP request received."),
+        ((head("Content-Length: minus one"),), b"400", "Invalid HTTP request received."),
+        ((head("X-Long: " + "x" * 70_000),), b"400", "Invalid HTTP request received."),
+        ((head("Connection: close", f"Content-Length: {2**30}"),), b"413", "the body has more than 1,000,000 bytes (serve.max_bytes)"),
+        ((head("Connection: close", "Content-Length: 100"), b"{"), b"408", "the body did not arrive within 1 seconds"),
+        ((b"POST / HTTP/1.1\r\nHost: test\r\n",), b"408", "the request did not arrive within 1 seconds"),
+        ((b"",), b"408", "the request did not arrive within 1 seconds"),
+    ],
+)
+def test_what_is_no_request_or_a_slow_one_is_refused_in_json(server: Server, parts: Any, status: bytes, says: str) -> None:
+    reply = raw(server, *parts)
+    assert reply.split(b" ")[1] == status
+    assert json.loads(reply.partition(b"\r\n\r\n")[2]) == {"error": says}
+
+
+def test_a_client_that_has_said_all_and_closes_its_half_gets_its_answer(server: Server) -> None:
+    body = json.dumps(BLACK).encode()
+    reply = raw(server, head("Connection: close", f"Content-Length: {len(body)}"), body, shut=True)
+    assert reply.startswith(b"HTTP/1.1 200 "), reply
+
+
+def test_a_second_server_on_its_port_is_one_line(server: Server, export: Artifact) -> None:
+    for ray in (False, True):
+        second = Server(export, port=server.port, ray=ray)
+        said, _ = second.process.communicate(timeout=60)
+        assert said == f"dlopt: --port: {server.port} is in use: stop what listens there or give another\n"
+
+
+def test_sigterm_lets_clients_notice_and_answers_what_is_in_hand(server: Server) -> None:
+    """The last to use the server: /readyz says 503 while it goes on; a request that is half sent is answered."""
+    body = json.dumps(BLACK).encode()
+    statuses: list[tuple[int, int]] = []
+
+    def load() -> None:
+        while True:
+            try:
+                statuses.append((CLIENT.post(server.url + PREDICT, json=BLACK).status_code, CLIENT.get(server.url + "/readyz").status_code))
+            except httpx.TransportError:
+                return
+            time.sleep(0.02)
+
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        connection.sendall(head("Connection: close", f"Content-Length: {len(body)}") + body[:100])
+        thread = threading.Thread(target=load)
+        thread.start()
+        time.sleep(0.3)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.4)
+        connection.sendall(body[100:])
+        reply = b"".join(iter(lambda: connection.recv(65536), b""))
+        thread.join()
+    assert reply.startswith(b"HTTP/1.1 200 "), reply
+    assert server.process.wait(timeout=30) == 0
+    assert {predicted for predicted, _ in statuses} == {200}
+    ready = [ready for _, ready in statuses]
+    assert set(ready) == {200, 503} and ready == sorted(ready)
+    assert ready.count(503) >= 5
