@@ -267,7 +267,7 @@ class Training:
             raise DloptError(f"train: training diverges even after {rollbacks - 1} roll-backs to a lower rate: {tried}")
         with self._unwatched():
             patiently(self.diary.writer.wait if self.diary else lambda: None, self.world, self.device)
-            found, _ = newest_of_all(self.store, self.rank, self.world, self.device, epoch_ends=True)
+            found, _ = newest_of_all(self.store, self.rank, self.world, self.device, self.parallel.writes, epoch_ends=True)
         assert found
         found.load(self.state)
         record = self.state.record

@@ -166,7 +166,7 @@ class Worker:
         """Where training goes on: the newest whole checkpoint, the same on all workers, since worker 0 chooses it; or the start. And the
         host of each worker."""
         fit = self.assignment.fit
-        found, damaged = newest_of_all(self.store, self.rank, self.world, self.device)
+        found, damaged = newest_of_all(self.store, self.rank, self.world, self.device, self._writes)
         network, split = load_network(fit, data).to(self.device), Split.open(data, "train")
         record = found.record if found else self._beginning(network, split, data)
         watch: Watch | None = None
@@ -219,6 +219,11 @@ class Worker:
         if part:
             return part.build(network, self.rank, self.world, custom, fit.seed)
         return parallel_of(self.assignment.resources.parallelism, network, self.rank, self.world, custom)
+
+    @property
+    def _writes(self) -> bool:
+        """Whether this worker will have a part of the best weights."""
+        return self.rank == 0 or self.assignment.resources.parallelism == "fsdp"
 
     def _hosts(self) -> list[str]:
         """Of each worker."""

@@ -12,12 +12,12 @@ from dataclasses import asdict
 from hashlib import sha256
 from typing import Any, NamedTuple
 
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from dlopt.part import DloptError
+from dlopt.train.checkpoint.packing import Seen, pieces
 from dlopt.train.checkpoint.state import Record, TrainingState
-from dlopt.train.checkpoint.stores import RECORD, Store, ends_epoch, name_parts
+from dlopt.train.checkpoint.stores import RECORD, Buffer, Store, ends_epoch, name_parts
 
 
 class Snapshot(NamedTuple):
@@ -30,21 +30,21 @@ class Snapshot(NamedTuple):
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], rest: Any, record: Record) -> Snapshot:
-        """Of what `State.packed` gave, copied where training goes on to change it; the best epoch's weights stay as they are."""
+        """Of what `TrainingState.packed` gave."""
         files: dict[str, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             file, _, key = name.partition(".")
-            files.setdefault(file, {})[key] = value if file == "best" else value.clone()
+            files.setdefault(file, {})[key] = value
         return cls(files, rest, asdict(record))
 
-    def contents(self) -> Iterator[tuple[str, bytes]]:
-        """Name and content of each file, `state.json` last."""
+    def contents(self) -> Iterator[tuple[str, Iterator[Buffer]]]:
+        """Name and content of each file, in pieces that are to be taken before the next file is, `state.json` last."""
         seal: dict[str, Any] = {"record": self.record, "optimizer": self.rest, "files": {}}
         for file, tensors in self.files.items():
-            content = save_tensors(tensors)
-            seal["files"][f"{file}.safetensors"] = {"size": len(content), "sha256": sha256(content).hexdigest()}
-            yield f"{file}.safetensors", content
-        yield RECORD, json.dumps(seal | {"sha256": digest_of(seal)}).encode()
+            seen = Seen()
+            yield f"{file}.safetensors", seen.through(pieces(tensors))
+            seal["files"][f"{file}.safetensors"] = seen.as_json()
+        yield RECORD, iter([json.dumps(seal | {"sha256": digest_of(seal)}).encode()])
 
 
 class Writer:
