@@ -259,6 +259,11 @@ class Resources(Part):
     compile: bool = False
     """Train the network compiled by torch.compile, with a warning where that cannot be done. It takes a minute or more to begin with, and
     changes the last digits of what is computed."""
+    deterministic: bool = True
+    """Use on GPUs what gives the same bits each time, as CPUs do anyhow; without it some steps are faster, and repeats and restarts differ
+    in the last digits."""
+    tf32: bool = False
+    """Let GPUs multiply float32 matrices and filters in TF32, with 10 bits of 23: several times as fast, at a relative error of 1e-3."""
     profile: bool = False
     """Measure what the time of a step goes into: a breakdown, and a trace of some steps of each worker, in the model's folder `profile`."""
     track: tuple[Track, ...] = ()

@@ -92,7 +92,7 @@ class Worker:
     def run(self) -> dict[str, Any] | None:
         started = time.monotonic()
         data = Artifact.open(self.assignment.data)
-        _be_deterministic(self.device)
+        _set_numerics(self.device, self.assignment.resources)
         writer = self._writer() if self.rank == 0 else None
         state, hosts = self.state(data, writer)
         record = state.record
@@ -283,9 +283,13 @@ class Worker:
         }
 
 
-def _be_deterministic(device: torch.device) -> None:
-    """The same job gives the same bits on the same machine. On a CPU it does so anyhow; torch says where a GPU's kernels cannot."""
-    if device.type == "cuda":
+def _set_numerics(device: torch.device, resources: Resources) -> None:
+    """The same job gives the same bits on the same machine, and float32 is float32, unless resources say otherwise. On a CPU it does so
+    anyhow; torch says where a GPU's kernels cannot."""
+    if device.type != "cuda":
+        return
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = resources.tf32
+    if resources.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.use_deterministic_algorithms(True, warn_only=True)

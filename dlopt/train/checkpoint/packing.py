@@ -135,7 +135,7 @@ def pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     yield len(said).to_bytes(8, "little") + said
     for value in ordered.values():
         if value.numel():
-            yield memoryview(value.contiguous().view(-1).view(torch.uint8).numpy())
+            yield memoryview(value.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 class Seen:
