@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -17,26 +18,9 @@ from torch import Tensor, nn
 from dlopt.models import Units
 from dlopt.part import Target
 from dlopt.train.job import Monitor
-from dlopt.train.measure.metrics import (
-    COUNTS,
-    EXACT,
-    FINE,
-    METRICS,
-    MOST_SCORED,
-    SEVERAL_CLASSES,
-    TOP_CLASSES,
-    TWO_CLASSES,
-    Metrics,
-    Tally,
-    activated,
-    approximated,
-    average_precision,
-    curve_of,
-    decided,
-    names,
-    roc_auc,
-    tally,
-)
+from dlopt.train.measure.curves import COUNTS, EXACT, FINE, average_precision, curve_of, roc_auc
+from dlopt.train.measure.metric import METRICS, MOST_SCORED, MacroAveragePrecision, MacroRocAuc, Metric, listed, names
+from dlopt.train.measure.metrics import Metrics, Tally, activated, approximated, decided, tally
 from tests.sets import LABELS, NUMBER, PAIR, THREE, TWO, spread
 
 CPU = torch.device("cpu")
@@ -332,8 +316,9 @@ def test_areas_of_more_classes_than_can_be_kept_are_left_out() -> None:
     outputs = outputs_of(many)
     found = tallied(many, outputs, wanted_of(many, outputs))
     assert found.scores[-1].numel() == 0
-    assert not set(found.metrics(ROWS)) & set(SEVERAL_CLASSES)
-    assert set(names("category", MOST_SCORED)) - set(names("category", MOST_SCORED + 1)) == set(SEVERAL_CLASSES)
+    areas = {MacroRocAuc.name, MacroAveragePrecision.name}
+    assert not set(found.metrics(ROWS)) & areas
+    assert set(names("category", MOST_SCORED)) - set(names("category", MOST_SCORED + 1)) == areas
 
 
 def test_nothing_of_training_loads_torchmetrics() -> None:
@@ -373,8 +358,17 @@ def test_all_metrics_have_the_names_that_a_job_can_monitor(target: Target) -> No
     wanted = wanted_of(target, outputs)
     found = measured(target, outputs, wanted, output=Units(spread(wanted.numpy())) if target.kind == "number" else None)
     assert set(found) == set(names(target.kind, target.size))
-    known = {name for kind in METRICS.values() for name in kind} | {*TWO_CLASSES, *SEVERAL_CLASSES, *TOP_CLASSES}
-    assert set(get_args(Monitor)) == known
+    assert get_args(Monitor) == tuple(METRICS)
+    assert [name for name in METRICS if not re.search(rf"\b{name}\b", listed())] == []
+    assert names(target.kind)[1] in ("accuracy", "r2")
+
+
+def test_every_metric_says_all_that_is_asked_of_it() -> None:
+    asked = ("name", "targets", "written", "smaller_is_better", "is_share", "of")
+    assert {(metric.name, what) for metric in METRICS.values() for what in asked if what not in vars(metric)} == set()
+    assert set(Metric.__subclasses__()) == set(METRICS.values())
+    assert names("category", 2)[-5:] == ("precision", "recall", "f1", "roc_auc", "average_precision")
+    assert names("category", 6)[-1] == "top5_accuracy" != names("category", 5)[-1]
 
 
 def test_the_graph_gives_probabilities_of_classes_probabilities_of_labels_and_numbers_as_they_are() -> None:

@@ -26,8 +26,9 @@ from dlopt.serve import Serve
 from dlopt.serve.application import application_of
 from dlopt.train.job import Fit, Train
 from dlopt.train.loop.losses import Binary, CrossEntropy, Focal, loss_of
+from dlopt.train.measure.curves import EXACT, Curve, curve_of
 from dlopt.train.measure.evaluate import predict
-from dlopt.train.measure.metrics import EXACT, Curve, curve_of, tally
+from dlopt.train.measure.metrics import tally
 from dlopt.train.measure.thresholds import Threshold, Tuned, best, fixed, signed, tuned
 from dlopt.train.worker import Assignment, Worker
 from tests.sets import LABELS, NUMBERS, TWO, prepared, signature

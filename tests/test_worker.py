@@ -25,7 +25,7 @@ from dlopt.train import worker
 from dlopt.train.checkpoint.stores import CHECKPOINTS, RECORD
 from dlopt.train.job import EarlyStopping, Fit, Resources, Train
 from dlopt.train.measure.evaluate import evaluate
-from dlopt.train.measure.metrics import names
+from dlopt.train.measure.metric import names
 from dlopt.train.parallel.drift import refuse_drift
 from dlopt.train.start import load_network
 from dlopt.train.training import Training

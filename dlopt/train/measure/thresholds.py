@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dlopt.part import Part, Signature, Target
-from dlopt.train.measure.metrics import Curve
+from dlopt.train.measure.curves import Curve
 
 HALF = 0.5
 """Where nothing else is known: a label of which the split has no row, or that all rows have."""

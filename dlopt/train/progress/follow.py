@@ -18,7 +18,7 @@ from dlopt.data.prepared import Split
 from dlopt.part import Target
 from dlopt.progress import WARNING, Progress
 from dlopt.train.job import Fit, Resources, Train
-from dlopt.train.measure.metrics import names
+from dlopt.train.measure.metric import names
 from dlopt.train.progress.forecast import Forecast, clock, rounded
 from dlopt.train.progress.track.courier import Courier, complaints, couriers
 from dlopt.train.progress.track.tracker import Line, What
