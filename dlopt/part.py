@@ -38,8 +38,8 @@ class Feature(Part):
 
     name: str
     """Name of the tensor in the model, in the ONNX graph and in requests."""
-    kind: Literal["image", "number", "date", "category", "text"]
-    """What the numbers mean: pixels, a column each, parts of a date each, codes of a vocabulary for each column, ids of tokens."""
+    kind: str
+    """The kind of input that it comes from (see `dlopt.data.kinds`)."""
     dtype: Literal["uint8", "float32", "float64", "int32", "string"]
     """Their type in the ONNX graph: string for categories that the graph looks up itself, float64 for numbers with offsets."""
     shape: tuple[int, ...]
@@ -82,6 +82,21 @@ class Feature(Part):
         return math.prod(self.shape)
 
     @property
+    def holds(self) -> Literal["pixels", "numbers", "codes", "tokens"]:
+        """What the numbers mean, which is all that a model has to know: pixels, measures of any kind with NaN where missing, codes of a
+        vocabulary for each column, or ids of the tokens of one text."""
+        if self.dtype == "uint8":
+            return "pixels"
+        if self.dtype in ("float32", "float64"):
+            return "numbers"
+        return "codes" if self.dtype == "string" or self.buckets else "tokens"
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether its numbers are components of one value, and not columns or parts of dates, of which each has a meaning of its own."""
+        return self.holds == "numbers" and self.size > len(self.columns) * max(1, len(self.parts))
+
+    @property
     def stored(self) -> Literal["uint8", "float32", "int32"]:
         """The type of the numbers on disk and in training."""
         return "int32" if self.dtype == "string" else "float32" if self.dtype == "float64" else self.dtype
@@ -119,6 +134,11 @@ class Target(Part):
     def size(self) -> int:
         """How many outputs the model has."""
         return len(self.columns) if self.kind == "number" else len(self.labels)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What it is called in the profile: by its columns where those are numbers."""
+        return self.columns or (self.name,)
 
     @property
     def positive_index(self) -> int:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from dlopt.data.augment import Augmentation, fill_of
+from dlopt.data.kinds import kinds
 from dlopt.data.section import Data
 from dlopt.data.table.split import GivenSplit, TimeSplit
 from dlopt.export import Format, Onnx
@@ -77,10 +78,11 @@ class Job(Part):
 
     @model_validator(mode="after")
     def augmentation_has_inputs(self) -> Self:
-        kinds = {part.kind for part in self.data.inputs}
+        held = {part.holds for part in self.data.inputs}
         for place, part in enumerate(self.augment):
-            if not kinds & set(part.of):
-                raise ValueError(f"augment.{place}: there is no {' or '.join(part.of)} among data.inputs for {part.kind}")
+            if not held & set(part.of):
+                wanted = " or ".join(name for name, kind in kinds.items() if kind.holds in part.of)
+                raise ValueError(f"augment.{place}: there is no {wanted} among data.inputs for {part.kind}")
         try:
             fill_of(self.augment)
         except DloptError as error:
@@ -89,7 +91,7 @@ class Job(Part):
 
     @model_validator(mode="after")
     def target_can_be_trained_on(self) -> Self:
-        kind = "category" if self.data.target.kind == "threshold" else self.data.target.kind
+        kind = self.data.target.trained_as
         try:
             refuse_monitor(self.train, kind)
             refuse_balance(self.train, kind)
@@ -108,8 +110,8 @@ class Job(Part):
 
     @model_validator(mode="after")
     def exports_differ(self) -> Self:
-        kinds = [part.kind for part in self.export]
-        if len(set(kinds)) < len(kinds):
+        formats = [part.kind for part in self.export]
+        if len(set(formats)) < len(formats):
             raise ValueError("export: one kind is there twice: keep one of them")
         return self
 

@@ -18,7 +18,7 @@ import pytest
 from dlopt.artifact import Artifact, Stage, once
 from dlopt.data import prepare
 from dlopt.data.kinds import AnyTarget, CategoryTarget
-from dlopt.data.prepare import SPILL, arrange, meant
+from dlopt.data.prepare import SPILL, arrange
 from dlopt.data.prepared import Split
 from dlopt.data.section import Data
 from dlopt.data.sources import Parquet
@@ -56,7 +56,7 @@ def arranged(
     tables = {name: [some] if isinstance(some, pa.Table) else list(some) for name, some in given.items() if some is not None}
     first = tables["source"][0]
     meaning = decided([first.slice(0, LOOK_ROWS)], {}, MISSING)
-    features, whole = tuple(meant(part.feature(first), meaning) for part in section.inputs), section.target.whole(first)
+    features, whole = tuple(part.meant(part.feature(first), meaning) for part in section.inputs), section.target.whole(first)
 
     def make(section: Data, out: Path) -> dict[str, Any]:
         spill = Spill(section, features, whole, str(out / SPILL), meaning)

@@ -63,7 +63,8 @@ SAID = ("please call me now", "thank you so much", "where is my parcel ?")
 @cache
 def messages() -> Signature:
     """A text to any of three labels."""
-    from dlopt.data.tokenizer import TextInput, train_tokenizer, vocabulary_size
+    from dlopt.data.kinds.text import TextInput
+    from dlopt.data.kinds.tokenizer import train_tokenizer, vocabulary_size
 
     tokenizer = train_tokenizer(SAID, TextInput(column="message", min_frequency=1))
     text = {"name": "text", "kind": "text", "dtype": "int32", "shape": (16,), "columns": ("message",)}

@@ -126,7 +126,7 @@ def test_torch_stays_out_of_the_nouns_and_out_of_what_a_replica_imports() -> Non
             seen.add(name)
             assert not heavy & roots(name), name
             todo += imports(name)
-    assert "dlopt.data.encode" in seen
+    assert "dlopt.data.kinds" in seen
 
 
 def test_the_loop_and_the_models_know_no_ray() -> None:
@@ -148,7 +148,7 @@ def loaded(module: str) -> set[str]:
 
 
 def test_a_replica_starts_without_torch_and_ray() -> None:
-    assert not {"torch", "ray", "onnx"} & loaded("dlopt.serve.application")
+    assert not {"torch", "ray", "onnx", "pyarrow"} & loaded("dlopt.serve.application")
 
 
 def test_the_command_line_answers_without_anything_heavy() -> None:

@@ -119,9 +119,9 @@ def test_every_part_can_be_written_in_a_job_and_says_what_it_is_for() -> None:
     assert len(kinds) == 23
     for kind in kinds:
         part = read.validate_python({"kind": kind.model_fields["kind"].default})
-        assert type(part) is kind and set(part.of) <= {"image", "number", "date", "text"}
+        assert type(part) is kind and set(part.of) <= {"pixels", "numbers", "tokens"}
         assert all(field.description for name, field in kind.model_fields.items() if name != "kind"), kind
-    assert MixUp.of == ("image", "number", "date") and CutMix.of == ("image",)
+    assert MixUp.of == ("pixels", "numbers") and CutMix.of == ("pixels",)
     assert mixes((RandomCrop(), MixUp())) and not mixes(ALL)
 
 

@@ -16,8 +16,7 @@ import pytest
 import yaml
 
 from dlopt.artifact import Artifact, once
-from dlopt.data.encode import encode_rows, parse_dates
-from dlopt.data.kinds import CategoryInput, CategoryTarget, DateInput, Input, NumberInput, TextInput
+from dlopt.data.kinds import CategoryInput, CategoryTarget, DateInput, Input, NumberInput, TextInput, encode_rows
 from dlopt.data.kinds.number import GroupMedian
 from dlopt.data.prepare import PREPARE, _look, meanings
 from dlopt.data.section import Data
@@ -27,6 +26,7 @@ from dlopt.data.sources.reading import conform, wanted
 from dlopt.data.table.split import RandomSplit, TimeSplit
 from dlopt.data.types.canonical import MISSING, ColumnType, as_text
 from dlopt.data.types.columns import Columns, decided, spelled, type_of_texts
+from dlopt.data.types.dates import parse_dates
 from dlopt.part import DloptError, Feature, Signature, Target
 from tests.arranged import rows_of, signature_of
 

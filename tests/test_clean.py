@@ -31,7 +31,7 @@ from dlopt.data.clean import (
     Unique,
 )
 from dlopt.data.counter import row_keys
-from dlopt.data.encode import decode_image
+from dlopt.data.kinds.pixels import decode_image
 from dlopt.data.types.columns import Columns
 from dlopt.part import DloptError
 from tests.planted import CLEAN, REASONS, planted

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from dlopt.data.encode import decode_image, encode_png, encode_rows
-from dlopt.data.kinds import CategoryInput, CategoryTarget, DateInput, ImageInput, NumberInput, TextInput
+from dlopt.data.kinds import CategoryInput, CategoryTarget, DateInput, ImageInput, NumberInput, TextInput, encode_rows
+from dlopt.data.kinds.pixels import decode_image, encode_png
 from dlopt.data.types.columns import Columns
 from dlopt.part import DloptError, Feature, Signature, Target
 

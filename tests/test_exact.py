@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from dlopt.data.clean import DropColumns, DropDuplicates, Outliers
-from dlopt.data.encode import encode_rows
-from dlopt.data.kinds import CategoryInput, DateInput, NumberInput, NumberTarget
+from dlopt.data.kinds import CategoryInput, DateInput, NumberInput, NumberTarget, encode_rows
 from dlopt.data.kinds.number import GroupMedian
 from dlopt.data.table.split import RandomSplit
 from dlopt.data.types.exact import exact_column, merged, offset_of, raw_values, widened

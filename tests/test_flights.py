@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dlopt.artifact import Artifact
-from dlopt.data.encode import encode_rows
+from dlopt.data.kinds import encode_rows
 from dlopt.part import Signature
 from tests.commands import ROOT, printed
 from tests.conftest import missing

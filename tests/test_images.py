@@ -23,8 +23,8 @@ import pyarrow as pa
 import pytest
 from PIL import EpsImagePlugin, Image, ImageFile, ImageOps, ImageSequence
 
-from dlopt.data.encode import MOST_SCANS, decode_image, encode_columns, encode_rows, image_shape
-from dlopt.data.kinds import ImageInput
+from dlopt.data.kinds import ImageInput, encode_columns, encode_rows
+from dlopt.data.kinds.pixels import MOST_SCANS, decode_image, image_shape
 from dlopt.data.sources import infer_kind
 from dlopt.part import DloptError, Signature, Target
 from dlopt.serve import Serve, model
@@ -282,7 +282,7 @@ def ghost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_no_other_format_is_even_loaded() -> None:
     code = f"""if True:
         import sys
-        from dlopt.data.encode import decode_image
+        from dlopt.data.kinds.pixels import decode_image
         from dlopt.part import DloptError
         try:
             decode_image({EPS!r})

@@ -23,7 +23,6 @@ from sklearn.impute import SimpleImputer
 from sklearn.preprocessing import FunctionTransformer, MaxAbsScaler, MinMaxScaler, QuantileTransformer, RobustScaler, StandardScaler
 
 from dlopt.data.clean import Outliers, Unique
-from dlopt.data.encode import encode_rows, hashed
 from dlopt.data.kinds import (
     CategoryInput,
     CategoryTarget,
@@ -34,12 +33,15 @@ from dlopt.data.kinds import (
     NumberTarget,
     TextInput,
     ThresholdTarget,
+    encode_rows,
 )
-from dlopt.data.kinds.number import KNOTS, Bound, Frequent, GroupMedian
-from dlopt.data.prepared import array_of, piece_column
+from dlopt.data.kinds.base import Bound
+from dlopt.data.kinds.category import hashed
+from dlopt.data.kinds.number import KNOTS, Frequent, GroupMedian
 from dlopt.data.section import Data
 from dlopt.data.table.split import GivenSplit, TimeSplit
 from dlopt.data.types.columns import Columns
+from dlopt.data.types.tensors import array_of, piece_column
 from dlopt.models.preprocess import Preprocess
 from dlopt.part import DloptError, Feature, Signature, Statistics, Target
 from tests.arranged import section_of

@@ -19,13 +19,13 @@ import yaml
 from PIL import Image
 
 from dlopt.cli import main
-from dlopt.data.prepared import piece_column
 from dlopt.data.sources import Arrow, Csv, Images, JsonLines, Parquet, Sample, Texts
 from dlopt.data.stats import guess
+from dlopt.data.stats.column import cardinality, number_hashes, string_hashes
+from dlopt.data.stats.column import registers as registers_of
 from dlopt.data.stats.describe import describe
-from dlopt.data.stats.summary import Summary, cardinality, merge, prepared_columns, string_hashes, summarise
-from dlopt.data.stats.summary import _number_hashes as number_hashes
-from dlopt.data.stats.summary import _registers as registers_of
+from dlopt.data.stats.summary import Summary, merge, prepared_columns, summarise
+from dlopt.data.types.tensors import piece_column
 from dlopt.part import DloptError, Feature, Target
 from dlopt.report import profile as report
 from tests.conftest import missing

@@ -17,11 +17,11 @@ from sklearn.tree import DecisionTreeClassifier
 
 from dlopt.data.kinds import CategoryInput, CategoryTarget, NumberInput, TextInput
 from dlopt.data.prepare import _edges, _one_by_one, _plan, _Ranges
-from dlopt.data.prepared import piece_column
 from dlopt.data.section import Data
 from dlopt.data.table.plan import Plan
 from dlopt.data.table.spill import TARGET, Spill, from_json
 from dlopt.data.table.split import Fold, RandomSplit, StratifiedSplit
+from dlopt.data.types.tensors import piece_column
 from dlopt.progress import silent
 from tests.arranged import SPLITS, arranged, rows_of, section_of, shuffled
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 from sklearn import metrics as reference
 
-from dlopt.data import tokenizer as text
+from dlopt.data.kinds import tokenizer as text
+from dlopt.data.kinds.text import TextInput
+from dlopt.data.kinds.tokenizer import tokens_of, train_tokenizer
 from dlopt.data.prepared import Split
 from dlopt.data.stats.describe import describe
 from dlopt.data.stats.summary import summarise
-from dlopt.data.tokenizer import TextInput, tokens_of, train_tokenizer
 from dlopt.export.onnx import trained_network
 from dlopt.models import Mlp
 from dlopt.part import Feature, Signature, Target

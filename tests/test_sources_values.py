@@ -18,8 +18,9 @@ from dlopt.data.sources import Arrow, JsonLines, Parquet, from_data, infer_kind
 from dlopt.data.sources.lines import _of_array
 from dlopt.data.sources.reading import MAX_BLOCK
 from dlopt.data.stats import guard, guess
+from dlopt.data.stats.column import string_hashes
 from dlopt.data.stats.describe import describe
-from dlopt.data.stats.summary import string_hashes, summarise
+from dlopt.data.stats.summary import summarise
 from dlopt.data.table import spill
 from dlopt.data.table.spill import Spill
 from dlopt.part import DloptError

@@ -14,7 +14,8 @@ import pytest
 from pydantic import ValidationError
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from dlopt.data.tokenizer import TextInput, Tokens, count_words, join_texts, tokenizer_of, tokens_of, train_tokenizer, vocabulary_size
+from dlopt.data.kinds.text import TextInput
+from dlopt.data.kinds.tokenizer import Tokens, count_words, join_texts, tokenizer_of, tokens_of, train_tokenizer, vocabulary_size
 from dlopt.part import DloptError, Feature
 
 ROOT = Path(__file__).parents[1]
@@ -236,7 +237,8 @@ def test_without_the_library_the_module_loads_light_and_says_what_to_install() -
     code = """
 import sys
 sys.modules["tokenizers"] = None
-from dlopt.data.tokenizer import TextInput, train_tokenizer
+from dlopt.data.kinds.tokenizer import train_tokenizer
+from dlopt.data.kinds.text import TextInput
 assert not {"torch", "ray"} & set(sys.modules)
 try:
     train_tokenizer(["a"], TextInput(column="text"))

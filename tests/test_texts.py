@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 
 from dlopt.artifact import Artifact
-from dlopt.data.encode import encode_rows
+from dlopt.data.kinds import encode_rows
 from dlopt.part import Signature
 from tests.commands import ROOT, dlopt, printed
 

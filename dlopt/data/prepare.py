@@ -18,19 +18,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from dlopt.artifact import Stage, write_atomically
 from dlopt.data.clean import DropColumns, ExactDuplicates, NearDuplicates, Outliers
-from dlopt.data.kinds import ImageInput, NumberTarget, TextInput
-from dlopt.data.kinds.number import QUARTILES, Bound, GroupMedian, in_units
+from dlopt.data.kinds.base import Bound
+from dlopt.data.kinds.number import QUARTILES, in_units
 from dlopt.data.section import Data
 from dlopt.data.sources import Source
 from dlopt.data.stats.describe import describe
-from dlopt.data.stats.repeats import names_of
 from dlopt.data.table import passes
 from dlopt.data.table.account import account, refuse_bad, refuse_dropped, refuse_unlearnable
 from dlopt.data.table.passes import Observed
@@ -63,11 +62,7 @@ def peek(section: Data) -> Signature:
     """The model's inputs and outputs as far as the first rows tell, without Ray: vocabularies are empty, and classes stand-ins.
     Raises DloptError on missing files and columns."""
     features, _ = _look(section)
-    kind = section.target.kind
-    if isinstance(section.target, NumberTarget):
-        return Signature(inputs=features, target=section.target.target({}))
-    stand_ins = Target(name=section.target.name, kind="multi_label" if kind == "multi_label" else "category", labels=(0, 1), positive=1)
-    return Signature(inputs=features, target=stand_ins)
+    return Signature(inputs=features, target=section.target.stand_in())
 
 
 def prepare(section: Data, out: Path, *, progress: Progress = silent) -> dict[str, Any]:
@@ -115,7 +110,7 @@ def arrange(
     write_atomically(out / "signature.json", signature.model_dump_json(indent=1))
     write_atomically(out / "statistics.json", json.dumps({name: found.model_dump() for name, found in statistics.items()}, indent=1))
     across = {name: (seen.across[name], chance) for name, chance in seen.by_chance([name for name in read if name != "source"]).items()}
-    described = describe(seen.profile, _target_columns(plan.target), across, section.split_by)
+    described = describe(seen.profile, plan.target.names, across, section.split_by)
     described["warnings"] += [*_unheld(read), *plan.warnings]
     write_atomically(out / "profile.json", json.dumps(described))
     return account(plan, read, seen, described["warnings"], clock.seconds)
@@ -138,12 +133,12 @@ def _look(section: Data, progress: Progress = silent) -> tuple[tuple[Feature, ..
             clean.refuse_unsortable(first)
     _refuse_foreign_outliers(section)
     meaning, *_ = meanings(section)
-    features = tuple(meant(part.feature(first), meaning) for part in section.inputs)
+    features = tuple(part.meant(part.feature(first), meaning) for part in section.inputs)
     for name, source in sources(section).items() if progress is not silent else ():
         if said := source.left_out():
             progress("prepare", None, f"{BLOCK}data.{name}: {said}")
     for part in section.inputs:
-        if isinstance(part, ImageInput) and (said := part.decided(first)):
+        if said := part.decided(first):
             progress("prepare", None, BLOCK + said)
     return features, section.target.whole(first)
 
@@ -159,13 +154,6 @@ def meanings(section: Data) -> Iterator[Columns]:
             if types.get(column, kind) != kind:
                 raise DloptError(f"data.{name}.types: {column!r} is {kind}, and {types[column]} in data.source: state one type in both")
         yield Columns(types, main.missing if missing == MISSING else missing)
-
-
-def meant(feature: Feature, meaning: Columns) -> Feature:
-    """With what training knows of its columns, so that requests are read alike."""
-    types = tuple(meaning.type_of(column) for column in feature.columns) if feature.kind in ("category", "text") else ()
-    markers = tuple(marker for marker in meaning.missing if marker) if feature.kind != "image" else ()
-    return feature.model_copy(update={"types": types, "markers": markers})
 
 
 def _first_rows(section: Data, where: str, source: Source) -> pa.Table:
@@ -212,7 +200,7 @@ def _plan(section: Data, features: tuple[Feature, ...], read: dict[str, list[Pie
     target = section.target.target(labels)
     for name, pieces in read.items():
         strangers = set(sum((piece.labels for piece in pieces), Counter[Any]())) - set(target.labels)
-        if strangers and target.kind != "number":
+        if strangers:
             raise DloptError(
                 f"data.{name}: label {min(strangers)!r} is not in data.source, so it cannot be learned: drop it or add rows of it"
             )
@@ -233,8 +221,8 @@ def _with_offsets(
 ) -> tuple[tuple[Feature, ...], Target, tuple[str, ...]]:
     """Inputs and target with what is to be subtracted from their numbers, by a sample of the rows, those whose keys are the least; and
     a line for each column of which nothing can be, though float32 does not tell its values apart."""
-    sizes = {feature.name: feature.size for feature in features if feature.kind in ("number", "date")}
-    sizes |= {TARGET: target.size} if target.kind == "number" else {}
+    sizes = {feature.name: feature.size for feature in features if feature.holds == "numbers"}
+    sizes |= {TARGET: target.size} if target.columns else {}
     sample = passes.least_keys([piece.path for piece in pieces], sizes, sum(piece.rows for piece in pieces))
     if sample is None:
         return features, target, ()
@@ -242,13 +230,13 @@ def _with_offsets(
     changed, lines = list(features), list[str]()
     for place, (part, feature) in enumerate(zip(section.inputs, features, strict=True)):
         found = offsets.get(feature.name, ())
-        if found and part.kind in ("number", "date") and part.shifts:
+        if found and part.shifts:
             changed[place] = feature.model_copy(update={"offsets": found, "dtype": "float64"})
-        elif found and part.kind in ("number", "date"):
+        elif found:
             lines += [
                 f"{name}: lies about {offset:.6g}, where float32 cannot tell apart what is close together, and `normalize: "
-                f"{part.normalize}` keeps it there: use standard"
-                for name, offset in zip(names_of(feature), found, strict=True)
+                f"{getattr(part, 'normalize', 'none')}` keeps it there: use standard"
+                for name, offset in zip(part.names(feature), found, strict=True)
                 if offset
             ]
     return tuple(changed), target.model_copy(update={"offsets": offsets.get(TARGET, ())}), tuple(lines)
@@ -375,7 +363,7 @@ def _without_columns(plan: Plan, over: _Ranges) -> Plan:
     if not parts:
         return plan
     absent = over.merged(partial(passes.absent, plan), "looking for missing values")
-    columns = [column for feature in plan.features if feature.kind in ("number", "category") for column in feature.columns]
+    columns = [column for part in plan.parts if part.removable for column in part.columns]
     left_out = [column for column in columns if absent.share(column) > min(part.share for part in parts)]
     if len(left_out) > min(part.most for part in parts) * len(columns):
         some = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
@@ -384,9 +372,9 @@ def _without_columns(plan: Plan, over: _Ranges) -> Plan:
     if not smaller.parts:
         raise DloptError("data.clean: drop_columns would leave out every column: raise its share")
     for part in smaller.parts:
-        if part.kind == "number" and isinstance(part.fill, GroupMedian) and part.fill.by in left_out:
+        if part.fill_by in left_out:
             raise DloptError(
-                f"data.clean: drop_columns would leave out {part.fill.by!r}, which a fill of data.inputs goes by: "
+                f"data.clean: drop_columns would leave out {part.fill_by!r}, which a fill of data.inputs goes by: "
                 "raise its share or fill by another"
             )
     return smaller
@@ -413,19 +401,16 @@ def _bounds(plan: Plan, over: _Ranges) -> dict[str, tuple[int, Bound]]:
 
 
 def _fitted(plan: Plan, seen: Observed, over: _Ranges) -> tuple[Plan, Signature, dict[str, Statistics]]:
-    """The signature and the statistics that the training rows make: categories first, since fills may go by them."""
+    """The signature and the statistics that the training rows make: last of inputs whose fills go by others."""
     assert seen.inputs is not None
     features: dict[str, Feature] = {}
     statistics: dict[str, Statistics] = {}
-    order = sorted(range(len(plan.parts)), key=lambda index: plan.parts[index].kind != "category")
+    order = sorted(range(len(plan.parts)), key=lambda index: plan.parts[index].fill_by is not None)
     for index in order:
         part, feature = plan.parts[index], plan.features[index]
-        if isinstance(part, TextInput):
-            fitted, found = _tokenized(plan, part, feature, over), None
-        elif part.kind == "number":
-            fitted, found = part.fit(seen.inputs[index], feature, features, plan.caps)
-        else:
-            fitted, found = part.fit(seen.inputs[index], feature, features)
+        if part.learns:  # in one task that all training rows stream through
+            (feature,) = over.run(partial(passes.learn, plan, part, feature), [range(over.count)])
+        fitted, found = part.fit(seen.inputs[index], feature, features, plan.caps)
         features[feature.name] = fitted
         if found:
             statistics[feature.name] = found
@@ -435,23 +420,12 @@ def _fitted(plan: Plan, seen: Observed, over: _Ranges) -> tuple[Plan, Signature,
     return replace(plan, features=signature.inputs), signature, statistics
 
 
-def _tokenized(plan: Plan, part: TextInput, feature: Feature, over: _Ranges) -> Feature:
-    """Train the tokenizer of a text input, in one task that the texts stream through."""
-    (found,) = over.run(partial(passes.tokenizer, plan, part, feature), [range(over.count)])
-    return cast(Feature, found)
-
-
 def _refuse_foreign_outliers(section: Data) -> None:
-    numbers = {column for part in section.inputs if part.kind == "number" for column in part.columns}
+    numbers = {column for part in section.inputs for column in part.bounded}
     for place, clean in enumerate(section.clean):
         for column in clean.columns if isinstance(clean, Outliers) else ():
             if column not in numbers:
                 raise DloptError(f"data.clean.{place}: outliers are looked for in number inputs, and {column!r} is in none")
-
-
-def _target_columns(target: Target) -> tuple[str, ...]:
-    """What the profile calls the target."""
-    return target.columns if target.kind == "number" else (target.name,)
 
 
 @contextmanager

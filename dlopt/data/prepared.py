@@ -12,13 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dlopt.artifact import Artifact
+from dlopt.data.types.tensors import array_of, column_of
 from dlopt.part import DloptError, Signature
 
 CHUNK_BYTES = 2**20
 """About how many bytes a row group has."""
 
-SEPARATOR = "\x1f"
-"""Between the parts of a name that is made of others (ASCII's unit separator)."""
 UNREADABLE = (pa.ArrowException, OSError, ValueError, MemoryError)
 """What pyarrow raises on damage, depending on the place."""
 
@@ -103,34 +102,6 @@ def as_table(signature: Signature, rows: Rows) -> pa.Table:
 def empty_rows(signature: Signature) -> Rows:
     rows = {feature.name: np.zeros((0, *feature.shape), dtype=feature.stored) for feature in signature.inputs}
     return rows | {signature.target.name: np.zeros((0, *signature.target.shape), dtype=signature.target.stored)}
-
-
-def piece_column(tensor: str, column: str) -> str:
-    """What a column of a category input is called on its way through prepare. No input's name holds the separator, so no two are alike."""
-    return f"{tensor}{SEPARATOR}{column}"
-
-
-def part_column(column: str, part: str) -> str:
-    """What a part of a date is called where it stands as a column of its own."""
-    return f"{column}.{part}"
-
-
-def column_of(values: np.ndarray) -> pa.Array:
-    """Values (rows, ...) as a column: of plain numbers, or of the bytes of each row."""
-    if values.ndim == 1:
-        return pa.array(values)
-    buffer = pa.py_buffer(np.ascontiguousarray(values))
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(math.prod(values.shape[1:]) * values.itemsize), len(values), [None, buffer])
-
-
-def array_of(column: pa.ChunkedArray, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The way back from `column_of`, without a copy where the column is one piece. shape: of one row."""
-    array = column.combine_chunks()
-    if not shape:
-        return array.to_numpy(zero_copy_only=False)
-    size = math.prod(shape)
-    data = np.frombuffer(array.buffers()[1] or b"", dtype=dtype)
-    return data[array.offset * size : (array.offset + len(array)) * size].reshape(len(array), *shape)
 
 
 def _metadata(file: Path) -> pq.FileMetaData:

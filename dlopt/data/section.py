@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Self
 
 from pydantic import Field, model_validator
 
 from dlopt.data.clean import Clean, DropColumns, ExactDuplicates, NearDuplicateImages, Outliers
 from dlopt.data.kinds import AnyTarget, Input
-from dlopt.data.kinds.number import GroupMedian
-from dlopt.data.prepared import SEPARATOR, part_column
 from dlopt.data.sources import Source
 from dlopt.data.table.split import AnySplit, Fold, GivenSplit, RandomSplit, StratifiedSplit, TimeSplit
+from dlopt.data.types.tensors import SEPARATOR
 from dlopt.part import Part
 
 
@@ -49,11 +49,11 @@ class Data(Part):
     @model_validator(mode="after")
     def names_differ(self) -> Self:
         names = [part.tensor for part in self.inputs]
-        names += [column for part in self.inputs if part.kind in ("number", "category", "date") for column in part.columns]
+        names += [column for part in self.inputs if part.alone for column in part.columns]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"inputs: two of them are called {name!r}: give a `name` to one")
-        for column, part, name in self._parts_of_dates():
+        for column, part, name in self._made():
             if name in (*names, self.target.name, *self.target.columns):
                 raise ValueError(f"inputs: the {part} of {column!r} is called {name!r}, as another column is: rename that column")
         columns = [column for part in self.inputs for column in part.columns]
@@ -69,16 +69,14 @@ class Data(Part):
                 raise ValueError(f"inputs: {part.tensor!r} is a name that dlopt needs itself: give this input another `name`")
         return self
 
-    def _parts_of_dates(self) -> Iterator[tuple[str, str, str]]:
+    def _made(self) -> Iterator[tuple[str, str, str]]:
         """Column, part, and what that part is called in the profile and in quarantine."""
-        for dates in self.inputs:
-            if dates.kind == "date":
-                yield from ((column, part, part_column(column, part)) for column in dates.columns for part in dates.parts)
+        return chain.from_iterable(part.made() for part in self.inputs)
 
     @property
     def split_by(self) -> tuple[str, ...]:
         """The columns that the split follows, and the parts of dates among them."""
-        return (*self.split.columns, *(name for column, _, name in self._parts_of_dates() if column in self.split.columns))
+        return (*self.split.columns, *(name for column, _, name in self._made() if column in self.split.columns))
 
     @model_validator(mode="after")
     def folds_are_cut_by_a_hash(self) -> Self:
@@ -88,16 +86,16 @@ class Data(Part):
 
     @model_validator(mode="after")
     def only_classes_are_stratified(self) -> Self:
-        if isinstance(self.split, StratifiedSplit) and self.target.kind not in ("category", "threshold"):
+        if isinstance(self.split, StratifiedSplit) and not self.target.classes:
             raise ValueError(f"split.kind: stratified needs classes, and target.kind is {self.target.kind}: use random")
         return self
 
     @model_validator(mode="after")
     def groups_are_categories(self) -> Self:
-        categories = {column for part in self.inputs if part.kind == "category" and not part.hash_buckets for column in part.columns}
+        categories = {column for part in self.inputs for column in part.vocabulary_columns}
         for part in self.inputs:
-            if part.kind == "number" and isinstance(part.fill, GroupMedian) and part.fill.by not in categories:
-                raise ValueError(f"inputs: fill.by {part.fill.by!r} must be a column of a category input that keeps a vocabulary")
+            if part.fill_by is not None and part.fill_by not in categories:
+                raise ValueError(f"inputs: fill.by {part.fill_by!r} must be a column of a category input that keeps a vocabulary")
         return self
 
     @model_validator(mode="after")
@@ -108,7 +106,7 @@ class Data(Part):
             if named.count(column) > 1:
                 raise ValueError(f"clean: outliers are looked for in {column!r} twice: name it in one of them")
         for number in self.inputs:
-            actions = {part.action for part in parts if set(part.columns) & set(number.columns)} if number.kind == "number" else set()
+            actions = {part.action for part in parts if set(part.columns) & set(number.bounded)}
             if {"cap", "missing"} <= actions:
                 raise ValueError(
                     f"clean: outliers of the input {number.tensor!r} are both capped and missing: make two inputs of its columns"
@@ -118,8 +116,8 @@ class Data(Part):
     @property
     def compared(self) -> tuple[str, ...]:
         """The raw columns whose values are compared as texts: of categories, texts, labels, groups, and those that cleaning looks at."""
-        inputs = [column for part in self.inputs if part.kind in ("category", "text") for column in part.columns]
-        labels = self.target.columns if self.target.kind in ("category", "multi_label") else ()
+        inputs = [column for part in self.inputs if part.textual for column in part.columns]
+        labels = self.target.columns if self.target.textual else ()
         split = () if isinstance(self.split, TimeSplit) else self.split.columns
         return tuple(dict.fromkeys([*inputs, *labels, *split, *(column for part in self.clean for column in cleaned_columns(part))]))
 

@@ -180,7 +180,7 @@ def _fed(feature: Feature, values: np.ndarray) -> np.ndarray:
         return _strings(feature, values)
     if feature.offsets:
         return values + np.array(feature.offsets)
-    return values[:, : max(1, int(np.count_nonzero(values, axis=1).max()))] if feature.kind == "text" else values
+    return values[:, : max(1, int(np.count_nonzero(values, axis=1).max()))] if feature.holds == "tokens" else values
 
 
 def _strings(feature: Feature, codes: np.ndarray) -> np.ndarray:
@@ -198,7 +198,7 @@ def _strings(feature: Feature, codes: np.ndarray) -> np.ndarray:
 
 class _Graph(nn.Module):
     """Tensors in the order of the signature to probabilities or numbers, as the file has them: what has offsets as float64 in the data's
-    units, of which the network sees the difference from the offset (as dlopt.data.encode.shifted computes it), in float32."""
+    units, of which the network sees the difference from the offset (as dlopt.data.types.exact.shifted computes it), in float32."""
 
     def __init__(self, network: Network, signature: Signature) -> None:
         super().__init__()
@@ -236,7 +236,7 @@ def _graph(network: Network, signature: Signature, digest: str) -> bytes:
 def _traced(network: Network, signature: Signature) -> bytes:
     """By tracing: the exporter that goes through torch.export takes seconds for the same graph."""
     names, output, file = [feature.name for feature in signature.inputs], signature.target.output, io.BytesIO()
-    lengths = {feature.name: {0: "rows", 1: f"{feature.name} length"} for feature in signature.inputs if feature.kind == "text"}
+    lengths = {feature.name: {0: "rows", 1: f"{feature.name} length"} for feature in signature.inputs if feature.holds == "tokens"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tracing being deprecated; what a trace could get wrong, `compare` sees
         torch.onnx.export(

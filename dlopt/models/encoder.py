@@ -60,6 +60,6 @@ class Only(nn.Module):
 
 def only_image(signature: Signature, kind: str) -> Feature:
     """The one input of a model of images; its shape is (height, width, channels)."""
-    if len(signature.inputs) != 1 or signature.inputs[0].kind != "image":
+    if len(signature.inputs) != 1 or signature.inputs[0].holds != "pixels":
         raise DloptError(f"model: {kind} takes exactly one input, an image: use kind: mlp or joint for other inputs")
     return signature.inputs[0]

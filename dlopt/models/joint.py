@@ -63,14 +63,14 @@ class Joint(Part):
 
     def _encoders(self, signature: Signature) -> Iterator[tuple[list[str], Encoder]]:
         """Names of inputs, and what encodes them, in the order of the signature; the table where its first column is."""
-        table = tuple(feature for feature in signature.inputs if feature.kind in TABLE)
-        _refuse_missing("image", self.image, [feature for feature in signature.inputs if feature.kind == "image"])
-        _refuse_missing("text", self.text, [feature for feature in signature.inputs if feature.kind == "text"])
+        table = tuple(feature for feature in signature.inputs if feature.holds in TABLE)
+        _refuse_missing("image", self.image, [feature for feature in signature.inputs if feature.holds == "pixels"])
+        _refuse_missing("text", self.text, [feature for feature in signature.inputs if feature.holds == "tokens"])
         _refuse_missing("table", self.table, table)
         for feature in signature.inputs:
-            if feature.kind == "image":
+            if feature.holds == "pixels":
                 yield _encoder("image", self.image or _for(feature), signature, (feature,))
-            elif feature.kind == "text":
+            elif feature.holds == "tokens":
                 yield _encoder("text", self.text or TextBag(), signature, (feature,))
             elif feature == table[0]:
                 yield _encoder("table", self.table or Embeddings(), signature, table)

@@ -142,7 +142,7 @@ def _with_codes(signature: Signature) -> Signature:
     """Before the data is read, when a job is checked, no value of a category is known: then one of each column stands in."""
     inputs = [
         feature.model_copy(update={"vocabularies": (("",),) * len(feature.columns)})
-        if feature.kind == "category" and not feature.codes
+        if feature.holds == "codes" and not feature.codes
         else feature
         for feature in signature.inputs
     ]
@@ -162,9 +162,9 @@ def _refuse_other_outputs(name: str, network: nn.Module, signature: Signature) -
 
 def _zeros(feature: Feature) -> Tensor:
     """Two rows of an input as preprocessing leaves it."""
-    if feature.kind == "image":
+    if feature.holds == "pixels":
         height, width, channels = feature.shape
         return torch.zeros(2, channels, height, width)
-    if feature.kind in ("number", "date"):
+    if feature.holds == "numbers":
         return torch.zeros(2, Preprocess.width(feature))
     return torch.zeros(2, *feature.shape, dtype=torch.int32)

@@ -11,8 +11,8 @@ from dlopt.part import Feature, Signature, Statistics
 
 
 class Preprocess(nn.Module):
-    """Raw tensors to scaled ones, by name: images (rows, height, width, channels) to (rows, channels, height, width), numbers and
-    parts of dates (rows, columns) to (rows, width); codes of categories and ids of tokens stay as they are."""
+    """Raw tensors to scaled ones, by name: images (rows, height, width, channels) to (rows, channels, height, width), numbers
+    (rows, columns) to (rows, width); codes of categories and ids of tokens stay as they are."""
 
     def __init__(self, signature: Signature, statistics: Mapping[str, Statistics]) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Preprocess(nn.Module):
 def _layer(feature: Feature, statistics: Statistics | None, signature: Signature) -> nn.Module:
     if statistics is None:
         return _AsItIs()
-    return _Pixels(statistics) if feature.kind == "image" else _Numbers(feature, statistics, signature)
+    return _Pixels(statistics) if feature.holds == "pixels" else _Numbers(feature, statistics, signature)
 
 
 class _AsItIs(nn.Module):
@@ -77,7 +77,7 @@ class _Numbers(nn.Module):
             self.register_buffer("lower", _buffer([-torch.inf if bound is None else bound for bound in statistics.lower]))
             self.register_buffer("upper", _buffer([torch.inf if bound is None else bound for bound in statistics.upper]))
         if statistics.group_fill:
-            category = next(other for other in signature.inputs if other.kind == "category" and statistics.fill_by in other.columns)
+            category = next(other for other in signature.inputs if other.holds == "codes" and statistics.fill_by in other.columns)
             self.by, self.place = category.name, category.columns.index(statistics.fill_by)
             self.register_buffer("group_fill", _buffer(statistics.group_fill))
         if statistics.knots:

@@ -176,12 +176,12 @@ def hashed(ids: Tensor, order: int) -> Tensor:
 
 
 def _layer(feature: Feature, text: Callable[[Feature], TextLayer]) -> nn.Module:
-    if feature.kind == "category":
+    if feature.holds == "codes":
         return Categories(feature.codes)
-    return text(feature) if feature.kind == "text" else nn.Flatten()
+    return text(feature) if feature.holds == "tokens" else nn.Flatten()
 
 
 def _width(feature: Feature, layer: nn.Module) -> int:
     if isinstance(layer, Categories | TextLayer):
         return layer.width
-    return Preprocess.width(feature) if feature.kind in ("number", "date") else feature.size
+    return Preprocess.width(feature) if feature.holds == "numbers" else feature.size

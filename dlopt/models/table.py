@@ -18,7 +18,7 @@ from dlopt.models.rows import Rows, TextLayer
 from dlopt.models.transformer import Block, TokenNorm, refuse_uneven_heads
 from dlopt.part import DloptError, Feature, Part, Signature
 
-TABLE = ("number", "date", "category")
+TABLE = ("numbers", "codes")
 """Kinds of input that are columns of a table."""
 
 
@@ -171,7 +171,8 @@ class ColumnEncoder(Encoder):
 
 
 class Columns(nn.Module):
-    """{name: (rows, columns)} to tokens (rows, 1 + columns, width): the token of the row, those of the numbers, those of the categories.
+    """{name: (rows, columns)} to tokens (rows, 1 + columns, width): the token of the row, those of the numbers, those of the categories,
+    and one for each vector, which is a linear map of it.
 
     All categories share one table, in which each column has a part of its own.
     """
@@ -180,14 +181,17 @@ class Columns(nn.Module):
 
     def __init__(self, signature: Signature, width: int) -> None:
         super().__init__()
-        numbers = [feature for feature in signature.inputs if feature.kind in ("number", "date")]
-        categories = [feature for feature in signature.inputs if feature.kind == "category"]
+        numbers = [feature for feature in signature.inputs if feature.holds == "numbers" and not feature.is_vector]
+        vectors = [feature for feature in signature.inputs if feature.is_vector]
+        categories = [feature for feature in signature.inputs if feature.holds == "codes"]
         self.numbers, self.categories = [feature.name for feature in numbers], [feature.name for feature in categories]
         self.width, codes = width, [size for feature in categories for size in feature.codes]
         scaled = sum(Preprocess.width(feature) for feature in numbers)
         self.scaled = nn.Embedding(scaled, width) if numbers else None
         self.table = nn.Embedding(sum(codes), width) if categories else None
-        self.added = nn.Embedding(1 + scaled + len(codes), width)
+        self.vectors = [feature.name for feature in vectors]
+        self.mapped = nn.ModuleList(nn.Linear(Preprocess.width(feature), width, bias=False) for feature in vectors)
+        self.added = nn.Embedding(1 + scaled + len(codes) + len(vectors), width)
         self.register_buffer(
             "starts", torch.tensor([sum(codes[:index]) for index in range(len(codes))], dtype=torch.int64), persistent=False
         )
@@ -198,6 +202,7 @@ class Columns(nn.Module):
             tokens.append(_beside(inputs, self.numbers)[:, :, None] * self.scaled.weight)
         if self.table is not None:
             tokens.append(self.table(_beside(inputs, self.categories) + self.starts))
+        tokens += [layer(inputs[name])[:, None] for name, layer in zip(self.vectors, self.mapped, strict=True)]
         columns = torch.cat(tokens, dim=1) + self.added.weight[1:]
         row = self.added.weight[:1].expand(columns.shape[0], 1, self.width)  # not len, which a trace takes for a fixed number
         return torch.cat((row, columns), dim=1)
@@ -209,7 +214,7 @@ def _beside(inputs: dict[str, Tensor], names: Sequence[str]) -> Tensor:
 
 def _refuse_no_table(signature: Signature, kind: str) -> None:
     """Raises DloptError unless all inputs are columns of a table; nothing that a job has is left out in silence."""
-    other = [feature for feature in signature.inputs if feature.kind not in TABLE]
+    other = [feature for feature in signature.inputs if feature.holds not in TABLE]
     if len(other) == len(signature.inputs):
         raise DloptError(f"model: {kind} takes numbers, dates and categories, and there are none: use kind: mlp or joint for other inputs")
     if other:

@@ -104,5 +104,5 @@ class TextCnn(Part):
 
 
 def refuse_no_text(signature: Signature, kind: str) -> None:
-    if all(feature.kind != "text" for feature in signature.inputs):
+    if all(feature.holds != "tokens" for feature in signature.inputs):
         raise DloptError(f"model: {kind} takes at least one text: use kind: mlp for other inputs")

@@ -17,6 +17,7 @@ import jinja2
 import numpy as np
 
 from dlopt.artifact import Artifact, write_atomically
+from dlopt.data.kinds import kinds
 from dlopt.part import Signature, Target
 from dlopt.report import Figure, Samples, health, plots, profile, words
 from dlopt.report.results import Results, read_results
@@ -263,5 +264,5 @@ def template(name: str) -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters |= {"whole": words.whole, "percent": words.percent, "figure": words.figure, "seconds": words.seconds}
-    environment.globals |= {"metric": words.metric, "metric_name": words.metric_name}
+    environment.globals |= {"metric": words.metric, "metric_name": words.metric_name, "kinds": kinds}
     return environment.get_template(name)

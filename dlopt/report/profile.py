@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 
+from dlopt.data.kinds import column_kinds
+from dlopt.data.stats.column import moment
 from dlopt.report import Figure, overlaid
 
 MOST_FIGURES = 40
@@ -73,8 +75,8 @@ def number(value: float | None, kind: str = "number") -> str:
     """A number as it is shown; of a date, its day."""
     if value is None:
         return NOTHING
-    if kind == "date":
-        return str(np.datetime64(int(value), "s")).removesuffix("T00:00:00")
+    if column_kinds[kind].moment:
+        return moment(value)
     return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.4g}"
 
 
@@ -87,8 +89,8 @@ def _row(name: str, column: Mapping[str, Any], is_target: bool) -> Row:
         name,
         f"{kind}, target" if is_target else kind,
         f"{found['missing'] / found['rows']:.1%}" if found["missing"] else NOTHING,
-        NOTHING if kind == "image" else f"{'' if found['exact'] else '≈ '}{found['distinct']:,}",
-        _typical(kind, found),
+        NOTHING if not column_kinds[kind].countable else f"{'' if found['exact'] else '≈ '}{found['distinct']:,}",
+        column_kinds[kind].typical(found) or NOTHING,
         f"{_end(found['min'], kind)} … {_end(found['max'], kind)}" if found["min"] is not None else NOTHING,
         _alone(column["alone"]),
         f"{max(column['drift'].values()):.2f}" if column["drift"] else NOTHING,
@@ -97,21 +99,6 @@ def _row(name: str, column: Mapping[str, Any], is_target: bool) -> Row:
 
 def _end(value: float, kind: str) -> str:
     return number(value, kind).partition("T")[0]
-
-
-def _typical(kind: str, found: Mapping[str, Any]) -> str:
-    if kind == "text" and found["mean"] is not None:
-        return f"{found['mean']:.0f} characters"
-    if kind == "image" and found["frequent"]:
-        return f"{found['frequent'][0][0]}, brightness {found['mean']:.0f}"
-    if kind == "date":
-        return number(found["quantiles"].get("0.5"), kind)
-    if kind == "number":
-        return f"{found['mean']:.4g} ± {found['std']:.4g}" if found["mean"] is not None else NOTHING
-    if not found["frequent"]:
-        return NOTHING
-    value, count = found["frequent"][0]
-    return f"{value} ({count / found['seen']:.1%})"
 
 
 def _alone(score: Mapping[str, Any] | None) -> str:
@@ -149,7 +136,8 @@ def _of_column(name: str, profile: Mapping[str, Any]) -> Iterator[Figure]:
     elif column["histogram"]:
         edges = np.array(column["histogram"]["edges"])
         shares = {split: np.array(found) for split, found in column["histogram"]["shares"].items()}
-        unit = "" if column["unit"] in ("", "value", "seconds since 1970") else f", {column['unit']}"
+        kind = column_kinds[column["kind"]]
+        unit = "" if kind.moment or column["unit"] in ("", "value") else f", {column['unit']}"
         said = "; ".join(f"{split}: median {number(column['splits'][split]['quantiles']['0.5'], column['kind'])}" for split in shares)
-        svg = overlaid.histogram(name, edges, shares, date=column["kind"] == "date")
+        svg = overlaid.histogram(name, edges, shares, date=kind.moment)
         yield Figure(title + unit, svg, f"Histogram of {name}{unit}: {said}.")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from dlopt.artifact import Artifact
+from dlopt.data.kinds import kinds
+from dlopt.data.kinds.category import MISSING
 from dlopt.data.prepared import Rows, Split
-from dlopt.part import DloptError, Feature, Signature
+from dlopt.part import Signature
 from dlopt.report import plots
 from dlopt.report.words import figure
 
@@ -19,7 +20,6 @@ MOST_COLUMNS = 40
 """Columns that are shown of a row."""
 MOST_LETTERS = 400
 """Of a text, so many are shown."""
-MISSING, UNKNOWN = "missing", "unknown"
 MOST_CLASSES, EXAMPLES, LOOKED_AT = 20, 8, 8
 """Image examples: so many of at most so many classes, found in at most so many row groups."""
 
@@ -44,26 +44,30 @@ class Column(NamedTuple):
 
 def columns(signature: Signature) -> list[Column]:
     """The columns of `cells`; images are pictures and no cells."""
-    return [Column(name, feature.kind in ("number", "date")) for feature in signature.inputs for name in _columns(feature)]
+    return [
+        Column(name, feature.holds == "numbers" and not feature.is_vector)
+        for feature in signature.inputs
+        for name in kinds[feature.kind].headings(feature)
+    ]
 
 
 def cells(signature: Signature, rows: Rows) -> list[list[str]]:
     """The cells of each row."""
-    parts = [CELLS[feature.kind](feature, rows[feature.name]) for feature in signature.inputs if feature.kind != "image"]
+    parts = [kinds[feature.kind].cells(feature, rows[feature.name]) for feature in signature.inputs]
     count = len(next(iter(rows.values())))
-    return [[cell for part in parts for cell in part[row]] for row in range(count)]
+    return [[_written(cell) for part in parts for cell in part[row]] for row in range(count)]
 
 
 def pictures(signature: Signature, rows: Rows) -> list[list[str]]:
     """The images of each row, as data URIs."""
-    images = [rows[feature.name] for feature in signature.inputs if feature.kind == "image"]
+    images = [rows[feature.name] for feature in signature.inputs if feature.holds == "pixels"]
     count = len(next(iter(rows.values())))
     return [[plots.picture(values[row]) for values in images] for row in range(count)]
 
 
 def examples(data: Artifact, signature: Signature) -> list[tuple[str, list[str]]]:
     """A few training images of each class or label, the first ones that come; none without images. Of numbers, just a few."""
-    names = [feature.name for feature in signature.inputs if feature.kind == "image"]
+    names = [feature.name for feature in signature.inputs if feature.holds == "pixels"]
     if not names:
         return []
     found = _first_rows(data)
@@ -82,54 +86,10 @@ def _first_rows(data: Artifact) -> Rows:
     return read_rows(data, "train", np.arange(chunks[-1].start + chunks[-1].rows))
 
 
-def _columns(feature: Feature) -> Sequence[str]:
-    if feature.kind == "image":
-        return ()
-    if feature.kind == "date":
-        return [f"{column} {part}" for column in feature.columns for part in feature.parts]
-    return [" + ".join(feature.columns)] if feature.kind == "text" else feature.columns
-
-
-def _numbers(feature: Feature, values: np.ndarray) -> list[list[str]]:
-    return [[MISSING if value != value else figure(value, 6) for value in row] for row in values.tolist()]
-
-
-def _categories(feature: Feature, codes: np.ndarray) -> list[list[str]]:
-    """The names of codes (rows, columns); of hashed ones there are none."""
-    if feature.buckets:
-        return [[f"#{code}" for code in row] for row in codes.tolist()]
-    names = [[UNKNOWN, *(value or MISSING for value in known)] for known in feature.vocabularies]
-    return [[known[code] for known, code in zip(names, row, strict=True)] for row in codes.tolist()]
-
-
-def _texts(feature: Feature, ids: np.ndarray) -> list[list[str]]:
-    """What the model has seen of each text; the bare ids where the tokenizer is not installed."""
-    try:
-        from dlopt.data.tokenizer import tokens_of
-
-        tokenizer = tokens_of(feature).tokenizer
-    except DloptError:
-        return [[_cut(" ".join(str(word) for word in row if word))] for row in ids.tolist()]
-    pieces = type(tokenizer.pre_tokenizer).__name__
-    written = [[tokenizer.id_to_token(word) or "" for word in row if word] for row in ids.tolist()]
-    return [[_cut(JOINED.get(pieces, " ".join)(row))] for row in written]
-
-
-def _from_bytes(tokens: list[str]) -> str:
-    from tokenizers.decoders import ByteLevel
-
-    return str(ByteLevel().decode(tokens))
-
-
-JOINED: dict[str, Callable[[list[str]], str]] = {"ByteLevel": _from_bytes, "Split": "".join}
-"""How tokens make a text, where it is not words with blanks between them."""
-CELLS: dict[str, Callable[[Feature, np.ndarray], list[list[str]]]] = {
-    "number": _numbers,
-    "date": _numbers,
-    "category": _categories,
-    "text": _texts,
-}
-"""kind of input: its values (rows, *shape) as the cells of each row."""
+def _written(cell: str | float) -> str:
+    if isinstance(cell, str):
+        return _cut(cell)
+    return MISSING if cell != cell else figure(cell, 6)
 
 
 def _cut(text: str) -> str:

@@ -19,8 +19,8 @@ def samples(data: Artifact, fit: Fit) -> Samples | None:
     augmentation leaves images as they are."""
     split = Split.open(data, "train")
     share = Share.of(split, fit.seed, fit.train.rows_of_batch(len(split)), 0, 1, fit.augment)
-    names = [feature.name for feature in split.signature.inputs if feature.kind == "image"]
-    if not names or not any("image" in part.of for part in fit.augment):
+    names = [feature.name for feature in split.signature.inputs if feature.holds == "pixels"]
+    if not names or not any("pixels" in part.of for part in fit.augment):
         return None
     images = split.read(split.chunks[:1])[names[0]][:IMAGES]
     versions = [_version(share, names[0], images, epoch) for epoch in range(1, VERSIONS + 1)]

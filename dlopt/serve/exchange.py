@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dlopt.data.encode import Columns
+from dlopt.data.kinds import RawColumns, kinds
 from dlopt.part import Signature, Target
 
 if TYPE_CHECKING:
@@ -35,9 +35,9 @@ class Refusal(Exception):
 
 
 class Request(NamedTuple):
-    """What a model is asked: raw values by column, as `dlopt.data.encode.encode_columns` takes them."""
+    """What a model is asked: raw values by column, as `dlopt.data.kinds.encode_columns` takes them."""
 
-    columns: Columns
+    columns: RawColumns
     rows: int
 
 
@@ -95,11 +95,16 @@ class Column(NamedTuple):
 
     name: str
     kind: str
-    """image, number, category, date or text, of a reply label, labels, probabilities or number."""
+    """That of an input; of a reply label, labels, probabilities or number."""
     dtype: str
     """uint8, float32, float64, int64, bool or string."""
     shape: tuple[int, ...]
     """Of one row; -1 is any size."""
+
+    @property
+    def is_image(self) -> bool:
+        """Whether a value may be an encoded image."""
+        return self.kind in kinds and kinds[self.kind].holds == "pixels"
 
 
 def inputs_of(signature: Signature) -> list[Column]:
@@ -107,10 +112,13 @@ def inputs_of(signature: Signature) -> list[Column]:
     found: dict[str, Column] = {}
     for feature in signature.inputs:
         for name in feature.columns:
-            shape = feature.shape if feature.kind == "image" else ()
-            dtype = feature.dtype if feature.kind in ("image", "number") else "string"
-            found.setdefault(name, Column(name, feature.kind, dtype, shape))
+            found.setdefault(name, Column(name, feature.kind, *kinds[feature.kind].sent(feature)))
     return list(found.values())
+
+
+def form_of(signature: Signature) -> list[Json]:
+    """The fields of the page to try the model (see `dlopt.data.kinds.base.Field`)."""
+    return [field for feature in signature.inputs for field in kinds[feature.kind].widgets(feature)]
 
 
 def outputs_of(target: Target) -> list[Column]:

@@ -14,7 +14,8 @@ import numpy as np
 import onnxruntime
 
 from dlopt.artifact import Artifact
-from dlopt.data.encode import MOST_PIXELS, encode_columns
+from dlopt.data.kinds import encode_columns
+from dlopt.data.kinds.pixels import MOST_PIXELS
 from dlopt.part import Feature, Signature
 from dlopt.serve import Serve
 from dlopt.serve.batcher import Batcher, Tensors, rows_in
@@ -151,7 +152,7 @@ class Model:
 
 def _most_pixels(feature: Feature) -> int:
     """How many pixels an encoded image may have that is sent for an input."""
-    if feature.kind != "image":
+    if feature.holds != "pixels":
         return 0
     return MOST_PIXELS if feature.resize else feature.shape[0] * feature.shape[1]
 

@@ -61,7 +61,7 @@ Augmentation = Annotated[
     | FeatureDropout,
     Field(discriminator="kind"),
 ]
-"""Each says in `of` which kinds of input it is for."""
+"""Each says in `of` what an input that it is for holds (see `Feature.holds`)."""
 
 BLOCK = 2**20
 """How many values are worked on at a time, so that what is in between stays in the processor's cache."""
@@ -83,11 +83,11 @@ def augment_rows(
     """
     found = dict(inputs)
     for place, feature in enumerate(features):
-        mine = [(index, part) for index, part in enumerate(parts) if feature.kind in part.of]
+        mine = [(index, part) for index, part in enumerate(parts) if feature.holds in part.of]
         if not mine or not len(picks):
             continue
         values = inputs[feature.name]
-        if feature.kind == "image":
+        if feature.holds == "pixels":
             found[feature.name] = augment(values, picks, seed, epoch, parts)
             continue
         draw = Draw.of(picks, seed, epoch)

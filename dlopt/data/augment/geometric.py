@@ -17,7 +17,7 @@ from dlopt.part import Part
 class Geometric(Part):
     """An augmentation that moves pixels."""
 
-    of: ClassVar[tuple[str, ...]] = ("image",)
+    of: ClassVar[tuple[str, ...]] = ("pixels",)
 
     def matrix(self, draw: Draw, height: int, width: int) -> Affine:
         """Where each pixel of the result comes from, for each row. height, width: of the image, in pixels."""

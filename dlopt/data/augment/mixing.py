@@ -26,13 +26,12 @@ Inputs = dict[str, Tensor]
 """Feature name to values (n, *shape)."""
 STEPS = 2**16
 """Shares are multiples of one in as many."""
-NUMBERS = ("number", "date")
 
 
 class Mixing(Part):
     """An augmentation that mixes a row with its partner."""
 
-    of: ClassVar[tuple[str, ...]] = ("image",)
+    of: ClassVar[tuple[str, ...]] = ("pixels",)
 
     def mix(self, draw: Draw, features: Sequence[Feature], values: Inputs, partners: Inputs) -> tuple[Inputs, Tensor]:
         """The inputs `features`, mixed, and the share of the row in them, float32 (n,)."""
@@ -42,7 +41,7 @@ class Mixing(Part):
 class MixUp(Mixing):
     """A weighted mean of the row and its partner (Zhang et al. 2017, arXiv 1710.09412)."""
 
-    of: ClassVar[tuple[str, ...]] = ("image", "number", "date")
+    of: ClassVar[tuple[str, ...]] = ("pixels", "numbers")
 
     kind: Literal["mixup"] = "mixup"
     alpha: float = Field(0.2, gt=0, le=100)
@@ -54,7 +53,7 @@ class MixUp(Mixing):
         share = np.where(draw.uniform(0) < self.p, _shares(draw, self.alpha), STEPS).astype(np.int32)
         found = {}
         for feature in features:
-            blend = _blend_images if feature.kind == "image" else _blend_numbers
+            blend = _blend_images if feature.holds == "pixels" else _blend_numbers
             mine, other = values[feature.name], partners[feature.name]
             found[feature.name] = blend(mine, other, torch.from_numpy(share).to(mine.device))
         return found, torch.from_numpy(share.astype(np.float32) / STEPS)
@@ -92,14 +91,14 @@ def mix_with(partners: Inputs, values: Inputs, features: Sequence[Feature], part
     share = torch.ones(len(parts[0][1]))
     found = dict(values)
     for part, draw in parts:
-        mixed, kept = part.mix(draw, [feature for feature in features if feature.kind in part.of], found, partners)
+        mixed, kept = part.mix(draw, [feature for feature in features if feature.holds in part.of], found, partners)
         found, share = found | mixed, share * kept
     for feature in features:
         mine = values[feature.name]
         larger = _larger(mine, partners[feature.name], share.to(mine.device))
-        if not any(feature.kind in part.of for part, _ in parts):
+        if not any(feature.holds in part.of for part, _ in parts):
             found[feature.name] = larger
-        elif feature.kind in NUMBERS:
+        elif feature.holds == "numbers":
             missing = mine.isnan() ^ partners[feature.name].isnan()
             found[feature.name] = torch.where(missing, larger, found[feature.name])
     return found, share

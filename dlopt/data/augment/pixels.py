@@ -31,7 +31,7 @@ LONGEST = 256
 class Pixels(Part):
     """An augmentation that changes pixels."""
 
-    of: ClassVar[tuple[str, ...]] = ("image",)
+    of: ClassVar[tuple[str, ...]] = ("pixels",)
 
     def pixels(self, draw: Draw, images: Tensor) -> Tensor:
         """uint8 (n, height, width, channels) images, changed."""

@@ -15,7 +15,7 @@ from dlopt.part import Part
 class Change(Part):
     """An augmentation of numbers."""
 
-    of: ClassVar[tuple[str, ...]] = ("number", "date")
+    of: ClassVar[tuple[str, ...]] = ("numbers",)
 
     def change(self, draw: Draw, values: Tensor, std: Tensor) -> Tensor:
         """float32 (n, columns), changed. std: the columns' standard deviations in the training split, float32 (columns,)."""

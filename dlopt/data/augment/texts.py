@@ -20,7 +20,7 @@ from dlopt.part import Part
 class Edit(Part):
     """An augmentation of texts."""
 
-    of: ClassVar[tuple[str, ...]] = ("text",)
+    of: ClassVar[tuple[str, ...]] = ("tokens",)
 
     def edit(self, draw: Draw, texts: Tensor, tokens: int) -> Tensor:
         """int32 (n, width) token ids, changed. tokens: how many different ids there are, 0 among them."""

@@ -16,7 +16,8 @@ from pydantic import model_validator
 from dlopt.data.clean.base import ColumnCleaning
 from dlopt.data.counter import row_keys
 from dlopt.data.types.canonical import as_text
-from dlopt.data.types.values import dates, doubles, is_text, plain, texts, without_empty
+from dlopt.data.types.dates import dates
+from dlopt.data.types.values import doubles, is_text, plain, texts, without_empty
 from dlopt.part import DloptError
 
 WHOLE, FRACTION = np.uint64(1), np.uint64(2)

@@ -245,7 +245,7 @@ def shortened(inputs: Mapping[str, Tensor], features: Sequence[Feature]) -> dict
     """Inputs, texts without the columns in which all rows have padding; one column stays."""
     found = dict(inputs)
     for feature in features:
-        if feature.kind == "text":
+        if feature.holds == "tokens":
             longest = int((inputs[feature.name] != 0).any(dim=0).sum())
             found[feature.name] = inputs[feature.name][:, : max(1, longest)].contiguous()
     return found

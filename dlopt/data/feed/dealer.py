@@ -17,7 +17,8 @@ import pyarrow as pa
 
 from dlopt.data.feed.order import WINDOW_BYTES, lanes, row_of
 from dlopt.data.feed.share import Share
-from dlopt.data.prepared import Rows, Split, as_table, column_of
+from dlopt.data.prepared import Rows, Split, as_table
+from dlopt.data.types.tensors import column_of
 from dlopt.part import DloptError
 from dlopt.session import data_context
 

@@ -5,25 +5,33 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
 from typing import Any, Literal, Self
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import Field, field_validator, model_validator
 
-from dlopt.data.encode import hashed
-from dlopt.data.kinds.number import no_column_twice
-from dlopt.data.prepared import piece_column
+from dlopt.data.counter import string_words
+from dlopt.data.kinds.base import Bound, Cells, InputKind, RawColumns, lists_of, no_column_twice, words_of_texts
+from dlopt.data.stats import column as profile
+from dlopt.data.types.arrow import pa, pc
+from dlopt.data.types.canonical import ColumnType, as_text
+from dlopt.data.types.tensors import piece_column
 from dlopt.data.types.values import Reasons, texts
-from dlopt.part import DloptError, Feature, Part
+from dlopt.part import DloptError, Feature
 
+MISSING, UNKNOWN = "missing", "unknown"
 MOST_DISTINCT = 2_000_000
 """More different values in a column than this are not counted: no vocabulary would hold them."""
 
 
-class CategoryInput(Part):
+class CategoryInput(InputKind):
     """Columns of categories, put together as one input of the model; each column has a vocabulary of its own."""
+
+    holds = "codes"
+    textual = removable = True
+    ranked = False
+    checks = ("identifier", "constant", "blanks", "imbalance", "new")
 
     kind: Literal["category"] = "category"
     columns: tuple[str, ...] = Field(min_length=1)
@@ -56,6 +64,10 @@ class CategoryInput(Part):
         """The name of the model's input."""
         return self.name
 
+    @property
+    def vocabulary_columns(self) -> tuple[str, ...]:
+        return () if self.hash_buckets else self.columns
+
     def feature(self, table: pa.Table) -> Feature:
         hashes = self.hash_buckets is not None
         return Feature(
@@ -79,7 +91,9 @@ class CategoryInput(Part):
             return Categories(())
         return Categories(tuple(_counted(table[piece_column(feature.name, column)]) for column in feature.columns))
 
-    def fit(self, seen: Categories, feature: Feature, features: dict[str, Feature]) -> tuple[Feature, None]:
+    def fit(
+        self, seen: Categories, feature: Feature, features: Mapping[str, Feature], bounds: Mapping[str, Bound] = {}
+    ) -> tuple[Feature, None]:
         """The vocabularies: the most frequent value first."""
         if self.hash_buckets:
             return feature, None
@@ -102,6 +116,79 @@ class CategoryInput(Part):
             codes[:, index] = hashed(values, feature.buckets) if feature.buckets else _looked_up(values, feature, index)
         return codes
 
+    @staticmethod
+    def pieces(feature: Feature) -> list[str]:
+        return [piece_column(feature.name, column) for column in feature.columns]
+
+    @staticmethod
+    def names(feature: Feature) -> tuple[str, ...]:
+        return feature.columns
+
+    @staticmethod
+    def words(feature: Feature, table: pa.Table) -> list[np.ndarray]:
+        return [words_of_texts(table[name].combine_chunks()) for name in CategoryInput.pieces(feature)]
+
+    @staticmethod
+    def comparable(feature: Feature, table: pa.Table) -> list[np.ndarray]:
+        return [table[name].combine_chunks().dictionary_encode().indices.to_numpy() for name in CategoryInput.pieces(feature)]
+
+    @staticmethod
+    def absent(feature: Feature, table: pa.Table) -> dict[str, int]:
+        empty = {column: pc.equal(table[piece_column(feature.name, column)], "") for column in feature.columns}
+        return {column: pc.sum(values).as_py() or 0 for column, values in empty.items()}
+
+    @classmethod
+    def profiled(cls, feature: Feature, table: pa.Table) -> dict[str, tuple[str, Any]]:
+        return {column: ("category", values) for column, values in cls.readable(feature, table).items()}
+
+    @staticmethod
+    def readable(feature: Feature, table: pa.Table) -> dict[str, Any]:
+        return {column: table[piece_column(feature.name, column)] for column in feature.columns}
+
+    @classmethod
+    def encode(cls, feature: Feature, columns: RawColumns) -> np.ndarray:
+        """Texts, object (rows, columns), or int32 codes where they are hashed."""
+        found = []
+        for name, values in lists_of(feature, columns).items():
+            kind = feature.type_of(name)
+            found.append([_text(name, index, value, kind, feature.markers) for index, value in enumerate(values)])
+        if feature.buckets:
+            return np.stack([_bucket(string_words(values), feature.buckets) for values in found], axis=1)
+        return np.array(found, dtype=object).T.reshape(len(found[0]), len(found))
+
+    @staticmethod
+    def example(feature: Feature, place: int) -> Any:
+        known = [value for value in feature.vocabularies[place] if value] if feature.vocabularies else []
+        return known[0] if known else "a"
+
+    @staticmethod
+    def describe(feature: Feature) -> str:
+        return f"{len(feature.columns)} categor{'ies' if len(feature.columns) > 1 else 'y'}"
+
+    @staticmethod
+    def cells(feature: Feature, values: np.ndarray) -> Cells:
+        """The names of codes; of hashed ones there are none."""
+        if feature.buckets:
+            return [[f"#{code}" for code in row] for row in values.tolist()]
+        names = [[UNKNOWN, *(value or MISSING for value in known)] for known in feature.vocabularies]
+        return [[known[code] for known, code in zip(names, row, strict=True)] for row in values.tolist()]
+
+    @staticmethod
+    def widgets(feature: Feature) -> list[dict[str, Any]]:
+        known = feature.vocabularies or ((),) * len(feature.columns)
+        return [
+            {"column": column, "widget": "choice", "values": [value for value in values if value]}
+            for column, values in zip(feature.columns, known, strict=True)
+        ]
+
+    @staticmethod
+    def summary(column: Any, step: int, points: int) -> profile.Column:
+        return profile.of_texts("category", column, step)[0]
+
+    @staticmethod
+    def sampled(column: Any) -> np.ndarray:
+        return profile.text_codes(column)
+
 
 @dataclass(frozen=True)
 class Categories:
@@ -116,6 +203,23 @@ class Categories:
 def _counted(column: pa.ChunkedArray) -> Counter[str]:
     found = pc.value_counts(column.combine_chunks())
     return Counter(dict(zip(found.field(0).to_pylist(), found.field(1).to_pylist(), strict=True)))
+
+
+def _text(name: str, index: int, value: Any, kind: ColumnType, missing: tuple[str, ...]) -> str:
+    if value is not None and not isinstance(value, (str, int, float, date)):
+        raise DloptError(f"row {index}: {name}: give a string, a number, true, false or null")
+    return as_text(value, kind, missing)
+
+
+def hashed(values: pa.Array, buckets: int) -> np.ndarray:
+    """The code of each text, int32 (rows,)."""
+    codes = values.dictionary_encode()
+    return _bucket(string_words(codes.dictionary.to_pylist()), buckets)[codes.indices.to_numpy()]
+
+
+def _bucket(words: np.ndarray, buckets: int) -> np.ndarray:
+    """A hash modulo `buckets`, int32."""
+    return (words % np.uint64(buckets)).astype(np.int32)
 
 
 def _looked_up(values: pa.Array, feature: Feature, index: int) -> np.ndarray:

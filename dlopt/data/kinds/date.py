@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, date, datetime
+from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 from pydantic import Field, field_validator
 
-from dlopt.data.encode import date_parts, known_form
-from dlopt.data.kinds.number import Bound, in_units, no_column_twice
+from dlopt.data.kinds.base import Bound, Matrix, RawColumns, lists_of, no_column_twice, texts_of
+from dlopt.data.kinds.number import NumberInput, in_units
+from dlopt.data.stats import column as profile
 from dlopt.data.stats import moments
 from dlopt.data.stats.moments import Moments
+from dlopt.data.types.arrow import pa
+from dlopt.data.types.dates import date_parts, dates, known_form, parse_dates
 from dlopt.data.types.exact import exact_column, values_of
-from dlopt.data.types.values import Reasons, dates
-from dlopt.part import Feature, Part, Statistics
+from dlopt.data.types.tensors import part_column
+from dlopt.data.types.values import Reasons, plain
+from dlopt.part import DloptError, Feature, Statistics
 
 DatePart = Literal["year", "quarter", "month", "week", "day", "day_of_year", "weekday", "hour", "minute", "second", "days"]
 
 
-class DateInput(Part):
+class DateInput(Matrix):
     """Columns of dates or times; the model sees parts of each as numbers, missing ones filled with the mean."""
+
+    unit = "seconds since 1970"
+    moment = True
 
     kind: Literal["date"] = "date"
     columns: tuple[str, ...] = Field(min_length=1)
@@ -50,10 +58,8 @@ class DateInput(Part):
         """The name of the model's input."""
         return self.name
 
-    @property
-    def shifts(self) -> bool:
-        """Whether an offset may be subtracted before: not where the size of a number itself is what the model is to see."""
-        return self.normalize not in ("max_abs", "none")
+    def made(self) -> Iterator[tuple[str, str, str]]:
+        return ((column, part, part_column(column, part)) for column in self.columns for part in self.parts)
 
     def feature(self, table: pa.Table) -> Feature:
         shape = (len(self.columns) * len(self.parts),)
@@ -72,9 +78,83 @@ class DateInput(Part):
     def observe(self, table: pa.Table, feature: Feature, bounds: Mapping[str, Bound]) -> Moments:
         return moments.of_values(values_of(table[feature.name], feature))
 
-    def fit(self, seen: Moments, feature: Feature, features: dict[str, Feature]) -> tuple[Feature, Statistics]:
+    def fit(
+        self, seen: Moments, feature: Feature, features: Mapping[str, Feature], bounds: Mapping[str, Bound] = {}
+    ) -> tuple[Feature, Statistics]:
         return feature, in_units(seen.statistics(self.normalize), feature)
 
-    def finish(self, table: pa.Table, feature: Feature) -> np.ndarray:
-        """Parts of the dates, float32 (rows, columns x parts)."""
-        return values_of(table[feature.name], feature)
+    @staticmethod
+    def names(feature: Feature) -> tuple[str, ...]:
+        return tuple(part_column(column, part) for column in feature.columns for part in feature.parts)
+
+    @classmethod
+    def encode(cls, feature: Feature, columns: RawColumns) -> np.ndarray:
+        return np.concatenate([_encoded(feature, name, values) for name, values in lists_of(feature, columns).items()], axis=1)
+
+    @staticmethod
+    def example(feature: Feature, place: int) -> Any:
+        moment = datetime(2026, 11, 30, 8, 30, tzinfo=UTC)
+        return moment.strftime(feature.form) if feature.form else moment.date().isoformat()
+
+    @staticmethod
+    def describe(feature: Feature) -> str:
+        return f"{', '.join(feature.parts)} of {', '.join(feature.columns)}"
+
+    @classmethod
+    def headings(cls, feature: Feature) -> Sequence[str]:
+        return [f"{column} {part}" for column in feature.columns for part in feature.parts]
+
+    @staticmethod
+    def widgets(feature: Feature) -> list[dict[str, Any]]:
+        if feature.form:
+            return [{"column": column, "widget": "line", "hint": feature.form} for column in feature.columns]
+        timed = not {"hour", "minute", "second"}.isdisjoint(feature.parts)
+        return [{"column": column, "widget": "date", "timed": timed} for column in feature.columns]
+
+    @staticmethod
+    def summary(column: Any, step: int, points: int) -> profile.Column:
+        seconds, unreadable = _as_seconds(column)
+        return replace(NumberInput.summary(seconds, step, points), kind="date", unreadable=unreadable)
+
+    @staticmethod
+    def typical(figures: Mapping[str, Any]) -> str:
+        return profile.moment(figures["quantiles"]["0.5"]) if figures["quantiles"] else ""
+
+    @staticmethod
+    def sampled(column: Any) -> np.ndarray:
+        return _as_seconds(column)[0]
+
+
+def _encoded(feature: Feature, name: str, values: list[Any]) -> np.ndarray:
+    if any(isinstance(value, date) for value in values):
+        return _parts(feature, name, pa.array(values))
+    for index, value in enumerate(values):
+        if value is not None and not isinstance(value, str):
+            raise DloptError(f"row {index}: {name}: {value!r:.40} is not a date")
+    return _parts(feature, name, pa.array([value or None for value in texts_of(feature, name, values)], pa.string()))
+
+
+def _parts(feature: Feature, name: str, written: pa.Array) -> np.ndarray:
+    try:
+        found = parse_dates(written, feature.form)
+    except DloptError:
+        for index in range(len(written)):
+            try:
+                parse_dates(written.slice(index, 1), feature.form)
+            except DloptError as error:
+                raise DloptError(f"row {index}: {name}: {error}") from None
+        raise
+    return date_parts(found, feature.parts).astype(feature.dtype)
+
+
+def _as_seconds(column: Any) -> tuple[np.ndarray, int]:
+    """Seconds since 1970 with NaN, and how many values are no date."""
+    if isinstance(column, np.ndarray) and column.dtype.kind == "f":
+        return column, 0
+    array = plain(column if isinstance(column, (pa.Array, pa.ChunkedArray)) else pa.array(column))
+    if pa.types.is_floating(array.type):
+        return array.to_numpy(zero_copy_only=False).astype(np.float64), 0
+    found, reasons = dates(array, "")
+    micros = found.cast(pa.int64())
+    seconds = micros.fill_null(0).to_numpy() / 1e6
+    return np.where(micros.is_null().to_numpy(zero_copy_only=False), np.nan, seconds), len(reasons)

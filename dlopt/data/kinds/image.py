@@ -2,24 +2,48 @@
 
 from __future__ import annotations
 
+import base64
+import math
+import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 from PIL import ImageColor
 from pydantic import field_validator
 
-from dlopt.data.encode import MODES, decode_image, image_shape
-from dlopt.data.prepared import array_of, column_of
+from dlopt.data.kinds.base import Bound, InputKind, RawColumns, no_rows, side_by_side
+from dlopt.data.kinds.pixels import MODES, decode_image, encode_png, image_shape
+from dlopt.data.stats import column as profile
 from dlopt.data.stats.moments import Moments, of_pixels
-from dlopt.data.types.values import Reasons
-from dlopt.part import DloptError, Feature, Part, Statistics
+from dlopt.data.types.arrow import pa
+from dlopt.data.types.tensors import array_of, column_of
+from dlopt.data.types.values import Reasons, plain
+from dlopt.part import DloptError, Feature, Statistics
+
+DATA_URI = re.compile(r"data:[^,;]*(;[^,;]*)*;base64,", re.IGNORECASE)
+"""What stands before the base64 of a file in a data URI."""
+BLANKS = re.compile(r"\s+")
+"""What base64 may have in between, as MIME breaks it into lines."""
+LOOK_IMAGES = 64
+"""Encoded images that the profile decodes of a piece."""
+KEPT_SHAPES = 100
+"""Most frequent shapes that the profile keeps."""
 
 
-class ImageInput(Part):
+class ImageInput(InputKind):
     """A column of images: encoded bytes (PNG, JPEG, WEBP, GIF, BMP or TIFF; the first frame, turned as its EXIF says) or nested numbers
     from 0 to 255."""
+
+    holds = "pixels"
+    marked = alone = together = False
+    rich = nested = True
+    unit = "brightness, 0 to 255"
+    checks = ()
+    countable = False
 
     kind: Literal["image"] = "image"
     column: str = "image"
@@ -147,12 +171,90 @@ class ImageInput(Part):
         """What training rows say of each channel; exact, since pixels are summed as integers."""
         return of_pixels(array_of(table[feature.name], "uint8", feature.shape).reshape(-1, feature.shape[2]))
 
-    def fit(self, seen: Moments, feature: Feature, features: dict[str, Feature]) -> tuple[Feature, Statistics | None]:
+    def fit(
+        self, seen: Moments, feature: Feature, features: Mapping[str, Feature], bounds: Mapping[str, Bound] = {}
+    ) -> tuple[Feature, Statistics | None]:
         return feature, seen.statistics(self.normalize)
 
     def finish(self, table: pa.Table, feature: Feature) -> np.ndarray:
         """Pixels, uint8 (rows, height, width, channels)."""
         return array_of(table[feature.name], "uint8", feature.shape)
+
+    @staticmethod
+    def words(feature: Feature, table: pa.Table) -> list[np.ndarray]:
+        return [array_of(table[feature.name], feature.stored, feature.shape)]
+
+    @classmethod
+    def profiled(cls, feature: Feature, table: pa.Table) -> dict[str, tuple[str, Any]]:
+        return {feature.name: ("image", array_of(table[feature.name], "uint8", feature.shape))}
+
+    @staticmethod
+    def readable(feature: Feature, table: pa.Table) -> dict[str, Any]:
+        images = array_of(table[feature.name], feature.stored, feature.shape)
+        return {feature.name: pa.array([encode_png(image) for image in images], pa.binary())}
+
+    @classmethod
+    def encode(cls, feature: Feature, columns: RawColumns) -> np.ndarray:
+        """Whole numbers in plain lists take one conversion for the whole batch; anything else is looked at row by row."""
+        side_by_side(feature, columns)
+        values = columns[feature.columns[0]]
+        if not len(values):
+            return no_rows(feature)
+        if isinstance(values, np.ndarray):
+            if values.dtype.kind != "O":
+                return _of_array(feature, values)
+            values = values.reshape(len(values)).tolist()
+        for shape in _nestings(feature):
+            try:
+                numbers = _flat(values, shape)
+                pixels = bytes(numbers)  # takes whole numbers from 0 to 255, and true and false
+            except (TypeError, ValueError):
+                continue
+            if bool in set(map(type, numbers)):
+                continue
+            return np.frombuffer(pixels, np.uint8).reshape(-1, *feature.shape)
+        return np.stack([_of_request(feature, value, index) for index, value in enumerate(values)])
+
+    @staticmethod
+    def sent(feature: Feature) -> tuple[str, tuple[int, ...]]:
+        return feature.dtype, feature.shape
+
+    @staticmethod
+    def example(feature: Feature, place: int) -> Any:
+        height, width, channels = (1, 1, feature.shape[2]) if feature.resize else feature.shape
+        return {"b64": base64.b64encode(encode_png(np.zeros((height, width, channels), np.uint8))).decode()}
+
+    @staticmethod
+    def describe(feature: Feature) -> str:
+        return " \N{MULTIPLICATION SIGN} ".join(map(str, feature.shape)) + f" {feature.dtype}"
+
+    @classmethod
+    def headings(cls, feature: Feature) -> Sequence[str]:
+        return ()
+
+    @staticmethod
+    def widgets(feature: Feature) -> list[dict[str, Any]]:
+        return [{"column": feature.columns[0], "widget": "image", "shape": feature.shape}]
+
+    @staticmethod
+    def recognises(values: Sequence[Any]) -> bool:
+        return any(_looks_like_one(value) for value in values)
+
+    @staticmethod
+    def summary(column: Any, step: int, points: int) -> profile.Column:
+        bright, shapes, missing, unreadable = _looked_at(column)
+        found = profile.Column("image", kept=KEPT_SHAPES, rows=len(column), missing=missing + unreadable, unreadable=unreadable)
+        return profile.measured(replace(found, seen=len(bright), counts=shapes, whole=False), bright, points)
+
+    @staticmethod
+    def typical(figures: Mapping[str, Any]) -> str:
+        return f"{figures['frequent'][0][0]}, brightness {figures['mean']:.0f}" if figures["frequent"] else ""
+
+    @staticmethod
+    def sampled(column: Any) -> np.ndarray:
+        """The brightness of pixels; encoded images are not decoded for it, they are missing."""
+        pixels = _as_pixels(column)
+        return np.full(len(column), np.nan) if pixels is None else _brightness(pixels)
 
 
 def _nested_pixels(column: pa.Array) -> np.ndarray | None:
@@ -193,3 +295,140 @@ def _nested(value: object) -> np.ndarray:
 
 def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(str(size) for size in shape)
+
+
+def _nestings(feature: Feature) -> list[tuple[int, ...]]:
+    """How a row's numbers may be nested: a grey image needs no lists of one."""
+    return [feature.shape[:2], feature.shape] if feature.shape[2] == 1 else [feature.shape]
+
+
+def _flat(values: Sequence[Any], shape: tuple[int, ...]) -> Sequence[Any]:
+    """The numbers of nested lists that have exactly this shape. Raises TypeError or ValueError.
+
+    numpy would make an array of strings as long as the longest one: a request of some megabytes could ask for terabytes.
+    """
+    for size in shape:
+        if not set(map(type, values)) <= {list, tuple} or set(map(len, values)) != {size}:
+            raise ValueError(f"lists of {size} are needed")
+        values = list(chain.from_iterable(values))
+    return values
+
+
+def _of_array(feature: Feature, values: np.ndarray) -> np.ndarray:
+    if values.shape[1:] not in _nestings(feature):
+        raise DloptError(f"{feature.name}: shape {list(values.shape)} where {[len(values), *feature.shape]} is needed")
+    if values.dtype != np.uint8:
+        with np.errstate(invalid="ignore"):
+            pixels = values.astype(np.uint8)
+        if values.dtype.kind == "b" or (wrong := np.flatnonzero((pixels != values).reshape(len(values), -1).any(axis=1))).size:
+            row = 0 if values.dtype.kind == "b" else wrong[0]
+            raise DloptError(f"row {row}: {feature.name}: pixels must be whole numbers from 0 to 255")
+        values = pixels
+    return values.reshape(-1, *feature.shape)
+
+
+def _of_request(feature: Feature, value: Any, index: int) -> np.ndarray:
+    where = f"row {index}: {feature.name}"
+    if isinstance(value, bytes):
+        return _from_file(value, where, feature)
+    if isinstance(value, Mapping):
+        return _from_base64(value, where, feature)
+    for shape in reversed(_nestings(feature)):  # the deepest first: it does not fit lists of numbers
+        try:
+            return _whole(_flat([value], shape), where).reshape(feature.shape)
+        except ValueError:
+            continue
+    raise DloptError(f'{where}: give nested numbers of shape {list(feature.shape)} or {{"b64": "..."}}')
+
+
+def _from_base64(value: Mapping[str, Any], where: str, feature: Feature) -> np.ndarray:
+    if set(value) != {"b64"} or not isinstance(value["b64"], str):
+        raise DloptError(f'{where}: give nested numbers or {{"b64": "..."}}')
+    text = DATA_URI.sub("", value["b64"]) if value["b64"][:5].lower() == "data:" else value["b64"]
+    try:
+        data = base64.b64decode(BLANKS.sub("", text), validate=True)
+    except ValueError:  # binascii.Error is one
+        raise DloptError(f"{where}: b64 is not base64") from None
+    return _from_file(data, where, feature)
+
+
+def _from_file(data: bytes, where: str, feature: Feature) -> np.ndarray:
+    height, width, channels = feature.shape
+    limits = {"size": (height, width)} if feature.resize else {"only": (height, width)}
+    try:
+        return decode_image(data, channels, **limits, background=feature.background)
+    except DloptError as error:
+        raise DloptError(f"{where}: {error}") from None
+
+
+def _whole(numbers: Sequence[Any], where: str) -> np.ndarray:
+    if any(type(number) not in (int, float) or not 0 <= number <= 255 or number != int(number) for number in numbers):
+        raise DloptError(f"{where}: pixels must be whole numbers from 0 to 255")
+    return np.array(numbers, dtype=np.uint8)
+
+
+def _looked_at(column: Any) -> tuple[np.ndarray, dict[str, int], int, int]:
+    """Brightness of some images, how many have which shape (height, width, channels), and how many are missing or unreadable."""
+    pixels = _as_pixels(column)
+    if pixels is not None:
+        some = pixels[:: max(1, math.ceil(pixels.nbytes / profile.LOOK_BYTES))]
+        return _brightness(some), {_shape(pixels.shape[1:]): len(some)} if len(some) else {}, 0, 0
+    found, shapes, unreadable = [], dict[str, int](), 0
+    array = plain(column)
+    for value in array[:: max(1, math.ceil(len(array) / LOOK_IMAGES))].to_pylist():
+        if value is None:
+            continue
+        try:
+            image = _any_image(value)
+        except DloptError:
+            unreadable += 1
+            continue
+        found.append(image.mean())
+        shapes[_shape(image.shape)] = shapes.get(_shape(image.shape), 0) + 1
+    return np.array(found, dtype=np.float64), shapes, array.null_count, unreadable
+
+
+def _any_image(value: Any) -> np.ndarray:
+    """An image as Hugging Face data sets keep it, encoded, or as nested numbers. Raises DloptError when it is none."""
+    value = value["bytes"] if isinstance(value, dict) and "bytes" in value else value
+    if isinstance(value, bytes):
+        return decode_image(value)
+    try:
+        pixels = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise DloptError("no image") from None
+    if pixels.ndim not in (2, 3):
+        raise DloptError("no image")
+    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def _as_pixels(column: Any) -> np.ndarray | None:
+    """(rows, height, width, channels) of numpy arrays and of nested lists of one size; else None."""
+    if isinstance(column, np.ndarray):
+        return column
+    array, shape, rows = plain(column), list[int](), len(column)
+    while pa.types.is_fixed_size_list(array.type) and array.null_count == 0:
+        shape.append(array.type.list_size)
+        array = array.flatten()
+    if len(shape) not in (2, 3) or array.null_count or not pa.types.is_integer(array.type):
+        return None
+    pixels = array.to_numpy().reshape(rows, *shape)
+    return pixels if len(shape) == 3 else pixels[..., None]
+
+
+def _brightness(pixels: np.ndarray) -> np.ndarray:
+    return pixels.reshape(len(pixels), -1).mean(axis=1, dtype=np.float64) if len(pixels) else np.zeros(0)
+
+
+def _looks_like_one(value: Any) -> bool:
+    """Whether bytes can be decoded, by their header, or lists nest as pixels do."""
+    if (encoded := _encoded(value)) is not None:
+        try:
+            return len(image_shape(encoded)) == 3
+        except DloptError:
+            return False
+    try:
+        numbers = np.asarray(value)
+    except ValueError:  # lists of uneven lengths
+        return False
+    return isinstance(value, list) and numbers.ndim in (2, 3) and numbers.dtype.kind in "iuf"

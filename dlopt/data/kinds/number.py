@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 from pydantic import Field, field_validator
 
-from dlopt.data.prepared import SEPARATOR
+from dlopt.data.kinds.base import Bound, Matrix, RawColumns, bare, check_width, no_column_twice, no_rows, side_by_side
+from dlopt.data.stats import column as profile
 from dlopt.data.stats import moments
 from dlopt.data.stats.moments import Moments, nonzero
 from dlopt.data.stats.quantiles import Quantiles
-from dlopt.data.types.exact import exact_column, values_of
-from dlopt.data.types.values import Reasons, numbers
+from dlopt.data.types.arrow import pa
+from dlopt.data.types.canonical import as_number
+from dlopt.data.types.exact import exact_column, merged, raw_values, values_of
+from dlopt.data.types.tensors import SEPARATOR, column_of
+from dlopt.data.types.values import DIGITS, TOO_LARGE, Reasons, doubles, lost_in_double, numbers, plain
 from dlopt.part import DloptError, Feature, Part, Statistics, Target
 
 Normalization = Literal["min_max", "symmetric", "standard", "robust", "max_abs", "log", "quantile", "none"]
@@ -24,6 +28,7 @@ KNOTS = 64
 MOST_VALUES = 2**16
 """Different values that are counted of each column for its most frequent one."""
 MEDIAN, QUARTILES = 0.5, (0.25, 0.75)
+PLAIN_NUMBERS = {int, float, type(None)}
 
 
 class GroupMedian(Part):
@@ -34,22 +39,12 @@ class GroupMedian(Part):
     """A column of a category input."""
 
 
-class Bound(Part):
-    """Where the outliers of a column begin."""
-
-    lower: float
-    upper: float
-    action: Literal["drop", "cap", "missing"]
-
-    def apply(self, values: np.ndarray) -> np.ndarray:
-        """What the model makes of values, float32: it never sees those that are dropped."""
-        if self.action == "missing":
-            return np.where((values < self.lower) | (values > self.upper), np.float32(np.nan), values)
-        return values.clip(np.float32(self.lower), np.float32(self.upper)) if self.action == "cap" else values
-
-
-class NumberInput(Part):
+class NumberInput(Matrix):
     """Columns of numbers, put together as one input of the model."""
+
+    removable = True
+    unit = "value"
+    checks = ("identifier", "counter", "constant", "merged", "no_data")
 
     kind: Literal["number"] = "number"
     columns: tuple[str, ...] = Field(min_length=1)
@@ -78,9 +73,12 @@ class NumberInput(Part):
         return self.name
 
     @property
-    def shifts(self) -> bool:
-        """Whether an offset may be subtracted before: not where the size of a number itself is what the model is to see."""
-        return self.normalize not in ("log", "max_abs", "none")
+    def bounded(self) -> tuple[str, ...]:
+        return self.columns
+
+    @property
+    def fill_by(self) -> str | None:
+        return self.fill.by if isinstance(self.fill, GroupMedian) else None
 
     def feature(self, table: pa.Table) -> Feature:
         return Feature(
@@ -95,6 +93,9 @@ class NumberInput(Part):
             values[:, index], wrong = numbers(table[name])
             reasons.update({row: f"{name}: {why}" for row, why in wrong.items() if row not in reasons})
         return {feature.name: exact_column(values)}, reasons
+
+    def lost(self, raw: pa.Table, read: pa.Array) -> list[np.ndarray | None]:
+        return digits_lost(self.columns, raw, read)
 
     def observe(self, table: pa.Table, feature: Feature, bounds: Mapping[str, Bound]) -> Numbers:
         """What training rows say of each column."""
@@ -112,7 +113,7 @@ class NumberInput(Part):
         )
 
     def fit(
-        self, seen: Numbers, feature: Feature, features: dict[str, Feature], bounds: Mapping[str, Bound] = {}
+        self, seen: Numbers, feature: Feature, features: Mapping[str, Feature], bounds: Mapping[str, Bound] = {}
     ) -> tuple[Feature, Statistics]:
         """The statistics that the model's first layer is made of."""
         base = in_units(seen.moments.statistics("none" if self.normalize in ("robust", "log", "quantile") else self.normalize), feature)
@@ -131,9 +132,83 @@ class NumberInput(Part):
             changed |= self._group_fill(seen, self.fill.by, feature, features)
         return feature, Statistics.model_validate(base.model_dump() | changed)
 
-    def finish(self, table: pa.Table, feature: Feature) -> np.ndarray:
-        """The matrix, float32 (rows, columns)."""
-        return values_of(table[feature.name], feature)
+    def narrowed(self, table: pa.Table, left_out: Sequence[str]) -> pa.Table:
+        if self.name not in table.column_names:
+            return table
+        kept = [index for index, column in enumerate(self.columns) if column not in left_out]
+        matrix = np.ascontiguousarray(raw_values(table[self.name], len(self.columns))[:, kept])
+        return table.set_column(table.column_names.index(self.name), self.name, column_of(matrix))
+
+    @staticmethod
+    def names(feature: Feature) -> tuple[str, ...]:
+        return feature.columns
+
+    @staticmethod
+    def absent(feature: Feature, table: pa.Table) -> dict[str, int]:
+        missing = np.isnan(raw_values(table[feature.name], feature.size)).sum(axis=0)
+        return dict(zip(feature.columns, missing.tolist(), strict=True))
+
+    @classmethod
+    def encode(cls, feature: Feature, columns: RawColumns) -> np.ndarray:
+        values = side_by_side(feature, columns)
+        if values is None:
+            values = _rows_of([bare(columns[name]) for name in feature.columns])
+        check_width(feature, values)
+        if isinstance(values, np.ndarray) and values.dtype.kind not in "biuf":
+            values = values.tolist()
+        if isinstance(values, np.ndarray):
+            return as_tensor(feature, values, feature.columns)
+        if set(map(type, chain.from_iterable(values))) <= PLAIN_NUMBERS:
+            numbers: Any = [[np.nan if value is None else value for value in row] for row in values]
+        else:
+            pairs = enumerate(values)
+            numbers = [[_number(feature, *one, index) for one in zip(feature.columns, row, strict=True)] for index, row in pairs]
+        return as_tensor(feature, numbers, feature.columns)
+
+    @staticmethod
+    def sent(feature: Feature) -> tuple[str, tuple[int, ...]]:
+        return feature.dtype, ()
+
+    @staticmethod
+    def example(feature: Feature, place: int) -> Any:
+        return 1.5
+
+    @staticmethod
+    def describe(feature: Feature) -> str:
+        return f"{feature.size} number{'s' if feature.size > 1 else ''}"
+
+    @staticmethod
+    def widgets(feature: Feature) -> list[dict[str, Any]]:
+        return [{"column": column, "widget": "number"} for column in feature.columns]
+
+    @staticmethod
+    def summary(column: Any, step: int, points: int) -> profile.Column:
+        values, unreadable = _read_again(column)
+        there = values[~np.isnan(values)]
+        looked = there if step == 1 else values[::step][~np.isnan(values[::step])]
+        different, counts = profile.counted(looked)
+        found = profile.Column("number", numeric=True, rows=len(values), missing=len(values) - len(there), unreadable=unreadable)
+        kept, weights = profile.thinned(different, counts.astype(np.float64), points)
+        told = _told(column, step, different)
+        return replace(
+            found,
+            seen=len(looked),
+            **profile.moments(there),
+            told=told,
+            merged=told - len(different) + merged(different),
+            whole=bool((different == np.rint(different)).all()),
+            points=profile.pack(np.stack([kept, weights])),
+            thinned=len(kept) < len(different),
+            sketch=profile.pack(profile.registers(profile.number_hashes(different))),
+        )
+
+    @staticmethod
+    def typical(figures: Mapping[str, Any]) -> str:
+        return f"{figures['mean']:.4g} ± {figures['std']:.4g}" if figures["mean"] is not None else ""
+
+    @staticmethod
+    def sampled(column: Any) -> np.ndarray:
+        return _read_again(column)[0]
 
     def _fill(self, seen: Numbers, feature: Feature) -> np.ndarray:
         if isinstance(self.fill, float) or self.fill == "zero":
@@ -143,9 +218,9 @@ class NumberInput(Part):
             return seen.counts.first
         return seen.quantiles.at(MEDIAN) if seen.quantiles and self.fill != "mean" else seen.moments.mean
 
-    def _group_fill(self, seen: Numbers, by: str, feature: Feature, features: dict[str, Feature]) -> dict[str, Any]:
+    def _group_fill(self, seen: Numbers, by: str, feature: Feature, features: Mapping[str, Feature]) -> dict[str, Any]:
         """A row of fills for each code of the grouping column."""
-        category = next(feature for feature in features.values() if feature.kind == "category" and by in feature.columns)
+        category = next(feature for feature in features.values() if feature.holds == "codes" and by in feature.columns)
         place, default = category.columns.index(by), self._fill(seen, feature)
         fills = np.tile(default, (category.codes[place], 1))
         codes = {value: code for code, value in enumerate(category.vocabularies[place], start=1)}
@@ -234,14 +309,6 @@ def in_units(statistics: Statistics, known: Feature | Target) -> Statistics:
     return statistics.model_copy(update=units)
 
 
-def no_column_twice(columns: tuple[str, ...]) -> tuple[str, ...]:
-    """Raises ValueError, as a pydantic validator does."""
-    twice = [column for column in columns if columns.count(column) > 1]
-    if twice:
-        raise ValueError(f"column {twice[0]!r} is named twice")
-    return columns
-
-
 def group_column(table: pa.Table, by: str) -> pa.Array:
     """The column of categories called `by` among rows on their way through prepare."""
     names = [name for name in table.column_names if name.partition(SEPARATOR)[1:] == (SEPARATOR, by)]
@@ -280,3 +347,67 @@ def _by_group(values: np.ndarray, groups: pa.Array) -> dict[str, Quantiles]:
 def _merged_groups(mine: dict[str, Quantiles], yours: dict[str, Quantiles]) -> dict[str, Quantiles]:
     both = {name: quantiles.merge(yours[name]) if name in yours else quantiles for name, quantiles in mine.items()}
     return both | {name: quantiles for name, quantiles in yours.items() if name not in mine}
+
+
+def digits_lost(columns: Sequence[str], raw: pa.Table, read: pa.Array) -> list[np.ndarray | None]:
+    """Of each column what float64 does not hold of its numbers, or None. read: the matrix that was made of them."""
+    values = raw_values(read, len(columns))
+    return [lost_in_double(raw[column], values[:, index]) for index, column in enumerate(columns)]
+
+
+def as_tensor(feature: Feature, rows: Sequence[Any] | np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """Numbers of a request (rows, columns), NaN where missing, as the model takes them, float64 or float32. names: of the columns.
+    Raises DloptError for one that is too large, in either."""
+    if not len(rows):
+        return no_rows(feature)
+    try:
+        found = np.array(rows, dtype=np.float64)
+    except OverflowError:
+        found = np.array([[as_number(value) for value in row] for row in rows])
+    with np.errstate(over="ignore"):
+        single = found.astype(np.float32)
+    if np.isinf(single).any():
+        row, place = np.argwhere(np.isinf(single))[0]
+        raise DloptError(f"row {row}: {names[place]}: a number is too large")
+    return found if feature.dtype == "float64" else single
+
+
+def _rows_of(columns: list[Sequence[Any] | np.ndarray]) -> Sequence[Any] | np.ndarray:
+    """Columns side by side."""
+    if all(isinstance(values, np.ndarray) and values.dtype.kind in "biuf" for values in columns):
+        return np.stack(columns, axis=1)
+    return list(zip(*(values.tolist() if isinstance(values, np.ndarray) else values for values in columns), strict=True))
+
+
+def _number(feature: Feature, column: str, value: Any, index: int) -> float:
+    """One value as training reads it from a file: texts of numbers are numbers, true is 1, and what says so is missing."""
+    if value is None or (isinstance(value, str) and (value == "" or value in feature.markers)):
+        return np.nan
+    try:
+        return as_number(value)
+    except ValueError:
+        raise DloptError(f"row {index}: {column}: {value!r:.40} is not a number") from None
+
+
+def _read_again(column: Any) -> tuple[np.ndarray, int]:
+    """float64 with NaN for what is missing, no number or beyond what float32 holds; and how many values are of the last two."""
+    if isinstance(column, np.ndarray):
+        values, wrong = column.astype(np.float64), 0
+    else:
+        values, reasons = doubles(column)
+        wrong = len(reasons)
+    infinite = np.abs(values) >= TOO_LARGE
+    if infinite.any():
+        values, wrong = np.where(infinite, np.nan, values), wrong + int(infinite.sum())
+    return values + 0.0, wrong  # no negative zero
+
+
+def _told(column: Any, step: int, different: np.ndarray) -> int:
+    """How many different numbers a column says: more than as float64 where whole ones have more than 53 bits."""
+    if isinstance(column, np.ndarray) or not len(different) or np.abs(different[[0, -1]]).max() < DIGITS:
+        return len(different)
+    array = plain(column)[::step]
+    values, _ = doubles(array)
+    rest = lost_in_double(array, values)
+    there = np.abs(values) < TOO_LARGE
+    return len(different) if rest is None else len(np.unique(np.stack([values[there], rest[there]]), axis=1).T)

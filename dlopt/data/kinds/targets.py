@@ -5,17 +5,19 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from decimal import Decimal
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import Field, field_validator, model_validator
 
-from dlopt.data.kinds.number import no_column_twice
+from dlopt.data.kinds.base import InputKind, no_column_twice
+from dlopt.data.kinds.number import digits_lost
+from dlopt.data.stats import column as profile
 from dlopt.data.stats import moments
 from dlopt.data.stats.moments import Moments
+from dlopt.data.types.arrow import pa, pc
 from dlopt.data.types.canonical import NUMBER, TRUTH, as_text
 from dlopt.data.types.exact import exact_column, values_of
 from dlopt.data.types.values import Reasons, doubles, is_text, numbers, plain
@@ -30,8 +32,46 @@ CODE = re.compile(r"[+-]?0[0-9]+|[+][0-9]+")
 Labels = tuple[int, ...] | tuple[str, ...]
 
 
-class CategoryTarget(Part):
+class TargetKind(Part):
+    """What the model predicts, of some columns of a row."""
+
+    textual: ClassVar[bool] = False
+    """Whether labels are compared as texts."""
+    classes: ClassVar[bool] = False
+    """Whether a row has one of several classes."""
+    trained_as: ClassVar[Literal["category", "multi_label", "number"]] = "category"
+    """The kind of `Target` that it becomes."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def name(self) -> str: ...
+
+    def stand_in(self) -> Target:
+        """The target before the data is read."""
+        return Target(name=self.name, kind=self.trained_as, labels=(0, 1), positive=1)
+
+    def whole(self, table: pa.Table) -> bool:
+        """Whether the labels are whole numbers, or else strings, from the first rows. Raises DloptError."""
+        return False
+
+    def lost(self, raw: pa.Table, read: pa.Array) -> list[np.ndarray | None]:
+        """Of each column what float64 does not hold of its numbers, or None; [] where there are none to lose."""
+        return []
+
+    def count(self, values: pa.Array) -> Counter[Any]:
+        """How often each label is there."""
+        return counted(values)
+
+    def observe(self, values: pa.ChunkedArray, target: Target) -> Moments | None:
+        """What training rows say of numbers."""
+        return None
+
+
+class CategoryTarget(TargetKind):
     """A column of classes, one a row: whole numbers or strings, true and false being 1 and 0."""
+
+    textual = classes = True
 
     kind: Literal["category"] = "category"
     column: str = "label"
@@ -74,10 +114,6 @@ class CategoryTarget(Part):
         hint = f" as 123 is: types: {{{self.column}: string}} in the source keeps such labels" if CODE.fullmatch(str(name)) else ""
         return f"{name!r:.40} is not a whole number{hint}"
 
-    def count(self, values: pa.Array) -> Counter[Any]:
-        """How often each class is there, among rows that have one."""
-        return counted(values)
-
     def target(self, counts: Mapping[Any, int]) -> Target:
         """With the classes that were seen. Raises DloptError."""
         labels = tuple(sorted(counts))
@@ -101,8 +137,10 @@ class CategoryTarget(Part):
         return pc.index_in(values, pa.array(target.labels, values.type)).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
-class ThresholdTarget(Part):
+class ThresholdTarget(TargetKind):
     """Two classes made of a column of numbers: 1 above a threshold, else 0."""
+
+    classes = True
 
     kind: Literal["threshold"] = "threshold"
     column: str
@@ -129,9 +167,6 @@ class ThresholdTarget(Part):
         labels = pa.array((values > self.above).astype(np.int64), mask=absent)
         return labels, {row: f"{self.column}: {why}" for row, why in (missing | reasons).items()}
 
-    def count(self, values: pa.Array) -> Counter[Any]:
-        return counted(values)
-
     def target(self, counts: Mapping[Any, int]) -> Target:
         if len(counts) < 2:
             side = "above" if 1 in counts else "at most"
@@ -143,8 +178,11 @@ class ThresholdTarget(Part):
         return values.to_numpy(zero_copy_only=False).astype(np.int64)
 
 
-class MultiLabelTarget(Part):
+class MultiLabelTarget(TargetKind):
     """Any number of labels a row: a column of lists, or of texts with a separator between labels, or a column of 0 and 1 for each label."""
+
+    textual = True
+    trained_as = "multi_label"
 
     kind: Literal["multi_label"] = "multi_label"
     column: str | None = None
@@ -163,9 +201,6 @@ class MultiLabelTarget(Part):
         if self.column is not None:
             object.__setattr__(self, "columns", (self.column,))
         return self
-
-    def whole(self, table: pa.Table) -> bool:
-        return False
 
     def read(self, table: pa.Table, whole: bool) -> tuple[pa.Array, Reasons]:
         """A list of labels a row, null with its reason where there is none."""
@@ -211,8 +246,10 @@ class MultiLabelTarget(Part):
         return found
 
 
-class NumberTarget(Part):
+class NumberTarget(TargetKind):
     """Columns of numbers, which the model predicts in the units of the data."""
+
+    trained_as = "number"
 
     kind: Literal["number"] = "number"
     columns: tuple[str, ...] = Field(min_length=1)
@@ -224,9 +261,6 @@ class NumberTarget(Part):
     @classmethod
     def columns_differ(cls, columns: tuple[str, ...]) -> tuple[str, ...]:
         return no_column_twice(columns)
-
-    def whole(self, table: pa.Table) -> bool:
-        return False
 
     def read(self, table: pa.Table, whole: bool) -> tuple[pa.Array, Reasons]:
         """A matrix, and the reason for every row that lacks a number."""
@@ -242,7 +276,13 @@ class NumberTarget(Part):
         return Counter()
 
     def target(self, counts: Mapping[Any, int]) -> Target:
+        return self.stand_in()
+
+    def stand_in(self) -> Target:
         return Target(name=self.columns[0] if len(self.columns) == 1 else self.name, kind="number", columns=self.columns)
+
+    def lost(self, raw: pa.Table, read: pa.Array) -> list[np.ndarray | None]:
+        return digits_lost(self.columns, raw, read)
 
     def observe(self, values: pa.ChunkedArray, target: Target) -> Moments:
         """What training rows say of each column."""
@@ -251,6 +291,25 @@ class NumberTarget(Part):
     def finish(self, values: pa.Array, target: Target) -> np.ndarray:
         """The numbers, float32 (rows, columns)."""
         return values_of(values, target)
+
+
+class LabelLists(InputKind):
+    """A column of lists of labels in the profile; it is no input."""
+
+    ranked = False
+    checks = ("blanks",)
+
+    @staticmethod
+    def summary(column: Any, step: int, points: int) -> profile.Column:
+        """A row without any label is not missing."""
+        array = plain(column)[::step]
+        found = profile.of_texts("multi_label", array.flatten(), 1)[0]
+        return replace(found, rows=len(column), missing=array.null_count, seen=len(array) - array.null_count)
+
+    @staticmethod
+    def sampled(column: Any) -> np.ndarray:
+        """Several labels are not compared."""
+        return np.zeros(len(column), np.uint32)
 
 
 AnyTarget = Annotated[CategoryTarget | ThresholdTarget | MultiLabelTarget | NumberTarget, Field(discriminator="kind")]

@@ -6,13 +6,10 @@ from datetime import datetime
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
-from dlopt.data.encode import image_shape
-from dlopt.part import DloptError
+from dlopt.data.kinds import kinds
 
-KINDS = ("number", "date", "category", "text", "image", "identifier")
 WORDS, LETTERS = 3, 40
 """A column of strings is text when they have more words or more letters than this on average."""
 ENOUGH = 20
@@ -20,18 +17,18 @@ ENOUGH = 20
 
 
 def infer_kind(table: pa.Table, column: str) -> str:
-    """One of KINDS.
+    """A kind of input, or identifier.
 
-    image: encoded images, or nested numbers. date: dates, or strings in ISO 8601. number: numbers, or strings that are. category:
-    true or false, two numbers, short strings. text: long strings. identifier: whole numbers that count up by one, or short
-    strings, that differ in every row.
+    image: encoded images, or nested numbers. vector: lists of as many numbers each. date: dates, or strings in ISO 8601. number:
+    numbers, or strings that are. category: true or false, two numbers, short strings. text: long strings. identifier: whole numbers
+    that count up by one, or short strings, that differ in every row.
     """
     values = [value for value in table[column].to_pylist() if not _is_missing(value)]
     kind = table.schema.field(column).type
     if pa.types.is_temporal(kind):
         return "date"
     if any(isinstance(value, (bytes, list, dict)) for value in values):
-        return "image" if any(_is_image(value) for value in values) else "category"
+        return next((name for name, kind in kinds.items() if kind.recognises(values)), "category")
     if not values or all(isinstance(value, bool) for value in values):
         return "category"
     numbers = [_number(value) for value in values]
@@ -73,18 +70,3 @@ def _is_date(value: str) -> bool:
     except ValueError:
         return False
     return len(value) >= 8
-
-
-def _is_image(value: Any) -> bool:
-    if isinstance(value, dict):
-        value = value.get("bytes")
-    if isinstance(value, bytes):
-        try:
-            return len(image_shape(value)) == 3
-        except DloptError:
-            return False
-    try:
-        numbers = np.asarray(value)
-    except ValueError:  # lists of uneven lengths
-        return False
-    return isinstance(value, list) and numbers.ndim in (2, 3) and numbers.dtype.kind in "iuf"

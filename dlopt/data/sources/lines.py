@@ -18,7 +18,6 @@ import pyarrow.csv
 import pyarrow.json
 from pydantic import Field, field_validator, model_validator
 
-from dlopt.data.prepared import SEPARATOR
 from dlopt.data.sources import records
 from dlopt.data.sources.partitions import values_of
 from dlopt.data.sources.places import COMPRESSED, Place, reading, say_left_out
@@ -26,6 +25,7 @@ from dlopt.data.sources.reading import Files, Named, Piece, block_bytes, conform
 from dlopt.data.sources.records import Chunk
 from dlopt.data.types.canonical import as_text
 from dlopt.data.types.columns import Columns, decided, missing_as_null, spelled
+from dlopt.data.types.tensors import SEPARATOR
 from dlopt.part import DloptError
 
 if TYPE_CHECKING:

@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from dlopt.data.kinds import column_kinds
 from dlopt.data.stats import guard
-from dlopt.data.stats.summary import MEASURED, Column, Summary
+from dlopt.data.stats.column import Column
+from dlopt.data.stats.summary import Summary
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 BARS = 40
@@ -53,7 +55,7 @@ def _column(splits: Mapping[str, Column]) -> dict[str, Any]:
     others = {split: column for split, column in splits.items() if column is not first}
     return {
         "kind": first.kind,
-        "unit": MEASURED.get(first.kind, ""),
+        "unit": column_kinds[first.kind].unit,
         "splits": {split: _figures(column) for split, column in splits.items()},
         "histogram": _histogram(splits),
         "frequent": _frequent(first, splits),
@@ -86,7 +88,7 @@ def _alone(score: guard.Alone | None) -> dict[str, Any] | None:
 
 def _frequent(first: Column, splits: Mapping[str, Column]) -> dict[str, Any] | None:
     """Shares of the most frequent categories of the first split, in all of them."""
-    if first.kind not in ("category", "multi_label") or not first.counts:
+    if column_kinds[first.kind].unit or not first.counts:
         return None
     values = [value for value, _ in first.frequent(FREQUENT)]
     shares = {split: [column.counts.get(value, 0) / max(column.seen, 1) for value in values] for split, column in splits.items()}
@@ -110,7 +112,7 @@ def _histogram(splits: Mapping[str, Column]) -> dict[str, Any] | None:
 def _edges(columns: Sequence[Column]) -> np.ndarray:
     """Bars of equal width over all but the far ends of the values; fewer where float64 has no more numbers between these."""
     low, high = (_end(columns, p) for p in (TAIL, 1 - TAIL))
-    if all(column.whole and column.kind != "image" for column in columns):
+    if all(column.whole for column in columns):
         width = max(1.0, np.ceil((high - low + 1) / BARS))
         edges = np.arange(math.ceil((high - low + 1) / width) + 1) * width + low - 0.5
     else:

@@ -24,7 +24,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dlopt.data.stats.summary import Column, RowSample, Summary
+from dlopt.data.kinds import column_kinds
+from dlopt.data.stats.column import Column, moment
+from dlopt.data.stats.summary import RowSample, Summary
 
 UNIQUE = 0.9
 """Share of the values that are different from which a column is an identifier; 6 standard errors of the estimate below 1."""
@@ -154,15 +156,15 @@ def alone(summary: Summary, targets: Sequence[str]) -> dict[str, Alone]:
     sample = summary.sample
     if not targets or sample is None or len(sample) < 4:
         return {}
-    kind = summary.columns[targets[0]].kind
-    if kind not in ("category", "number"):
+    target = summary.columns[targets[0]]
+    if not (target.numeric or _checks(target, "imbalance")):
         return {}
-    goal = sample.column(targets[0], kind)
-    known = ~np.isnan(goal) if kind == "number" else goal != 0
-    score = _r2 if kind == "number" else _accuracy
+    goal = sample.column(targets[0], target.kind)
+    known = ~np.isnan(goal) if target.numeric else goal != 0
+    score = _r2 if target.numeric else _accuracy
     found = {}
     for name, column in summary.columns.items():
-        if name not in targets and column.seen and column.kind != "multi_label":
+        if name not in targets and column.seen:
             scored = score(_cuts(sample, name, column.kind, known), goal[known])
             if scored:
                 found[name] = scored
@@ -183,16 +185,21 @@ def _all(summaries: Mapping[str, Summary], column: str) -> Column:
     return together.columns[column]
 
 
+def _checks(column: Column, what: str) -> bool:
+    """Whether a finding means something of such a column."""
+    return what in column_kinds[column.kind].checks
+
+
 def _identifier(name: str, column: Column) -> Finding | None:
-    if column.seen < FEW_ROWS or column.distinct < UNIQUE * column.seen or column.kind in ("image", "date", "multi_label"):
+    if column.seen < FEW_ROWS or column.distinct < UNIQUE * column.seen or not _checks(column, "identifier"):
         return None
     said = f"{name}: an identifier, {_about(column)} different values in {column.seen:,} rows"
-    if column.kind == "number":
+    if column.numeric:
         places = (column.high or 0) - (column.low or 0) + 1
         if not column.whole or column.count < DENSE * places:
             return None
         said = f"{name}: a row counter, {_about(column)} different whole numbers from {column.low:,.0f} to {column.high:,.0f}"
-    if column.kind == "text" and column.spaceless < 0.99 * column.seen:
+    if _checks(column, "words") and column.spaceless < 0.99 * column.seen:
         return None  # texts that people write differ
     return Finding("identifier", name, f"{said}: a model can only learn the rows by heart from it; take it out of data.inputs")
 
@@ -209,7 +216,7 @@ def _leak(name: str, score: Alone, targets: Sequence[str]) -> Finding | None:
 
 
 def _constant(name: str, column: Column, split: str) -> Finding | None:
-    if column.kind in ("image", "multi_label") or column.rows < EACH or column.distinct > 1:
+    if not _checks(column, "constant") or column.rows < EACH or column.distinct > 1:
         return None
     if not column.seen:
         return Finding("constant", name, f"{name}: none of {column.rows:,} rows{_of(split)} has a value: take it out")
@@ -227,7 +234,7 @@ def _missing(name: str, column: Column, split: str) -> Finding | None:
 
 
 def _blanks(name: str, column: Column) -> Finding | None:
-    padded = sorted(value for value in column.counts if value != value.strip()) if column.kind in ("category", "multi_label") else []
+    padded = sorted(value for value in column.counts if value != value.strip()) if _checks(column, "blanks") else []
     if not padded:
         return None
     text = f"{name}: {len(padded):,} of its values have blanks around them, such as {padded[0]!r}, which is another value than "
@@ -245,7 +252,7 @@ def _unreadable(name: str, column: Column) -> Finding | None:
 
 
 def _merged(name: str, column: Column) -> Finding | None:
-    if column.kind != "number" or column.merged <= MERGED * column.told:
+    if not _checks(column, "merged") or column.merged <= MERGED * column.told:
         return None
     text = (
         f"{name}: {column.merged / column.told:.0%} of its different numbers are the same as others in float32, which is all that a model "
@@ -256,7 +263,7 @@ def _merged(name: str, column: Column) -> Finding | None:
 
 def _no_data(name: str, column: Column) -> Finding | None:
     values, weights = column.weighted()
-    for end in (column.low, column.high) if column.kind == "number" else ():
+    for end in (column.low, column.high) if _checks(column, "no_data") else ():
         others = values[values != end]
         if end is None or len(others) < 2 or not _is_mark(end) or np.abs(others - end).min() <= np.ptp(others):
             continue
@@ -294,7 +301,7 @@ def _drift(name: str, train: Summary, other: Summary, split: str) -> Finding | N
 
 def _imbalance(name: str, column: Column, split: str) -> Finding | None:
     classes = column.frequent(len(column.counts))
-    if column.kind != "category" or len(classes) < 2 or column.missed:
+    if not _checks(column, "imbalance") or len(classes) < 2 or column.missed:
         return None
     value, count = classes[-1]
     if count * len(classes) >= RARE * column.seen:
@@ -321,8 +328,8 @@ def _of(split: str) -> str:
 
 def shown(value: Any, kind: str) -> str:
     """A value as a line of text has it."""
-    if kind == "date":
-        return str(np.datetime64(int(value), "s"))
+    if column_kinds[kind].moment:
+        return moment(value)
     return f"{value:.6g}" if isinstance(value, float) else repr(value)
 
 
@@ -331,7 +338,7 @@ def _stability(a: Column, b: Column) -> tuple[float, float]:
     n, m = a.seen + _unseen_missing(a), b.seen + _unseen_missing(b)
     if not a.seen or not b.seen:
         return 0.0, math.inf
-    cut = _number_cells if a.kind in ("number", "date", "text", "image") else _category_cells
+    cut = _number_cells if column_kinds[a.kind].unit else _category_cells
     p, q = cut(a, b, max(2, min(CELLS, int(min(n, m) // EACH))))
     if a.missing or b.missing:
         p, q = np.append(p, _unseen_missing(a)), np.append(q, _unseen_missing(b))
@@ -370,7 +377,7 @@ def _share(column: Column, value: str) -> float:
 
 def _unseen(a: Column, b: Column) -> tuple[float, str]:
     """Share of the second's rows whose values the first does not have, though by chance it would; and the most frequent of them."""
-    if a.kind != "category" or not a.seen or not b.seen:
+    if not _checks(a, "new") or not a.seen or not b.seen:
         return 0.0, ""
     chance = b.seen / (a.seen + b.seen)  # that one row with such a value is in the second
     least = max(2.0, math.log(1e-6 / max(len(b.counts), 1)) / math.log(chance), 10 * a.missed * b.seen / a.seen)
@@ -381,7 +388,7 @@ def _unseen(a: Column, b: Column) -> tuple[float, str]:
 def _cuts(sample: RowSample, name: str, kind: str, known: np.ndarray) -> list[np.ndarray]:
     """Ways of cutting a column into bins, each the bin of every row: its values, or quantiles and one bin for what is missing."""
     values = sample.column(name, kind)[known]
-    if kind in ("category", "text"):
+    if not column_kinds[kind].ranked:
         return [np.unique(values, return_inverse=True)[1]]
     there = values[~np.isnan(values)]
     if not len(there):

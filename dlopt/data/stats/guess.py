@@ -14,10 +14,12 @@ import numpy as np
 import pyarrow as pa
 import yaml
 
+from dlopt.data.kinds import kinds
 from dlopt.data.sources import Arrow, Csv, HuggingFace, Images, JsonLines, Parquet, Sample, Source, Texts
 from dlopt.data.sources.places import COMPRESSED, ZIP
+from dlopt.data.stats.column import Column
 from dlopt.data.stats.guard import Finding
-from dlopt.data.stats.summary import Column, Summary
+from dlopt.data.stats.summary import Summary
 from dlopt.data.types.values import doubles
 from dlopt.part import DloptError
 
@@ -75,13 +77,9 @@ def job_of(source: Source, summary: Summary, targets: Sequence[str], findings: S
     """A `data` section that a job could begin with, as YAML; columns that a model is better off without are named in comments."""
     left_out = {found.column: found.what for found in findings if found.what in NO_INPUT and found.column not in targets}
     nested = [field.name for field in source.peek(1).schema if pa.types.is_nested(field.type) and field.name in summary.columns]
-    left_out |= {name: NESTED for name in nested if summary.columns[name].kind != "image" and name not in targets}
-    kinds = {name: _kind_of_input(c) for name, c in summary.columns.items() if name not in targets and name not in left_out}
-    together = {kind: [name for name, its in kinds.items() if its == kind] for kind in ("number", "category", "date")}
-    inputs: list[dict[str, Any]] = [{"kind": kind, "columns": names} for kind, names in together.items() if names]
-    texts = [name for name, kind in kinds.items() if kind == "text"]
-    inputs += [{"kind": "text", **({"name": name} if len(texts) > 1 else {}), "column": name} for name in texts]
-    inputs += [{"kind": "image", "column": name} for name, kind in kinds.items() if kind == "image"]
+    left_out |= {name: NESTED for name in nested if not kinds[summary.columns[name].kind].nested and name not in targets}
+    meant = {name: _kind_of_input(c) for name, c in summary.columns.items() if name not in targets and name not in left_out}
+    inputs = [line for kind, part in kinds.items() for line in part.begun(kind, [name for name, its in meant.items() if its == kind])]
     lines = ["data:", f"  source: {_flow(_written(source))}", "  inputs:" if inputs else "  inputs: []"]
     lines += [f"    - {_flow(part)}" for part in inputs]
     lines += [f"    # {name} is left out: {what}" for name, what in left_out.items()]
@@ -91,13 +89,18 @@ def job_of(source: Source, summary: Summary, targets: Sequence[str], findings: S
 
 def _kind_of_input(column: Column) -> str:
     """Two different numbers are categories."""
-    return "category" if column.kind == "number" and column.distinct <= 2 else column.kind
+    return "category" if _measures(column) and column.distinct <= 2 else column.kind
+
+
+def _measures(column: Column) -> bool:
+    """Whether its values are plain numbers."""
+    return column.kind == "number"
 
 
 def _target(summary: Summary, targets: Sequence[str]) -> str:
     if not targets:
         return "{kind: category, column: ...}  # the column to predict"
-    if summary.columns[targets[0]].kind == "number":
+    if _measures(summary.columns[targets[0]]):
         return _flow({"kind": "number", "columns": list(targets)})
     return _flow({"kind": "category", "column": targets[0]})
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pyarrow as pa
 
+from dlopt.data.kinds import column_kinds
 from dlopt.data.sources import Source
 from dlopt.data.stats.guess import name_of
 from dlopt.data.stats.summary import Summary, merge, summarise
@@ -49,7 +50,7 @@ class _Summarise:
         self.kinds, self.targets, self.meaning = kinds, targets, meaning
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        table = self.meaning.canonical(table, [name for name, kind in self.kinds.items() if kind in ("category", "text", "multi_label")])
+        table = self.meaning.canonical(table, [name for name, kind in self.kinds.items() if not column_kinds[kind].ranked])
         there = dict(zip(table.column_names, table.columns, strict=True))
         columns = {name: there[name] if name in there else pa.nulls(len(table)) for name in self.kinds}
         return pa.table({"summary": [summarise(columns, self.kinds, self.targets).to_json()]})

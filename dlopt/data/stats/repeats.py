@@ -14,13 +14,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from dlopt.data.prepared import part_column, piece_column
-from dlopt.data.types.exact import raw_values
+from dlopt.data.kinds import kinds
 from dlopt.part import Feature
 
 SAMPLE_ROWS, SAMPLE_CELLS = 2048, 2**19
@@ -65,32 +63,14 @@ class Repeats:
 def repeats(table: pa.Table, features: Sequence[Feature], rows: np.ndarray, keys: np.ndarray) -> Repeats:
     """Of some rows of a table, int64 (rows,), in the order of their keys, uint64 (rows, 2)."""
     first = np.flatnonzero(np.append(True, (keys[1:] != keys[:-1]).any(axis=1))[: len(keys)])
-    width = sum(len(names_of(feature)) for feature in features)
+    asked = [(feature, kinds[feature.kind]) for feature in features]
+    width = sum(len(kind.names(feature)) for feature, kind in asked)
     some = first[:: max(1, math.ceil(len(first) / max(64, min(SAMPLE_ROWS, SAMPLE_CELLS // max(width, 1)))))]
-    plain = [name for feature in features if feature.kind not in ("text", "image") for name in columns_of(feature)]
+    plain = [name for feature, kind in asked if not kind.rich for name in kind.pieces(feature)]
     chosen = table.select(plain).take(pa.array(rows[some]))
-    equal = [_equal_pairs(column) for feature in features for column in _columns(feature, chosen)]
-    rich = any(feature.kind in ("text", "image") for feature in features)
+    equal = [_equal_pairs(column) for feature, kind in asked if not kind.rich for column in kind.comparable(feature, chosen)]
+    rich = any(kind.rich for _, kind in asked)
     return Repeats(len(keys), len(first), len(some) * (len(some) - 1) // 2, np.array(equal, dtype=np.int64), rich)
-
-
-def columns_of(feature: Feature) -> list[str]:
-    """The columns of a piece that hold an input."""
-    return [piece_column(feature.name, c) for c in feature.columns] if feature.kind == "category" else [feature.name]
-
-
-def names_of(feature: Feature) -> tuple[str, ...]:
-    """What stands beside each other in an input of numbers, dates or categories."""
-    return tuple(part_column(c, part) for c in feature.columns for part in feature.parts) if feature.kind == "date" else feature.columns
-
-
-def _columns(feature: Feature, table: pa.Table) -> list[Any]:
-    """Codes that are equal where values are, (rows,) of each column."""
-    if feature.kind == "category":
-        return [table[name].combine_chunks().dictionary_encode().indices.to_numpy() for name in columns_of(feature)]
-    if feature.kind in ("number", "date"):
-        return list(raw_values(table[feature.name], feature.size).T)
-    return []
 
 
 def _equal_pairs(column: np.ndarray) -> int:

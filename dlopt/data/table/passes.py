@@ -15,20 +15,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dlopt.data.clean import ExactDuplicates, NearDuplicates, NearDuplicateTexts, Outliers
-from dlopt.data.encode import encode_png
-from dlopt.data.kinds import NumberTarget, TextInput
+from dlopt.data.kinds import InputKind, kinds
 from dlopt.data.kinds.number import QUARTILES
-from dlopt.data.prepared import array_of, as_table, piece_column, write_part
-from dlopt.data.stats import moments
-from dlopt.data.stats import summary as profile
+from dlopt.data.prepared import as_table, write_part
+from dlopt.data.stats import moments, summary
 from dlopt.data.stats.moments import Moments
 from dlopt.data.stats.quantiles import Quantiles
-from dlopt.data.stats.repeats import Repeats, columns_of, names_of, repeats
+from dlopt.data.stats.repeats import Repeats, repeats
 from dlopt.data.stats.summary import Summary
 from dlopt.data.table.plan import KEEP, Plan, Selected, lost_rows, open_piece, write_losers
 from dlopt.data.table.spill import HIGH, LOW, REASON, SIDE, TARGET, TIE, free_name, identity_column, order_column
 from dlopt.data.table.split import NAMES, Hashed
 from dlopt.data.types.exact import raw_values, values_of, widened
+from dlopt.data.types.tensors import array_of
 from dlopt.part import Feature, Signature
 
 BINS = 2**16
@@ -99,7 +98,7 @@ def observe(plan: Plan, number: int) -> Observed:
     if (train := splits.get("train")) is not None:
         caps = plan.caps
         inputs = tuple(part.observe(train, feature, caps) for part, feature in zip(plan.parts, plan.features, strict=True))
-        target = plan.section.target.observe(train[TARGET], plan.target) if isinstance(plan.section.target, NumberTarget) else None
+        target = plan.section.target.observe(train[TARGET], plan.target)
     sizes = np.bincount(found.split[found.split >= 0], minlength=len(NAMES)).tolist()
     across, kept = found.across, np.flatnonzero(found.split >= 0)
     leaks = any(across.get(name) for name in NAMES[1:])
@@ -117,8 +116,8 @@ def observe(plan: Plan, number: int) -> Observed:
 
 def _summary(plan: Plan, rows: pa.Table, is_train: bool) -> Summary:
     """What some rows of a split look like; those of training are also asked what each column says of the target."""
-    columns, kinds, targets = profile.prepared_columns(plan.features, plan.target, rows, rows[TARGET])
-    return profile.summarise(columns, kinds, targets if is_train else ())
+    columns, kinds, targets = summary.prepared_columns(plan.features, plan.target, rows, rows[TARGET])
+    return summary.summarise(columns, kinds, targets if is_train else ())
 
 
 def columns_of_outliers(plan: Plan) -> list[str]:
@@ -153,22 +152,17 @@ class Absent:
 
 
 def absent(plan: Plan, number: int) -> Absent:
-    """Count the missing values among a range's training rows, in each column of numbers or categories."""
+    """Count the missing values among a range's training rows, in each column that can be left out."""
     train = plan.select(number, _columns(plan)).of(0)
     missing: Counter[str] = Counter()
-    for feature in plan.features:
-        if feature.kind == "number":
-            values = np.isnan(raw_values(train[feature.name], feature.size)).sum(axis=0).tolist()
-            missing.update(dict(zip(feature.columns, values, strict=True)))
-        elif feature.kind == "category":
-            empty = {column: pc.equal(train[piece_column(feature.name, column)], "") for column in feature.columns}
-            missing.update({column: pc.sum(values).as_py() or 0 for column, values in empty.items()})
+    for part, feature in zip(plan.parts, plan.features, strict=True):
+        missing.update(part.absent(feature, train))
     return Absent(len(train), missing)
 
 
-def tokenizer(plan: Plan, part: TextInput, feature: Feature, numbers: range) -> Feature:
-    """The text input with a tokenizer of the training rows' texts, which pass by range after range."""
-    return part.learn((plan.select(number, [feature.name]).of(0) for number in numbers), feature)
+def learn(plan: Plan, part: InputKind, feature: Feature, numbers: range) -> Feature:
+    """An input with what all training rows teach, which pass by range after range."""
+    return part.learn((plan.select(number, part.pieces(feature)).of(0) for number in numbers), feature)
 
 
 def least_keys(pieces: Sequence[str], columns: Mapping[str, int], rows: int) -> pa.Table | None:
@@ -196,7 +190,7 @@ def rows_of(path: str) -> int:
 def spread(plan: Plan, number: int) -> Spread | None:
     """Moments and quantiles, over a range's training rows, of the columns that outliers are looked for in."""
     columns = columns_of_outliers(plan)
-    matrices = [feature for feature in plan.features if feature.kind == "number" and set(columns) & set(feature.columns)]
+    matrices = [feature for part, feature in zip(plan.parts, plan.features, strict=True) if set(columns) & set(part.bounded)]
     train = plan.select(number, [feature.name for feature in matrices]).of(0)
     found: dict[str, np.ndarray] = {}
     for feature in matrices:
@@ -304,7 +298,7 @@ def _origin(plan: Plan, path: str) -> int:
 
 def _columns(plan: Plan) -> list[str]:
     """The columns of a piece that hold the inputs."""
-    return [name for feature in plan.features for name in columns_of(feature)]
+    return [name for feature in plan.features for name in kinds[feature.kind].pieces(feature)]
 
 
 def _open(plan: Plan, found: Selected) -> np.ndarray:
@@ -330,7 +324,7 @@ def _write_dropped(plan: Plan, found: Selected, path: Path) -> None:
     table = found.table.take(pa.array(rows))
     columns: dict[str, Any] = {}
     for feature in plan.features:
-        columns |= _readable(feature, table)
+        columns |= kinds[feature.kind].readable(feature, table)
     target = table[TARGET].combine_chunks()
     if pa.types.is_fixed_size_binary(target.type):
         matrix = raw_values(target, plan.target.size)
@@ -341,15 +335,3 @@ def _write_dropped(plan: Plan, found: Selected, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     columns[free_name(REASON, columns)] = pa.array([titles[place] for place in found.dropped[rows].tolist()])
     pq.write_table(pa.table(columns), path)
-
-
-def _readable(feature: Feature, table: pa.Table) -> dict[str, Any]:
-    if feature.kind == "category":
-        return {column: table[piece_column(feature.name, column)] for column in feature.columns}
-    if feature.kind == "text":
-        return {feature.name: table[feature.name]}
-    if feature.kind == "image":
-        images = array_of(table[feature.name], feature.stored, feature.shape)
-        return {feature.name: pa.array([encode_png(image) for image in images], pa.binary())}
-    values = raw_values(table[feature.name], feature.size)
-    return {name: values[:, index] for index, name in enumerate(names_of(feature))}

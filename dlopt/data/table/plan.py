@@ -17,13 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dlopt.data.clean import Outliers
-from dlopt.data.encode import shifted
-from dlopt.data.kinds.number import Bound
-from dlopt.data.prepared import column_of
+from dlopt.data.kinds.base import Bound
 from dlopt.data.section import Data
 from dlopt.data.table.spill import HIGH, LOW, SIDE, TARGET, TIE, is_local
 from dlopt.data.table.split import NAMES, ByRow, GivenSplit, Hashed, StratifiedSplit
-from dlopt.data.types.exact import raw_values, widened
+from dlopt.data.types.exact import raw_values, shifted, widened
 from dlopt.part import Feature, Target
 
 KEEP = -1
@@ -87,7 +85,7 @@ class Plan:
         kept = [
             _narrow(part, feature, columns)
             for part, feature in zip(self.parts, self.features, strict=True)
-            if (columns := _kept(feature, left_out))
+            if (columns := tuple(column for column in part.columns if not part.removable or column not in left_out))
         ]
         return replace(
             self, parts=tuple(part for part, _ in kept), features=tuple(feature for _, feature in kept), left_out=tuple(left_out)
@@ -98,7 +96,7 @@ class Plan:
         split = self.section.split
         columns = [TARGET] if isinstance(split, StratifiedSplit) else [SIDE] if split.columns else []
         dropping = {column for column, (_, bound) in self.bounds.items() if bound.action == "drop"}
-        return columns + [feature.name for feature in self.features if feature.kind == "number" and dropping & set(feature.columns)]
+        return columns + [part.tensor for part in self.parts if dropping & set(part.bounded)]
 
     def _dropped(self, rows: _Rows, table: pa.Table) -> np.ndarray:
         """The part of `clean` that drops each row, or KEEP."""
@@ -116,7 +114,7 @@ class Plan:
     def _values(self, table: pa.Table, column: str) -> np.ndarray | None:
         """A column of a number input as the model gets it, float32 (rows,)."""
         for part in self.section.inputs:
-            if part.kind == "number" and column in part.columns:
+            if column in part.bounded:
                 place = part.columns.index(column)
                 values = raw_values(table[part.tensor], len(part.columns))[:, place : place + 1]
                 feature = next(feature for feature in self.features if column in feature.columns and feature.name == part.tensor)
@@ -147,12 +145,9 @@ class Plan:
         return (position[:, None] >= self.edges[codes]).sum(axis=1)
 
     def _narrowed(self, table: pa.Table) -> pa.Table:
-        """Number columns without those that were left out."""
+        """Inputs without the columns that were left out."""
         for part in self.section.inputs if self.left_out else ():
-            if part.kind == "number" and part.tensor in table.column_names:
-                kept = [index for index, column in enumerate(part.columns) if column not in self.left_out]
-                matrix = raw_values(table[part.tensor], len(part.columns))[:, kept]
-                table = table.set_column(table.column_names.index(part.tensor), part.tensor, column_of(np.ascontiguousarray(matrix)))
+            table = part.narrowed(table, self.left_out)
         return table
 
 
@@ -295,13 +290,8 @@ def _in_order(high: np.ndarray, low: np.ndarray, tie: np.ndarray | None, origin:
     return order
 
 
-def _kept(feature: Feature, left_out: Sequence[str]) -> tuple[str, ...]:
-    """Only columns of numbers and categories are left out; a text may well be of the same column."""
-    return tuple(column for column in feature.columns if feature.kind not in ("number", "category") or column not in left_out)
-
-
 def _narrow(part: Any, feature: Feature, columns: tuple[str, ...]) -> tuple[Any, Feature]:
-    """An input of numbers or categories with only these of its columns."""
+    """An input with only these of its columns."""
     if columns == feature.columns:
         return part, feature
     kept = [index for index, column in enumerate(feature.columns) if column in columns]

@@ -21,13 +21,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dlopt.data.clean import DropDuplicates, ExactDuplicates, NearDuplicateImages, NearDuplicates, NearDuplicateTexts, RowRule
-from dlopt.data.counter import mix, row_keys, string_words
-from dlopt.data.prepared import array_of, column_of, piece_column
+from dlopt.data.counter import mix, row_keys
+from dlopt.data.kinds import kinds
+from dlopt.data.kinds.base import words_of_texts
 from dlopt.data.section import Data
 from dlopt.data.table.split import RandomSplit, StratifiedSplit
 from dlopt.data.types.columns import Columns
 from dlopt.data.types.exact import keys_of_rest, lost_in_single, raw_values, with_rest
-from dlopt.data.types.values import Reasons, is_text, lost_in_double
+from dlopt.data.types.tensors import array_of, column_of
+from dlopt.data.types.values import Reasons, is_text
 from dlopt.part import DloptError, Feature
 
 PIECE_BYTES = 32 * 2**20
@@ -154,13 +156,11 @@ class Spill:
         """Note keys of what float64 does not hold of inputs and targets, so in hardly any table; and count such numbers of each column."""
         counts: Counter[str] = Counter()
         for part, name in [*((part, part.tensor) for part in self.section.inputs), (self.section.target, TARGET)]:
-            if part.kind == "number":
-                values = raw_values(columns[name], len(part.columns))
-                lost = [lost_in_double(raw[column], values[:, index]) for index, column in enumerate(part.columns)]
-                if any(rest is not None for rest in lost):
-                    rest = np.stack([np.zeros(len(raw)) if rest is None else rest for rest in lost], axis=1)
-                    columns[f"{DIGITS}{name}"] = column_of(keys_of_rest(rest))
-                    counts.update(dict(zip(part.columns, np.count_nonzero(rest, axis=0).tolist(), strict=True)))
+            lost = part.lost(raw, columns[name]) if name in columns else []
+            if any(rest is not None for rest in lost):
+                rest = np.stack([np.zeros(len(raw)) if rest is None else rest for rest in lost], axis=1)
+                columns[f"{DIGITS}{name}"] = column_of(keys_of_rest(rest))
+                counts.update(dict(zip(part.columns, np.count_nonzero(rest, axis=0).tolist(), strict=True)))
         return counts
 
     def _compared(self, place: int, part: Any, raw: pa.Table, columns: dict[str, pa.Array]) -> dict[str, pa.Array]:
@@ -177,7 +177,7 @@ class Spill:
 
     def _sketch(self, part: Any, raw: pa.Table, columns: dict[str, pa.Array]) -> np.ndarray:
         if isinstance(part, NearDuplicateImages):
-            feature = next((feature for feature in self.features if feature.kind == "image" and part.column in feature.columns), None)
+            feature = next((feature for feature in self.features if feature.holds == "pixels" and part.column in feature.columns), None)
             if feature is None:
                 raise DloptError(f"data.clean: {part.kind}: column {part.column!r} is no image among data.inputs")
             return part.sketch(array_of(pa.chunked_array([columns[feature.name]]), "uint8", feature.shape))
@@ -188,11 +188,11 @@ class Spill:
         """With the key of every row, and in the order of these. What float32 holds of a row's numbers makes its key; what it does not hold
         changes the key of the rows that have such digits."""
         target = self.section.target
-        words = [_words(feature, good) for feature in self.features]
+        words = [kinds[feature.kind].words(feature, good) for feature in self.features]
         goal = _target_words(good[TARGET].combine_chunks(), len(target.columns))
         keys = row_keys([*(word for group in words for word in group), goal])
-        numbers = [(feature.name, feature.size) for feature in self.features if feature.kind in ("number", "date")]
-        for name, width in [*numbers, *([(TARGET, len(target.columns))] if target.kind == "number" else [])]:
+        numbers = [(feature.name, feature.size) for feature in self.features if feature.holds == "numbers"]
+        for name, width in [*numbers, *([(TARGET, len(target.columns))] if target.trained_as == "number" else [])]:
             keys = with_rest(keys, lost_in_single(raw_values(good[name], width)))
         for name in [name for name in good.column_names if name.startswith(DIGITS)]:
             keys = with_rest(keys, array_of(good[name], "uint64", (2,)))
@@ -254,17 +254,6 @@ def _matrix(values: np.ndarray) -> np.ndarray:
     return values.reshape(len(values), -1)
 
 
-def _words(feature: Feature, table: pa.Table) -> list[np.ndarray]:
-    """What an input's values are hashed as: equal for equal values."""
-    if feature.kind == "category":
-        return [_string_words(table[piece_column(feature.name, column)].combine_chunks()) for column in feature.columns]
-    if feature.kind == "text":
-        return [_string_words(table[feature.name].combine_chunks())]
-    if feature.kind == "image":
-        return [array_of(table[feature.name], feature.stored, feature.shape)]
-    return [raw_values(table[feature.name], feature.size).astype(np.float32, copy=False)]
-
-
 def _target_words(values: pa.Array, width: int) -> np.ndarray:
     """Words of the target's values, uint64 or float32 (rows, ...). width: how many numbers each is."""
     if pa.types.is_fixed_size_binary(values.type):
@@ -273,13 +262,7 @@ def _target_words(values: pa.Array, width: int) -> np.ndarray:
         return values.cast(pa.int64()).to_numpy(zero_copy_only=False).reshape(-1, 1)
     if pa.types.is_list(values.type):
         values = pa.array(["\0".join(labels) for labels in values.to_pylist()], pa.string())
-    return _string_words(values)
-
-
-def _string_words(values: pa.Array) -> np.ndarray:
-    """A 64-bit word for each text, (rows, 1)."""
-    encoded = values.dictionary_encode()
-    return string_words(encoded.dictionary.to_pylist())[encoded.indices.to_numpy()].reshape(-1, 1)
+    return words_of_texts(values)
 
 
 def _tie(table: pa.Table, columns: list[str]) -> np.ndarray:

@@ -17,10 +17,10 @@ import pyarrow.compute as pc
 from pydantic import Field, field_validator, model_validator
 
 from dlopt.data.counter import bits, mix, stream, string_words
-from dlopt.data.encode import known_form
 from dlopt.data.types.canonical import as_text
 from dlopt.data.types.columns import column_type
-from dlopt.data.types.values import Reasons, dates, doubles, is_text, plain, texts
+from dlopt.data.types.dates import dates, known_form
+from dlopt.data.types.values import Reasons, doubles, is_text, plain, texts
 from dlopt.part import DloptError, Part
 
 NAMES = ("train", "validation", "test")

@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import field_validator
 
+from dlopt.data.types.arrow import pa, pc
 from dlopt.data.types.canonical import MISSING, NUMBER, TRUTH, ColumnType, as_text, moment_of
 from dlopt.data.types.values import is_text, plain
 from dlopt.part import DloptError, Part

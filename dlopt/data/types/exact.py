@@ -11,11 +11,10 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import pyarrow as pa
 
 from dlopt.data.counter import mix, row_keys
-from dlopt.data.encode import shifted
-from dlopt.data.prepared import array_of, column_of
+from dlopt.data.types.arrow import pa
+from dlopt.data.types.tensors import array_of, column_of
 from dlopt.part import Feature, Target
 
 CLOSE = 64
@@ -40,6 +39,13 @@ def raw_values(column: pa.ChunkedArray | pa.Array, width: int) -> np.ndarray:
 def values_of(column: pa.ChunkedArray | pa.Array, known: Feature | Target) -> np.ndarray:
     """Numbers of a piece as the model gets them, float32 (rows, columns), less the offsets of their input or target."""
     return shifted(raw_values(column, math.prod(known.shape)), known.offsets)
+
+
+def shifted(values: np.ndarray, offsets: Sequence[float]) -> np.ndarray:
+    """Numbers (rows, columns) as the model gets them, float32: less their offsets, which are subtracted in float64. An exported graph
+    does the same with what `encode_rows` gives it."""
+    with np.errstate(over="ignore"):
+        return (values - np.array(offsets) if offsets else values).astype(np.float32, copy=False)
 
 
 def widened(tables: Sequence[pa.Table]) -> list[pa.Table]:

@@ -8,12 +8,9 @@ from decimal import Decimal
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from dlopt.data.encode import parse_dates
+from dlopt.data.types.arrow import pa, pc
 from dlopt.data.types.canonical import as_number, as_text
-from dlopt.part import DloptError
 
 TOO_LARGE = 2.0**128 - 2.0**103
 """From here on float32 rounds to infinity."""
@@ -108,10 +105,16 @@ def texts(column: pa.ChunkedArray | pa.Array) -> pa.Array:
     if is_text(array.type):
         return array.cast(pa.string()).fill_null("")
     if pa.types.is_timestamp(array.type):
-        array = parse_dates(array, "")  # Python has no nanoseconds
+        array = in_micros(array)  # Python has no nanoseconds
     codes = array.dictionary_encode()  # so that each value is looked at once
     known = pa.array([*map(as_text, _shortest(codes.dictionary)), ""], pa.string())
     return known.take(codes.indices.fill_null(len(known) - 1))
+
+
+def in_micros(array: pa.Array) -> pa.Array:
+    """Dates or timestamps as timestamps of microseconds, in UTC if they have a zone."""
+    zoned = array.cast(pa.timestamp("us", "UTC"), safe=False) if getattr(array.type, "tz", None) else array
+    return zoned.cast(pa.timestamp("us"), safe=False)
 
 
 def _as_json(array: pa.Array) -> pa.Array:
@@ -124,28 +127,3 @@ def _shortest(array: pa.Array) -> list[Any]:
     if pa.types.is_float32(array.type) or pa.types.is_float16(array.type):
         return [float(str(value)) for value in array.to_numpy(zero_copy_only=False)]
     return array.to_pylist()
-
-
-def dates(column: pa.ChunkedArray | pa.Array, form: str) -> tuple[pa.Array, Reasons]:
-    """Values as timestamps of microseconds, null where missing, and the reason for each row that is no date.
-
-    form: how dates are written, as strptime has it; "" for ISO 8601.
-    """
-    array = without_empty(plain(column))
-    try:
-        return parse_dates(array, form), {}
-    except DloptError:
-        pass
-    codes = array.dictionary_encode()
-    found: list[object] = []
-    wrong: dict[int, str] = {}
-    for index in range(len(codes.dictionary)):
-        try:
-            found.append(parse_dates(codes.dictionary.slice(index, 1), form)[0].as_py())
-        except DloptError as error:
-            found.append(None)
-            wrong[index] = str(error)
-    parsed = pa.array([*found, None], pa.timestamp("us"))
-    indices = codes.indices.fill_null(len(found))
-    rows = indices.to_numpy()
-    return parsed.take(indices), {int(row): wrong[int(rows[row])] for row in np.flatnonzero(np.isin(rows, list(wrong)))}

@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Callable
 
-from dlopt.data.encode import FORMATS
+from dlopt.data.kinds.pixels import FORMATS
 from dlopt.part import Signature
 from dlopt.serve.exchange import Refusal, Request, inputs_of
 
@@ -27,15 +27,15 @@ def parser_of(content_type: str) -> Parser | None:
 def types_of(signature: Signature) -> tuple[str, ...]:
     """The types that a model takes."""
     columns = inputs_of(signature)
-    if len(columns) == 1 and columns[0].kind == "image":
+    if len(columns) == 1 and columns[0].is_image:
         return IMAGES
-    return ("text/csv", ARROW) if all(column.kind != "image" for column in columns) else (ARROW,)
+    return ("text/csv", ARROW) if not any(column.is_image for column in columns) else (ARROW,)
 
 
 def parse_image(body: bytes, signature: Signature) -> tuple[Request, None]:
     """An image file as one row. Raises Refusal."""
     columns = inputs_of(signature)
-    if len(columns) != 1 or columns[0].kind != "image":
+    if len(columns) != 1 or not columns[0].is_image:
         raise Refusal(415, "Content-Type: an image is no row of this model: send JSON")
     return Request({columns[0].name: [body]}, 1), None
 
@@ -43,7 +43,7 @@ def parse_image(body: bytes, signature: Signature) -> tuple[Request, None]:
 def parse_csv(body: bytes, signature: Signature) -> tuple[Request, None]:
     """Rows below a header line; an empty field is missing. Raises Refusal."""
     wanted = inputs_of(signature)
-    if any(column.kind == "image" for column in wanted):
+    if any(column.is_image for column in wanted):
         raise Refusal(415, "Content-Type: text/csv: images do not fit into CSV: send JSON")
     try:
         lines = csv.reader(io.StringIO(body.decode("utf-8-sig"), newline=""), strict=True)

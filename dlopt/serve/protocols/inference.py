@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic_core import from_json, to_json
 
-from dlopt.data.encode import Columns
+from dlopt.data.kinds import RawColumns
 from dlopt.part import Signature
 from dlopt.serve.exchange import Answer, Call, Column, Handler, Json, Refusal, Reply, Request, inputs_of, json_reply, product_version
 from dlopt.serve.model import Model
@@ -249,7 +249,7 @@ def _parsed(body: bytes, length: int, model: Model) -> tuple[Request, Wanted]:
     return Request(_checked(columns, signature, model.name), rows), _wanted(found, model)
 
 
-def _checked(columns: Columns, signature: Signature, model: str) -> Columns:
+def _checked(columns: RawColumns, signature: Signature, model: str) -> RawColumns:
     whole = {feature.name for feature in signature.inputs if feature.name in columns and feature.name not in feature.columns}
     for feature in signature.inputs:
         lost = [name for name in feature.columns if name not in columns]
@@ -300,7 +300,7 @@ def _values(given: Json, name: str, shape: Sequence[int], reader: Binary, column
     if not isinstance(kind, str) or (kind not in NUMPY and kind != "BYTES"):
         raise Refusal(400, f"input '{name}': datatype {str(kind)[:20]!r} is none of {', '.join([*NUMPY, 'BYTES'])}")
     size, count = parameters.get("binary_data_size"), math.prod(shape)
-    image = column is not None and column.kind == "image"
+    image = column is not None and column.is_image
     if size is not None:
         if "data" in given:
             raise Refusal(400, f"input '{name}': has data and binary_data_size: give one")

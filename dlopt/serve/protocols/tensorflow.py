@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic_core import from_json, to_json
 
-from dlopt.data.encode import columns_of
+from dlopt.data.kinds import columns_of
 from dlopt.part import Signature, Target
 from dlopt.serve.example import example_row
 from dlopt.serve.exchange import (
@@ -30,6 +30,7 @@ from dlopt.serve.exchange import (
     Refusal,
     Reply,
     Request,
+    form_of,
     inputs_of,
     json_reply,
     outputs_of,
@@ -95,6 +96,7 @@ async def _metadata(call: Call, model: Model) -> Reply:
             "model_spec": {"name": model.name, "signature_name": "", "version": model.version},
             "metadata": {"signature_def": {"signature_def": {SIGNATURE_NAME: signature_def}}},
             "signature": signature.model_dump(mode="json", exclude={"inputs": {"__all__": {"tokenizer"}}}),
+            "form": form_of(signature),
             "thresholds": thresholds_of(target),
             "digest": model.digest,
         }

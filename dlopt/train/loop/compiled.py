@@ -35,7 +35,7 @@ class Compiled:
         if rows < 2 or not self.network.training or not torch.is_grad_enabled() or self.plainly():  # of 0 or 1 row it would be another
             return self.plain(inputs)
         for feature in self.features:
-            torch._dynamo.maybe_mark_dynamic(inputs[feature.name], [0, 1] if feature.kind == "text" else [0])
+            torch._dynamo.maybe_mark_dynamic(inputs[feature.name], [0, 1] if feature.holds == "tokens" else [0])
         if noise.now.rows is not None:
             torch._dynamo.maybe_mark_dynamic(noise.now.rows, 0)
         return self.fast(inputs)

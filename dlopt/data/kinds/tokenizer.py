@@ -11,15 +11,16 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, lru_cache
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import Field, model_validator
 
-from dlopt.part import DloptError, Feature, Part
+from dlopt.part import DloptError, Feature
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+    from dlopt.data.kinds.text import TextInput
 
 PADDING, UNKNOWN = 0, 1
 """The ids of what fills a row up, and of a word that the tokenizer does not know."""
@@ -33,58 +34,6 @@ MOST_REPEATED = 1000
 """How often a word is written at a time, where the library counts for itself."""
 BATCH = 4096
 """Texts that are tokenized at a time: what the library keeps of each is many times its ids."""
-
-
-class TextInput(Part):
-    """Columns of text as one row of token ids, by a tokenizer that is trained on the training split."""
-
-    kind: Literal["text"] = "text"
-    columns: tuple[str, ...] = ()
-    """The columns; several, as title and description, are put together in this order. `column: NAME` is short for one of them."""
-    column: str | None = None
-    """The column, where there is one."""
-    name: str = "text"
-    """The name of the model's input."""
-    lowercase: bool = True
-    """Whether `Free` and `free` are the same."""
-    unicode: Literal["nfkc", "none"] = "nfkc"
-    """Whether different spellings of a character are the same (Unicode's NFKC: wide letters, ligatures, composed accents)."""
-    strip_accents: bool = False
-    """Whether `é` becomes `e`."""
-    digits: Literal["keep", "zero"] = "keep"
-    """zero: every digit becomes 0, so that all numbers of a length are one word."""
-    tokenizer: Literal["word", "bpe", "char"] = "word"
-    """word: words, and runs of punctuation. bpe: frequent pieces of words by byte-pair encoding (Sennrich et al. 2016) of bytes,
-    to which no word is unknown. char: characters."""
-    vocab_size: int = Field(20_000, ge=3)
-    """The most ids that the tokenizer has, padding and the unknown one included; the most frequent stay."""
-    min_frequency: int = Field(2, ge=1)
-    """A word, or a pair of pieces, that is rarer in the training split gets no id of its own."""
-    max_length: int = Field(128, ge=1)
-    """The most tokens of a text."""
-    truncation: Literal["right", "left"] = "right"
-    """Which end of a longer text is cut off: right keeps its beginning."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def one_column_is_short_for_a_list(cls, given: Any) -> Any:
-        if isinstance(given, dict) and isinstance(given.get("column"), str) and not given.get("columns"):
-            return {name: value for name, value in given.items() if name != "column"} | {"columns": [given["column"]]}
-        return given
-
-    @model_validator(mode="after")
-    def columns_are_named_once(self) -> Self:
-        if self.column is not None or not self.columns:
-            raise ValueError("name either one `column` or several `columns`")
-        if twice := [name for name in self.columns if self.columns.count(name) > 1]:
-            raise ValueError(f"column {twice[0]!r} is named twice")
-        return self
-
-    @model_validator(mode="after")
-    def pieces_have_room_for_every_byte(self) -> Self:
-        if self.tokenizer == "bpe" and self.vocab_size < BYTES + len(SPECIAL):
-            raise ValueError(f"vocab_size {self.vocab_size} is too small for bpe, which has an id for every byte: at least 258")
-        return self
 
 
 def join_texts(columns: Sequence[Sequence[str | None]]) -> list[str]:
