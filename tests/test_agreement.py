@@ -6,17 +6,20 @@ import itertools
 import json
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from dlopt.models.norms import BatchNorm
 from dlopt.train.checkpoint.state import Record
 from dlopt.train.loop.objectives import Losses
-from dlopt.train.parallel.agreement import Agreed, Agreement
+from dlopt.train.parallel.agreement import Agreed, Agreement, patiently
 from dlopt.train.watch import metrics_log
 from dlopt.train.watch.metrics_log import SPEED
 from dlopt.train.watch.speed import Pace, Slowest, SpeedLog
@@ -51,6 +54,25 @@ def test_all_workers_hear_the_same_at_the_same_steps(tmp_path: Path) -> None:
     (asked,) = [step for step, agreed in zip(steps, said, strict=True) if agreed.checkpoint]
     assert asked >= 20
     assert all(agreed.busy == [0.0, 1.0, 2.0] for agreed in said)
+
+
+def _patiently(rank: int, world: int, folder: Path) -> None:
+    """Worker 0 takes longer than an exchange among workers may, which here is a second and a half."""
+    with mock.patch.object(dist, "all_reduce", partial(_in_time, dist.all_reduce)):
+        began = time.monotonic()
+        found = patiently(lambda: time.sleep(3 * (rank == 0)) or rank, world, CPU)  # type: ignore[func-returns-value]
+    assert found == rank and time.monotonic() - began >= 2.9
+
+
+def _in_time(exchange: Any, *given: Any) -> None:
+    began = time.monotonic()
+    exchange(*given)
+    assert time.monotonic() - began < 1.5
+
+
+@pytest.mark.slow
+def test_what_takes_long_on_one_worker_makes_no_exchange_wait(tmp_path: Path) -> None:
+    together(2, _patiently, tmp_path)
 
 
 def test_the_stronger_reason_wins_and_one_worker_asks_itself() -> None:
