@@ -261,7 +261,7 @@ def test_of_more_rows_than_can_be_kept_areas_are_counted_in_bins_and_hardly_diff
     found, whole = near.metrics(ROWS), exact.metrics(ROWS)
     for name, value in whole.items():
         area = name.endswith(("roc_auc", "average_precision"))
-        assert found[name] == (pytest.approx(value, abs=5e-3) if area else value), name
+        assert found[name] == (pytest.approx(value, abs=2e-2 if scale < 1 else 5e-3) if area else value), name
     assert near.curves()[0] is not None
 
 
