@@ -203,6 +203,16 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
+def is_locked(lock: Path) -> bool:
+    """Whether another process holds the name that a lock file is for."""
+    with open(lock) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def _sealed(manifest: Manifest) -> str:
     """The manifest's JSON with a digest of itself, so that a flipped bit is seen here as in any other file."""
     value = json.loads(manifest.model_dump_json())

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from dlopt.mistakes import lines_of
 
 PROBABILITIES, VALUES = "probabilities", "values"
 """The names of a model's output, in the graph of every format and so in the server: of classes or labels, and of numbers."""
@@ -22,6 +25,20 @@ class Part(BaseModel):
     """Anything that can be written in a job file: frozen, and strict about unknown keys and numbers that are none."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=())
+
+    def __init__(self, **values: Any) -> None:
+        """From a program: raises DloptError, with a line for each mistake, where pydantic would raise its own."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise DloptError("\n".join(f"{type(self).__name__}: {line}" for line in lines_of(error, type(self)))) from None
+
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # so that pydantic does not come by here with each inner part
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """With other values, which are validated like all others. Raises DloptError."""
+        copied = super().model_copy(deep=deep)
+        return copied if update is None else type(self)(**{name: getattr(copied, name) for name in copied.model_fields_set} | dict(update))
 
     @model_validator(mode="before")
     @classmethod

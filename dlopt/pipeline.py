@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +21,20 @@ from dlopt.artifact import Artifact, Stage, digest_of, discard, is_sealed, once,
 from dlopt.data.table.split import Fold
 from dlopt.part import DloptError
 from dlopt.progress import WARNING, Progress, silent
-from dlopt.runs import JOB, REPORT, RUN, Run
+from dlopt.runs import JOB, REPORT, RUN, Outcome
 from dlopt.session import address_of, connected
 from dlopt.spec import Job
+
+RESULTS = (
+    "weights.safetensors",
+    "signature.json",
+    "metrics.jsonl",
+    "health.jsonl",
+    "predictions.parquet",
+    "profile.json",
+    "statistics.json",
+)
+"""Files of the data and of the model that a run's folder shows; of exports it shows all."""
 
 
 def check(job: Job) -> None:
@@ -48,7 +60,7 @@ def prepared(job: Job, home: Path) -> Artifact | None:
     return Artifact.open(path) if is_sealed(path) else None
 
 
-def run(job: Job, home: Path, address: str | None = None, progress: Progress = silent, fresh: bool = False) -> Run:
+def run(job: Job, home: Path, address: str | None = None, progress: Progress = silent, fresh: bool = False) -> Outcome:
     """Make what the job asks for and is not there yet. Ray is started only if a stage needs it. Raises DloptError.
 
     fresh: train from the start, whatever there is of a model or of checkpoints; prepared data stay.
@@ -62,11 +74,11 @@ def run(job: Job, home: Path, address: str | None = None, progress: Progress = s
     exports = {part.kind: steps.local(_exporter(part), part, model, data) for part in job.export}
     made = steps.made
     folder = home / f"{job.name}-{digest_of([job.name, data.path.name, model.path.name, [fold.path.name for fold in folds]])[:8]}"
-    if made or not is_run(folder) or (folder / JOB).read_text() != _as_yaml(job):
+    if made or not is_run(folder) or (folder / JOB).read_text() != as_yaml(job):
         progress("report", None, "drawing")
         named = {"data": data, "model": model} | {f"export.{kind}": found for kind, found in exports.items()}
         _write_run(folder, job, named, folds, made)
-    return Run(folder, job.name, model.info["metrics"], round(time.monotonic() - began, 3), tuple(made), spread(folds))
+    return Outcome(folder, job.name, model.info["metrics"], spread(folds), round(time.monotonic() - began, 3), tuple(made))
 
 
 def spread(folds: Sequence[Artifact]) -> dict[str, dict[str, dict[str, float]]]:
@@ -177,17 +189,19 @@ def is_run(folder: Path) -> bool:
     return all((folder / name).is_file() for name in (RUN, JOB, REPORT))
 
 
-def _as_yaml(job: Job) -> str:
+def as_yaml(job: Job) -> str:
+    """A job with all its defaults."""
     return yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def _write_run(folder: Path, job: Job, artifacts: dict[str, Artifact], folds: list[Artifact], made: dict[str, float]) -> None:
     """job.yaml, report.html and run.json, which makes it a run, last."""
     from dlopt.report import page
+    from dlopt.report.importance import importance
     from dlopt.report.samples import samples
 
     folder.mkdir(parents=True, exist_ok=True)
-    text = _as_yaml(job)
+    text = as_yaml(job)
     write_atomically(folder / JOB, text)
     page.write(
         folder / REPORT,
@@ -197,6 +211,7 @@ def _write_run(folder: Path, job: Job, artifacts: dict[str, Artifact], folds: li
         model=artifacts["model"],
         exports={name.removeprefix("export."): found for name, found in artifacts.items() if name.startswith("export.")},
         samples=samples(artifacts["data"], job.fit),
+        importance=importance(artifacts["model"], artifacts["data"]),
         folds=[fold.info["metrics"]["validation"] for fold in folds],
     )
     record = {
@@ -208,7 +223,22 @@ def _write_run(folder: Path, job: Job, artifacts: dict[str, Artifact], folds: li
         "spread": spread(folds),
         "seconds": made,
     }
+    _link_results(folder, artifacts)
     write_atomically(folder / RUN, json.dumps(record, indent=1))
+
+
+def _link_results(folder: Path, artifacts: dict[str, Artifact]) -> None:
+    """The results under plain names: links to the artifacts' files, or copies on a disk that knows no links."""
+    for name, found in artifacts.items():
+        for file in found.manifest.files:
+            if "/" in file or (name != "model" and file == "signature.json") or (file not in RESULTS and not name.startswith("export.")):
+                continue
+            link = folder / file
+            link.unlink(missing_ok=True)
+            try:
+                link.symlink_to(os.path.relpath(found.path / file, folder.resolve()))
+            except OSError:
+                shutil.copyfile(found.path / file, link)
 
 
 def _refuse_unwritable(home: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,21 @@ RUN, JOB, REPORT = "run.json", "job.yaml", "report.html"
 
 
 @dataclass(frozen=True)
-class Run:
-    """What `dlopt run` left or found."""
+class Outcome:
+    """What a run left, or what was there already."""
 
     folder: Path
+    """With report.html, job.yaml, run.json, model.onnx and the other results under plain names."""
     name: str
+    """The job's name."""
     metrics: dict[str, dict[str, float | None]]
-    seconds: float
-    made: tuple[str, ...]
-    """The stages that had anything to do."""
-    spread: dict[str, dict[str, dict[str, float]]]
+    """Of each split: metric to value."""
+    spread: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     """Of a cross-validation: split to metric to {mean, std} over the folds; empty without one."""
+    seconds: float = 0.0
+    """That this call took."""
+    made: tuple[str, ...] = ()
+    """The stages that had anything to do in it."""
 
 
 def listing(home: Path) -> list[dict[str, Any]]:

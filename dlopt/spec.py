@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
-import json
-import re
-from collections.abc import Sequence
+import glob
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
 
 from dlopt.data.augment import Augmentation, fill_of
 from dlopt.data.kinds import kinds
 from dlopt.data.section import Data
 from dlopt.data.table.split import GivenSplit, TimeSplit
 from dlopt.export import Format, Onnx
+from dlopt.mistakes import is_part, kinds_in, lines_of, tag_of
 from dlopt.models import Model
 from dlopt.part import PROBABILITIES, VALUES, DloptError, Part
 from dlopt.serve import Serve
@@ -147,16 +145,38 @@ class Job(Part):
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Job:
-    """Read a job file and apply overrides such as `train.optimizer.lr=3e-4`. Raises DloptError."""
-    found = _read(path)
-    if not isinstance(found, dict):
-        raise DloptError(f"{path}: is not a job: it must be a mapping with name, data and model")
+    """Read a job file and apply overrides such as `train.optimizer.lr=3e-4`. Raises DloptError, with a line for each mistake."""
+    found = read(path)
     for override in overrides:
-        _override(found, override)
+        name, value = _parsed(override)
+        put(found, name, value, override)
+    job = validated(found, f"{path}: ")
+    refuse_beside(job, path)
+    return job
+
+
+def validated(given: Mapping[str, Any], where: str = "") -> Job:
+    """A job from nested mappings and lists, as YAML gives them; `where` stands before each mistake. Raises DloptError."""
     try:
-        return Job.model_validate(found)
+        return Job.model_validate(given)
     except ValidationError as error:
-        raise DloptError(f"{path}: {explain(error, Job)}") from None
+        raise DloptError("\n".join(f"{where}{line}" for line in lines_of(error, Job))) from None
+    except RecursionError:
+        raise DloptError(f"{where}is nested too deep to be a job") from None
+
+
+def refuse_beside(job: Job, path: Path) -> None:
+    """Relative paths are looked up from the working folder; who means the job's is told so."""
+    for name in ("source", "validation", "test"):
+        given = getattr(getattr(job.data, name), "path", None) or ()
+        for file in (given,) if isinstance(given, str) else given:
+            beside = path.parent / file
+            if "://" in file or Path(file).is_absolute() or glob.glob(file) or not glob.glob(str(beside)):
+                continue
+            raise DloptError(
+                f"{path}: data.{name}.path: there is no {file} in {Path.cwd()}, from where relative paths go, but there is one beside the "
+                f"job: write {beside}, or cd {path.parent} first"
+            )
 
 
 class _Loader(yaml.SafeLoader):
@@ -171,8 +191,15 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read(path: Path) -> Any:
-    """What a YAML file says. Raises DloptError with the line of a mistake."""
+def read(path: Path) -> dict[str, Any]:
+    """What a job file says, not validated. Raises DloptError with the line of a mistake."""
+    found = _yaml(path)
+    if not isinstance(found, dict):
+        raise DloptError(f"{path}: is not a job: it must be a mapping with name, data and model")
+    return found
+
+
+def _yaml(path: Path) -> Any:
     try:
         return yaml.load(path.read_bytes(), _Loader)
     except FileNotFoundError:
@@ -187,16 +214,23 @@ def _read(path: Path) -> Any:
         raise DloptError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
 
 
-def _override(job: dict[str, Any], override: str) -> None:
-    """Set one value at a dotted path; numbers step into lists."""
+def _parsed(override: str) -> tuple[str, Any]:
+    """The dotted path and the value of `a.b=value`. Raises DloptError."""
     path, equals, text = override.partition("=")
-    *parents, last = names = path.split(".")
-    if not equals or not all(names):
+    if not equals:
         raise DloptError(f"{override!r}: an override is written a.b=value")
     try:
-        value = yaml.load(text, _Loader)
+        return path, yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError):
         raise DloptError(f"{override!r}: {text!r} is not a YAML value") from None
+
+
+def put(job: dict[str, Any], path: str, value: Any, override: str = "") -> None:
+    """Set one value at a dotted path; numbers step into lists. Raises DloptError, which names the override as it was written."""
+    override = override or f"{path}={value!r:.40}"
+    *parents, last = names = path.split(".")
+    if not all(names):
+        raise DloptError(f"{override!r}: an override is written a.b=value")
     place: Any = job
     for depth, name in enumerate(parents):
         place = _step(place, name, override, _default_at(job, names[: depth + 1]))
@@ -219,11 +253,11 @@ def _default_at(job: dict[str, Any], names: Sequence[str]) -> Any:
     default: Any = None
     given: Any = job
     for name in names:
-        fields = [kind.model_fields[name] for kind in kinds if _is_part(kind) and name in kind.model_fields]
+        fields = [kind.model_fields[name] for kind in kinds if is_part(kind) and name in kind.model_fields]
         default = next((field.default for field in fields if isinstance(field.default, BaseModel)), None)
         given = given.get(name) if isinstance(given, dict) else None
         tag = given.get("kind") if isinstance(given, dict) else getattr(default, "kind", None)
-        kinds = [kind for field in fields for kind in _kinds(field.annotation) if not _is_part(kind) or _tag(kind) in (None, tag)]
+        kinds = [kind for field in fields for kind in kinds_in(field.annotation) if not is_part(kind) or tag_of(kind) in (None, tag)]
     return getattr(default, "kind", None)
 
 
@@ -231,120 +265,3 @@ def _index(place: list[Any], name: str, override: str) -> int:
     if not name.isdecimal() or int(name) >= len(place):
         raise DloptError(f"{override!r}: {name} is not a place in a list of {len(place)}")
     return int(name)
-
-
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """One line for a validation error: the field as it stands in the file, what is wrong, and the nearest known name."""
-    found: dict[str, list[ErrorDetails]] = {}
-    for one in error.errors():
-        found.setdefault(".".join(str(step) for step in _walk(model, one["loc"])[0]), []).append(one)
-    mistakes = {where: errors for where, errors in found.items() if not any(other.startswith(f"{where}.") for other in found if where)}
-    where = min(mistakes, key=lambda where: mistakes[where][0]["type"] != "extra_forbidden")  # a misspelt key is missing, too
-    more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
-    return f"{where}: {_say(mistakes[where], model)}{more}".removeprefix(": ")
-
-
-WANTED = {
-    "bool": "true or false",
-    "float": "a number",
-    "int": "a whole number",
-    "model": "a mapping",
-    "string": "a text",
-    "tuple": "a list",
-}
-"""What the first word of the name of a pydantic error about a type asks for."""
-MOST_NAMED = 12
-"""Choices that are all named even if one of them is nearly what was given."""
-
-
-def _say(errors: Sequence[ErrorDetails], model: type[BaseModel]) -> str:
-    """What is wrong with one field, which has an error for each type that was tried."""
-    wanted = [_wanted(error, model) for error in errors]
-    if all(wanted):
-        choices = list(dict.fromkeys(choice for some in wanted for choice in some))
-        close = _close(str(errors[0]["input"]), choices)
-        there = f"one of {len(choices)} names" if close and len(choices) > MOST_NAMED else _either(choices)
-        return f"must be {there}{_given(errors[0])}{close}"
-    error = errors[wanted.index([])]
-    context = error.get("ctx", {})
-    match error["type"]:
-        case "extra_forbidden":
-            known = sorted({name for part in _walk(model, error["loc"][:-1])[1] for name in part.model_fields})
-            return f"unknown key{_nearest(str(error['loc'][-1]), known)}"
-        case "missing":
-            return "is missing"
-        case "union_tag_invalid":
-            return f"no kind {context['tag']!r}{_nearest(context['tag'], _tags_at(model, error['loc']))}"
-        case "union_tag_not_found":
-            return f"needs a kind: {_either(_tags_at(model, error['loc']))}"
-        case "value_error":
-            return str(context["error"])
-    given = "" if isinstance(error["input"], (dict, list)) else _given(error)  # of a list, the message has what matters
-    return f"must {error['msg'].partition(' should ')[2] or error['msg']}{given}".replace(" after validation", "")
-
-
-def _wanted(error: ErrorDetails, model: type[BaseModel]) -> list[str]:
-    """What should stand there, if the error is that something else does."""
-    if error["type"] == "literal_error":
-        return re.findall(r"'([^']*)'", error["ctx"]["expected"])
-    word, _, rest = error["type"].partition("_")
-    if word not in WANTED or rest not in ("type", "parsing", "from_float", "attributes_type"):
-        return []
-    tags = _tags_at(model, error["loc"])
-    return [f"a mapping such as {{kind: {tags[0]}}}" if word == "model" and tags else WANTED[word]]
-
-
-def _given(error: ErrorDetails) -> str:
-    """What stands there, as YAML has it."""
-    value = error["input"]
-    if isinstance(value, (dict, list)):
-        return f", not a {'mapping' if isinstance(value, dict) else 'list'}"
-    return f", not {json.dumps(value, default=str, ensure_ascii=False)[:60]}"
-
-
-def _either(choices: Sequence[str]) -> str:
-    return " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]]))
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    return _close(name, known) or f"; there are {', '.join(known)}"
-
-
-def _close(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _walk(model: type[BaseModel], location: Sequence[int | str]) -> tuple[list[int | str], list[type[BaseModel]]]:
-    """A location of pydantic's as it stands in the file, and the parts that can stand there: pydantic puts the kind of a part,
-    and the type that was tried, among the keys."""
-    kept: list[int | str] = []
-    kinds: list[Any] = [model]
-    for step in location:
-        fields = [kind.model_fields[str(step)].annotation for kind in kinds if _is_part(kind) and step in kind.model_fields]
-        tried = [kind for kind in kinds if _is_part(kind) and (step == _tag(kind) or re.search(rf"\b{kind.__name__}\]*$", str(step)))]
-        if not tried and (fields or isinstance(step, int) or all(_is_part(kind) for kind in kinds)):
-            kept.append(step)
-        kinds = [kind for field in fields for kind in _kinds(field)] or tried or kinds
-    return kept, [kind for kind in kinds if _is_part(kind)]
-
-
-def _tags_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
-    """The kinds of part that can stand at a location of pydantic's."""
-    return [str(tag) for kind in _walk(model, location)[1] if (tag := _tag(kind))]
-
-
-def _kinds(annotation: Any) -> list[Any]:
-    """The types that an annotation is made of: members of unions, items of tuples."""
-    if _is_part(annotation):
-        return [annotation]
-    inner = [kind for argument in get_args(annotation) if argument is not type(None) for kind in _kinds(argument)]
-    return inner or [annotation]
-
-
-def _is_part(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
-
-
-def _tag(kind: type[BaseModel]) -> Any:
-    return kind.model_fields["kind"].default if "kind" in kind.model_fields else None

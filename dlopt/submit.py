@@ -15,7 +15,7 @@ from dlopt.session import set_environment
 def submit(job: Path, overrides: Sequence[str], address: str, working_dir: Path, home: str | None) -> int:
     """Send the folder and the command to the cluster's head, print its log, and return 0 when the job ends SUCCEEDED.
 
-    job: a file below working_dir. Raises DloptError.
+    Ctrl-C ends the following, not the job: 130. job: a file below working_dir. Raises DloptError.
     """
     if not job.resolve().is_relative_to(working_dir.resolve()):
         raise DloptError(f"{job}: not below the working folder {working_dir}, so the cluster would not get it: give --working-dir")
@@ -39,7 +39,12 @@ def submit(job: Path, overrides: Sequence[str], address: str, working_dir: Path,
         async for lines in client.tail_job_logs(submission):
             print(lines, end="", flush=True)
 
-    asyncio.run(follow())
+    try:
+        asyncio.run(follow())
+    except KeyboardInterrupt:
+        said = f"no longer followed, and the job goes on: `ray job stop {submission} --address {address}` stops it"
+        print(f"\n{submission}: {said}, `ray job logs --follow {submission} --address {address}` follows it again", file=sys.stderr)
+        return 130
     status = client.get_job_status(submission)
     message = client.get_job_info(submission).message or ""
     print(f"{submission}: {status}  {message}", file=sys.stderr)

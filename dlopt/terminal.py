@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Self
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -15,7 +16,7 @@ from rich.text import Text
 
 from dlopt.artifact import Artifact
 from dlopt.progress import BLOCK, WARNING
-from dlopt.runs import REPORT, Run
+from dlopt.runs import REPORT, Outcome
 
 UNFOLDED = 10_000
 """Columns of an output that is not a terminal: a path stays in one piece for whoever reads it."""
@@ -79,24 +80,35 @@ class Terminal:
         percent = "" if share is None else f" {min(share, 1):4.0%}"
         print(f"{self.name}: {stage}{percent}  {text}", file=sys.stderr, flush=True)
 
-    def summary(self, run: Run) -> None:
+    def summary(self, run: Outcome) -> None:
         """What came out, in two lines."""
         self._finish()
         self.bars.stop()
         done = f"done in {run.seconds:.1f} s" if run.made else "all is done already"
-        figures = "   ".join(f"{split} {_headline(found)}" for split, found in run.metrics.items())
-        self.console.print(f"{run.name}: {done}   {figures}", highlight=False, soft_wrap=True)
+        self._print(f"{run.name}: {done}", *(f"{split} {_headline(found)}" for split, found in run.metrics.items()))
         for split, found in run.spread.items():
-            said = "   ".join(f"{name} {figure['mean']:.4f} ± {figure['std']:.4f}" for name, figure in found.items())
-            self.console.print(f"over the folds, {split}: {said}", highlight=False, soft_wrap=True)
-        self.console.print(f"report: {run.folder / REPORT}   try it: dlopt serve {run.folder}", highlight=False, soft_wrap=True)
+            figures = [f"{name} {figure['mean']:.4f} ± {figure['std']:.4f}" for name, figure in found.items()]
+            self._print(f"over the folds, {split}: {figures[0]}", *figures[1:])
+        self._print(f"report: {run.folder / REPORT}", f"try it: dlopt serve {run.folder}")
+
+    def _print(self, *pieces: str) -> None:
+        """Pieces side by side as far as the window is wide; none is cut, and what follows in another line stands in a little."""
+        width = self.console.width if self.console.is_terminal else UNFOLDED
+        line = ""
+        for piece in pieces:
+            if line and cell_len(line) + 3 + cell_len(piece) > width:
+                self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+                line = f"  {piece}"
+            else:
+                line = f"{line}   {piece}" if line else piece
+        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def prepared(self, name: str, data: Artifact) -> None:
         """What the first stage found, in a few lines."""
         self._finish()
         self.bars.stop()
-        counts = "   ".join(f"{split} {rows:,}" for split, rows in data.info["counts"].items())
-        self.console.print(f"{name}: {counts}", highlight=False, soft_wrap=True)
+        (first, rows), *others = data.info["counts"].items()
+        self._print(f"{name}: {first} {rows:,}", *(f"{split} {rows:,}" for split, rows in others))
         for found in data.info["cleaning"]:
             self.console.print(f"  {found['title']}: {found['dropped']:,} rows", highlight=False, soft_wrap=True, markup=False)
         for line in data.info["warnings"]:

@@ -37,7 +37,7 @@ Tables = pa.Table | Sequence[pa.Table]
 
 def section_of(*inputs: Part, target: AnyTarget = CategoryTarget(), **more: Any) -> Data:  # noqa: B008 (frozen)
     """A section of a job, checked as one from a file is."""
-    return Data.model_validate({"source": SOMEWHERE, "inputs": inputs, "target": target} | more)
+    return Data(**{"source": SOMEWHERE, "inputs": inputs, "target": target} | more)
 
 
 def arranged(

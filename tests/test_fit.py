@@ -15,9 +15,9 @@ import pytest
 from pydantic import ValidationError
 
 from dlopt.artifact import Artifact, once, place
+from dlopt.mistakes import lines_of
 from dlopt.part import DloptError, Target
 from dlopt.progress import WARNING
-from dlopt.spec import explain
 from dlopt.train import training, worker
 from dlopt.train.cluster import room
 from dlopt.train.cluster.room import Need, refuse_never
@@ -181,7 +181,7 @@ def test_what_the_target_has_is_let_through() -> None:
 
 
 def test_classes_are_not_balanced_twice() -> None:
-    with pytest.raises(ValidationError, match="class_weights and sampling are both balanced"):
+    with pytest.raises(DloptError, match="class_weights and sampling are both balanced"):
         Train(class_weights="balanced", sampling="balanced")
 
 
@@ -195,7 +195,7 @@ def test_weights_of_classes_that_are_numbers_survive_json() -> None:
 def test_weights_of_classes_that_make_no_sense_are_one_line(given: object) -> None:
     with pytest.raises(ValidationError) as caught:
         Train.model_validate({"class_weights": given})
-    assert explain(caught.value, Train) == f"class_weights: must be balanced, or a number greater than 0 for each label, not {given!r}"
+    assert lines_of(caught.value, Train)[0] == f"class_weights: must be balanced, or a number greater than 0 for each label, not {given!r}"
 
 
 # On Ray

@@ -174,7 +174,7 @@ def test_a_weight_decay_for_an_optimizer_without_one_is_a_mistake() -> None:
 def test_settings_out_of_range_are_refused(given: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Group.model_validate(given)
-    with pytest.raises(ValidationError):
+    with pytest.raises(DloptError):
         Parameters(layer_decay=1.1)
 
 

@@ -180,7 +180,7 @@ def test_a_resnet_of_nonsense_is_refused(given: dict[str, object]) -> None:
 
 
 def test_a_vit_whose_heads_cannot_share_out_its_width_is_refused() -> None:
-    with pytest.raises(ValidationError, match="3 heads cannot share out a width of 64"):
+    with pytest.raises(DloptError, match="3 heads cannot share out a width of 64"):
         Vit(heads=3)
 
 

@@ -30,10 +30,11 @@ from dlopt.data.prepare import SPILL, arrange
 from dlopt.data.prepared import Split
 from dlopt.data.section import Data
 from dlopt.data.sources import Csv, ImageTable, JsonLines, Parquet, Source, infer_kind
-from dlopt.data.stats.guess import job_of
+from dlopt.data.stats.begin import job_of
 from dlopt.data.stats.summary import merge, summarise
 from dlopt.data.table.spill import Spill, from_json
 from dlopt.data.table.split import RandomSplit
+from dlopt.docs import PAGES
 from dlopt.export.onnx import _graph, compare, fed
 from dlopt.models import build_network
 from dlopt.models.mlp import Mlp
@@ -155,7 +156,7 @@ def test_a_profile_and_a_page_know_vectors(tmp_path: Path) -> None:
         assert (column.rows, column.missing, column.unreadable, column.counts) == (300, 1, 0, {"3 numbers": 299})
         assert (column.low, column.high, column.mean) == pytest.approx((lengths.min(), lengths.max(), lengths.mean()))
     pq.write_table(table, tmp_path / "t.parquet")
-    begun = job_of(Parquet(path=str(tmp_path / "t.parquet")), whole, ["label"], [])
+    begun = job_of(Parquet(path=str(tmp_path / "t.parquet")), whole, ["label"], []).text
     assert "- {kind: vector, column: v}" in begun
     data = arranged(section_of(VectorInput(column="v")), table, tmp_path / "home")
     signature = signature_of(data)
@@ -319,9 +320,9 @@ def test_rows_are_served_as_they_were_trained_on_whatever_way_they_came(tmp_path
 
 
 def test_a_kind_of_input_is_one_file_and_one_name(tmp_path: Path) -> None:
-    """The README's: beside its file only the union changes, and it is prepared, trained on, exported, profiled and served."""
+    """That of the documentation: beside its file only the union changes, and it is prepared, trained on, exported, profiled and served."""
     (example,) = [
-        text for text in re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S) if "AngleInput(" in text
+        text for text in re.findall(r"^```python sketch\n(.*?)^```", (PAGES / "how.md").read_text(), re.M | re.S) if "AngleInput(" in text
     ]
     code, _, union = example.partition("\nInput = ")
     shutil.copytree(ROOT / "dlopt", tmp_path / "dlopt", ignore=shutil.ignore_patterns("__pycache__"))

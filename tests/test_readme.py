@@ -1,4 +1,4 @@
-"""What the README says is so: its job, its tree, its example of a new part, and the commands that CI runs."""
+"""What the README and the documentation say is so: the job, the tree, the example of a new part, and the commands that CI runs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 import yaml
 from pydantic import TypeAdapter
 
+from dlopt import docs
 from dlopt.models import Model
 from dlopt.models.layers import ACTIVATIONS, DROPOUTS, INITS
 from dlopt.models.norms import NORMS
@@ -24,11 +25,18 @@ from dlopt.train.loop.losses import LossPart
 from tests.commands import ROOT
 
 README = (ROOT / "README.md").read_text()
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PAGES = "\n".join(path.read_text() for path in sorted(docs.PAGES.glob("*.md")))
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
-def blocks(language: str) -> list[str]:
-    return [text for kind, text in FENCE.findall(README) if kind == language]
+def blocks(language: str, text: str = README) -> list[str]:
+    return [text for kind, text in FENCE.findall(text) if kind == language]
+
+
+def test_the_readme_is_short_and_points_at_what_is_there() -> None:
+    assert len(README.encode()) <= 8000
+    links = re.findall(r"\]\(([^)]+)\)", README)
+    assert len(links) > 15 and [link for link in links if not (ROOT / link).is_file()] == []
 
 
 def test_the_job_in_the_readme_is_the_main_job() -> None:
@@ -46,10 +54,13 @@ def test_the_two_commands_install_and_run_and_ci_runs_the_second() -> None:
 
 
 def test_the_tree_names_every_file_and_no_other() -> None:
-    (tree,) = [text for text in blocks("") if text.startswith("dlopt/\n")]
+    (tree,) = [text for text in blocks("text", PAGES) if text.startswith("dlopt/\n")]
     named = set(re.findall(r"[\w/]+\.(?:py|html)", tree))
     files = {path for kind in ("py", "html") for path in (ROOT / "dlopt").rglob(f"*.{kind}") if not path.name.startswith("__")}
     folded = (
+        "api",
+        "cli",
+        "docs",
         "models",
         "optim",
         "report",
@@ -76,8 +87,8 @@ def test_the_tree_names_every_file_and_no_other() -> None:
     assert {Path(name).name for name in named} == there
 
 
-def test_the_optimizer_of_the_readme_is_a_class_and_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (example,) = [text for text in blocks("python") if "class Adan" in text]
+def test_the_optimizer_of_the_pages_is_a_class_and_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (example,) = [text for text in blocks("python", PAGES) if "class Adan" in text]
     source = Path(optimizers_library.__file__).read_text()
     last = next(line for line in source.splitlines() if line.startswith("Library = "))
     assert last.removeprefix("Library = ") in example
@@ -107,12 +118,12 @@ def kinds(union: Any) -> list[str]:
 def test_every_kind_of_part_is_named(union: Any) -> None:
     found = kinds(union)
     assert len(found) == len(set(found)) > 1
-    assert [kind for kind in found if f"`{kind}`" not in README and f"{{kind: {kind}}}" not in README] == []
+    assert [kind for kind in found if f"`{kind}`" not in PAGES and f"{{kind: {kind}}}" not in PAGES] == []
 
 
 @pytest.mark.parametrize("table", [ACTIVATIONS, INITS, DROPOUTS, NORMS], ids=["activation", "init", "dropout", "norm"])
 def test_every_line_of_a_table_is_named(table: dict[str, Any]) -> None:
-    assert [name for name in table if f"`{name}`" not in README] == []
+    assert [name for name in table if f"`{name}`" not in PAGES] == []
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.yaml")), ids=lambda path: path.name)

@@ -492,7 +492,7 @@ def test_the_page_of_real_digits_is_small(mnist: None, tmp_path: Path) -> None:
 
 GREEN = (0, 200, 83)
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
-FLAGS += " --disable-sync --hide-scrollbars --force-device-scale-factor=1 --enable-logging=stderr --window-size=1200,3200"
+FLAGS += " --disable-sync --hide-scrollbars --force-device-scale-factor=1 --enable-logging=stderr --window-size=1200,4400"
 
 
 @pytest.mark.parametrize(("dark", "colours"), [(False, ["f6f7f9", "2457d6", "b4530a"]), (True, ["14171c", "7da2ff", "ffb26b"])])

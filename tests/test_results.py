@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from dlopt.export.onnx import trained_network
 from dlopt.models import Mlp
 from dlopt.part import Feature, Signature, Target
 from dlopt.report import plots, rows
+from dlopt.report.importance import importance
 from dlopt.report.results import KINDS, THRESHOLDS, Categories, Labels, Numbers, Results, precision_recall, roc
+from dlopt.report.rows import cells
 from dlopt.train.measure.evaluate import write_predictions
 from tests import sets
 from tests.served import FLIGHTS, SAID
@@ -225,8 +228,9 @@ def test_labels_are_headed_by_micro_f1(three_labels: tuple[Read, Run, np.ndarray
     assert "test macro F1 0.7" in found.text
     assert "predicts tags , any of 3 labels, from numbers (2 numbers)" in found.text
     assert found.tables["classes"][1] == ["art", *[str(truth[:, 0].sum())] * 2]
-    assert found.tables["by-split"][0] == ["split", "rows", "loss", "accuracy", "subset accuracy", "micro F1", "macro F1", "macro ROC AUC"]
-    assert found.tables["by-split"][2] == ["test", "300", "0.3", "80.00 %", "50.00 %", "0.75", "0.7", "-"]
+    names, *_, values = zip(*found.tables["by-split"], strict=True)
+    assert names == ("metric", "rows", "loss", "accuracy", "subset accuracy", "micro F1", "macro F1", "macro ROC AUC")
+    assert values == ("test", "300", "0.3", "80.00 %", "50.00 %", "0.75", "0.7", "-")
 
 
 # Numbers
@@ -361,11 +365,37 @@ def test_mistakes_show_the_row_as_a_person_would_write_it(tmp_path: Path) -> Non
     model = make_model(tmp_path, signature, METRICS, LINES, told | {"score": np.full(count, 0.75)})
     run = Run(make_data(tmp_path, signature, dict.fromkeys(("train", "validation", "test"), values)), model, values, told)
     found = run.write(tmp_path / "report.html")
-    names = ["delay", "distance", "carrier", "airport", "day month", "day weekday", "title + body", "tail"]
+    names, day = ["delay", "distance", "carrier", "airport", "day", "title + body", "tail"], "month 5, weekday Saturday"
     assert found.tables["values"] == [
         ["test row", "label → predicted", "probability", "loss", "image", *names],
-        ["70", "ham → spam", "75.0 %", "5", "", "2.5", "1.23457e+06", "UA", "A299", "5", "5", "please call me now", "#17"],
-        ["3", "ham → spam", "75.0 %", "2", "", "missing", "missing", "missing", "unknown", "5", "5", "please call me now", "#17"],
+        [
+            "70",
+            "ham → spam",
+            "75.0 %",
+            "5",
+            "",
+            "2.5",
+            "1.23457e+06",
+            "UA",
+            "A299",
+            day,
+            "please call me now",
+            "#17",
+        ],
+        [
+            "3",
+            "ham → spam",
+            "75.0 %",
+            "2",
+            "",
+            "missing",
+            "missing",
+            "missing",
+            "unknown",
+            day,
+            "please call me now",
+            "#17",
+        ],
     ]
     shown = [image for image in found.all("img") if image["alt"] == "ham, taken for spam"]
     assert [pixels(image["src"]).tolist() for image in shown] == [values["image"][row, :, :, 0].tolist() for row in (70, 3)]
@@ -460,3 +490,60 @@ def test_every_page_has_ids_once_and_only_links_that_lead_somewhere(
         assert {link[1:] for link in refers} <= set(ids)
         content = found.path.read_text()
         assert "<i>" not in content and "<script" not in content
+
+
+# What the model looks at
+
+
+@pytest.mark.parametrize("target", [sets.THREE, sets.LABELS, sets.NUMBER], ids=lambda target: target.kind)
+def test_importance_is_the_rise_of_the_error_when_a_column_is_dealt_out_anew(tmp_path: Path, target: Target) -> None:
+    """Against scikit-learn's losses, on a network of no training; a column whose weights are 0 has none."""
+    inputs = (sets.NUMBERS, sets.DATES, sets.CATEGORIES)
+    data = sets.prepared(tmp_path, sets.signature(*inputs, target=target))
+    model = sets.trained(tmp_path, data, Mlp(hidden=(), dropout=0.0))
+    found = importance(model, data)
+    assert found and found.columns == ["a", "b", "c", "day", "carrier", "origin"] and found.rows == 80
+    network, test = trained_network(model, data), Split.open(data, "test")
+    rows = {name: torch.from_numpy(values.copy()) for name, values in test.read(test.chunks).items()}
+    wanted = rows.pop(target.name)
+    order = np.random.default_rng(11).permutation(80)
+
+    def error() -> float:
+        with torch.no_grad():
+            outputs = network(rows).double()
+        if target.kind == "category":
+            return float(reference.log_loss(wanted, outputs.softmax(1), labels=range(3)))
+        if target.kind == "multi_label":
+            return float(np.mean([reference.log_loss(wanted[:, k], outputs[:, k].sigmoid(), labels=[0, 1]) for k in range(4)]))
+        return float(reference.mean_absolute_error(wanted, outputs) / wanted.double().std(correction=0))
+
+    before = error()
+    rows["day"] = rows["day"][order]
+    assert found.before == pytest.approx(before, rel=1e-6)
+    assert found.rises[3] == pytest.approx(error() - before, abs=1e-7) and abs(found.rises).min() > 0
+
+
+def test_calibration_compares_what_is_said_with_what_is_so(tmp_path: Path) -> None:
+    found, _ = written(tmp_path, sets.THREE)
+    assert isinstance(found, Categories)
+    figure = found.calibration
+    so, said = found.label == found.predicted, found.probability
+    bins = np.minimum((said * 10).astype(int), 9)
+    expected = sum(abs(said[bins == place].mean() - so[bins == place].mean()) * (bins == place).mean() for place in set(bins))
+    assert figure and figure.title == f"Calibration, {100 * expected:.1f} % apart"
+
+
+def test_a_date_among_mistakes_is_one() -> None:
+    whole = sets.DATES.model_copy(update={"parts": ("year", "month", "day", "hour"), "shape": (4,), "columns": ("day",)})
+    signature = sets.signature(whole)
+    rows = {"day": np.array([[2026, 3, 9, 7], [np.nan] * 4], np.float32)}
+    assert cells(signature, rows) == [["2026-03-09 07:00"], ["missing"]]
+    assert cells(sets.signature(sets.DATES), {"day": np.array([[3, 6]], np.float32)}) == [["month 3, weekday Sunday"]]
+    days = whole.model_copy(update={"parts": ("days",), "shape": (1,), "offsets": (20000.0,), "dtype": "float64"})
+    assert cells(sets.signature(days), {"day": np.array([[0.25]], np.float32)}) == [["2024-10-04 06:00"]]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.3, 4), (0.02, 0.9), (5, 900), (0.11, 1.3), (1e-6, 2)])
+def test_a_logarithmic_axis_has_ticks_enough_to_be_read(low: float, high: float) -> None:
+    svg = str(plots.by_epoch("Loss", [1, 2, 3], {"train": np.array([high, (low * high) ** 0.5, low])}, best=3, logarithmic=True))
+    assert len(re.findall(r">(?:0\.\d+|\d+(?:e-\d+)?)</text>", svg)) >= 3 + 2  # beside those of the epochs, which are 1, 2 and 3

@@ -17,7 +17,7 @@ from dlopt.data.kinds import TextInput
 from dlopt.data.sources import Arrow, JsonLines, Parquet, from_data, infer_kind
 from dlopt.data.sources.lines import _of_array
 from dlopt.data.sources.reading import MAX_BLOCK
-from dlopt.data.stats import guard, guess
+from dlopt.data.stats import begin, guard, guess
 from dlopt.data.stats.column import string_hashes
 from dlopt.data.stats.describe import describe
 from dlopt.data.stats.summary import summarise
@@ -54,7 +54,7 @@ def test_lists_structs_and_maps_are_described_as_their_json(kind: str, tmp_path:
     found = summary.columns["nested"]
     assert found.counts == {values[0]: 2, values[1]: 1} and (found.missing, found.distinct) == (1, 2)
     assert describe({guard.WHOLE: summary}, ["y"])["columns"]["nested"]["kind"] == "category"
-    job = guess.job_of(source, summary, ["y"], guard.findings({guard.WHOLE: summary}, ["y"]))
+    job = begin.job_of(source, summary, ["y"], guard.findings({guard.WHOLE: summary}, ["y"])).text
     assert "    # nested is left out: lists and objects are no input: make columns of what is in them\n" in job
 
 

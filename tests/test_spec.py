@@ -14,7 +14,7 @@ from dlopt.models.layers import ACTIVATIONS
 from dlopt.optim.optimizers import Adam, Optimizer, Sgd
 from dlopt.part import DloptError, Part, Signature, Statistics
 from dlopt.spec import Job
-from dlopt.train.job import EarlyStopping
+from dlopt.train.job import EarlyStopping, Train
 from tests.test_readme import kinds
 
 JOBS = sorted((Path(__file__).parents[1] / "jobs").glob("*.yaml"))
@@ -154,7 +154,7 @@ def test_a_bad_override_is_one_line(path: Path, override: str, line: str) -> Non
         ("data.source.nmae=mnist", "data.source.nmae: unknown key; did you mean 'name'?"),
         ("serve.replicas={mn: 1}", "serve.replicas.mn: unknown key; did you mean 'min'?"),
         ("train.early_stopping={patienec: 1}", "train.early_stopping.patienec: unknown key; did you mean 'patience'?"),
-        ("data={source: {kind: sample}}", "data.inputs: is missing (and 1 more)"),
+        ("data={source: {kind: sample}, inputs: [{kind: image}]}", "data.target: is missing"),
         ("1=2", "1: unknown key; there are augment, data, export, model, name, resources, seed, serve, train"),
         # kinds
         ("model.kind=mpl", "model: no kind 'mpl'; did you mean 'mlp'?"),
@@ -259,9 +259,39 @@ def test_mistakes_between_sections_say_what_to_do(path: Path) -> None:
     assert mistake(path, "train.batch_size=4", "resources.workers=[1, 8]") == expected
 
 
-def test_of_several_mistakes_the_misspelt_key_comes_first_and_the_rest_are_counted(path: Path) -> None:
+def test_each_of_several_mistakes_has_its_line_the_misspelt_key_first_and_not_missing_as_well(path: Path) -> None:
     path.write_text(JOB.replace("model:", "modle:").replace("epochs: 3", "epochs: x"))
-    assert mistake(path) == "modle: unknown key; did you mean 'model'? (and 2 more)"
+    with pytest.raises(DloptError) as error:
+        spec.load(path)
+    assert str(error.value).splitlines() == [
+        f"{path}: modle: unknown key; did you mean 'model'?",
+        f'{path}: train.epochs: must be a whole number, not "x"',
+    ]
+
+
+def test_a_copy_and_a_constructor_are_checked_as_a_file_is() -> None:
+    """pydantic's own model_copy takes anything; a part that is made of keywords said what pydantic says."""
+    train = Train(epochs=3)
+    with pytest.raises(DloptError, match=r'^Train: epochs: must be a whole number, not "x"$'):
+        train.model_copy(update={"epochs": "x"})
+    with pytest.raises(DloptError, match=r"^Train: epoch: unknown key; did you mean 'epochs'\?$"):
+        Train(epoch=3)
+    copied = train.model_copy(update={"batch_size": 7})
+    assert (copied.epochs, copied.batch_size) == (3, 7) and copied.model_dump(exclude_unset=True) == {"epochs": 3, "batch_size": 7}
+
+
+def test_a_source_that_lies_beside_the_job_is_said_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "rows.csv").write_text("image,label\n")
+    (tmp_path / "jobs" / "job.yaml").write_text(JOB)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DloptError) as error:
+        spec.load(Path("jobs/job.yaml"), ["data.source={kind: csv, path: rows.csv}"])
+    assert str(error.value) == (
+        f"jobs/job.yaml: data.source.path: there is no rows.csv in {tmp_path}, from where relative paths go, but there is one beside "
+        "the job: write jobs/rows.csv, or cd jobs first"
+    )
+    assert spec.load(Path("jobs/job.yaml"), ["data.source={kind: csv, path: jobs/rows.csv}"]).data.source.kind == "csv"
 
 
 # Files

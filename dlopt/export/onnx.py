@@ -16,7 +16,6 @@ import onnx
 import onnxruntime
 import torch
 from onnx import TensorProto, helper
-from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from dlopt.artifact import Artifact, Stage, write_atomically
@@ -25,10 +24,9 @@ from dlopt.export import Onnx
 from dlopt.models import Network, Units
 from dlopt.part import DloptError, Feature, Signature, Target
 from dlopt.progress import Progress, silent
-from dlopt.train.job import Fit
 from dlopt.train.measure.evaluate import predict
 from dlopt.train.measure.metrics import activated
-from dlopt.train.start import load_network
+from dlopt.train.start import trained_network
 
 MODEL, OPSET, ML_OPSET = "model.onnx", 18, 2
 LARGEST = 2**31 - 1
@@ -76,13 +74,6 @@ def export(section: Onnx, out: Path, model: Artifact, data: Artifact, *, progres
 
 
 EXPORT = Stage("export", export)
-
-
-def trained_network(model: Artifact, data: Artifact) -> Network:
-    """The network of a model artifact with its trained weights, ready to predict."""
-    network = load_network(Fit.model_validate(model.manifest.section), data)
-    network.load_state_dict(load_tensors(model.read("weights.safetensors")))
-    return network.eval()
 
 
 def _unit(network: Network) -> np.ndarray | float:

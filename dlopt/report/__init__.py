@@ -16,6 +16,18 @@ class Figure(NamedTuple):
     alt: str
 
 
+class Importance(NamedTuple):
+    """What the model's error on the test split is, and how much it rises when a column says nothing of its row."""
+
+    measure: str
+    """What is measured, in words."""
+    before: float
+    rows: int
+    columns: list[str]
+    rises: np.ndarray
+    """float64 (columns,)."""
+
+
 class Samples(NamedTuple):
     """A few training images, and what augmentation makes of them."""
 

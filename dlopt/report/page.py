@@ -19,7 +19,7 @@ import numpy as np
 from dlopt.artifact import Artifact, write_atomically
 from dlopt.data.kinds import kinds
 from dlopt.part import Signature, Target
-from dlopt.report import Figure, Samples, health, plots, profile, words
+from dlopt.report import Figure, Importance, Samples, health, plots, profile, words
 from dlopt.report.results import Results, read_results
 from dlopt.report.rows import MOST_COLUMNS, cells, columns, examples, pictures, read_rows
 from dlopt.train.measure.metric import METRICS
@@ -30,6 +30,8 @@ WORST = 24
 MOST_REASONS = 20
 """Reasons for bad rows that are shown."""
 MOST_CURVES = 3
+MOST_BARS = 20
+"""Columns whose importance is shown."""
 Z95 = 1.959964
 PROFILE = "profile.json"
 SPLITS = ("train", "validation", "test")
@@ -82,10 +84,12 @@ def write(
     exports: Mapping[str, Artifact],
     samples: Samples | None,
     folds: Sequence[Mapping[str, float | None]] | None = None,
+    importance: Importance | None = None,
 ) -> None:
     """Write the report of a run. Raises DloptError when a file of an artifact is damaged.
 
-    exports: an artifact a format. folds: of a cross-validation, each fold's metrics on the rows that it was not trained on.
+    exports: an artifact a format. folds: of a cross-validation, each fold's metrics on the rows that it was not trained on. importance: of
+    the columns, on the test split.
     """
     signature = Signature.model_validate_json(model.read("signature.json"))
     lines = list(metrics_log.read(model.check(metrics_log.NAME)))
@@ -105,6 +109,7 @@ def write(
         "mistakes": _mistakes(results, data, signature) if results else None,
         "columns": columns(signature)[:MOST_COLUMNS],
         "all_columns": len(columns(signature)),
+        "importance": _importance(importance) if results and importance else None,
         "samples": _sample_rows(samples),
         "examples": examples(data, signature),
         "bad_reasons": sorted(data.info["bad_reasons"].items(), key=lambda found: (-found[1], found[0]))[:MOST_REASONS],
@@ -221,6 +226,16 @@ def _mistakes(results: Results, data: Artifact, signature: Signature) -> list[Mi
     return [Mistake(row, *results.said(row), results.facts(row), images, there[:MOST_COLUMNS]) for row, images, there in shown]
 
 
+def _importance(found: Importance) -> dict[str, Any]:
+    """The columns that matter most, with a figure."""
+    order = np.argsort(-found.rises, kind="stable")[:MOST_BARS]
+    names, rises = [found.columns[place] for place in order], found.rises[order]
+    title = f"rise of the {found.measure}"
+    said = "; ".join(f"{name} {rise:.3g}" for name, rise in zip(names, rises, strict=True))
+    figure = Figure("What the model looks at", plots.bars("Importance", names, rises, title), f"{title} by column: {said}.")
+    return {"figure": figure, "shown": len(names), "all": len(found.columns)} | found._asdict()
+
+
 def _cleaned(found: Mapping[str, Any]) -> tuple[str, int, str]:
     """What a rule of cleaning is called, how many rows it dropped, and what else it says."""
     rest = {name: value for name, value in found.items() if name not in ("kind", "title", "dropped")}
@@ -263,6 +278,7 @@ def template(name: str) -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"whole": words.whole, "percent": words.percent, "figure": words.figure, "seconds": words.seconds}
+    names = ("whole", "percent", "figure", "seconds", "dotted")
+    environment.filters |= {name: getattr(words, name) for name in names}
     environment.globals |= {"metric": words.metric, "metric_name": words.metric_name, "kinds": kinds}
     return environment.get_template(name)

@@ -6,6 +6,7 @@ Everything is drawn through matplotlib's objects, never pyplot, and the same num
 from __future__ import annotations
 
 import base64
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -51,7 +52,8 @@ STYLE: dict[Any, Any] = {
 }
 Layout = tuple[tuple[float, float], tuple[float, float, float, float]]
 """Width and height of a figure in inches; left, bottom, width and height of its axes, as shares of the figure."""
-WIDE: Layout = (5.4, 2.7), (0.09, 0.15, 0.76, 0.77)
+ENDED: Layout = (3.7, 2.2), (0.14, 0.18, 0.64, 0.72)
+"""With room on the right for the names of curves. All figures of a grid are as wide, so that their letters are as large."""
 NARROW: Layout = (3.7, 2.2), (0.13, 0.18, 0.83, 0.78)
 SQUARE: Layout = (3.7, 3.4), (0.16, 0.14, 0.8, 0.83)
 BUCKETS = 80
@@ -96,7 +98,7 @@ def by_epoch(
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
         _label_ends(axes, [Curve(split, OF_SPLIT[split], np.asarray(epochs), values) for split, values in series.items()])
 
-    return drawn(name, WIDE, draw)
+    return drawn(name, ENDED, draw)
 
 
 def by_step(name: str, steps: np.ndarray, values: np.ndarray, smooth: bool = False, limit: float | None = None) -> Markup:
@@ -176,6 +178,42 @@ def curve(
     return drawn(name, SQUARE, draw)
 
 
+def calibration(name: str, said: np.ndarray, share: np.ndarray, rows: np.ndarray) -> Markup:
+    """How often what was given a probability is so, by that probability: a dot a bin, the larger the more rows it has; the line is where
+    both are equal."""
+
+    def draw(axes: Axes) -> None:
+        axes.plot([0, 1], [0, 1], color=QUIET, linewidth=1, linestyle=(0, (3, 3)))
+        axes.plot(said, share, color=FIRST, alpha=0.6)
+        axes.scatter(said, share, s=12 + 90 * rows / rows.max(), color=FIRST, linewidth=0)
+        axes.set(xlim=(0, 1.01), ylim=(0, 1.01), xlabel="probability", ylabel="share that is so")
+
+    return drawn(name, SQUARE, draw)
+
+
+def bars(name: str, names: Sequence[str], values: np.ndarray, title: str) -> Markup:
+    """A bar for each name, downwards from the first."""
+    height = 0.5 + 0.2 * len(names)
+    layout: Layout = (5.4, height), (0.32, 0.42 / height, 0.65, 1 - 0.5 / height)
+
+    def draw(axes: Axes) -> None:
+        places = np.arange(len(names))
+        axes.barh(places, values, color=FIRST, alpha=0.75, height=0.7)
+        axes.axvline(0, color=QUIET, linewidth=1)
+        axes.set_yticks(places, [_short(name) for name in names], parse_math=False)
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_xlabel(title)
+
+    return drawn(name, layout, draw)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 24 else f"{name[:23]}…"
+
+
 def scatter(name: str, x: np.ndarray, y: np.ndarray) -> Markup:
     """Predicted by true values, with the line where both are equal: a dot each, or of many points how many lie in each cell."""
 
@@ -249,9 +287,18 @@ def _scale(axes: Axes, values: np.ndarray, logarithmic: bool) -> None:
     low, high = finite.min(initial=np.inf), finite.max(initial=-np.inf)
     if logarithmic and 0 < 10 * low < high:
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+        axes.yaxis.set_major_locator(LogLocator(subs=_steps(low, high)))
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _steps(low: float, high: float) -> tuple[float, ...]:
+    """Of a logarithmic axis: the multiples of powers of ten that have ticks, the fewest of which at least three are seen."""
+    for steps in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0)):
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        if sum(low <= step * 10.0**power <= high for step in steps for power in powers) > 2:
+            return steps
+    return (1.0, 2.0, 3.0, 5.0, 7.0)
 
 
 def _label_ends(axes: Axes, curves: Iterable[Curve]) -> None:

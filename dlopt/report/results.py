@@ -21,6 +21,8 @@ MOST_CELLS = 30
 """A confusion matrix of more classes is no longer legible: its largest cells are listed instead, so many of them."""
 MOST_NUMBERS = 6
 """Columns of a target of numbers that are drawn."""
+BINS = 10
+"""Of probabilities, in the calibration plot."""
 THRESHOLDS = np.arange(1, 10) / 10
 """Of two classes: what else the line could be drawn at."""
 
@@ -136,6 +138,25 @@ class Categories(Results):
             score = Score.of(name, int(truth.sum()), int(called.sum()), int((called & truth).sum()))
             found.append(Threshold(threshold, score, threshold in own))
         return found
+
+    @property
+    def calibration(self) -> Figure | None:
+        """How often what was given a probability is so: of two classes the positive one, else the predicted one."""
+        chance = self.probability if self.score is None else self.score
+        so = self.label == self.predicted if self.score is None else self.label == self.target.positive_index
+        if not self.rows or not np.isfinite(chance).all():
+            return None
+        place = np.minimum((chance * BINS).astype(int), BINS - 1)
+        rows = np.bincount(place, minlength=BINS)
+        there = rows > 0
+        said, share = (np.bincount(place, weights=values, minlength=BINS)[there] / rows[there] for values in (chance, so))
+        apart = float(np.average(np.abs(said - share), weights=rows[there]))
+        name = "the predicted class" if self.score is None else f"class {self.target.labels[self.target.positive_index]}"
+        told = "; ".join(f"{one:.2f}: {other:.2f} of {count} rows" for one, other, count in zip(said, share, rows[there], strict=True))
+        svg = plots.calibration("Calibration", said, share, rows[there])
+        return Figure(
+            f"Calibration, {percent(apart)} apart", svg, f"How often {name} is right, by its mean probability in {BINS} bins: {told}."
+        )
 
     @property
     def figures(self) -> list[Figure]:

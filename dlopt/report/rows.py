@@ -45,7 +45,7 @@ class Column(NamedTuple):
 def columns(signature: Signature) -> list[Column]:
     """The columns of `cells`; images are pictures and no cells."""
     return [
-        Column(name, feature.holds == "numbers" and not feature.is_vector)
+        Column(name, feature.holds == "numbers" and not feature.is_vector and not feature.parts)
         for feature in signature.inputs
         for name in kinds[feature.kind].headings(feature)
     ]

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from dlopt.artifact import Artifact
@@ -44,6 +45,13 @@ def load_network(fit: Fit, data: Artifact) -> Network:
     """The network of a job as it is built, its sizes and preprocessing from the prepared data."""
     signature = Signature.model_validate_json(data.read("signature.json"))
     return build_network(fit.model, signature, read_statistics(data), fit.seed, DTYPES[fit.train.precision])
+
+
+def trained_network(model: Artifact, data: Artifact) -> Network:
+    """The network of a model artifact with its trained weights, ready to predict."""
+    network = load_network(Fit.model_validate(model.manifest.section), data)
+    network.load_state_dict(load_tensors(model.read("weights.safetensors")))
+    return network.eval()
 
 
 def scaled_by_data(network: Network, fit: Fit, split: Split, device: torch.device) -> None:

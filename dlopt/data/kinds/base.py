@@ -293,7 +293,7 @@ class Matrix(InputKind):
 
     @staticmethod
     def cells(feature: Feature, values: np.ndarray) -> Cells:
-        return list(values.tolist())
+        return list((values + np.array(feature.offsets) if feature.offsets else values).tolist())
 
 
 class Nothing:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, field_validator
 
-from dlopt.data.kinds.base import Bound, Matrix, RawColumns, lists_of, no_column_twice, texts_of
+from dlopt.data.kinds.base import Bound, Cells, Matrix, RawColumns, lists_of, no_column_twice, texts_of
+from dlopt.data.kinds.category import MISSING
 from dlopt.data.kinds.number import NumberInput, in_units
 from dlopt.data.stats import column as profile
 from dlopt.data.stats import moments
@@ -23,6 +24,7 @@ from dlopt.data.types.values import Reasons, plain
 from dlopt.part import DloptError, Feature, Statistics
 
 DatePart = Literal["year", "quarter", "month", "week", "day", "day_of_year", "weekday", "hour", "minute", "second", "days"]
+WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
 
 class DateInput(Matrix):
@@ -102,7 +104,14 @@ class DateInput(Matrix):
 
     @classmethod
     def headings(cls, feature: Feature) -> Sequence[str]:
-        return [f"{column} {part}" for column in feature.columns for part in feature.parts]
+        return feature.columns
+
+    @staticmethod
+    def cells(feature: Feature, values: np.ndarray) -> Cells:
+        """A date each, where the parts make one, 2026-11-24 08:30, else each part by its name."""
+        values = values + np.array(feature.offsets) if feature.offsets else values
+        rows = values.reshape(len(values), len(feature.columns), len(feature.parts)).tolist()
+        return [[_said(dict(zip(feature.parts, parts, strict=True))) for parts in row] for row in rows]
 
     @staticmethod
     def widgets(feature: Feature) -> list[dict[str, Any]]:
@@ -145,6 +154,18 @@ def _parts(feature: Feature, name: str, written: pa.Array) -> np.ndarray:
                 raise DloptError(f"row {index}: {name}: {error}") from None
         raise
     return date_parts(found, feature.parts).astype(feature.dtype)
+
+
+def _said(parts: Mapping[str, float]) -> str:
+    if any(value != value for value in parts.values()):
+        return MISSING
+    if "days" in parts:
+        return f"{datetime(1970, 1, 1, tzinfo=UTC) + timedelta(days=parts['days']):%Y-%m-%d %H:%M}".removesuffix(" 00:00")
+    whole = {name: round(value) for name, value in parts.items()}
+    if {"year", "month", "day"} <= set(whole):
+        day = f"{whole['year']}-{whole['month']:02}-{whole['day']:02}"
+        return f"{day} {whole['hour']:02}:{whole.get('minute', 0):02}" if "hour" in whole else day
+    return ", ".join(f"{name} {WEEKDAYS[value] if name == 'weekday' else value}" for name, value in whole.items())
 
 
 def _as_seconds(column: Any) -> tuple[np.ndarray, int]:

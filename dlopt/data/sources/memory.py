@@ -28,7 +28,7 @@ def from_data(data: Any, folder: str | Path) -> Parquet:
     It is written to `folder`, in a file named by its content's digest; the same content again finds the same file. Every node must
     see the folder. Raises DloptError for what makes no table.
     """
-    table = _table(data)
+    table = table_of(data)
     if not table.column_names:
         raise DloptError("from_data: the data has no columns")
     folder = Path(folder).resolve()
@@ -77,7 +77,8 @@ def of_frame(frame: Any) -> pa.Table:
     return pa.table(columns)
 
 
-def _table(data: Any) -> pa.Table:
+def table_of(data: Any) -> pa.Table:
+    """What is in memory as a Table. Raises DloptError for what makes none."""
     if isinstance(data, pa.Table):
         return data
     if isinstance(data, Mapping):

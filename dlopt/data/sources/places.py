@@ -260,7 +260,8 @@ def matching(paths: str | Sequence[str], endings: tuple[str, ...], compressed: b
         with reading(path):
             files, pattern = place.under(inside)
         if not files and not (place.is_local and Path(inside).is_dir()):
-            raise DloptError(f"{path}: no such file; workers read it, so give a path that every node can see")
+            here = "" if "://" in path or Path(path).is_absolute() else f" in {Path.cwd()}, from where relative paths go"
+            raise DloptError(f"{path}: no such file{here}; workers read it, so give a path that every node can see")
         kept = []
         for file in files:
             if is_hidden(file.inside, pattern):

@@ -1,25 +1,20 @@
-"""From a few words to a source, and from a source's profile to the beginning of a job."""
+"""From a few words to a source, and what its columns seem to be."""
 
 from __future__ import annotations
 
 import glob
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
-import yaml
 
-from dlopt.data.kinds import kinds
 from dlopt.data.sources import Arrow, Csv, HuggingFace, Images, JsonLines, Parquet, Sample, Source, Texts
 from dlopt.data.sources.places import COMPRESSED, ZIP
-from dlopt.data.stats.column import Column
-from dlopt.data.stats.guard import Finding
-from dlopt.data.stats.summary import Summary
 from dlopt.data.types.values import doubles
 from dlopt.part import DloptError
 
@@ -30,9 +25,6 @@ SAVED = ("state.json", "dataset_dict.json")
 """What is in a folder that Hugging Face's `save_to_disk` made."""
 MOST_CLASSES = 20
 """Whole numbers of no more different values than this are taken for classes when they are the target."""
-NO_INPUT = ("identifier", "constant", "leak")
-"""What the guard finds of columns that are no inputs."""
-NESTED = "lists and objects are no input: make columns of what is in them"
 
 
 def source_of(text: str) -> Source:
@@ -71,47 +63,6 @@ def kinds_of(source: Source, targets: Sequence[str] = (), rows: int = 1000) -> d
             raise DloptError(f"--target: there is no column {target!r}; the columns are {', '.join(found)}")
         found[target] = _kind_of_target(found[target], table[target])
     return found
-
-
-def job_of(source: Source, summary: Summary, targets: Sequence[str], findings: Sequence[Finding]) -> str:
-    """A `data` section that a job could begin with, as YAML; columns that a model is better off without are named in comments."""
-    left_out = {found.column: found.what for found in findings if found.what in NO_INPUT and found.column not in targets}
-    nested = [field.name for field in source.peek(1).schema if pa.types.is_nested(field.type) and field.name in summary.columns]
-    left_out |= {name: NESTED for name in nested if not kinds[summary.columns[name].kind].nested and name not in targets}
-    meant = {name: _kind_of_input(c) for name, c in summary.columns.items() if name not in targets and name not in left_out}
-    inputs = [line for kind, part in kinds.items() for line in part.begun(kind, [name for name, its in meant.items() if its == kind])]
-    lines = ["data:", f"  source: {_flow(_written(source))}", "  inputs:" if inputs else "  inputs: []"]
-    lines += [f"    - {_flow(part)}" for part in inputs]
-    lines += [f"    # {name} is left out: {what}" for name, what in left_out.items()]
-    lines.append(f"  target: {_target(summary, targets)}")
-    return "\n".join(lines) + "\n"
-
-
-def _kind_of_input(column: Column) -> str:
-    """Two different numbers are categories."""
-    return "category" if _measures(column) and column.distinct <= 2 else column.kind
-
-
-def _measures(column: Column) -> bool:
-    """Whether its values are plain numbers."""
-    return column.kind == "number"
-
-
-def _target(summary: Summary, targets: Sequence[str]) -> str:
-    if not targets:
-        return "{kind: category, column: ...}  # the column to predict"
-    if _measures(summary.columns[targets[0]]):
-        return _flow({"kind": "number", "columns": list(targets)})
-    return _flow({"kind": "category", "column": targets[0]})
-
-
-def _written(source: Source) -> dict[str, Any]:
-    given = source.model_dump(mode="json", exclude_unset=True)
-    return {"kind": source.kind} | given
-
-
-def _flow(value: Mapping[str, Any]) -> str:
-    return str(yaml.safe_dump(dict(value), default_flow_style=True, sort_keys=False, width=10_000, allow_unicode=True)).strip()
 
 
 def name_of(source: Source) -> str:

@@ -1,0 +1,1 @@
+"""What `import dlopt` offers, a module for each of its nouns; the command line calls the same functions."""
