@@ -23,7 +23,7 @@ from dlopt.data.prepared import Split
 from dlopt.data.section import Data
 from dlopt.data.sources import Parquet
 from dlopt.data.sources.reading import LOOK_ROWS
-from dlopt.data.table.spill import PieceReport, Spill, from_json
+from dlopt.data.table.spill import PieceReport, Read, Spill, from_json
 from dlopt.data.types.canonical import MISSING
 from dlopt.data.types.columns import decided
 from dlopt.part import DloptError, Feature, Part, Signature, Statistics
@@ -61,7 +61,7 @@ def arranged(
     def make(section: Data, out: Path) -> dict[str, Any]:
         spill = Spill(section, features, whole, str(out / SPILL), meaning)
         try:
-            read = {name: list(_pieces(spill, some, blocks)) for name, some in tables.items()}
+            read = {name: Read.of(_pieces(spill, some, blocks)) for name, some in tables.items()}
             return arrange(section, features, read, out, run=anywhere)
         finally:
             shutil.rmtree(out / SPILL)

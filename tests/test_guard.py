@@ -10,9 +10,9 @@ import pyarrow as pa
 import pytest
 
 from dlopt.data.sources import Sample
-from dlopt.data.stats import guard
+from dlopt.data.stats import guard, pairwise
 from dlopt.data.stats.guard import Finding, alone, findings, warnings
-from dlopt.data.stats.summary import Summary, merge, summarise
+from dlopt.data.stats.summary import Summary, summarise
 from tests.test_profile import rdataset
 
 SEEDS = range(5)
@@ -175,7 +175,7 @@ def test_how_well_a_column_alone_predicts_equals_what_is_known_of_it() -> None:
     z = np.where(town == "a", 0, np.where(town == "b", 1, 2)) + random.normal(0, 1e-3, 60_000)
     table = {"town": pa.array(town), "y": pa.array(y), "z": z, "noise": random.random(60_000)}
     kinds = {"town": "category", "y": "category", "z": "number", "noise": "number"}
-    scores = alone(merge(*(summarise({k: v[i::5] for k, v in table.items()}, kinds, ["y"]) for i in range(5))), ["y"])
+    scores = alone(pairwise.merged(summarise({k: v[i::5] for k, v in table.items()}, kinds, ["y"]) for i in range(5)), ["y"])
     assert scores["town"].score == pytest.approx(0.8, abs=0.02) == pytest.approx(scores["z"].score, abs=0.02)
     assert scores["noise"].score == pytest.approx(scores["noise"].base, abs=0.005)
     assert scores["noise"].base == pytest.approx(np.mean(y == "u"), abs=0.02)

@@ -48,7 +48,7 @@ from dlopt.data.prepare import PREPARE
 from dlopt.data.prepared import Split
 from dlopt.data.section import Data
 from dlopt.data.sources import Csv, Images, Parquet, Sample
-from dlopt.data.table.spill import Spill, from_json
+from dlopt.data.table.spill import Read, Spill, from_json
 from dlopt.data.table.split import GivenSplit, GroupSplit, RandomSplit, StratifiedSplit, TimeSplit
 from dlopt.part import DloptError
 from tests.arranged import (
@@ -191,6 +191,17 @@ def test_statistics_are_of_the_training_rows(first: Artifact) -> None:
     found = statistics_of(first, "image")
     assert (found.count, found.min, found.max) == (480 * 30, (pixels.min(),), (pixels.max(),))
     assert np.allclose([found.mean[0], found.std[0]], [pixels.mean(), pixels.std()], rtol=1e-9)
+
+
+def test_without_a_profile_the_rows_are_the_same_and_leaks_are_still_said(tmp_path: Path) -> None:
+    random = np.random.default_rng(5).random((200, 4))
+    table = pa.table({**{f"x{column}": random[np.arange(400) % 200, column] for column in range(4)}, "label": ["a", "b"] * 200})
+    section = section_of(NumberInput(columns=("x0", "x1", "x2", "x3")))
+    with_it, without = (arranged(section.model_copy(update={"profile": wanted}), table, tmp_path) for wanted in (True, False))
+    assert {name: digest for name, digest in files_of(with_it).items() if name != "profile.json"} == files_of(without)
+    assert "profile.json" in files_of(with_it)
+    for made in (with_it, without):
+        assert [line.partition(":")[0] for line in made.info["warnings"] if "are in train as well" in line] == ["validation", "test"]
 
 
 @pytest.mark.parametrize("ranges", [2, 8])
@@ -788,7 +799,7 @@ def test_a_block_that_was_read_twice_counts_once(tmp_path: Path) -> None:
     spill = Spill(section, (ID.feature(numbered()),), False, str(tmp_path / stage.SPILL))
     killed, again = ([from_json(row["piece"][0]) for row in spill(numbered())] for _ in range(2))
     assert killed[0].path != again[0].path and killed[0].rows == again[0].rows == 400
-    info = stage.arrange(section, spill.features, {"source": again}, tmp_path, run=map)  # type: ignore[arg-type]
+    info = stage.arrange(section, spill.features, {"source": Read.of(again)}, tmp_path, run=map)  # type: ignore[arg-type]
     assert sum(info["counts"][name] for name in SPLITS) == info["counts"]["read"] == 400
 
 

@@ -20,11 +20,11 @@ from PIL import Image
 
 from dlopt.cli import main
 from dlopt.data.sources import Arrow, Csv, Images, JsonLines, Parquet, Sample, Texts
-from dlopt.data.stats import guess
+from dlopt.data.stats import guess, pairwise
 from dlopt.data.stats.column import cardinality, number_hashes, string_hashes
 from dlopt.data.stats.column import registers as registers_of
 from dlopt.data.stats.describe import describe
-from dlopt.data.stats.summary import Summary, merge, prepared_columns, summarise
+from dlopt.data.stats.summary import Summary, prepared_columns, summarise
 from dlopt.data.types.tensors import piece_column
 from dlopt.part import DloptError, Feature, Target
 from dlopt.report import profile as report
@@ -96,7 +96,7 @@ def test_figures_of_categories_and_dates_equal_those_of_pandas(flights: Any, who
 @pytest.mark.parametrize("size", [3_001, 60_000])
 def test_pieces_merge_to_the_whole(table: pa.Table, whole: Summary, size: int) -> None:
     pieces = [summarise(table.slice(start, size), FLIGHTS, ["arr_delay"]) for start in range(0, len(table), size)]
-    merged = merge(*pieces)
+    merged = pairwise.merged(pieces)
     assert merged.rows == whole.rows == len(table)
     for name, column in whole.columns.items():
         other = merged.columns[name]
@@ -104,7 +104,7 @@ def test_pieces_merge_to_the_whole(table: pa.Table, whole: Summary, size: int) -
         assert other.mean == pytest.approx(column.mean, rel=1e-12, abs=1e-12)
         assert other.std == pytest.approx(column.std, rel=1e-9)
         assert (other.counts, other.distinct, other.sketch) == (column.counts, column.distinct, column.sketch)
-    assert merged.to_json() == merge(*pieces).to_json()
+    assert merged.to_json() == pairwise.merged(pieces).to_json()
     assert merged.sample is not None and whole.sample is not None and len(merged.sample) == len(whole.sample)
 
 
@@ -128,7 +128,7 @@ def test_a_summary_is_bounded_however_many_values_there_are() -> None:
 
 def test_quantiles_of_merged_pieces_are_within_one_percent_of_the_rows() -> None:
     values = np.random.default_rng(1).lognormal(size=200_000)
-    merged = merge(*(summarise({"x": piece}, {"x": "number"}) for piece in np.array_split(values, 130)))
+    merged = pairwise.merged(summarise({"x": piece}, {"x": "number"}) for piece in np.array_split(values, 130))
     column = merged.columns["x"]
     assert not column.exact
     ordered = np.sort(values)
@@ -156,7 +156,7 @@ def test_a_string_has_one_hash_wherever_it_stands_and_others_have_others() -> No
 def test_the_most_frequent_values_survive_an_overflow() -> None:
     random = np.random.default_rng(2)
     words = np.where(random.random(50_000) < 0.2, "often", random.integers(0, 30_000, 50_000).astype(str))
-    column = merge(*(summarise({"w": pa.array(piece)}, {"w": "category"}) for piece in np.array_split(words, 5))).columns["w"]
+    column = pairwise.merged(summarise({"w": pa.array(piece)}, {"w": "category"}) for piece in np.array_split(words, 5)).columns["w"]
     assert not column.exact and len(column.counts) <= 1000
     true = dict(zip(*np.unique(words, return_counts=True), strict=True))
     assert column.frequent(1) == [("often", true["often"])]
@@ -166,7 +166,7 @@ def test_the_most_frequent_values_survive_an_overflow() -> None:
 
 def test_the_sample_is_a_fair_one() -> None:
     values = np.arange(100_000.0)  # sorted, as a source may be
-    summary = merge(*(summarise({"x": piece}, {"x": "number"}, ["x"]) for piece in np.array_split(values, 7)))
+    summary = pairwise.merged(summarise({"x": piece}, {"x": "number"}, ["x"]) for piece in np.array_split(values, 7))
     assert summary.sample is not None
     found = summary.sample.column("x", "number")
     assert len(np.unique(found)) == 4096
@@ -196,7 +196,7 @@ def test_an_empty_piece_and_a_column_without_values_are_no_harm() -> None:
     kinds = {"n": "number", "c": "category", "t": "text", "d": "date"}
     full = pa.table({"n": [1.0, 2.0], "c": ["a", "b"], "t": ["x y", "z"], "d": pa.array([0, 1], pa.timestamp("s"))})
     none = pa.table({name: pa.nulls(3) for name in kinds})
-    merged = merge(summarise(full.slice(0, 0), kinds, ["c"]), summarise(full, kinds, ["c"]), summarise(none, kinds, ["c"]))
+    merged = pairwise.merged([summarise(full.slice(0, 0), kinds, ["c"]), summarise(full, kinds, ["c"]), summarise(none, kinds, ["c"])])
     assert [column.missing for column in merged.columns.values()] == [3, 3, 3, 3]
     assert [column.seen for column in merged.columns.values()] == [2, 2, 2, 2]
     nothing = describe({"all": summarise(none, kinds)})["columns"]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,24 @@ def recorded(share: Share, log: Path) -> Share:
                 file.write(json.dumps({"pid": os.getpid(), "kib": int(status["RssAnon"].split()[0]), "chunks": found}) + "\n")
             return rows
 
-    return replace(share, split=Recording(share.split.signature, share.split.chunks))
+    loaded: Any = {"a statistic": Loaded(log.with_suffix(".loaded"))}
+    return replace(share, split=Recording(share.split.signature, share.split.chunks), statistics=loaded)
+
+
+class Loaded:
+    """Writes a line to a file each time it arrives in a process."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+
+    def __reduce__(self) -> Any:
+        return _arrived, (self.log,)
+
+
+def _arrived(log: Path) -> Loaded:
+    with open(log, "a") as file:
+        file.write(f"{os.getpid()}\n")
+    return Loaded(log)
 
 
 def reads(log: Path) -> list[dict[str, Any]]:
@@ -102,6 +120,8 @@ def test_each_chunk_is_read_once_an_epoch_whatever_the_number_of_workers_and_win
     chunks = shares[0].split.chunks
     assert len(chunks) == 18
     assert found == sorted([(chunk.file, chunk.group) for chunk in chunks] * 2)
+    arrived = Counter(log.with_suffix(".loaded").read_text().split())
+    assert {str(line["pid"]) for line in reads(log)} <= set(arrived) and max(arrived.values()) == 1  # not once for each task
 
 
 @pytest.mark.slow

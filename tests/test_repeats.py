@@ -16,10 +16,10 @@ from sklearn.preprocessing import OrdinalEncoder
 from sklearn.tree import DecisionTreeClassifier
 
 from dlopt.data.kinds import CategoryInput, CategoryTarget, NumberInput, TextInput
-from dlopt.data.prepare import _edges, _one_by_one, _plan, _Ranges
+from dlopt.data.prepare import _edges, _in_ranges, _one_by_one, _plan, _Ranges
 from dlopt.data.section import Data
 from dlopt.data.table.plan import Plan
-from dlopt.data.table.spill import TARGET, Spill, from_json
+from dlopt.data.table.spill import TARGET, Read, Spill, from_json
 from dlopt.data.table.split import Fold, RandomSplit, StratifiedSplit
 from dlopt.data.types.tensors import piece_column
 from dlopt.progress import silent
@@ -70,7 +70,8 @@ def section(table: pa.Table, split: Any, **more: Any) -> Data:
 def spilled(table: pa.Table, data: Data, folder: Path) -> Plan:
     features = tuple(part.feature(table) for part in data.inputs)
     spill = Spill(data, features, data.target.whole(table), str(folder))
-    return _plan(data, features, {"source": [from_json(row) for found in spill(table) for row in found["piece"]]})
+    read = {"source": Read.of(from_json(row) for found in spill(table) for row in found["piece"])}
+    return _in_ranges(_plan(data, features, read), read, folder, _Ranges(0, _one_by_one, silent))
 
 
 def cut(plan: Plan, split: Any, **more: Any) -> dict[str, pa.Table]:

@@ -22,9 +22,10 @@ from dlopt.data.stats.column import string_hashes
 from dlopt.data.stats.describe import describe
 from dlopt.data.stats.summary import summarise
 from dlopt.data.table import spill
-from dlopt.data.table.spill import Spill
+from dlopt.data.table.spill import Read, Spill
 from dlopt.part import DloptError
-from tests.arranged import _pieces, section_of
+from dlopt.progress import silent
+from tests.arranged import _pieces, anywhere, section_of
 from tests.packages import package
 from tests.test_sources_files import Counted, counted  # noqa: F401 (a fixture)
 
@@ -206,10 +207,12 @@ def test_ranges_of_rows_are_cut_by_the_bytes_of_their_texts(tmp_path: Path, monk
     for blocks in (1, 7):
         first_pass = Spill(section, features, False, str(tmp_path / str(blocks)))
         pieces = list(_pieces(first_pass, [table], blocks))
-        plan = prepare._plan(section, features, {"source": pieces})
+        assert max(Path(piece.path).stat().st_size for piece in pieces) < 2.5 * 2**20
+        read = {"source": Read.of(pieces)}
+        plan = prepare._plan(section, features, read)
+        plan = prepare._in_ranges(plan, read, tmp_path, prepare._Ranges(plan.power, anywhere, silent))
         powers.append(plan.power)
         sizes.append(max(len(plan.select(number, ["text"]).table) for number in range(2**plan.power)))
-        assert max(Path(piece.path).stat().st_size for piece in pieces) < 2.5 * 2**20
     assert powers == [3, 3] and sizes[0] == sizes[1] < 120
 
 

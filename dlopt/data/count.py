@@ -5,8 +5,9 @@ from __future__ import annotations
 import pyarrow.parquet as pq
 
 from dlopt.data.section import Data
-from dlopt.data.sources import HuggingFace, Images, ImageTable, Parquet, Sample, Source, Texts
-from dlopt.data.sources.places import reading
+from dlopt.data.sources import Arrow, Csv, HuggingFace, Images, ImageTable, JsonLines, Parquet, Sample, Source, Texts
+from dlopt.data.sources.places import COMPRESSED, reading
+from dlopt.data.sources.tables import MOST_OPENED
 from dlopt.data.table.split import GivenSplit
 
 MOST_BYTES = 256 * 2**20
@@ -42,6 +43,23 @@ def source_rows(source: Source) -> int | None:
     if sum(piece.bytes for piece in pieces) > MOST_BYTES:
         return None
     return sum(len(table) for _, table in source.load(place, pieces))
+
+
+def most_rows(source: Source) -> int | None:
+    """As many rows as a source can have at most, by what its files say or by their sizes; None where these do not tell."""
+    match source:
+        case ImageTable():
+            return most_rows(source.table)
+        case Csv() | JsonLines():
+            files = source.located()[1]
+            least = len(source.layout().names) if isinstance(source, Csv) else len("{},")
+            packed = any(file.name.lower().endswith(COMPRESSED) for file in files)
+            return None if packed else sum(file.size + 1 for file in files) // max(least, 1)
+        case Parquet():
+            return _parquet_rows(source) if len(source.files()) <= MOST_OPENED else None
+        case Arrow():
+            return None
+    return source_rows(source)
 
 
 def _parquet_rows(source: Parquet) -> int:

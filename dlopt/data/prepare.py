@@ -1,10 +1,10 @@
 """The prepare stage: raw rows to clean, split, encoded rows and statistics of the training split, on Ray Data.
 
-The first pass reads the source, a block at a time: rules, decoding, and pieces of rows in the order of their keys (spill.py). What
-is then decided about rows is a plan (plan.py). The later passes go over ranges of keys (passes.py): look for duplicates where they
-need all rows, for where to cut, for outliers; observe the training rows, all columns in one pass; and write. Keys alone decide where
-a row goes, so the artifact does not depend on files, blocks or workers; and a process holds a block or a range at a
-time, but for tasks that compare rows: of all sketches of near-duplicates, or of BUCKET_ROWS rows by chosen columns.
+The first pass reads the source, a block at a time: rules, decoding, and pieces of rows in the order of their keys (spill.py), which are
+put together by ranges of keys (ranges.py). What is then decided about rows is a plan (plan.py). The later passes go over the ranges
+(passes.py): look for duplicates where they need all rows, for where to cut, for outliers; observe the training rows, all columns in one
+pass; and write. Keys alone decide where a row goes, so the artifact does not depend on files, blocks or workers; and a process holds a
+block or a range at a time, but for tasks that compare rows: of all sketches of near-duplicates, or of BUCKET_ROWS rows by chosen columns.
 """
 
 from __future__ import annotations
@@ -25,21 +25,26 @@ import pyarrow as pa
 
 from dlopt.artifact import Stage, write_atomically
 from dlopt.data.clean import DropColumns, ExactDuplicates, NearDuplicates, Outliers
+from dlopt.data.count import most_rows
 from dlopt.data.kinds.base import Bound
 from dlopt.data.kinds.number import QUARTILES, in_units
+from dlopt.data.kinds.targets import MOST_LABELS
 from dlopt.data.section import Data
 from dlopt.data.sources import Source
+from dlopt.data.stats import guard
 from dlopt.data.stats.describe import describe
+from dlopt.data.stats.pairwise import merged
 from dlopt.data.table import passes
-from dlopt.data.table.account import account, refuse_bad, refuse_dropped, refuse_unlearnable
+from dlopt.data.table.account import account, bad_rows, refuse_bad, refuse_dropped, refuse_unlearnable, too_bad
 from dlopt.data.table.passes import Observed
 from dlopt.data.table.plan import Origin, Plan
-from dlopt.data.table.spill import TARGET, PieceReport, Spill, from_json, is_local
+from dlopt.data.table.ranges import Run, in_ranges
+from dlopt.data.table.spill import TARGET, Read, Spill, from_json, is_local, open_rows
 from dlopt.data.table.split import GivenSplit, StratifiedSplit, TimeSplit, cut
 from dlopt.data.types.canonical import MISSING
 from dlopt.data.types.columns import Columns
 from dlopt.data.types.exact import offsets_of, raw_values
-from dlopt.part import DloptError, Feature, Signature, Statistics, Target
+from dlopt.part import DloptError, Feature, Signature, Statistics
 from dlopt.progress import BLOCK, Progress, silent
 from dlopt.session import data_context
 
@@ -54,9 +59,6 @@ SAY_SECONDS = 2.0
 PATH = "path"
 """The column of a source of single files, which is kept so that rows that are set aside can be found again."""
 
-Run = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
-"""Works on tasks and gives what each has found, in their order."""
-
 
 def peek(section: Data) -> Signature:
     """The model's inputs and outputs as far as the first rows tell, without Ray: vocabularies are empty, and classes stand-ins.
@@ -66,17 +68,18 @@ def peek(section: Data) -> Signature:
 
 
 def prepare(section: Data, out: Path, *, progress: Progress = silent) -> dict[str, Any]:
-    """Fill `out` with train/, validation/, test/ and quarantine/ parquet, signature.json, statistics.json and profile.json;
-    returns the counts."""
+    """Fill `out` with train/, validation/, test/ and quarantine/ parquet, signature.json, statistics.json and, if it is
+    asked for, profile.json; returns the counts."""
     data_context(preserve_order=True, reserve=False)
     clock, spill = _Clock(), out / SPILL
     features, whole = _look(section, progress)
+    spills = {
+        name: Spill(section, features, whole, str(spill), meaning)
+        for name, meaning in zip(sources(section), meanings(section), strict=True)
+    }
     progress("prepare", None, "reading")
     try:
-        read = {
-            name: _read(name, source, Spill(section, features, whole, str(spill), meaning), progress)
-            for (name, source), meaning in zip(sources(section).items(), meanings(section), strict=True)
-        }
+        read = _read(section, spills, out / "quarantine", progress)
         clock.lap("read")
         info = arrange(section, features, read, out, run=on_cluster, progress=progress)
     finally:
@@ -85,7 +88,7 @@ def prepare(section: Data, out: Path, *, progress: Progress = silent) -> dict[st
 
 
 def arrange(
-    section: Data, features: tuple[Feature, ...], read: dict[str, list[PieceReport]], out: Path, *, run: Run, progress: Progress = silent
+    section: Data, features: tuple[Feature, ...], read: dict[str, Read], out: Path, *, run: Run, progress: Progress = silent
 ) -> dict[str, Any]:
     """All that follows when the rows lie in pieces, in `out`/spill. run: works on tasks, wherever that may be."""
     clock, spill = _Clock(), out / SPILL
@@ -93,6 +96,8 @@ def arrange(
     refuse_bad(section, read, kept)
     plan = _plan(section, features, read)
     over = _Ranges(plan.power, run, progress)
+    plan = _in_ranges(plan, read, spill, over)
+    clock.lap("sort")
     plan = _without_duplicates(plan, spill, over)
     plan = replace(plan, edges=_edges(plan, over))
     plan = _without_columns(plan, over)
@@ -110,10 +115,14 @@ def arrange(
     write_atomically(out / "signature.json", signature.model_dump_json(indent=1))
     write_atomically(out / "statistics.json", json.dumps({name: found.model_dump() for name, found in statistics.items()}, indent=1))
     across = {name: (seen.across[name], chance) for name, chance in seen.by_chance([name for name in read if name != "source"]).items()}
-    described = describe(seen.profile, plan.target.names, across, section.split_by)
-    described["warnings"] += [*_unheld(read), *plan.warnings]
-    write_atomically(out / "profile.json", json.dumps(described))
-    return account(plan, read, seen, described["warnings"], clock.seconds)
+    if section.profile:
+        described = describe(seen.profile, plan.target.names, across, section.split_by)
+        warnings = described["warnings"] = [*described["warnings"], *_unheld(read), *plan.warnings]
+        write_atomically(out / "profile.json", json.dumps(described))
+    else:
+        leaks = [guard.duplicates(split, *counts, None) for split, counts in across.items()]
+        warnings = [*(leak.text for leak in leaks if leak), *_unheld(read), *plan.warnings]
+    return account(plan, read, seen, warnings, clock.seconds)
 
 
 PREPARE = Stage("data", prepare, version=3)
@@ -170,65 +179,84 @@ def _first_rows(section: Data, where: str, source: Source) -> pa.Table:
     return table
 
 
-def _read(name: str, source: Source, spill: Spill, progress: Progress) -> list[PieceReport]:
-    """The first pass over a source; only what is said of its pieces comes back."""
-    pieces: list[PieceReport] = []
+def _read(section: Data, spills: dict[str, Spill], quarantine: Path, progress: Progress) -> dict[str, Read]:
+    """The first pass over all sources; only what is said of their pieces comes back. Ends as soon as it is certain that more rows are bad
+    than the job allows."""
+    read: dict[str, Read] = {}
+    given = sources(section)
+    known = [most_rows(source) for source in given.values()]
+    most = np.inf if None in known else sum(filter(None, known))
     said = time.monotonic()
-    with _saying(f"data.{name}"):
-        found = source.read([*spill.section.columns, PATH]).map_batches(spill, batch_format="pyarrow", batch_size=None)
-        for row in found.iter_rows():
-            pieces.append(from_json(row["piece"]))
-            if time.monotonic() - said > SAY_SECONDS:
-                said = time.monotonic()
-                progress("prepare", None, f"data.{name}: {sum(piece.read for piece in pieces):,} rows read")
-    if not sum(piece.read for piece in pieces):
-        raise DloptError(f"data.{name}: is empty")
-    return pieces
+    for name, source in given.items():
+        read[name] = Read()
+        hopeless = False
+        with _saying(f"data.{name}"):
+            for row in source.read([*section.columns, PATH]).map_batches(spills[name], batch_format="pyarrow", batch_size=None).iter_rows():
+                read[name].add(from_json(row["piece"]))
+                rows = sum(some.read for some in read.values())
+                bad = bad_rows(read)
+                if hopeless := (bad > section.most_bad * most and rows < most) or len(read[name].labels) > MOST_LABELS:
+                    break
+                if time.monotonic() - said > SAY_SECONDS:
+                    said = time.monotonic()
+                    progress("prepare", None, f"data.{name}: {read[name].read:,} rows read")
+        if hopeless:
+            if len(read[name].labels) > MOST_LABELS:
+                section.target.target(read[name].labels)  # which says so
+            _keep_quarantine(read, quarantine)
+            raise too_bad(section, read, quarantine, f"{bad:,} of the first {rows:,} rows, of at most {most:,}, cannot be read (")
+        if not read[name].read:
+            raise DloptError(f"data.{name}: is empty")
+    return read
 
 
-def _keep_quarantine(read: dict[str, list[PieceReport]], folder: Path) -> Path:
+def _keep_quarantine(read: dict[str, Read], folder: Path) -> Path:
     """Move what the first pass has set aside to where it stays."""
-    for name, pieces in read.items():
-        for number, path in enumerate(piece.quarantine for piece in pieces if piece.quarantine):
+    for name, said in read.items():
+        for number, path in enumerate(said.quarantine):
             folder.mkdir(parents=True, exist_ok=True)
             Path(path).rename(folder / f"{name}-{number:05d}.parquet")
     return folder
 
 
-def _plan(section: Data, features: tuple[Feature, ...], read: dict[str, list[PieceReport]]) -> Plan:
-    labels = sum((piece.labels for piece in read["source"]), Counter[Any]())
-    target = section.target.target(labels)
-    for name, pieces in read.items():
-        strangers = set(sum((piece.labels for piece in pieces), Counter[Any]())) - set(target.labels)
+def _plan(section: Data, features: tuple[Feature, ...], read: dict[str, Read]) -> Plan:
+    target = section.target.target(read["source"].labels)
+    for name, said in read.items():
+        strangers = set(said.labels) - set(target.labels)
         if strangers:
             raise DloptError(
                 f"data.{name}: label {min(strangers)!r} is not in data.source, so it cannot be learned: drop it or add rows of it"
             )
     forced = {"source": None, "validation": "validation", "test": "test"}
-    origins = tuple(
-        Origin(f"data.{name}", forced[name], tuple(piece.path for piece in pieces if piece.rows)) for name, pieces in read.items()
-    )
-    good = sum(piece.rows for pieces in read.values() for piece in pieces)
-    features, target, warnings = _with_offsets(section, features, target, [piece for piece in read["source"] if piece.rows])
+    origins = tuple(Origin(f"data.{name}", forced[name]) for name in read)
     row_bytes = sum(feature.size * np.dtype(feature.stored).itemsize for feature in features) + 8
-    size = good * row_bytes + sum(piece.text_bytes for pieces in read.values() for piece in pieces)
-    power = (size // PART_BYTES).bit_length()
-    return Plan(section, section.inputs, features, target, origins, power, warnings=warnings)
+    size = sum(said.rows * row_bytes + said.text_bytes for said in read.values())
+    return Plan(section, section.inputs, features, target, origins, (size // PART_BYTES).bit_length())
 
 
-def _with_offsets(
-    section: Data, features: tuple[Feature, ...], target: Target, pieces: list[PieceReport]
-) -> tuple[tuple[Feature, ...], Target, tuple[str, ...]]:
-    """Inputs and target with what is to be subtracted from their numbers, by a sample of the rows, those whose keys are the least; and
-    a line for each column of which nothing can be, though float32 does not tell its values apart."""
-    sizes = {feature.name: feature.size for feature in features if feature.holds == "numbers"}
+def _in_ranges(plan: Plan, read: dict[str, Read], spill: Path, over: _Ranges) -> Plan:
+    """With a file of each range, in place of the pieces."""
+    pieces = [(path, place) for place, said in enumerate(read.values()) for path in said.pieces]
+    over.progress("prepare", None, "sorting")
+    plan = replace(plan, ranges=tuple(in_ranges(pieces, plan.power, spill, over.run)))
+    for path, _ in pieces:
+        Path(path).unlink()
+    return _with_offsets(plan, read["source"].rows)
+
+
+def _with_offsets(plan: Plan, rows: int) -> Plan:
+    """Inputs and target with what is to be subtracted from their numbers, by a sample of the rows of data.source, of which there are so
+    many, those whose keys are the least; and a line for each column of which nothing can be, though float32 does not tell its values
+    apart."""
+    section, target = plan.section, plan.target
+    sizes = {feature.name: feature.size for feature in plan.features if feature.holds == "numbers"}
     sizes |= {TARGET: target.size} if target.columns else {}
-    sample = passes.least_keys([piece.path for piece in pieces], sizes, sum(piece.rows for piece in pieces))
+    sample = passes.least_keys(plan, sizes, rows)
     if sample is None:
-        return features, target, ()
+        return plan
     offsets = {name: offsets_of(raw_values(sample[name], size)) for name, size in sizes.items()}
-    changed, lines = list(features), list[str]()
-    for place, (part, feature) in enumerate(zip(section.inputs, features, strict=True)):
+    changed, lines = list(plan.features), list[str]()
+    for place, (part, feature) in enumerate(zip(section.inputs, plan.features, strict=True)):
         found = offsets.get(feature.name, ())
         if found and part.shifts:
             changed[place] = feature.model_copy(update={"offsets": found, "dtype": "float64"})
@@ -239,12 +267,13 @@ def _with_offsets(
                 for name, offset in zip(part.names(feature), found, strict=True)
                 if offset
             ]
-    return tuple(changed), target.model_copy(update={"offsets": offsets.get(TARGET, ())}), tuple(lines)
+    target = target.model_copy(update={"offsets": offsets.get(TARGET, ())})
+    return replace(plan, features=tuple(changed), target=target, warnings=tuple(lines))
 
 
-def _unheld(read: dict[str, list[PieceReport]]) -> list[str]:
+def _unheld(read: dict[str, Read]) -> list[str]:
     """A line for each column of numbers with more digits than float64 holds."""
-    counts = sum((piece.digits for pieces in read.values() for piece in pieces), Counter[str]())
+    counts = sum((said.digits for said in read.values()), Counter[str]())
     return [
         f"{column}: {count:,} of its numbers have more digits than float64 holds, so the model sees others in their place: "
         "take it out if it names rows, else subtract in the source what all have in common"
@@ -269,10 +298,7 @@ class _Ranges:
 
     def merged(self, task: Callable[..., Any], doing: str) -> Any:
         """All that is found, merged in the order of the ranges; None when nothing is."""
-        total = None
-        for found in self.each(task, doing):
-            total = found if total is None else total if found is None else total.merge(found)
-        return total
+        return merged(found for found in self.each(task, doing) if found is not None)
 
 
 def _one_by_one(task: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
@@ -306,13 +332,13 @@ def _without_duplicates(plan: Plan, spill: Path, over: _Ranges) -> Plan:
     comparing = [place for place, clean in enumerate(plan.section.clean) if isinstance(clean, (ExactDuplicates, NearDuplicates))]
     if all(is_local(plan.section.clean[place]) for place in comparing):
         return plan
-    rows = sum(open_rows for open_rows in map(passes.rows_of, plan.pieces))
+    rows = sum(len(open_rows(path)) for path in plan.ranges)
     for place in comparing:
-        exact = isinstance(plan.section.clean[place], ExactDuplicates)
-        buckets = -(-rows // BUCKET_ROWS) if exact else 1
+        buckets = -(-rows // BUCKET_ROWS) if isinstance(plan.section.clean[place], ExactDuplicates) else 1
         over.progress("prepare", None, f"looking for {plan.section.clean[place].title}")
-        files = over.run(partial(passes.duplicates, plan, place, buckets=buckets, folder=spill), range(buckets))
-        plan = replace(plan, losers=(*plan.losers, *files))
+        files = list(over.each(partial(passes.compared, plan, place=place, buckets=buckets, folder=spill), "comparing"))
+        losers = over.run(partial(passes.duplicates, plan, place, files, folder=spill), range(buckets))
+        plan = replace(plan, losers=(*plan.losers, *losers))
     return plan
 
 

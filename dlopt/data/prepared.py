@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,11 @@ class Split:
 
     def __len__(self) -> int:
         return self.chunks[-1].start + self.chunks[-1].rows if self.chunks else 0
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """Where the rows of each chunk begin, int64 (chunks,)."""
+        return np.array([chunk.start for chunk in self.chunks], dtype=np.int64)
 
     @property
     def row_bytes(self) -> int:

@@ -35,6 +35,9 @@ class Data(Part):
     """What the model predicts."""
     split: AnySplit = RandomSplit()
     """Which rows are for training, validation and test."""
+    profile: bool = True
+    """Whether columns are described, for the report and to warn of suspicious ones; without it, tables of thousands of columns are prepared
+    in a fraction of the time."""
     fold: Fold | None = None
     """Of a cross-validation: which of several equal parts is the validation split; train.folds sets it for each in turn."""
 

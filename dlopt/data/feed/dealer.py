@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -185,7 +185,7 @@ class _Values:
     """The chunks in which some rows lie, read."""
 
     def __init__(self, split: Split, rows: np.ndarray) -> None:
-        self.starts = np.array([chunk.start for chunk in split.chunks])
+        self.starts = split.starts
         used = np.unique(self._chunk(rows))
         self.values = split.read([split.chunks[index] for index in used])
         sizes = np.array([split.chunks[index].rows for index in used])
@@ -268,8 +268,11 @@ class Dealer:
 
     def _blocks(self) -> Iterator[tuple[Any, int]]:
         """(reference, rows) of what the tasks hand over, in their order."""
+        import ray
+
+        shared = ray.put(self.plan)
         for offset in range(0, len(self.plan), TASKS):
-            for bundle in _executed(Reader(self.plan, offset), min(TASKS, len(self.plan) - offset)):
+            for bundle in _executed(self.plan, SharedReader(shared, offset), min(TASKS, len(self.plan) - offset)):
                 yield from ((entry.ref, entry.metadata.num_rows) for entry in bundle.blocks)
 
 
@@ -282,14 +285,35 @@ class DealerProcess(Dealer):
         super().__init__(plan)
 
 
-def _executed(reader: Reader, tasks: int) -> Iterator[Any]:
+class SharedReader:
+    """A `Reader` whose plan lies in the object store: it may be of a million chunks, or hold the class of every row, so a process of Ray's
+    loads it once, not for each of its tasks."""
+
+    loaded: ClassVar[dict[str, ReadPlan]] = {}
+    """Of this process: the plan that it works on, by its reference."""
+
+    def __init__(self, plan: Any, offset: int) -> None:
+        """plan: a reference of Ray's."""
+        self.plan, self.offset = plan, offset
+
+    def __call__(self, task: dict[str, np.ndarray]) -> Iterator[pa.Table]:
+        import ray
+
+        name = self.plan.hex()
+        if name not in self.loaded:
+            self.loaded.clear()
+            self.loaded[name] = ray.get(self.plan)
+        return Reader(self.loaded[name], self.offset)(task)
+
+
+def _executed(plan: ReadPlan, reader: SharedReader, tasks: int) -> Iterator[Any]:
     """Ray Data's bundles of blocks."""
     import ray.data
 
-    data_context(preserve_order=True, block_bytes=max(1, reader.plan.read_bytes // BLOCKS))
+    data_context(preserve_order=True, block_bytes=max(1, plan.read_bytes // BLOCKS))
     options = ray.data.DataContext.get_current().execution_options
     before = options.resource_limits
-    options.resource_limits = ray.data.ExecutionResources(object_store_memory=reader.plan.ahead_bytes)
+    options.resource_limits = ray.data.ExecutionResources(object_store_memory=plan.ahead_bytes)
     try:
         dataset = ray.data.range(tasks, override_num_blocks=tasks).map_batches(reader, batch_size=1)
         return iter(dataset.iter_internal_ref_bundles())

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -52,6 +52,12 @@ class Arranged(NamedTuple):
     """The lane of each, rising, (n,)."""
 
 
+@lru_cache(2)
+def _permutation(chunks: int, seed: int, epoch: int) -> np.ndarray:
+    """So many chunks in the order of an epoch."""
+    return np.argsort(bits(np.arange(chunks), seed, epoch, CHUNKS), kind="stable")
+
+
 @dataclass(frozen=True)
 class Order:
     """The order of one split. chunk_rows: rows of each chunk; window: batches in a window; classes: of each row, for a balanced one."""
@@ -66,7 +72,7 @@ class Order:
     def of(cls, seed: int, chunk_rows: Sequence[int], batch_size: int, row_bytes: int, classes: np.ndarray | None = None) -> Order:
         return cls(seed, tuple(chunk_rows), batch_size, max(1, WINDOW_BYTES // (row_bytes * batch_size)), classes)
 
-    @property
+    @cached_property
     def rows(self) -> int:
         return sum(self.chunk_rows)
 
@@ -160,7 +166,7 @@ class Order:
 
     def _permutation(self, epoch: int) -> np.ndarray:
         """The chunks in the order of the epoch's sequence."""
-        return np.argsort(bits(np.arange(len(self.chunk_rows)), self.seed, epoch, CHUNKS), kind="stable")
+        return _permutation(len(self.chunk_rows), self.seed, epoch)
 
     def _offset(self, epoch: int) -> int:
         """The first point, where the order is balanced."""

@@ -141,7 +141,8 @@ def _classes(split: Split) -> np.ndarray:
     found = [np.zeros(0, dtype=np.min_scalar_type(max(0, target.size - 1)))]
     for file in dict.fromkeys(chunk.file for chunk in split.chunks):
         try:
-            found.append(pq.read_table(file, columns=[target.name], page_checksum_verification=True)[target.name].to_numpy())
+            values = pq.read_table(file, columns=[target.name], page_checksum_verification=True)[target.name].to_numpy()
         except UNREADABLE as error:
             raise damaged(file, error) from None
-    return np.concatenate([values.astype(found[0].dtype) for values in found])
+        found.append(values.astype(found[0].dtype))
+    return np.concatenate(found)

@@ -115,15 +115,18 @@ def _batches_of(parquet: pq.ParquetFile, piece: Piece, columns: Sequence[str] | 
     rows = sum(parquet.metadata.row_group(group).num_rows for group in groups)
     size = sum(parquet.metadata.row_group(group).total_byte_size for group in groups)
     batch = max(1, rows * MAX_BLOCK // max(size, MAX_BLOCK))
-    chosen = [name for name in parquet.schema_arrow.names if columns is None or name in columns]
-    if any(not is_fixed_width(parquet.schema_arrow.field(name).type) for name in chosen):
+    schema, wanted = parquet.schema_arrow, None if columns is None else set(columns)  # a schema that is made anew at each look
+    chosen = [field for field in schema if wanted is None or field.name in wanted]
+    if any(not is_fixed_width(field.type) for field in chosen):
         batch = min(batch, BATCH_ROWS)
-    some: list[pa.RecordBatch] = []
-    for one in parquet.iter_batches(batch, row_groups=groups, columns=None if columns is None else chosen, use_threads=False):
+    names = None if wanted is None else [field.name for field in chosen]
+    some, held = list[pa.RecordBatch](), 0
+    for one in parquet.iter_batches(batch, row_groups=groups, columns=names, use_threads=False):
         some.append(one)
-        if sum(part.nbytes for part in some) >= MAX_BLOCK:
+        held += one.nbytes
+        if held >= MAX_BLOCK:
             yield pa.Table.from_batches(some)
-            some = []
+            some, held = [], 0
     if some:
         yield pa.Table.from_batches(some)
 

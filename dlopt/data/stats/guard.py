@@ -142,7 +142,7 @@ def findings(
     drifting = [column for column in train.columns if column not in named and column not in split_by]
     found += [_drift(column, train, summaries[split], split) for split in summaries if split != name for column in drifting]
     found += [_imbalance(column, train.columns[column], name) for column in targets]
-    found += [_duplicates(split, *counts, summaries.get(split)) for split, counts in (duplicates_across or {}).items()]
+    found += [duplicates(split, *counts, summaries.get(split)) for split, counts in (duplicates_across or {}).items()]
     return [finding for finding in found if finding]
 
 
@@ -310,7 +310,8 @@ def _imbalance(name: str, column: Column, split: str) -> Finding | None:
     return Finding("imbalance", name, f"{text}: weigh the classes or sample them evenly, and judge by F1 or ROC AUC, not by accuracy")
 
 
-def _duplicates(split: str, count: int, chance: float, summary: Summary | None) -> Finding | None:
+def duplicates(split: str, count: int, chance: float, summary: Summary | None) -> Finding | None:
+    """Whether more rows of a split are in train as well than may be by chance. summary: of the split."""
     if count <= chance + CHANCE * math.sqrt(chance):
         return None
     share = f" ({count / summary.rows:.1%})" if summary and summary.rows else ""

@@ -11,7 +11,8 @@ import pyarrow as pa
 from dlopt.data.kinds import column_kinds
 from dlopt.data.sources import Source
 from dlopt.data.stats.guess import name_of
-from dlopt.data.stats.summary import Summary, merge, summarise
+from dlopt.data.stats.pairwise import merged
+from dlopt.data.stats.summary import Summary, summarise
 from dlopt.data.types.columns import Columns
 from dlopt.part import DloptError
 from dlopt.progress import BLOCK, Progress, silent
@@ -26,21 +27,28 @@ def profile_source(
 ) -> Summary:
     """Summary of all rows of a source, or of the first `rows`. Raises DloptError when there are none, or a file cannot be read."""
     data_context(preserve_order=True, reserve=False)
-    found, done, said = [], 0, time.monotonic()
     if left_out := source.left_out():
         progress("profile", None, BLOCK + left_out)
     progress("profile", None, "reading")
     with _saying():
         dataset = source.read() if rows is None else source.read().limit(rows)
-        for row in dataset.map_batches(_Summarise(kinds, targets, source.meaning()), batch_format="pyarrow", batch_size=None).iter_rows():
-            found.append(Summary.from_json(row["summary"]))
-            done += found[-1].rows
-            if time.monotonic() - said > EVERY:
-                said = time.monotonic()
-                progress("profile", None, f"{done:,} rows")
-    if not done:
+        found = dataset.map_batches(_Summarise(kinds, targets, source.meaning()), batch_format="pyarrow", batch_size=None).iter_rows()
+        total = merged(_counted((Summary.from_json(row["summary"]) for row in found), progress))
+    if total is None:
         raise DloptError(f"{name_of(source)}: is empty")
-    return merge(*(part for part in found if part.rows))
+    return total
+
+
+def _counted(parts: Iterator[Summary], progress: Progress) -> Iterator[Summary]:
+    """The parts that have rows; says now and then how many there are."""
+    done, said = 0, time.monotonic()
+    for part in parts:
+        done += part.rows
+        if time.monotonic() - said > EVERY:
+            said = time.monotonic()
+            progress("profile", None, f"{done:,} rows")
+        if part.rows:
+            yield part
 
 
 class _Summarise:

@@ -116,13 +116,6 @@ def prepared_columns(
     return {name: values for name, (_, values) in found.items()}, {name: kind for name, (kind, _) in found.items()}, target.names
 
 
-def merge(*parts: Summary) -> Summary:
-    """Summary of all parts together. They are merged in pairs, in their order, so that errors grow with log2(parts) only."""
-    while len(parts) > 1:
-        parts = tuple(parts[i].merge(parts[i + 1]) if i + 1 < len(parts) else parts[i] for i in range(0, len(parts), 2))
-    return parts[0]
-
-
 def _sampled(columns: Columns, kinds: Mapping[str, str], found: Mapping[str, Column], rows: int) -> RowSample:
     """Random rows of a piece. The randomness comes from what the piece holds, so that pieces of one table have different keys."""
     (seed,) = string_words([repr([(c.mean, c.squares, c.sketch, c.missing, c.rows) for c in found.values()])])

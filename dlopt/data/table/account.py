@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +11,34 @@ from dlopt.data.clean import ExactDuplicates, NearDuplicates
 from dlopt.data.section import Data
 from dlopt.data.table.passes import Observed
 from dlopt.data.table.plan import Plan
-from dlopt.data.table.spill import PieceReport
+from dlopt.data.table.spill import OTHERS, Read
 from dlopt.data.table.split import NAMES, AnySplit, GivenSplit
 from dlopt.part import DloptError
 
 
-def refuse_bad(section: Data, read: dict[str, list[PieceReport]], quarantine: Path) -> None:
+def refuse_bad(section: Data, read: dict[str, Read], quarantine: Path) -> None:
     """More rows that cannot be read than the job allows, or none that can be used."""
-    total = wrong = 0
-    for name, pieces in read.items():
-        rows, bad = sum(piece.read for piece in pieces), sum(piece.reasons.total() for piece in pieces)
-        if not sum(piece.rows for piece in pieces):
+    for name, said in read.items():
+        if not said.rows:
             raise DloptError(
-                f"data.{name}: none of its {rows:,} rows can be used: {_say(pieces) or 'cleaning drops all'}; they are in {quarantine}"
+                f"data.{name}: none of its {said.read:,} rows can be used: {_say([said]) or 'cleaning drops all'}; they are in {quarantine}"
             )
-        total, wrong = total + rows, wrong + bad
+    total, wrong = sum(said.read for said in read.values()), bad_rows(read)
     if wrong > section.most_bad * total:
-        everything = [piece for pieces in read.values() for piece in pieces]
-        raise DloptError(
-            f"data: {wrong:,} of {total:,} rows cannot be read ({wrong / total:.1%}, data.most_bad allows {section.most_bad:.1%}): "
-            f"{_say(everything)}; they are in {quarantine}"
-        )
+        raise too_bad(section, read, quarantine, f"{wrong:,} of {total:,} rows cannot be read ({wrong / total:.1%}, ")
 
 
-def refuse_dropped(plan: Plan, read: dict[str, list[PieceReport]], seen: Observed) -> None:
+def bad_rows(read: dict[str, Read]) -> int:
+    return sum(said.reasons.total() for said in read.values())
+
+
+def too_bad(section: Data, read: dict[str, Read], quarantine: Path, what: str) -> DloptError:
+    return DloptError(f"data: {what}data.most_bad allows {section.most_bad:.1%}): {_say(read.values())}; they are in {quarantine}")
+
+
+def refuse_dropped(plan: Plan, read: dict[str, Read], seen: Observed) -> None:
     """A part of `clean` that drops a larger share of the rows than it may."""
-    total = sum(piece.read for pieces in read.values() for piece in pieces)
+    total = sum(said.read for said in read.values())
     for place, dropped in dropped_rows(plan, read, seen).items():
         clean = plan.section.clean[place]
         if dropped > clean.most * total:
@@ -77,23 +80,20 @@ def _why_empty(split: AnySplit, name: str) -> str:
     return f"no row has {values} in column {split.column!r}: leave it out of split.names"
 
 
-def dropped_rows(plan: Plan, read: dict[str, list[PieceReport]], seen: Observed) -> Counter[int]:
+def dropped_rows(plan: Plan, read: dict[str, Read], seen: Observed) -> Counter[int]:
     """The rows that each part of `clean` has dropped, by its place; 0 for one that has dropped none."""
-    early = sum((piece.dropped for pieces in read.values() for piece in pieces), Counter[int]())
+    early = sum((said.dropped for said in read.values()), Counter[int]())
     return Counter({place: early[place] + seen.dropped[place] for place in range(len(plan.section.clean))})
 
 
-def account(
-    plan: Plan, read: dict[str, list[PieceReport]], seen: Observed, warnings: list[str], seconds: dict[str, float]
-) -> dict[str, Any]:
+def account(plan: Plan, read: dict[str, Read], seen: Observed, warnings: list[str], seconds: dict[str, float]) -> dict[str, Any]:
     """What the manifest says of the rows."""
-    everything = [piece for pieces in read.values() for piece in pieces]
-    dropped, reasons = dropped_rows(plan, read, seen), sum((piece.reasons for piece in everything), Counter[str]())
+    dropped, reasons = dropped_rows(plan, read, seen), sum((said.reasons for said in read.values()), Counter[str]())
     duplicates = sum(rows for place, rows in dropped.items() if isinstance(plan.section.clean[place], (ExactDuplicates, NearDuplicates)))
     labels = {name: {str(label): seen.labels[name][code] for code, label in enumerate(plan.target.labels)} for name in NAMES}
     return {
         "counts": {
-            "read": sum(piece.read for piece in everything),
+            "read": sum(said.read for said in read.values()),
             "bad": reasons.total(),
             "dropped": sum(dropped.values()),
             "duplicates": duplicates,
@@ -111,7 +111,8 @@ def account(
     }
 
 
-def _say(pieces: list[PieceReport]) -> str:
+def _say(read: Iterable[Read]) -> str:
     """The most frequent reasons, in one line."""
-    reasons = sum((piece.reasons for piece in pieces), Counter[str]())
-    return "; ".join(f"{reason} ({count:,})" for reason, count in sorted(reasons.items(), key=lambda pair: (-pair[1], pair[0]))[:3])
+    reasons = sum((said.reasons for said in read), Counter[str]())
+    first = sorted(reasons.items(), key=lambda pair: (pair[0] == OTHERS, -pair[1], pair[0]))[:3]
+    return "; ".join(f"{reason} ({count:,})" for reason, count in first)

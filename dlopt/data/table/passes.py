@@ -1,4 +1,4 @@
-"""What prepare does with each range of keys, once all rows lie in pieces: look for duplicates, look at positions, observe the
+"""What prepare does with each range of keys, once it is a file: look for duplicates, look at positions, observe the
 training rows, write. Each is a function of a plan and a range's number, so ranges can be worked on anywhere, in any order."""
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from dlopt.data.stats.moments import Moments
 from dlopt.data.stats.quantiles import Quantiles
 from dlopt.data.stats.repeats import Repeats, repeats
 from dlopt.data.stats.summary import Summary
-from dlopt.data.table.plan import KEEP, Plan, Selected, lost_rows, open_piece, write_losers
-from dlopt.data.table.spill import HIGH, LOW, REASON, SIDE, TARGET, TIE, free_name, identity_column, order_column
+from dlopt.data.table.plan import KEEP, Plan, Selected, lost_rows
+from dlopt.data.table.ranges import ORIGIN
+from dlopt.data.table.spill import HIGH, LOW, REASON, SIDE, TARGET, TIE, free_name, identity_column, open_rows, order_column, write_rows
 from dlopt.data.table.split import NAMES, Hashed
 from dlopt.data.types.exact import raw_values, values_of, widened
 from dlopt.data.types.tensors import array_of
@@ -57,7 +58,7 @@ class Observed:
     target: Moments | None
     """And of a target of numbers."""
     profile: dict[str, Summary]
-    """What each split that has rows looks like, for the profile and the warnings."""
+    """What each split that has rows looks like, for the profile and the warnings; nothing where the job asks for none."""
 
     def by_chance(self, given: Collection[str]) -> dict[str, float]:
         """How many rows of validation and test may equal one of train though nobody copied them. given: splits that come from a source
@@ -110,7 +111,7 @@ def observe(plan: Plan, number: int) -> Observed:
         repeats(found.table, plan.features, kept, found.keys[kept]) if leaks else None,
         inputs,
         target,
-        {name: _summary(plan, rows, name == "train") for name, rows in splits.items()},
+        {name: _summary(plan, rows, name == "train") for name, rows in splits.items()} if plan.section.profile else {},
     )
 
 
@@ -165,26 +166,24 @@ def learn(plan: Plan, part: InputKind, feature: Feature, numbers: range) -> Feat
     return part.learn((plan.select(number, part.pieces(feature)).of(0) for number in numbers), feature)
 
 
-def least_keys(pieces: Sequence[str], columns: Mapping[str, int], rows: int) -> pa.Table | None:
-    """Some columns of numbers, so many each, of the rows with the least keys, about SAMPLE_ROWS of so many rows: the same ones however
-    they lie in pieces, and as good as drawn by lot. All of the rows where there are few different ones; None where pieces hold float32
-    alone."""
-    tables = [open_piece(path) for path in pieces] if columns else []
-    if all(table.schema.field(name).type.byte_width == 4 * width for table in tables for name, width in columns.items()):
+def least_keys(plan: Plan, columns: Mapping[str, int], rows: int) -> pa.Table | None:
+    """Some columns of numbers, so many each, of the rows of data.source with the least keys, about SAMPLE_ROWS of so many rows: the same
+    ones however they came, and as good as drawn by lot. All of the rows where there are few different ones; None where ranges hold
+    float32 alone."""
+    ranges = [open_rows(path) for path in plan.ranges] if columns else []
+    if all(table.schema.field(name).type.byte_width == 4 * width for table in ranges for name, width in columns.items()):
         return None
     for share in (SAMPLE_ROWS / max(rows, 1), 1.0):
-        last = np.uint64(min(int(share * 2**64), 2**64 - 1))
-        ends = [int(np.searchsorted(table[HIGH].chunk(0).to_numpy(), last, side="right")) for table in tables]
-        found = [table.slice(0, end).select([*columns, HIGH]) for table, end in zip(tables, ends, strict=True)]
+        last, found = np.uint64(min(int(share * 2**64), 2**64 - 1)), []
+        for table in ranges:
+            end = int(np.searchsorted(table[HIGH].to_numpy(), last, side="right"))
+            found.append(table.slice(0, end).select([*columns, HIGH]).filter(pc.equal(table[ORIGIN].slice(0, end), 0)))
+            if end < len(table):
+                break
         together = pa.concat_tables(widened(found)).combine_chunks()
         if share >= 1 or pc.count_distinct(together[HIGH]).as_py() >= FEWEST:
             break
     return together
-
-
-def rows_of(path: str) -> int:
-    """How many rows a piece has."""
-    return len(open_piece(path))
 
 
 def spread(plan: Plan, number: int) -> Spread | None:
@@ -249,32 +248,36 @@ def write(plan: Plan, number: int, *, signature: Signature, out: Path) -> int:
     return int((found.split >= 0).sum())
 
 
-def duplicates(plan: Plan, place: int, bucket: int, *, buckets: int, folder: Path) -> str:
-    """Find the rows that a part of `clean` drops among those whose identity falls into a bucket; returns the file that names them."""
-    clean, names = plan.section.clean[place], [HIGH, LOW, TIE]
-    names += [] if isinstance(clean, ExactDuplicates) and not clean.columns else [identity_column(place)]
+def compared(plan: Plan, number: int, *, place: int, buckets: int, folder: Path) -> str:
+    """Write what a part of `clean` compares of a range's rows that are left, sorted by the bucket that they fall into."""
+    clean = plan.section.clean[place]
+    names = [] if isinstance(clean, ExactDuplicates) and not clean.columns else [identity_column(place)]
     names += [order_column(place)] if isinstance(clean, ExactDuplicates) and clean.order_by else []
-    lost, gathered, pieces, rows = lost_rows(plan), [], [], []
-    origins = []
-    for index, path in enumerate(plan.pieces):
-        table = open_piece(path).select(names)
-        there = lost.of(path, 0, len(table)) == KEEP
-        if buckets > 1:
-            there &= _identity(table, place, clean)[:, 0] % np.uint64(buckets) == bucket
-        chosen = np.flatnonzero(there)
-        gathered.append(table.take(pa.array(chosen)))
-        rows.append(chosen)
-        pieces.append(np.full(len(chosen), index))
-        origins.append(np.full(len(chosen), _origin(plan, path), dtype=np.uint64))
-    table = pa.concat_tables(gathered).combine_chunks()
-    piece, row, origin = (np.concatenate(parts) for parts in (pieces, rows, origins))
-    order = np.argsort(table[TIE].to_numpy(), kind="stable")  # of rows of one key the same one stays whatever the order of pieces
-    keys = np.stack([table[HIGH].to_numpy(), table[LOW].to_numpy()], axis=1)
+    table = open_rows(plan.ranges[number]).select([HIGH, LOW, TIE, ORIGIN, *names])
+    rows = np.flatnonzero(lost_rows(plan.losers, number, len(table)) == KEEP)
+    bucket = _identity(table, place, clean)[rows, 0] % np.uint64(buckets) if buckets > 1 else np.zeros(len(rows), np.uint64)
+    order = np.argsort(bucket, kind="stable")
+    chosen = table.take(pa.array(rows[order]))
+    more = {"bucket": bucket[order], "range": np.full(len(rows), number), "row": rows[order]}
+    return write_rows(pa.table({**dict(zip(chosen.column_names, chosen.columns, strict=True)), **more}), folder)
+
+
+def duplicates(plan: Plan, place: int, files: Sequence[str], bucket: int, *, folder: Path) -> tuple[int, str]:
+    """Find the rows that a part of `clean` drops among those of a bucket; its place, and the file that names them. files: what `compared`
+    has written, range after range."""
+    parts = []
+    for file in files:
+        rows = open_rows(file)
+        start, stop = np.searchsorted(rows["bucket"].to_numpy(), [bucket, bucket + 1])
+        parts.append(rows.slice(start, stop - start))
+    table = pa.concat_tables(parts).combine_chunks()
+    order = np.argsort(table[TIE].to_numpy(), kind="stable")  # of rows of one key the same one stays whatever the order of blocks
+    keys, origin = np.stack([table[HIGH].to_numpy(), table[LOW].to_numpy()], axis=1), table[ORIGIN].to_numpy()
     losers = np.zeros(len(table), dtype=bool)
     for one in np.unique(origin):  # rows of different sources are not duplicates of each other
         mine = order[origin[order] == one]
-        losers[mine] = _losers(clean, place, table.take(pa.array(mine)), keys[mine])
-    return write_losers(folder / f"losers-{place:03d}-{bucket:05d}.npz", plan.pieces, piece[losers], row[losers], place)
+        losers[mine] = _losers(plan.section.clean[place], place, table.take(pa.array(mine)), keys[mine])
+    return place, write_rows(table.select(["range", "row"]).filter(pa.array(losers)), folder)
 
 
 def _losers(clean: Any, place: int, table: pa.Table, keys: np.ndarray) -> np.ndarray:
@@ -290,10 +293,6 @@ def _identity(table: pa.Table, place: int, clean: Any) -> np.ndarray:
     if identity_column(place) not in table.column_names:
         return np.stack([table[HIGH].to_numpy(), table[LOW].to_numpy()], axis=1)
     return array_of(table[identity_column(place)], "uint64", (2,))
-
-
-def _origin(plan: Plan, path: str) -> int:
-    return next(index for index, origin in enumerate(plan.origins) if path in origin.pieces)
 
 
 def _columns(plan: Plan) -> list[str]:

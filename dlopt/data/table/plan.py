@@ -1,15 +1,13 @@
 """What prepare has decided so far, and what follows from it for the rows of one range of keys: which are kept, and in which split.
 
-Rows lie in piece files in the order of their keys (see spill.py). A range is all rows whose keys begin with the same bits, in the
-order of their keys: the same rows in the same order however the source was cut into blocks. Each later pass goes over all ranges,
-each range on its own, and asks here for the columns that it needs.
+Each range is a file of rows in the order of their keys (see ranges.py). Each pass goes over all ranges, each on its own, and asks here
+for the columns that it needs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +17,10 @@ import pyarrow.compute as pc
 from dlopt.data.clean import Outliers
 from dlopt.data.kinds.base import Bound
 from dlopt.data.section import Data
-from dlopt.data.table.spill import HIGH, LOW, SIDE, TARGET, TIE, is_local
+from dlopt.data.table.ranges import ORIGIN
+from dlopt.data.table.spill import HIGH, LOW, SIDE, TARGET, is_local, open_rows
 from dlopt.data.table.split import NAMES, ByRow, GivenSplit, Hashed, StratifiedSplit
-from dlopt.data.types.exact import raw_values, shifted, widened
+from dlopt.data.types.exact import raw_values, shifted
 from dlopt.part import Feature, Target
 
 KEEP = -1
@@ -30,12 +29,11 @@ KEEP = -1
 
 @dataclass(frozen=True)
 class Origin:
-    """The pieces of one source, and the split that its rows are for, if that is settled."""
+    """A source, and the split that its rows are for, if that is settled."""
 
     where: str
     """data.source, data.validation or data.test."""
     split: str | None
-    pieces: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -51,8 +49,10 @@ class Plan:
     origins: tuple[Origin, ...]
     power: int
     """There are 2**power ranges."""
-    losers: tuple[str, ...] = ()
-    """Files that name rows which are duplicates of others: arrays `piece` and `row`, and `place`, the part of `clean` that dropped them."""
+    ranges: tuple[str, ...] = ()
+    """Their files (see ranges.py)."""
+    losers: tuple[tuple[int, str], ...] = ()
+    """Places of parts of `clean`, and files that name the rows that they drop as duplicates: columns `range`, sorted, and `row`."""
     edges: np.ndarray | None = None
     """Where positions are cut into parts: (parts - 1,), or (classes, parts - 1); empty when the parts are given, None while unknown."""
     bounds: Mapping[str, tuple[int, Bound]] = field(default_factory=dict)
@@ -67,14 +67,10 @@ class Plan:
         """Bounds by column."""
         return {column: bound for column, (_, bound) in self.bounds.items()}
 
-    @property
-    def pieces(self) -> list[str]:
-        return [piece for origin in self.origins for piece in origin.pieces]
-
     def select(self, number: int, columns: Sequence[str]) -> Selected:
         """The rows of range `number`, with these columns."""
         rows = _Rows.of(self, number)
-        table = rows.columns([*dict.fromkeys([*columns, *self._looked_at()])])
+        table = rows.table.select([*dict.fromkeys([*columns, *self._looked_at()])])
         dropped = self._dropped(rows, table)
         copies = rows.copies(dropped == KEEP) if isinstance(self.section.split, ByRow) and not self.section.split.group else None
         split = self._split(rows, table, copies) if self.edges is not None else np.zeros(len(dropped), np.int64)
@@ -186,12 +182,11 @@ class Selected:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Where the rows of a range are: a slice of each piece, and the order of all of them together."""
+    """The rows of a range, in the order of their keys."""
 
-    slices: list[pa.Table]
-    order: np.ndarray
+    table: pa.Table
     keys: np.ndarray
-    """uint64 (rows, 2), in order, as all that follows."""
+    """uint64 (rows, 2)."""
     origin: np.ndarray
     repeated: np.ndarray
     """Whether a row has the key and the origin of the one before."""
@@ -200,27 +195,12 @@ class _Rows:
 
     @classmethod
     def of(cls, plan: Plan, number: int) -> _Rows:
-        low, high = number << (64 - plan.power) if plan.power else 0, (number + 1) << (64 - plan.power) if plan.power else 2**64
-        lost = _Lost(plan.losers)
-        slices, origins, losses = [], [], []
-        for index, origin in enumerate(plan.origins):
-            for path in origin.pieces:
-                piece = open_piece(path)
-                words = piece[HIGH].to_numpy()
-                start = int(np.searchsorted(words, np.uint64(low)))
-                stop = len(words) if high == 2**64 else int(np.searchsorted(words, np.uint64(high)))
-                slices.append(piece.slice(start, stop - start))
-                origins.append(np.full(stop - start, index, dtype=np.int8))
-                losses.append(lost.of(path, start, stop))
-        words = [np.concatenate([piece[name].to_numpy() for piece in slices] or [np.zeros(0, np.uint64)]) for name in (HIGH, LOW)]
-        tie = np.concatenate([piece[TIE].to_numpy() for piece in slices]) if slices and TIE in slices[0].column_names else None
-        origin_of = np.concatenate(origins or [np.zeros(0, np.int8)])
-        order = _in_order(words[0], words[1], tie, origin_of)
-        keys = np.stack([word[order] for word in words], axis=1)
-        origin_of = origin_of[order]
-        repeated = np.zeros(len(order), dtype=bool)
-        repeated[1:] = (keys[1:] == keys[:-1]).all(axis=1) & (origin_of[1:] == origin_of[:-1])
-        return cls(slices, order, keys, origin_of, repeated, np.concatenate(losses or [np.zeros(0, np.int64)])[order])
+        table = open_rows(plan.ranges[number])
+        keys = np.stack([table[HIGH].to_numpy(), table[LOW].to_numpy()], axis=1)
+        origin = table[ORIGIN].to_numpy()
+        repeated = np.zeros(len(table), dtype=bool)
+        repeated[1:] = (keys[1:] == keys[:-1]).all(axis=1) & (origin[1:] == origin[:-1])
+        return cls(table, keys, origin, repeated, lost_rows(plan.losers, number, len(table)))
 
     def copies(self, kept: np.ndarray) -> np.ndarray:
         """The number of each row among the rows of its key and origin that are kept, int64 (rows,). What tells such rows apart decides
@@ -229,65 +209,16 @@ class _Rows:
         starts = np.flatnonzero(~self.repeated)
         return number - np.repeat(number[starts], np.diff(np.append(starts, len(number))))
 
-    def columns(self, names: Sequence[str]) -> pa.Table:
-        """These columns of all the rows."""
-        together = pa.concat_tables(widened([piece.select(names) for piece in self.slices])).combine_chunks()
-        return together if (self.order[1:] > self.order[:-1]).all() else together.take(pa.array(self.order))
 
-
-class _Lost:
-    """Rows of pieces that were found to be duplicates, from files."""
-
-    def __init__(self, files: Sequence[str]) -> None:
-        self.found: dict[str, list[tuple[int, np.ndarray]]] = {}
-        for file in files:
-            with np.load(file) as arrays:
-                names, piece, rows, place = arrays["pieces"], arrays["piece"], arrays["rows"], int(arrays["place"])
-                for index in np.unique(piece):
-                    self.found.setdefault(str(names[index]), []).append((place, rows[piece == index]))
-
-    def of(self, path: str, start: int, stop: int) -> np.ndarray:
-        """The part of `clean` that dropped each of the rows from start up to stop, or KEEP."""
-        lost = np.full(stop - start, KEEP, dtype=np.int64)
-        for place, rows in self.found.get(path, ()):
-            here = rows[(rows >= start) & (rows < stop)] - start
-            lost[here] = place
-        return lost
-
-
-def open_piece(path: str) -> pa.Table:
-    """A piece, mapped into memory: only what is looked at is read."""
-    with pa.memory_map(path) as source:
-        return pa.ipc.open_file(source).read_all()
-
-
-def lost_rows(plan: Plan) -> _Lost:
-    """What was found to be duplicates so far."""
-    return _Lost(plan.losers)
-
-
-def write_losers(path: Path, pieces: Sequence[str], piece: np.ndarray, rows: np.ndarray, place: int) -> str:
-    """Note which rows of which pieces a part of `clean` drops. piece: index in pieces, (rows,); rows: place within it, (rows,)."""
-    with open(path, "wb") as file:
-        np.savez(file, pieces=np.array(pieces), piece=piece, rows=rows, place=np.array(place))
-    return str(path)
-
-
-def _in_order(high: np.ndarray, low: np.ndarray, tie: np.ndarray | None, origin: np.ndarray) -> np.ndarray:
-    """The order of rows by key, then origin, then what tells rows of one key apart. Keys that begin alike are rare, so the
-    second word is looked at only where it matters."""
-    order = np.argsort(high, kind="stable")
-    same = high[order][1:] == high[order][:-1]
-    if not same.any():
-        return order
-    group = np.zeros(len(order), dtype=bool)
-    group[1:] |= same
-    group[:-1] |= same
-    places = np.flatnonzero(group)
-    rows = order[places]
-    by = [origin[rows], low[rows], high[rows]] if tie is None else [tie[rows], origin[rows], low[rows], high[rows]]
-    order[places] = rows[np.lexsort(by)]
-    return order
+def lost_rows(losers: Sequence[tuple[int, str]], number: int, rows: int) -> np.ndarray:
+    """The part of `clean` that dropped each of the rows of a range as a duplicate so far, or KEEP. losers: as in a plan."""
+    lost = np.full(rows, KEEP, dtype=np.int64)
+    for place, file in losers:
+        found = open_rows(file)
+        ranges = found["range"].to_numpy()
+        start, stop = np.searchsorted(ranges, [number, number + 1])
+        lost[found["row"].to_numpy()[start:stop]] = place
+    return lost
 
 
 def _narrow(part: Any, feature: Feature, columns: tuple[str, ...]) -> tuple[Any, Feature]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import uuid
 from collections import Counter
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ tells rows of one key apart."""
 DIGITS = "__digits"
 """What columns begin with that tell apart numbers of more digits than float64 has; they go into the key alone."""
 REASON = "reason"
+MOST_REASONS, KEPT_REASONS, OTHERS = 1000, 100, "other reasons"
+"""When there are more different reasons, so many of them are told apart, and what the rest is called."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,48 @@ class PieceReport:
     """Where rows that were set aside are, as they were read; "" when there were none."""
     text_bytes: int = 0
     """Of the texts, categories and labels of the good rows."""
+
+
+@dataclass
+class Read:
+    """What the first pass says of all rows of a source, piece after piece: see `PieceReport`."""
+
+    pieces: list[str] = field(default_factory=list)
+    quarantine: list[str] = field(default_factory=list)
+    rows: int = 0
+    read: int = 0
+    text_bytes: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[int] = field(default_factory=Counter)
+    digits: Counter[str] = field(default_factory=Counter)
+    labels: Counter[Any] = field(default_factory=Counter)
+
+    @classmethod
+    def of(cls, pieces: Iterable[PieceReport]) -> Read:
+        read = cls()
+        for piece in pieces:
+            read.add(piece)
+        return read
+
+    def add(self, piece: PieceReport) -> None:
+        self.pieces += [piece.path] if piece.rows else []
+        self.quarantine += [piece.quarantine] if piece.quarantine else []
+        for name in ("rows", "read", "text_bytes"):
+            setattr(self, name, getattr(self, name) + getattr(piece, name))
+        for name in ("reasons", "dropped", "digits", "labels"):
+            getattr(self, name).update(getattr(piece, name))
+        self.reasons = fewer(self.reasons)
+
+
+def fewer(reasons: Counter[str]) -> Counter[str]:
+    """The same, or the most frequent ones and how many others there are: each bad value makes a reason of its own, and each row has its
+    own in quarantine."""
+    if len(reasons) <= MOST_REASONS:
+        return reasons
+    others = reasons.pop(OTHERS, 0)
+    kept = Counter(dict(sorted(reasons.items(), key=lambda pair: (-pair[1], pair[0]))[:KEPT_REASONS]))
+    kept[OTHERS] = others + reasons.total() - kept.total()
+    return kept
 
 
 def identity_column(place: int) -> str:
@@ -117,9 +161,9 @@ class Spill:
         if ruled or bad:
             good = good.filter(pa.array(_mask(len(raw), ruled.keys() | bad.keys(), False)))
         labels = self.section.target.count(good[TARGET].combine_chunks())
-        path = self._write(self._keyed(good)) if len(good) else ""
+        path = write_rows(self._keyed(good), self.folder) if len(good) else ""
         text_bytes = sum(pc.sum(pc.binary_length(column)).as_py() or 0 for column in good.columns if is_text(column.type))
-        return PieceReport(path, len(good), len(raw), Counter(bad.values()), by_rule, digits, labels, quarantine, text_bytes)
+        return PieceReport(path, len(good), len(raw), fewer(Counter(bad.values())), by_rule, digits, labels, quarantine, text_bytes)
 
     def _judged(self, raw: pa.Table) -> tuple[Reasons, Counter[int]]:
         """Rows that break a rule, and how many each rule has dropped first."""
@@ -202,13 +246,6 @@ class Spill:
             table = table.append_column(TIE, pa.array(_tie(table, sides)))
         return table.take(pa.array(np.argsort(keys[:, 0], kind="stable")))
 
-    def _write(self, table: pa.Table) -> str:
-        path = self.folder / f"{uuid.uuid4().hex}.arrow"  # a task that is tried again writes another one
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table.combine_chunks())
-        return str(path)
-
     def _set_aside(self, raw: pa.Table, reasons: Reasons) -> str:
         """Write rows as they were read, with their reason."""
         if not reasons:
@@ -221,6 +258,21 @@ class Spill:
             table.append_column(free_name(REASON, table.column_names), pa.array([reasons[row] for row in rows], pa.string())), path
         )
         return str(path)
+
+
+def open_rows(path: str) -> pa.Table:
+    """A file of rows, mapped into memory: only what is looked at is read."""
+    with pa.memory_map(path) as source:
+        return pa.ipc.open_file(source).read_all()
+
+
+def write_rows(table: pa.Table, folder: Path) -> str:
+    """Write rows to a file of their own: a task that is tried again writes another one."""
+    path = folder / f"{uuid.uuid4().hex}.arrow"
+    folder.mkdir(parents=True, exist_ok=True)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    return str(path)
 
 
 def as_json(piece: PieceReport) -> str:
