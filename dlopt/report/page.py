@@ -280,7 +280,7 @@ def template(name: str) -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    names = ("whole", "percent", "figure", "seconds", "dotted")
+    names = ("whole", "percent", "figure", "seconds")
     environment.filters |= {name: getattr(words, name) for name in names}
     environment.globals |= {"metric": words.metric, "metric_name": words.metric_name, "kinds": kinds}
     return environment.get_template(name)

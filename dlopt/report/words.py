@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-from markupsafe import Markup
-
 from dlopt.train.measure.metric import METRICS
 
 
@@ -27,11 +25,6 @@ def figure(value: float | None, digits: int = 4) -> str:
 def seconds(value: float) -> str:
     """A duration."""
     return f"{value:,.1f} s"
-
-
-def dotted(name: str) -> Markup:
-    """A layer's name, which may be broken after its dots and nowhere else."""
-    return Markup(".<wbr>").join(name.split("."))
 
 
 def metric_name(key: str) -> str:
