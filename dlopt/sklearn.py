@@ -1,8 +1,8 @@
 """scikit-learn estimators: `fit` runs a job on Ray in a home of its own, `predict` asks its ONNX file. Tables of numbers, and DataFrames
 with categories, dates and texts as well.
 
-What they do not do: `sample_weight`, sparse matrices, several targets at once. Predictions are float32, so that a row alone and the same
-row among others may differ in their last place.
+They pass scikit-learn's own checks (`check_estimator`). What they do not do: `sample_weight`, sparse matrices, several targets at once.
+Outputs are those of float32.
 """
 
 from __future__ import annotations
@@ -77,16 +77,18 @@ class _Estimator(BaseEstimator):
             self.signature_ = export.read("signature.json").decode()
             self.onnx_ = export.read("model.onnx")
             self.run_ = str(done.folder) if self.home else None
-        self.__dict__.pop("_model", None)
+        self._open()
+
+    def _open(self) -> None:
+        """A session of onnxruntime on the file's bytes."""
+        from dlopt.api.predict import Model
+        from dlopt.part import Signature
+
+        self._model = Model(self.onnx_, Signature.model_validate_json(self.signature_))
 
     def _outputs(self, X: Any) -> np.ndarray:
         check_is_fitted(self, "onnx_")
         table, _, _ = self._table(X, None, fitting=False)
-        if not hasattr(self, "_model"):
-            from dlopt.api.predict import Model
-            from dlopt.part import Signature
-
-            self._model = Model(self.onnx_, Signature.model_validate_json(self.signature_))
         try:
             return self._model.outputs(table).astype(np.float64)
         except DloptError as error:
@@ -119,9 +121,14 @@ class _Estimator(BaseEstimator):
         return [part.model_dump(mode="json", exclude_unset=True) | {"kind": part.kind} for part in job.data.inputs]
 
     def __getstate__(self) -> dict[str, Any]:
-        """A session of onnxruntime cannot be pickled, and is made anew from the file's bytes."""
+        """A session cannot be pickled, and is made anew from the file's bytes."""
         state: dict[str, Any] = super().__getstate__()
         return {name: value for name, value in state.items() if name != "_model"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "onnx_" in state:
+            self._open()
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

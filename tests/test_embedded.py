@@ -78,7 +78,7 @@ def test_the_line_for_curl_that_it_prints_works(server: Server) -> None:
     [
         ((b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n",), b"400", "Invalid HTTP request received."),
         ((head("Content-Length: minus one"),), b"400", "Invalid HTTP request received."),
-        ((head("X-Long: " + "x" * 70_000),), b"400", "Invalid HTTP request received."),
+        ((head("X-Long: " + "x" * 70_000)[:-2],), b"431", "the request's head has more than 64 KiB"),
         ((head("Connection: close", f"Content-Length: {2**30}"),), b"413", "the body has more than 1,000,000 bytes (serve.max_bytes)"),
         ((head("Connection: close", "Content-Length: 100"), b"{"), b"408", "the body did not arrive within 1 seconds"),
         ((b"POST / HTTP/1.1\r\nHost: test\r\n",), b"408", "the request did not arrive within 1 seconds"),
@@ -98,10 +98,9 @@ def test_a_client_that_has_said_all_and_closes_its_half_gets_its_answer(server: 
 
 
 def test_a_second_server_on_its_port_is_one_line(server: Server, export: Artifact) -> None:
-    for ray in (False, True):
-        second = Server(export, port=server.port, ray=ray)
-        said, _ = second.process.communicate(timeout=60)
-        assert said == f"dlopt: --port: {server.port} is in use: stop what listens there or give another\n"
+    second = Server(export, port=server.port, ray=False)
+    said, _ = second.process.communicate(timeout=60)
+    assert said == f"dlopt: --port: {server.port} is in use: stop what listens there or give another\n"
 
 
 def test_sigterm_lets_clients_notice_and_answers_what_is_in_hand(server: Server) -> None:

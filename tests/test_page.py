@@ -25,6 +25,7 @@ from dlopt.part import Signature
 from dlopt.serve import Serve
 from dlopt.serve.application import Replica
 from dlopt.serve.auth import Key
+from dlopt.serve.registry import Entry
 from tests.conftest import program
 from tests.served import FLIGHTS, IMAGE, NUMBERS, PHOTOS, SAID, free_port, make_export, messages
 
@@ -165,7 +166,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 def serving(export: Artifact) -> Iterator[str]:
     """The app under uvicorn, in a thread, without Ray: the address of the page with its key."""
     port = free_port()
-    app = Replica(export.path, "digits", Serve(), (Key.of(KEY),)).application
+    app = Replica((Entry.of(export, "digits", Serve()),), Serve(), (Key.of(KEY),)).application
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -700,7 +700,8 @@ import sys
 from pathlib import Path
 from dlopt.serve import Serve
 from dlopt.serve.application import Replica
-Replica(Path(sys.argv[1]), "m", Serve(), ())
+from dlopt.serve.registry import Entry
+Replica((Entry(Path(sys.argv[1]), "m", Serve()),), Serve(), ())
 print([name for name in ("torch", "ray", "pandas") if name in sys.modules])
 """
     ended = subprocess.run([sys.executable, "-c", script, str(make_export(home).path)], capture_output=True, text=True, check=True)

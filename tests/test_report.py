@@ -378,7 +378,7 @@ def test_what_a_run_does_not_have_is_left_out(tmp_path: Path) -> None:
 
 
 def test_values_that_are_not_finite_do_not_stop_the_page(digits: Run, tmp_path: Path) -> None:
-    lost = [step_line(step, *((None, None) if step in (3, 4) else (1.0, 2.0))) for step in range(1, 8)]
+    lost = [step_line(step, *((None, None) if step in (1, 4) else (1.0, 2.0 * step))) for step in range(1, 8)]
     lines = [*lost, epoch_line(1, None, {"loss": math.nan, "accuracy": 0.1}), epoch_line(2, None, {"loss": None, "accuracy": 0.1})]
     metrics = METRICS | {"test": {"loss": None, "accuracy": 0.5, "macro_f1": None}}
     signature = Signature(inputs=(IMAGE,), target=DIGITS)
@@ -388,7 +388,7 @@ def test_values_that_are_not_finite_do_not_stop_the_page(digits: Run, tmp_path: 
     found = run.write(tmp_path / "report.html")
     assert "test loss not finite" in found.text
     said = [element["aria-label"] for element in found.all("div") if "aria-label" in element]
-    assert any("Gradient norm by step, 1 to 7: from 2 to 2; 2 of 7 logged values not finite" in text for text in said)
+    assert any("Gradient norm by step, 1 to 7: from 4 to 14; 2 of 7 logged values not finite" in text for text in said)
 
 
 def test_each_curve_has_a_label_and_the_best_epoch_a_mark() -> None:

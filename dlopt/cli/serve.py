@@ -13,13 +13,14 @@ EXAMPLES = """
   dlopt serve mnist
   dlopt serve runs/mnist-77b72eee --host 127.0.0.1 --port 9000
   dlopt serve mnist --keys keys.txt
+  dlopt serve serve.yaml --ray
 """
 
 
 def add(commands: Any) -> None:
     """The command."""
     parser = command(commands, "serve", _serve, "serve a run's model over HTTP until Ctrl-C", EXAMPLES)
-    parser.add_argument("run", metavar="RUN", help="a run's folder, or a job's name for its newest run")
+    parser.add_argument("run", metavar="RUN", help="a run's folder, a job's name for its newest run, or a serve.yaml of several models")
     add_home(parser)
     parser.add_argument("--host", help="address to listen on (default: 127.0.0.1, this machine alone; beyond it a key is asked for)")
     parser.add_argument("--port", type=port, default=8000, help="port to listen on (default: 8000)")
@@ -31,18 +32,12 @@ def add(commands: Any) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    import yaml
-
-    from dlopt import runs
-    from dlopt.serve import Serve
+    from dlopt.serve.plan import entries_of
     from dlopt.serve.start import serve
 
-    folder = runs.find(options.run, options.home)
-    name, export = runs.exported(folder)
-    section = Serve.model_validate(yaml.safe_load((folder / runs.JOB).read_text())["serve"])
+    entries, section = entries_of(options.run, options.home)
     serve(
-        export,
-        name,
+        entries,
         section,
         host=options.host,
         port=options.port,

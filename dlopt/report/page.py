@@ -214,8 +214,10 @@ def _steps(lines: list[dict[str, Any]], clip_norm: float | None) -> list[Figure]
     for title, key in (("Loss of the batch", "loss"), ("Learning rate", "rate"), ("Gradient norm", "gradient_norm")):
         values = floats(line[key] for line in lines)
         svg = plots.by_step(title, steps, values, smooth=key == "rate", limit=clip_norm if key == "gradient_norm" else None)
-        lost = int(np.isnan(values).sum())
-        said = f"from {values[0]:.3g} to {values[-1]:.3g}" + (f"; {lost} of {len(lines)} logged values not finite" if lost else "")
+        there = values[np.isfinite(values)]
+        said = f"from {there[0]:.3g} to {there[-1]:.3g}" if len(there) else "nothing"
+        if lost := len(values) - len(there):
+            said += f"; {lost} of {len(lines)} logged values not finite"
         figures.append(Figure(title, svg, f"{title} by step, {steps[0]} to {steps[-1]}: {said}."))
     return figures
 
@@ -288,7 +290,7 @@ def template(name: str) -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    names = ("whole", "percent", "figure", "seconds", "dotted")
+    names = ("whole", "percent", "figure", "seconds")
     environment.filters |= {name: getattr(words, name) for name in names}
     environment.globals |= {"metric": words.metric, "metric_name": words.metric_name, "kinds": kinds}
     return environment.get_template(name)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-from markupsafe import Markup
-
 
 def whole(value: float) -> str:
     """1234567 as 1,234,567."""
@@ -25,11 +23,6 @@ def figure(value: float | None, digits: int = 4) -> str:
 def seconds(value: float) -> str:
     """A duration."""
     return f"{value:,.1f} s"
-
-
-def dotted(name: str) -> Markup:
-    """A layer's name, which may be broken after its dots and nowhere else."""
-    return Markup(".<wbr>").join(name.split("."))
 
 
 NAMES = {"r2": "R²", "mae": "MAE", "rmse": "RMSE", "f1": "F1", "roc_auc": "ROC AUC", "top5_accuracy": "top-5 accuracy"}

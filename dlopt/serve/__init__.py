@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -59,3 +61,11 @@ class Serve(Part):
     def most_replicas(self) -> int:
         """Replicas under the heaviest load."""
         return self.replicas if isinstance(self.replicas, int) else self.replicas.max
+
+
+def app(arguments: Mapping[str, Any]) -> Any:
+    """A Ray Serve application builder: `serve run dlopt.serve:app run=RUN keys=FILE`, and the import path for `serve deploy` and KubeRay.
+
+    arguments: run (a folder, or a job's name), home (the folder of runs), keys (a file of API keys, or none). Raises DloptError.
+    """
+    return import_module("dlopt.serve.cluster").built(arguments)  # by its name: a replica imports this module, and must not need Ray

@@ -7,7 +7,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,8 @@ from dlopt.serve.auth import Guard, Key, token_of
 from dlopt.serve.bodies import ClientGone, Receive, compressed, read_body
 from dlopt.serve.exchange import Call, Handler, Refusal, Reply
 from dlopt.serve.metrics import Registry
-from dlopt.serve.model import Model
 from dlopt.serve.protocols import DIALECTS
-from dlopt.serve.registry import Models
+from dlopt.serve.registry import Entry, Models, loaded
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -131,23 +130,28 @@ def application_of(
     export: Artifact, name: str, section: Serve, guard: Guard | None = None, drains: Path | None = None, counts: Registry | None = None
 ) -> Application:
     """The app of one model, which may be unloaded and loaded again. Raises DloptError."""
+    return application_for([Entry.of(export, name, section)], section, guard, drains, counts)
+
+
+def application_for(
+    entries: Sequence[Entry], section: Serve, guard: Guard | None = None, drains: Path | None = None, counts: Registry | None = None
+) -> Application:
+    """The app of several models and versions, each with its own limits. Raises DloptError."""
     counts = counts or Registry()
-    models = Models(Model(export, name, section, counts))
-    models.sources[name] = lambda: [Model(Artifact.open(export.path), name, section, counts)]
-    return Application(models, guard or Guard(), section, counts, drains)
+    return Application(loaded(entries, counts), guard or Guard(), section, counts, drains)
 
 
 class Replica:
     """What Ray Serve makes in each replica's process."""
 
-    def __init__(self, export: Path, name: str, section: Serve, keys: tuple[Key, ...] = (), keys_file: Path | None = None) -> None:
+    def __init__(self, entries: tuple[Entry, ...], section: Serve, keys: tuple[Key, ...] = (), keys_file: Path | None = None) -> None:
         from os import environ
 
         from dlopt.serve.metrics import DIRECTORY
 
         drains = Path(environ[DIRECTORY]) / DRAINING if environ.get(DIRECTORY) else None
         path = keys_file if keys_file and keys_file.is_file() else None
-        self.application = application_of(Artifact.open(export), name, section, Guard(keys, path, section.rate), drains)
+        self.application = application_for(entries, section, Guard(keys, path, section.rate), drains)
 
     def __serve_build_asgi_app__(self) -> Application:
         """Where Ray Serve gets the app from."""

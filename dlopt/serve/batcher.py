@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import chain
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -25,7 +26,7 @@ class Waiting:
 
     __slots__ = ("answer", "rows", "since", "tensors")
 
-    def __init__(self, tensors: Tensors, rows: int, answer: asyncio.Future[np.ndarray], since: float) -> None:
+    def __init__(self, tensors: Tensors, rows: int, answer: asyncio.Future[Any], since: float) -> None:
         self.tensors, self.rows, self.answer, self.since = tensors, rows, answer, since
 
     def fail(self, error: Exception) -> None:
@@ -34,7 +35,17 @@ class Waiting:
             self.answer.set_exception(error)
 
 
-class Batcher:
+class Rows(Protocol):
+    """What a run gives: an array of as many rows as it was given, or whatever can be sliced like one."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: slice) -> Any: ...
+
+
+T = TypeVar("T", bound=Rows)
+
+
+class Batcher(Generic[T]):
     """Runs the model for all requests that are there when its turn comes: a short run at once, on the event loop, for all that came in
     with the same look at the network; a long one in a thread, where all that arrives meanwhile makes up the next. So batches grow with
     the load, and no request ever waits for a batch to fill.
@@ -45,7 +56,7 @@ class Batcher:
 
     def __init__(
         self,
-        run: Callable[[Tensors], np.ndarray],
+        run: Callable[[Tensors], T],
         max_batch: int,
         observe: Callable[[int, float, list[float]], None],
         latency_target: float = 0.1,
@@ -60,7 +71,7 @@ class Batcher:
         self.due = False
         self.sweep: asyncio.TimerHandle | None = None
 
-    async def __call__(self, tensors: Tensors) -> np.ndarray:
+    async def __call__(self, tensors: Tensors) -> T:
         loop = asyncio.get_running_loop()
         one = Waiting(tensors, rows_in(tensors), loop.create_future(), time.perf_counter())
         self.waiting.append(one)
@@ -107,7 +118,7 @@ class Batcher:
                 rows += one.rows
         return batch
 
-    def _tried(self, batch: list[Waiting]) -> list[np.ndarray | Exception]:
+    def _tried(self, batch: list[Waiting]) -> list[T | Exception]:
         """What each request gets; one's failure is not its neighbours'."""
         try:
             outputs = self._timed(batch)
@@ -115,14 +126,14 @@ class Batcher:
             return [error] if len(batch) == 1 else list(chain.from_iterable(self._tried([one]) for one in batch))
         if len(batch) == 1:
             return [outputs]
-        parts: list[np.ndarray | Exception] = []
+        parts: list[T | Exception] = []
         start = 0
         for one in batch:
             parts.append(outputs[start : start + one.rows])
             start += one.rows
         return parts
 
-    def _timed(self, batch: list[Waiting]) -> np.ndarray:
+    def _timed(self, batch: list[Waiting]) -> T:
         tensors = joined([one.tensors for one in batch])
         start = time.perf_counter()
         outputs = self.run(tensors)
@@ -131,7 +142,7 @@ class Batcher:
         self.observe(rows, seconds, [start - one.since for one in batch])
         return outputs
 
-    def _answer(self, batch: list[Waiting], parts: Iterable[np.ndarray | Exception]) -> None:
+    def _answer(self, batch: list[Waiting], parts: Iterable[T | Exception]) -> None:
         for one, part in zip(batch, parts, strict=True):
             if isinstance(part, Exception):
                 one.fail(part)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import types
 import zlib
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Generator, Mapping, MutableMapping
 from typing import Any
 
 from dlopt.serve.exchange import Refusal
@@ -40,15 +41,36 @@ async def read_body(headers: Mapping[bytes, bytes], receive: Receive, max_bytes:
 
 
 async def _first(receive: Receive, seconds: float) -> Message:
-    """The first part of a body, in most requests all of it, and there already."""
+    """The first part of a body, in most requests all of it, and there already: then no clock is needed."""
+    receiving = receive()
     try:
-        async with asyncio.timeout(seconds):
-            message = await receive()
-    except TimeoutError:
-        raise _slow(seconds) from None
+        waits_for = receiving.send(None)  # type: ignore[attr-defined]
+    except StopIteration as there:
+        message = there.value
+    else:
+        try:
+            async with asyncio.timeout(seconds):
+                message = await _going_on(receiving, waits_for)
+        except TimeoutError:
+            raise _slow(seconds) from None
     if message["type"] == "http.disconnect":
         raise ClientGone
     return message
+
+
+@types.coroutine
+def _going_on(begun: Any, waits_for: Any) -> Generator[Any, Any, Message]:
+    """Await a coroutine that has been begun, and waits for something."""
+    try:
+        while True:
+            try:
+                given = yield waits_for
+            except BaseException as error:
+                waits_for = begun.throw(error)
+            else:
+                waits_for = begun.send(given)
+    except StopIteration as done:
+        return done.value
 
 
 async def _rest(message: Message, receive: Receive, max_bytes: int, seconds: float) -> bytes:

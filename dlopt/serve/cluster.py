@@ -19,18 +19,22 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from contextlib import ExitStack, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from dlopt import session
-from dlopt.artifact import Artifact
-from dlopt.part import DloptError
+from dlopt.part import DloptError, Part
 from dlopt.serve import Replicas, Serve
 from dlopt.serve.application import DRAINING, Replica
-from dlopt.serve.auth import make_key
+from dlopt.serve.auth import Key, make_key, read_keys
 from dlopt.serve.metrics import DIRECTORY, in_flight
+from dlopt.serve.plan import entries_of
+from dlopt.serve.registry import Entry
 from dlopt.serve.start import EVERYWHERE, LOOPBACK, Listening, Say, greet
 from dlopt.serve.stopping import Stopped, Stops, children_deaf_to_ctrl_c, nothing_left, stops_noted
 
@@ -62,6 +66,8 @@ HAPROXY = {
 }
 """HAProxy, and replicas that it reaches directly. What a replica dies over, another one answers, as long as the request fits into HAProxy's
 buffer: asking twice changes nothing. The rest makes stopping quick."""
+Entries = tuple[Entry, ...]
+QUIET = {"enable_access_log": False, "log_level": "WARNING"}
 REFUSALS = {
     400: "Invalid HTTP request received.",
     403: "not allowed",
@@ -72,7 +78,7 @@ REFUSALS = {
     503: "no replica is there: try again in a moment",
     504: "no replica has answered in time",
 }
-"""What HAProxy itself says, in JSON as everybody else."""
+"""What HAProxy itself says of a request, in JSON as everybody else. Of what it cannot read as one it knows its own HTML alone."""
 WRAPPER = r"""#!/bin/sh
 # Stands in for HAProxy's binary and edits the configuration that Ray wrote for it.
 # Ray opens the statistics and the metrics to every interface: keep them on this machine.
@@ -90,8 +96,8 @@ exec '{binary}' "$@"
 """
 
 
-def serve(export: Artifact, name: str, section: Serve, listening: Listening, address: str | None, say: Say) -> None:
-    """Serve an exported model until SIGINT or SIGTERM, then take down what was started.
+def serve(entries: Entries, section: Serve, listening: Listening, address: str | None, say: Say) -> None:
+    """Serve exported models until SIGINT or SIGTERM, then take down what was started.
 
     address: a running cluster, on which Ctrl-C deletes only this application; None starts one here.
     """
@@ -100,9 +106,9 @@ def serve(export: Artifact, name: str, section: Serve, listening: Listening, add
         with stops_noted() as stops:
             if address is None:
                 _set_environment(section, listening, folder)
-                _serve_here(export, name, section, listening, folder, stops, say)
+                _serve_here(entries, section, listening, folder, stops, say)
             else:
-                _serve_there(export, name, section, listening, address, stops, say)
+                _serve_there(entries, section, listening, address, stops, say)
         say("stopped")
     except Stopped:
         say("stopped")
@@ -110,9 +116,10 @@ def serve(export: Artifact, name: str, section: Serve, listening: Listening, add
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _serve_here(export: Artifact, name: str, section: Serve, listening: Listening, folder: Path, stops: Stops, say: Say) -> None:
+def _serve_here(entries: Entries, section: Serve, listening: Listening, folder: Path, stops: Stops, say: Say) -> None:
     """On a cluster of our own, which ends with us."""
     cpus = max(os.cpu_count() or 1, section.most_replicas * section.threads + 1)  # logical: replicas always fit
+    name = entries[0].name
     say(f"starting {name} ...")
     with nothing_left(), ExitStack() as silence, ExitStack() as ray_here:
         with children_deaf_to_ctrl_c():
@@ -122,10 +129,10 @@ def _serve_here(export: Artifact, name: str, section: Serve, listening: Listenin
         from ray import serve as ray_serve
 
         try:
-            _deploy(export, name, section, listening, folder / "metrics")
+            _deploy(entries, section, listening, folder / "metrics")
             _wait_until_running(name, section, stops)
             _wait_until_ready(listening, stops)
-            greet(export, name, listening, say)
+            greet(entries, listening, say)
             stops.wait()
             _drain(section, folder / "metrics", stops)
         finally:
@@ -133,9 +140,9 @@ def _serve_here(export: Artifact, name: str, section: Serve, listening: Listenin
             ray_serve.shutdown()
 
 
-def _serve_there(export: Artifact, name: str, section: Serve, listening: Listening, address: str, stops: Stops, say: Say) -> None:
+def _serve_there(entries: Entries, section: Serve, listening: Listening, address: str, stops: Stops, say: Say) -> None:
     """On a cluster of others: of which only our application is ours to delete."""
-    metrics = Path(tempfile.gettempdir()) / f"dlopt-metrics-{make_key()}"
+    name, metrics = entries[0].name, Path(tempfile.gettempdir()) / f"dlopt-metrics-{make_key()}"
     with session.connected(address):
         from ray import serve as ray_serve
 
@@ -144,23 +151,34 @@ def _serve_there(export: Artifact, name: str, section: Serve, listening: Listeni
         if name in before.applications:
             raise DloptError(f"{name}: the cluster at {address} serves an application of this name already: delete it or rename the job")
         try:
-            _deploy(export, name, section, listening, metrics)
+            _deploy(entries, section, listening, metrics)
             _wait_until_running(name, section, stops)
             where = "where Serve listens there already" if before.proxies else f"http://{listening.host}:{listening.port} of its head node"
             say(f"on the cluster at {address}, {where}:")
-            greet(export, name, listening, say)
+            greet(entries, listening, say)
             stops.wait()
         finally:
             ray_serve.delete(name)
             shutil.rmtree(metrics, ignore_errors=True)  # of the replicas on this machine
 
 
-def _deploy(export: Artifact, name: str, section: Serve, listening: Listening, metrics: Path) -> None:
+def _deploy(entries: Entries, section: Serve, listening: Listening, metrics: Path) -> None:
     """Ask Serve for the application; it is not there yet when this returns."""
+    from ray import serve as ray_serve
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve_host = LOOPBACK if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" else listening.host
+    ray_serve.start(proxy_location="HeadOnly", http_options={"host": serve_host, "port": listening.port}, logging_config=QUIET)
+    application = bound(entries, section, listening.keys, listening.file, metrics)
+    target = ray_serve.RunTarget(application, name=entries[0].name, route_prefix="/", logging_config=QUIET)
+    ray_serve.run_many([target], wait_for_applications_running=False)
+
+
+def bound(entries: Entries, section: Serve, keys: tuple[Key, ...], file: Path | None, metrics: Path) -> Any:
+    """The Ray Serve application of models, yet to be run. metrics: the folder in which the replicas of a host count."""
     from ray import serve as ray_serve
     from ray.serve.config import AutoscalingConfig
 
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     options: dict[str, Any] = {"num_replicas": section.replicas}
     if isinstance(section.replicas, Replicas):
         low, high = section.replicas.min, section.replicas.max
@@ -177,12 +195,31 @@ def _deploy(export: Artifact, name: str, section: Serve, listening: Listening, m
         ray_actor_options={"num_cpus": section.threads, "runtime_env": {"env_vars": {DIRECTORY: str(metrics)}}},
         **options,
     )
-    quiet = {"enable_access_log": False, "log_level": "WARNING"}
-    serve_host = LOOPBACK if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" else listening.host
-    ray_serve.start(proxy_location="HeadOnly", http_options={"host": serve_host, "port": listening.port}, logging_config=quiet)
-    application = deployment.bind(export.path.resolve(), name, section, listening.keys, listening.file)
-    target = ray_serve.RunTarget(application, name=name, route_prefix="/", logging_config=quiet)
-    ray_serve.run_many([target], wait_for_applications_running=False)
+    return deployment.bind(entries, section, keys, file)
+
+
+class Run(Part):
+    """What `serve run dlopt.serve:app` is told."""
+
+    run: str
+    """A run's folder, the name of a job for its newest run, or a serve.yaml."""
+    home: Path = Path("runs")
+    """Where a job's runs are."""
+    keys: str
+    """A file of API keys that every node sees, or `none` where whoever reaches the port may ask."""
+
+
+def built(arguments: Mapping[str, Any]) -> Any:
+    """The Ray Serve application of a run, for `serve run`, `serve deploy` and KubeRay. Raises DloptError."""
+    try:
+        given = Run.model_validate(dict(arguments))
+    except ValidationError as error:
+        said = error.errors()[0]
+        raise DloptError(f"dlopt.serve:app: {'.'.join(map(str, said['loc']))}: {said['msg']}; it takes run=, home= and keys=") from None
+    entries, section = entries_of(given.run, given.home)
+    file = None if given.keys == "none" else Path(given.keys).resolve()
+    metrics = Path(tempfile.gettempdir()) / f"dlopt-metrics-{make_key()}"
+    return bound(entries, section, read_keys(file) if file else (), file, metrics)
 
 
 def _drain(section: Serve, metrics: Path, stops: Stops) -> None:

@@ -41,12 +41,25 @@ class Request(NamedTuple):
     rows: int
 
 
-class Answer(NamedTuple):
-    """What a model says: outputs (rows, target.size), and the indices of the labels that each row got."""
+class Answer:
+    """What a model says: outputs (rows, target.size), and the indices of the labels that each row got. A slice has some of its rows."""
 
-    target: Target
-    outputs: np.ndarray
-    decided: list[list[int]]
+    __slots__ = ("decided", "finite", "outputs", "target", "whole")
+
+    def __init__(self, target: Target, outputs: np.ndarray, decided: list[list[int]], whole: bool = False) -> None:
+        """whole: whether it is part of a finite answer."""
+        self.target, self.outputs, self.decided = target, outputs, decided
+        self.finite = whole or bool(np.isfinite(outputs).all())
+        self.whole = self.finite
+        """Whether the run that it came from had none but finite outputs."""
+
+    def __len__(self) -> int:
+        return len(self.outputs)
+
+    def __getitem__(self, rows: slice) -> Answer:
+        part = Answer(self.target, self.outputs[rows], self.decided[rows], self.whole)
+        part.whole = self.whole
+        return part
 
     def columns(self) -> dict[str, list[Any]]:
         """A list over the rows for each name. Raises Refusal when outputs are not finite, which no protocol can say alike.
@@ -68,7 +81,7 @@ class Answer(NamedTuple):
 
     def check(self) -> None:
         """Raises Refusal when an output is not finite."""
-        if not np.isfinite(self.outputs).all():
+        if not self.finite:
             raise Refusal(500, "the model's output is not finite for this input", "output")
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import os
 import struct
+import time
 from collections import Counter as Counts
 from collections.abc import Sequence
 from contextlib import suppress
@@ -90,6 +91,7 @@ class Registry:
         for _ in range(READS - 1):
             with suppress(FileNotFoundError, struct.error, ValueError):  # a replica has just begun its files, or ended
                 return _added_up(directory)
+            time.sleep(0.001)
         return _added_up(directory)
 
     def _counter(self, name: str, text: str, labels: Sequence[str]) -> Counter:

@@ -85,7 +85,7 @@ class Model:
         self.signature = self.predictor.signature
         self.name, self.version, self.digest, self.section = name, version, export.manifest.digest, section
         self.metrics = Metrics(registry, name, version, self.digest, self.signature.target)
-        self.batcher = Batcher(self.predictor, section.max_batch, self.metrics.observe_run, section.latency_target, section.request_seconds)
+        self.batcher = Batcher(self._answered, section.max_batch, self.metrics.observe_run, section.latency_target, section.request_seconds)
         self.batcher.seconds_per_row = self.predictor.warm_up()
         self.most_pixels = sum(_most_pixels(feature) for feature in self.signature.inputs)
         self.decoders = ThreadPoolExecutor(max(DECODERS, section.threads), "decode")
@@ -110,13 +110,21 @@ class Model:
                 tensors, kept = self._decode(body, parse)
             else:
                 tensors, kept = await asyncio.get_running_loop().run_in_executor(self.decoders, self._decode, body, parse)
-            outputs = await self.batcher(tensors)
+            answer = await self.batcher(tensors)
         finally:
             self.in_flight -= 1
-        answer = Answer(self.signature.target, outputs, decisions(self.signature.target, outputs))
-        answer.check()
-        self.metrics.count(outputs, answer.decided)
+        if not answer.whole:
+            answer.check()
+            self.metrics.count(answer.outputs, answer.decided)
         return answer, kept
+
+    def _answered(self, tensors: Tensors) -> Answer:
+        """One run. What is the same for all its requests is done once: rows are counted here, unless some are no answer."""
+        outputs = self.predictor(tensors)
+        answer = Answer(self.signature.target, outputs, decisions(self.signature.target, outputs))
+        if answer.finite:
+            self.metrics.count(outputs, answer.decided)
+        return answer
 
     async def check_ready(self) -> None:
         """Ready means that the model answers now, not that it once did. Raises Refusal."""

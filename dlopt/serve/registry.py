@@ -3,10 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
+from dlopt.artifact import Artifact
+from dlopt.serve import Serve
 from dlopt.serve.exchange import Refusal
+from dlopt.serve.metrics import Registry
 from dlopt.serve.model import Model
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One version of a model, to be loaded wherever it is served."""
+
+    path: Path
+    """Of the export."""
+    name: str
+    section: Serve
+    version: str = "1"
+    labels: tuple[str, ...] = ()
+    default: bool = True
+    """Whether it answers for its name alone; the last one that does."""
+
+    @classmethod
+    def of(cls, export: Artifact, name: str, section: Serve) -> Entry:
+        """The only version."""
+        return cls(export.path.resolve(), name, section)
+
+    def load(self, counts: Registry) -> Model:
+        """Its files checked against their seal. Raises DloptError."""
+        return Model(Artifact.open(self.path), self.name, self.section, counts, self.version)
 
 
 class Models:
@@ -16,7 +44,7 @@ class Models:
         self._versions: dict[str, dict[str, Model]] = {}
         self._defaults: dict[str, str] = {}
         self._labels: dict[str, dict[str, str]] = {}
-        self.sources: dict[str, Callable[[], list[Model]]] = {}
+        self.sources: dict[str, Callable[[], list[tuple[Entry, Model]]]] = {}
         """What loads a model's versions again, by its name; takes its time, and is called in a thread."""
         self.only: Model | None = None
         """The one that is served, when it is one."""
@@ -59,8 +87,8 @@ class Models:
         """Load a model anew, and switch to what was loaded when it answers: nobody waits for it. Raises Refusal, or what loading does."""
         if name not in self.sources:
             raise not_there(name, None)
-        for model in await asyncio.to_thread(self.sources[name]):
-            self.add(model)
+        for entry, model in await asyncio.to_thread(self.sources[name]):
+            self.add(model, entry.labels, entry.default)
 
     def unload(self, name: str) -> None:
         """Answer for a model no longer; requests that it has go on to their end. Raises Refusal."""
@@ -93,6 +121,17 @@ class Models:
     def _count(self) -> None:
         models = list(self)
         self.only = models[0] if len(models) == 1 else None
+
+
+def loaded(entries: Sequence[Entry], counts: Registry) -> Models:
+    """All of them, each of which may be unloaded and loaded again by its name. Raises DloptError."""
+    models = Models()
+    for entry in entries:
+        models.add(entry.load(counts), entry.labels, entry.default)
+    for name in models.names():
+        mine = [entry for entry in entries if entry.name == name]
+        models.sources[name] = lambda mine=mine: [(entry, entry.load(counts)) for entry in mine]  # type: ignore[misc]
+    return models
 
 
 def not_there(name: str, version: str | None) -> Refusal:

@@ -20,6 +20,8 @@ from dlopt.part import DloptError, Signature
 from dlopt.serve import Serve
 from dlopt.serve.auth import Guard, Key, make_key, read_keys
 from dlopt.serve.example import example_row
+from dlopt.serve.plan import check
+from dlopt.serve.registry import Entry
 
 Say = Callable[[str], None]
 LOOPBACK, EVERYWHERE = "127.0.0.1", "0.0.0.0"
@@ -52,8 +54,7 @@ class Listening:
 
 
 def serve(
-    export: Artifact,
-    name: str,
+    entries: tuple[Entry, ...],
     section: Serve,
     *,
     host: str | None,
@@ -63,43 +64,38 @@ def serve(
     say: Say,
     ray: bool = False,
 ) -> None:
-    """Serve an exported model until SIGINT or SIGTERM, then take down what was started.
+    """Serve exported models until SIGINT or SIGTERM, then take down what was started.
 
     host: where to listen; None is this machine alone. keys: a file of API keys; None makes one up where others than this machine can
     connect. address: a running cluster to serve on. ray: use Ray Serve where one process would do. say: prints a line to the user.
     Raises DloptError.
     """
-    _check(export)
+    for entry in entries:
+        check(Artifact.open(entry.path))
     address = session.address_of(address)
     listening = listening_on(host, port, keys, shared=address is not None)
     if address is not None:
         from dlopt.serve.cluster import serve as serve_on_ray
 
-        serve_on_ray(export, name, section, listening, address, say)
+        serve_on_ray(entries, section, listening, address, say)
         return
     with _port_of_ours(listening) as listener:
         if ray or section.most_replicas > 1:
             from dlopt.serve.cluster import serve as serve_on_ray
 
             listener.close()  # the lock keeps others of us out
-            serve_on_ray(export, name, section, listening, None, say)
+            serve_on_ray(entries, section, listening, None, say)
         else:
-            _serve_embedded(export, name, section, listening, listener, say)
+            _serve_embedded(entries, section, listening, listener, say)
 
 
-def _serve_embedded(export: Artifact, name: str, section: Serve, listening: Listening, listener: socket.socket, say: Say) -> None:
+def _serve_embedded(entries: tuple[Entry, ...], section: Serve, listening: Listening, listener: socket.socket, say: Say) -> None:
     from dlopt.serve import embedded
-    from dlopt.serve.application import application_of
+    from dlopt.serve.application import application_for
 
-    application = application_of(export, name, section, Guard(listening.keys, listening.file, section.rate))
-    embedded.serve(application, section, listener, lambda: greet(export, name, listening, say))
+    application = application_for(entries, section, Guard(listening.keys, listening.file, section.rate))
+    embedded.serve(application, section, listener, lambda: greet(entries, listening, say))
     say("stopped")
-
-
-def _check(export: Artifact) -> None:
-    """A damaged export is refused before anything is started."""
-    export.check("model.onnx")
-    Signature.model_validate_json(export.read("signature.json"))
 
 
 def listening_on(host: str | None, port: int, keys: Path | None, shared: bool = False) -> Listening:
@@ -148,17 +144,23 @@ def _port_of_ours(listening: Listening) -> Iterator[socket.socket]:
             yield listener
 
 
-def greet(export: Artifact, name: str, listening: Listening, say: Say) -> None:
-    """Say where the model is served, and the line that asks it."""
+def greet(entries: tuple[Entry, ...], listening: Listening, say: Say) -> None:
+    """Say where the models are served, and the line that asks the first one."""
     url, key = listening.local_url, listening.made
-    say(f"{name} ({export.manifest.digest}) is served at {url}/{f'?token={key}' if key else ''}")
+    exports = [Artifact.open(entry.path) for entry in entries]
+    pairs = zip(entries, exports, strict=True)
+    told = [f"{entry.name} {entry.version} ({export.manifest.digest})" for entry, export in pairs]
+    if len(told) == 1:
+        told = [f"{entries[0].name} ({exports[0].manifest.digest})"]
+    say(f"{', '.join(told)} {'is' if len(told) == 1 else 'are'} served at {url}/{f'?token={key}' if key else ''}")
     if listening.host in (EVERYWHERE, "::"):
         others = f"http://{socket.gethostname()}:{listening.port}/"
         say(f"it listens on every interface (other machines: {others}); without --host it stays on this machine")
     if key:
         say(f"API key: {key}")
     guarded = f"-H 'Authorization: Bearer {key or 'KEY'}' " if listening.keys else ""
-    say(f"curl {guarded}{_example(Signature.model_validate_json(export.read('signature.json')))} {url}/v1/models/{name}:predict")
+    example = _example(Signature.model_validate_json(exports[0].read("signature.json")))
+    say(f"curl {guarded}{example} {url}/v1/models/{entries[0].name}:predict")
     say("Ctrl-C stops it")
 
 

@@ -77,10 +77,11 @@ def route(method: str, path: str) -> Handler | None:
     if not found:
         raise Refusal(404, f"Not found: {path[:200]}")
     name, version, verb = found["name"], found["version"], found["verb"]
+    handler, counted = VERBS[verb], verb == "/infer"
 
     async def answer(call: Call) -> Reply:
-        call.counted = verb == "/infer"
-        return await VERBS[verb](call, call.find(name, version))
+        call.counted = counted
+        return await handler(call, call.find(name, version))
 
     return _only(method, "POST" if verb == "/infer" else "GET", answer)
 
