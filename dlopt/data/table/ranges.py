@@ -22,6 +22,8 @@ ORIGIN = "__origin"
 """The column of a range's file that says which source a row is from, by its place among the sources."""
 MOST_OPEN = 64
 """Files that one task puts together."""
+SORTED_BYTES = 256 * 2**20
+"""Files that are no larger together are sorted as one before they are cut."""
 BITS = 6
 """Of the keys by which bins are cut in one step."""
 
@@ -51,6 +53,9 @@ def cut(group: tuple[int, Sequence[Sorted]], bits: int, step: int, folder: Path)
     """Cut the files of a bin, whose number is the first bits of its keys, into bins by some more bits; those that have rows."""
     number, files = group
     opened = [_opened(file) for file in files]
+    if sum(rows.nbytes for rows, _ in opened) <= SORTED_BYTES:  # of small files a slice for each bin would cost more than its rows
+        rows = _together(opened, number, bits)
+        opened = [(rows, rows[HIGH].to_numpy())]
     found = {}
     for child in range(number << step, (number + 1) << step):
         rows = _together(opened, child, bits + step)
