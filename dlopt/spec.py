@@ -117,7 +117,7 @@ class Job(Part):
     def workers_can_share_out_the_state(self) -> Self:
         if self._most_workers > 1:
             try:
-                refuse_parallelism(self.resources.parallelism, self.train.optimizer.kind)
+                refuse_parallelism(self.resources.parallelism, self.train.optimizer)
             except DloptError as error:
                 raise ValueError(str(error)) from None
         return self

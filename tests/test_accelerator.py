@@ -3,34 +3,60 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.accelerated import JOBS
+from tests.accelerated import GROUPS, group, tried
 from tests.conftest import SHARED, missing
+from tests.processes import run
 
-ROOT = Path(__file__).parents[1]
+CASES = [pytest.param(name, case, id=f"{name}-{case}") for name, cases in GROUPS.items() for case in cases]
+LEFT_OUT = ("mixed", "mlp")
+"""What the default run looks at by itself."""
 
 
 @pytest.fixture(scope="module")
-def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[float]]]:
-    """By job and device."""
-    tools, home = SHARED / "tools", tmp_path_factory.mktemp("accelerated")
-    if not (tools / "pretend_accelerator.py").is_file():
+def tools() -> str:
+    if not (SHARED / "tools" / "pretend_accelerator.py").is_file():
         missing("../shared/tools/pretend_accelerator.py is not there")
-    command = [sys.executable, "-m", "tests.accelerated", str(tools), str(home)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found: dict[str, dict[str, list[float]]] = json.loads((home / "losses.json").read_text())
+    return str(SHARED / "tools")
+
+
+@pytest.fixture(scope="module")
+def losses(tools: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, list[float] | str]]]:
+    """By group, case and device."""
+    found = {}
+    for name in GROUPS:
+        home = tmp_path_factory.mktemp(name)
+        assert run(group, tools, home, name, seconds=500) == 0
+        found[name] = json.loads((home / "losses.json").read_text())
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", JOBS)
-def test_a_job_with_masks_norms_and_averages_goes_on_there_as_on_the_cpu(name: str, losses: dict[str, dict[str, list[float]]]) -> None:
-    found = losses[name]
+def same(found: dict[str, list[float] | str]) -> None:
+    assert not isinstance(found["cpu"], str), found["cpu"]
+    assert not isinstance(found["accelerator"], str), found["accelerator"]
     assert len(found["cpu"]) == 8
     assert found["accelerator"] == pytest.approx(found["cpu"], rel=1e-9)
+
+
+def test_a_job_with_masks_norms_and_averages_goes_on_there_as_on_the_cpu(tools: str, tmp_path: Path) -> None:
+    assert run(group, tools, tmp_path, *LEFT_OUT) == 0
+    same(json.loads((tmp_path / "losses.json").read_text())["mlp"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_every_job_model_and_optimizer_goes_on_there_as_on_the_cpu(
+    name: str, case: str, losses: dict[str, dict[str, dict[str, list[float] | str]]]
+) -> None:
+    same(losses[name][case])
+
+
+@pytest.mark.slow
+def test_what_tries_steps_out_finds_the_same_there(tools: str, tmp_path: Path) -> None:
+    assert run(tried, tools, tmp_path, seconds=300) == 0
+    found = json.loads((tmp_path / "tried.json").read_text())
+    assert found["accelerator"][0] == pytest.approx(found["cpu"][0], rel=1e-9)
+    assert found["accelerator"][1] == found["cpu"][1] == 80

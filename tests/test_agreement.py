@@ -6,14 +6,20 @@ import itertools
 import json
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 
+from dlopt.models.norms import BatchNorm
 from dlopt.train.checkpoint.state import Record
-from dlopt.train.parallel.agreement import Agreed, Agreement
+from dlopt.train.loop.objectives import Losses
+from dlopt.train.parallel.agreement import Agreed, Agreement, patiently
 from dlopt.train.watch import metrics_log
 from dlopt.train.watch.metrics_log import SPEED
 from dlopt.train.watch.speed import Pace, Slowest, SpeedLog
@@ -50,6 +56,25 @@ def test_all_workers_hear_the_same_at_the_same_steps(tmp_path: Path) -> None:
     assert all(agreed.busy == [0.0, 1.0, 2.0] for agreed in said)
 
 
+def _patiently(rank: int, world: int, folder: Path) -> None:
+    """Worker 0 takes longer than an exchange among workers may, which here is a second and a half."""
+    with mock.patch.object(dist, "all_reduce", partial(_in_time, dist.all_reduce)):
+        began = time.monotonic()
+        found = patiently(lambda: time.sleep(3 * (rank == 0)) or rank, world, CPU)  # type: ignore[func-returns-value]
+    assert found == rank and time.monotonic() - began >= 2.9
+
+
+def _in_time(exchange: Any, *given: Any) -> None:
+    began = time.monotonic()
+    exchange(*given)
+    assert time.monotonic() - began < 1.5
+
+
+@pytest.mark.slow
+def test_what_takes_long_on_one_worker_makes_no_exchange_wait(tmp_path: Path) -> None:
+    together(2, _patiently, tmp_path)
+
+
 def test_the_stronger_reason_wins_and_one_worker_asks_itself() -> None:
     agreement = Agreement(0, 1, CPU)
     assert not agreement.due(1)
@@ -79,10 +104,27 @@ def test_waiting_for_batches_and_computing_are_told_apart() -> None:
     objective = pace.timed(lambda model, batch: time.sleep(0.01))  # type: ignore[arg-type, return-value]
     for batch in pace.waiting(slow()):
         time.sleep(0.03)
-        objective(None, batch)  # type: ignore[arg-type]
+        objective(nn.Linear(1, 1), batch)
     assert pace.waited >= 4 * 0.02 and pace.computed >= 4 * 0.01
     assert pace.waited + pace.computed <= time.perf_counter() - began - 4 * 0.03
     assert pace.lap() == pace.computed and pace.lap() == 0.0
+
+
+def _batch_norm(rank: int, world: int, folder: Path) -> None:
+    """Worker 1 is slow before a layer that waits for all of them."""
+    network = nn.Sequential(nn.Linear(3, 3), BatchNorm(3))
+    network[0].register_forward_hook(lambda *_: time.sleep(0.05 * rank))
+    pace = Pace()
+    objective = pace.timed(lambda model, batch: Losses(model(batch).sum(), None))  # type: ignore[arg-type]
+    for _ in range(6):
+        objective(network, torch.randn(4, 3))  # type: ignore[arg-type]
+    (folder / f"{rank}").write_text(json.dumps([pace.computed, pace.others.seconds]))
+
+
+def test_waiting_for_other_workers_within_a_forward_pass_is_not_computing(tmp_path: Path) -> None:
+    together(2, _batch_norm, tmp_path)
+    (fast, waited), (slow, _) = (json.loads((tmp_path / f"{rank}").read_text()) for rank in range(2))
+    assert slow >= 6 * 0.05 and slow > 2 * fast and waited > 0.2
 
 
 def test_a_line_of_speed_says_how_fast_and_how_long_data_were_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +135,7 @@ def test_a_line_of_speed_says_how_fast_and_how_long_data_were_waited_for(tmp_pat
     for seconds, waited in ((2.0, 0.5), (0.25, 0.0), (1.75, 1.0)):
         now[0] += seconds
         record.step, record.rows, pace.waited = record.step + 20, record.rows + 640, pace.waited + waited
-        log.lap(record, pace, (0.1,), checkpoint_seconds=0.125)
+        log.lap(record, pace, (0.1,), {"checkpoint_seconds": 0.125})
     log.close()
     first, second = metrics_log.read(tmp_path / SPEED)
     common = {"epoch": 2, "checkpoint_seconds": 0.125, "workers": 1, "slow": None}

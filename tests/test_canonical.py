@@ -18,7 +18,7 @@ import yaml
 from dlopt.artifact import Artifact, once
 from dlopt.data.kinds import CategoryInput, CategoryTarget, DateInput, Input, NumberInput, TextInput, encode_rows
 from dlopt.data.kinds.number import GroupMedian
-from dlopt.data.prepare import PREPARE, _look, meanings
+from dlopt.data.prepare import PREPARE, _look, meanings, peek
 from dlopt.data.section import Data
 from dlopt.data.sources import Arrow, Csv, JsonLines, Parquet, from_data
 from dlopt.data.sources.lines import Lines
@@ -99,7 +99,7 @@ def read(source: Any, columns: tuple[str, ...]) -> pa.Table:
 
 
 def fitted(section: Data, raw: pa.Table) -> Signature:
-    features, found = _look(section)[0], dict[str, Feature]()
+    features, found = _look(section, list(meanings(section)))[0], dict[str, Feature]()
     for part, feature in sorted(zip(section.inputs, features, strict=True), key=lambda pair: pair[0].kind != "category"):
         rows = pa.table(columns_of(section, features, raw))
         if isinstance(part, TextInput):
@@ -277,7 +277,7 @@ def test_labels_that_are_codes_are_as_many_classes_as_there_are_texts(tmp_path: 
     (tmp_path / "x.csv").write_text("a,label\n" + "".join(f"{n},{label}\n" for n, label in enumerate(rows)))
     section = Data(source=Csv(path=f"{tmp_path}/x.csv"), inputs=(NumberInput(columns=("a",)),), target=CategoryTarget())
     raw = next(meanings(section)).canonical(read(section.source, section.columns), section.compared)
-    labels, reasons = section.target.read(raw, _look(section)[1])
+    labels, reasons = section.target.read(raw, _look(section, list(meanings(section)))[1])
     assert labels.to_pylist() == rows and reasons == {}
     labels, reasons = section.target.read(raw, True)  # where only a later row shows it, it is no other class in silence
     assert labels.to_pylist()[:3] == [1234, None, 99]
@@ -297,7 +297,7 @@ def test_the_types_of_the_training_source_hold_for_the_others(tmp_path: Path) ->
     assert [meaning.missing for meaning in meanings(section.model_copy(update={"source": train}))] == [("", "?"), ("", "?")]
     stated = section.model_copy(update={"test": Csv(path=f"{tmp_path}/t.csv", types={"version": "number"})})
     with pytest.raises(DloptError, match=r"data\.test\.types: 'version' is number, and string in data\.source: state one type in both"):
-        _look(stated)
+        list(meanings(stated))
 
 
 # What is missing
@@ -317,7 +317,7 @@ def test_what_says_that_a_value_is_missing_is_one_setting_for_all(tmp_path: Path
         assert said["c"].is_null().to_pylist() == said["a"].is_null().to_pylist() == gone
         _, reasons = section.target.read(said, False)
         assert sorted(reasons) == [row for row, is_gone in enumerate(gone) if is_gone]
-        (feature,), _ = _look(section)
+        (feature,), _ = _look(section, list(meanings(section)))
         signature = Signature(inputs=(feature,), target=Target(name="label", labels=(0, 1)))
         texts = encode_rows(signature, [{"c": text} for text in [*MISSING, "?", "x", "-", "1"]])["categories"][:, 0].tolist()
         assert [text == "" for text in texts] == gone
@@ -492,3 +492,12 @@ def test_a_number_that_is_too_large_is_said_with_its_row_and_column(large: Any) 
     signature = Signature(inputs=(part.feature(pa.table({"a": [1.0], "b": [1.0]})),), target=Target(name="y", labels=(0, 1)))
     with pytest.raises(DloptError, match=r"^row 1: b: a number is too large$"):
         encode_rows(signature, [{"a": 1, "b": None}, {"a": None, "b": large}])
+
+
+def test_the_heads_of_files_are_looked_at_once_to_decide_types(sources: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[str] = []
+    for kind in (Csv, JsonLines):
+        looks = kind.looks
+        monkeypatch.setattr(kind, "looks", lambda source, looks=looks: looked.append(source.kind) or looks(source))
+    peek(section_of(sources["csv"], test=sources["csv"], split=RandomSplit(train=0.9, test=0)))
+    assert looked == ["csv"]

@@ -22,7 +22,7 @@ from dlopt.data.sources.places import Place
 from dlopt.models import Mlp
 from dlopt.optim.optimizers import Adam, AdamW, Sgd
 from dlopt.part import DloptError
-from dlopt.train.checkpoint.checkpoints import newest
+from dlopt.train.checkpoint.checkpoints import glance, newest, read
 from dlopt.train.checkpoint.state import Record, TrainingState
 from dlopt.train.checkpoint.stores import OWNER, RECORD, Bucket, Checkpointing, Disk, Every, Store, ends_epoch, said, store_of
 from dlopt.train.checkpoint.writer import Writer
@@ -222,6 +222,53 @@ def test_what_a_killed_writer_left_is_not_looked_at_and_swept_up_by_the_next_one
     state.record.epoch = 2
     save(state, writer)
     assert store.names() == [name(1, 1), name(2, 2)]
+
+
+def test_training_does_not_wait_for_a_slow_store_and_ends_of_epochs_are_not_lost(tmp_path: Path) -> None:
+    """While the first is written, one in the midst of an epoch is left out, and of two ends of epochs the newer one follows."""
+    go = threading.Event()
+
+    class Slow(Disk):
+        def write(self, name: str, files: Iterable[tuple[str, bytes]]) -> None:
+            assert go.wait(10)
+            super().write(name, files)
+
+    state, writer = fresh(), Writer(Slow(tmp_path), 2, "me")
+    assert writer.ready()
+    for epoch in range(3):
+        state.record.epoch = epoch
+        writer.write(state, *state.packed())
+        assert not writer.ready()
+    assert writer.as_json()["skipped_checkpoints"] == 4  # three times not ready, and the end of the first epoch
+    go.set()
+    writer.wait()
+    assert Disk(tmp_path).names() == [name(1, 0), name(3, 2)]
+    assert writer.ready()
+    save(state, writer)
+    assert Disk(tmp_path).names()[-1] == name(4, 2)
+    writer.close()
+
+
+def test_where_training_goes_on_is_told_without_reading_weights(tmp_path: Path) -> None:
+    read: list[tuple[str, str]] = []
+
+    class Noted(Disk):
+        def read(self, name: str, file: str) -> bytes:
+            read.append((name, file))
+            return super().read(name, file)
+
+    checkpoint(Disk(tmp_path), 2)
+    (tmp_path / name(2, 2) / RECORD).write_text("{}")
+    found = glance(Noted(tmp_path))
+    assert found and found[0] == name(1, 1) and found[1].epoch == 1
+    assert read == [(name(2, 2), RECORD), (name(1, 1), RECORD)]
+    assert glance(Disk(tmp_path / "nowhere")) is None
+
+
+def test_others_than_worker_0_read_no_best_weights(tmp_path: Path) -> None:
+    checkpoint(Disk(tmp_path), 1)
+    whole, few = (read(Disk(tmp_path), name(1, 1), best) for best in (True, False))
+    assert set(whole.tensors) - set(few.tensors) == {key for key in whole.tensors if key.startswith("best.")} != set()
 
 
 def test_what_is_cleared_is_gone(store: Store) -> None:

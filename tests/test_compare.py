@@ -13,9 +13,8 @@ import pytest
 import yaml
 
 from dlopt.part import DloptError, Signature, Target
-from dlopt.report import compare, plots, words
+from dlopt.report import compare, plots
 from dlopt.train.job import Fit
-from dlopt.train.measure import metrics
 from tests.commands import here, refused_here
 from tests.test_report import DIGITS, IMAGE, NUMBERS, Read, epoch_line, fit_of, make, step_line
 from tests.test_report_health import finding, look
@@ -156,10 +155,6 @@ def test_metrics_are_those_of_the_artifacts_and_the_best_is_marked(page: Read) -
 )
 def test_the_best_is_the_smallest_loss_or_error_or_the_largest_of_the_rest(key: str, values: list[Any], marked: list[bool]) -> None:
     assert compare.best(key, values) == marked
-
-
-def test_training_and_the_page_agree_on_what_is_better_when_smaller() -> None:
-    assert set(words.SMALLER_IS_BETTER) == set(metrics.SMALLER_IS_BETTER)
 
 
 def test_curves_of_both_runs_are_in_one_figure_with_their_names(page: Read) -> None:

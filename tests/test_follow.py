@@ -168,6 +168,16 @@ def test_damaged_checkpoints_are_a_line_each(tmp_path: Path) -> None:
     assert heard.at(1) == []
 
 
+def test_checkpoints_that_are_left_out_are_told_of_once(tmp_path: Path) -> None:
+    files, heard = Files(tmp_path), Heard(tmp_path)
+    files.start()
+    said: list[str] = []
+    for second in range(4):
+        files.speed(second + 1, second, skipped_checkpoints=max(0, second - 1), longest_checkpoint=61.7)
+        said += [line for line in heard.at(second) if line.startswith("!")]
+    assert len(said) == 1 and said[0].startswith("! a checkpoint takes 62 s to write, longer than the time between two: training goes on")
+
+
 def test_a_slow_worker_is_told_once_and_again_only_after_it_has_recovered(tmp_path: Path) -> None:
     files, heard = Files(tmp_path), Heard(tmp_path)
     slow = {"rank": 1, "host": "b", "times": 2.345}

@@ -31,8 +31,9 @@ from dlopt.data.prepared import Split
 from dlopt.data.section import Data
 from dlopt.data.sources import Csv, ImageTable, JsonLines, Parquet, Source, infer_kind
 from dlopt.data.stats.begin import job_of
-from dlopt.data.stats.summary import merge, summarise
-from dlopt.data.table.spill import Spill, from_json
+from dlopt.data.stats.pairwise import merged
+from dlopt.data.stats.summary import summarise
+from dlopt.data.table.spill import Read, Spill, from_json
 from dlopt.data.table.split import RandomSplit
 from dlopt.docs import PAGES
 from dlopt.export.onnx import _graph, compare, fed
@@ -132,6 +133,7 @@ def test_vectors_are_served_as_they_were_trained_on(model: Any, tmp_path: Path) 
         ([1, 2, 10**400], r"a number is too large in place 2"),
         (7, r"7 is not a list of 3 numbers"),
         ("1, 2, 3", r"'1, 2, 3' is not a list of 3 numbers"),
+        ("[" * 99_999, r"'\[+ is not a list of 3 numbers"),
         ({"x": 1}, r"\{'x': 1\} is not a list of 3 numbers"),
     ],
 )
@@ -151,7 +153,8 @@ def test_a_profile_and_a_page_know_vectors(tmp_path: Path) -> None:
     assert infer_kind(table, "v") == "vector" and infer_kind(table, "other") == "category"
     whole = summarise(table, {"v": "vector", "label": "category"}, ("label",))
     lengths = np.linalg.norm(np.delete(VECTORS, 3, axis=0), axis=1)
-    two = merge(*(summarise(part, {"v": "vector", "label": "category"}, ("label",)) for part in (table.slice(0, 100), table.slice(100))))
+    two = merged(summarise(part, {"v": "vector", "label": "category"}, ("label",)) for part in (table.slice(0, 100), table.slice(100)))
+    assert two is not None
     for column in (whole.columns["v"], two.columns["v"]):
         assert (column.rows, column.missing, column.unreadable, column.counts) == (300, 1, 0, {"3 numbers": 299})
         assert (column.low, column.high, column.mean) == pytest.approx((lengths.min(), lengths.max(), lengths.mean()))
@@ -278,7 +281,7 @@ def prepared(source: Source, home: Path) -> Artifact:
 
     def make(section: Data, out: Path) -> dict[str, Any]:
         spill = Spill(section, features, section.target.whole(first), str(out / SPILL), meaning)
-        read = [from_json(text) for piece in spill(pa.concat_tables(source.tables())) for text in piece["piece"]]
+        read = Read.of(from_json(text) for piece in spill(pa.concat_tables(source.tables())) for text in piece["piece"])
         try:
             return arrange(section, features, {"source": read}, out, run=anywhere)
         finally:

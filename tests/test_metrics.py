@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -17,22 +18,9 @@ from torch import Tensor, nn
 from dlopt.models import Units
 from dlopt.part import Target
 from dlopt.train.job import Monitor
-from dlopt.train.measure.metrics import (
-    METRICS,
-    MOST_SCORED,
-    SEVERAL_CLASSES,
-    TOP_CLASSES,
-    TWO_CLASSES,
-    Metrics,
-    Tally,
-    activated,
-    average_precision,
-    curve_of,
-    decided,
-    names,
-    roc_auc,
-    tally,
-)
+from dlopt.train.measure.curves import COUNTS, EXACT, FINE, average_precision, curve_of, roc_auc
+from dlopt.train.measure.metric import METRICS, MOST_SCORED, MacroAveragePrecision, MacroRocAuc, Metric, listed, names
+from dlopt.train.measure.metrics import Metrics, Tally, activated, approximated, decided, tally
 from tests.sets import LABELS, NUMBER, PAIR, THREE, TWO, spread
 
 CPU = torch.device("cpu")
@@ -59,8 +47,9 @@ def measured(target: Target, outputs: Tensor, wanted: Tensor, size: int = ROWS, 
     return tallied(target, outputs, wanted, size, output).metrics(len(wanted))
 
 
-def tallied(target: Target, outputs: Tensor, wanted: Tensor, size: int = ROWS, output: nn.Module | None = None) -> Tally:
-    found = tally(target, output or nn.Identity(), CPU)
+def tallied(target: Target, outputs: Tensor, wanted: Tensor, size: int = ROWS, output: nn.Module | None = None, rows: int = ROWS) -> Tally:
+    """rows: of the split."""
+    found = tally(target, output or nn.Identity(), rows, CPU)
     for start in range(0, len(wanted), size):
         part = slice(start, start + size)
         found.add(outputs[part], wanted[part], torch.full((len(wanted[part]),), 0.5, dtype=torch.float64))
@@ -260,6 +249,42 @@ def test_metrics_of_shares_are_those_of_the_whole(target: Target, cuts: list[int
     assert None not in whole.values()
 
 
+@pytest.mark.parametrize("target", [TWO, THREE, LABELS])
+@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
+def test_of_more_rows_than_can_be_kept_areas_are_counted_in_bins_and_hardly_differ(target: Target, scale: float) -> None:
+    """Whatever the spread of probabilities; all other metrics are exact, and what is held does not grow with rows."""
+    outputs = scale * outputs_of(target)
+    wanted = wanted_of(target, outputs / scale)
+    exact, near = tallied(target, outputs, wanted, 64), tallied(target, outputs, wanted, 64, rows=EXACT + 1)
+    assert near.bins and len(near.scores) == 1 and not exact.bins
+    assert near.bins.counts.numel() <= 2 * near.bins.counts.shape[1] * (FINE + 1)
+    found, whole = near.metrics(ROWS), exact.metrics(ROWS)
+    for name, value in whole.items():
+        area = name.endswith(("roc_auc", "average_precision"))
+        assert found[name] == (pytest.approx(value, abs=2e-2 if scale < 1 else 5e-3) if area else value), name
+    assert near.curves()[0] is not None
+
+
+def test_bins_of_many_labels_are_bounded_and_workers_add_them_up() -> None:
+    many = Target(name="topics", kind="multi_label", labels=tuple(range(1000)))
+    outputs = torch.randn(300, 1000, dtype=torch.float64, generator=torch.manual_seed(1))
+    wanted = (outputs + torch.randn(300, 1000, dtype=torch.float64) > 1).to(torch.uint8)
+    first, other, whole = (
+        tallied(many, outputs[some], wanted[some], rows=10**6) for some in (slice(0, 100), slice(100, 300), slice(0, 300))
+    )
+    assert first.bins and other.bins and whole.bins
+    assert whole.bins.counts.nbytes <= 8 * (COUNTS + 2 * 1000)
+    first.sums += other.sums
+    first.bins.counts += other.bins.counts
+    assert first.metrics(300) == pytest.approx(whole.metrics(300), rel=1e-12)
+    assert approximated(many, {"train": 10**6, "test": 300}) == (
+        "macro_roc_auc and macro_average_precision of train: counted in 4,096 bins of probabilities, since there are too many to keep"
+    )
+    assert approximated(many, {"train": 300}) is None
+    outputs[0, 7] = torch.nan
+    assert [place for place, curve in enumerate(tallied(many, outputs, wanted, rows=10**6).curves()) if curve is None] == [7]
+
+
 @pytest.mark.parametrize("target", [TWO, TWO.model_copy(update={"positive": "no"}), LABELS])
 def test_with_thresholds_a_row_is_given_what_reaches_them_and_all_metrics_of_decisions_follow(target: Target) -> None:
     outputs = outputs_of(target)
@@ -291,8 +316,9 @@ def test_areas_of_more_classes_than_can_be_kept_are_left_out() -> None:
     outputs = outputs_of(many)
     found = tallied(many, outputs, wanted_of(many, outputs))
     assert found.scores[-1].numel() == 0
-    assert not set(found.metrics(ROWS)) & set(SEVERAL_CLASSES)
-    assert set(names("category", MOST_SCORED)) - set(names("category", MOST_SCORED + 1)) == set(SEVERAL_CLASSES)
+    areas = {MacroRocAuc.name, MacroAveragePrecision.name}
+    assert not set(found.metrics(ROWS)) & areas
+    assert set(names("category", MOST_SCORED)) - set(names("category", MOST_SCORED + 1)) == areas
 
 
 def test_nothing_of_training_loads_torchmetrics() -> None:
@@ -319,7 +345,7 @@ def test_a_class_that_is_never_given_has_a_precision_of_0() -> None:
 def test_outputs_that_are_not_finite_leave_no_number_that_json_has_not(target: Target) -> None:
     outputs = outputs_of(target)
     wanted = wanted_of(target, outputs)
-    found = tally(target, Units(spread(wanted.numpy())) if target == NUMBER else nn.Identity(), CPU)
+    found = tally(target, Units(spread(wanted.numpy())) if target == NUMBER else nn.Identity(), ROWS, CPU)
     found.add(outputs * torch.nan, wanted, torch.full((ROWS,), torch.nan))
     told = found.metrics(ROWS)
     assert told["loss"] is None
@@ -332,8 +358,17 @@ def test_all_metrics_have_the_names_that_a_job_can_monitor(target: Target) -> No
     wanted = wanted_of(target, outputs)
     found = measured(target, outputs, wanted, output=Units(spread(wanted.numpy())) if target.kind == "number" else None)
     assert set(found) == set(names(target.kind, target.size))
-    known = {name for kind in METRICS.values() for name in kind} | {*TWO_CLASSES, *SEVERAL_CLASSES, *TOP_CLASSES}
-    assert set(get_args(Monitor)) == known
+    assert get_args(Monitor) == tuple(METRICS)
+    assert [name for name in METRICS if not re.search(rf"\b{name}\b", listed())] == []
+    assert names(target.kind)[1] in ("accuracy", "r2")
+
+
+def test_every_metric_says_all_that_is_asked_of_it() -> None:
+    asked = ("name", "targets", "written", "smaller_is_better", "is_share", "of")
+    assert {(metric.name, what) for metric in METRICS.values() for what in asked if what not in vars(metric)} == set()
+    assert set(Metric.__subclasses__()) == set(METRICS.values())
+    assert names("category", 2)[-5:] == ("precision", "recall", "f1", "roc_auc", "average_precision")
+    assert names("category", 6)[-1] == "top5_accuracy" != names("category", 5)[-1]
 
 
 def test_the_graph_gives_probabilities_of_classes_probabilities_of_labels_and_numbers_as_they_are() -> None:

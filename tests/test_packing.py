@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dlopt.optim.groups import Group, Parameters
 from dlopt.optim.optimizers import Adam
 from dlopt.optim.wrappers import Lookahead
-from dlopt.train.checkpoint.packing import optimizer_state, pack, restore_optimizer, unpack
+from dlopt.train.checkpoint.packing import optimizer_state, pack, pieces, restore_optimizer, unpack
 from tests.driven import PARTS, Small, advance, batches, named, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -130,3 +130,21 @@ def test_what_was_restored_from_stays_as_it_was() -> None:
     restore_optimizer(optimizer, state)
     advance(network, optimizer, batches(), 2)
     assert same(state, kept)
+
+
+def test_a_file_is_written_piece_by_piece_and_read_by_the_library_to_the_bit() -> None:
+    """No piece is a copy of more than a tensor that does not lie in order."""
+    dtypes = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float64]
+    tensors = {str(dtype): (100 * torch.rand(3, 5)).to(dtype) for dtype in dtypes}
+    tensors |= {"turned": torch.rand(4, 6).T, "single": torch.tensor(2.5), "none": torch.zeros(0, 3), "half of one": torch.rand(8)[4:]}
+    written = [bytes(piece) for piece in pieces(tensors)]
+    found = load(b"".join(written))
+    assert set(found) == set(tensors)
+    for name, value in tensors.items():
+        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+    assert len(written) == len(tensors)  # the header, and each that has numbers
+    large = torch.rand(1000)
+    _, piece = pieces({"a": large})
+    assert any(piece)
+    large.zero_()
+    assert not any(piece)  # the same memory

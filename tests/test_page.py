@@ -21,7 +21,7 @@ from PIL import Image
 from websockets.sync.client import ClientConnection, connect
 
 from dlopt.artifact import Artifact
-from dlopt.part import Signature
+from dlopt.part import Feature, Signature
 from dlopt.serve import Serve
 from dlopt.serve.application import Replica
 from dlopt.serve.auth import Key
@@ -475,6 +475,22 @@ def test_an_image_among_other_columns_is_a_file_and_several_numbers_a_list(brows
     assert size == [True, 6, 4]
     assert ["image", "The chosen image"] in browser.names()
     browser.screenshot(tmp_path / "photos.png")
+
+
+def test_a_vector_is_a_list_as_json_has_it(browser: Browser, tmp_path: Path) -> None:
+    vector = Feature(name="v", kind="vector", dtype="float32", shape=(3,), columns=("v",))
+    signature = NUMBERS.model_copy(update={"inputs": (vector, *NUMBERS.inputs)})
+    with contextlib.closing(serving(make_export(tmp_path, signature))) as pages:
+        address = next(pages)
+        browser.open(address)
+        browser.requests.clear()
+        set_value(browser, "textarea", "[0.5, 1")
+        assert wait_for(lambda: browser.value("document.getElementById('error').textContent")).startswith("v: give a list of 3 numbers")
+        row = {"v": [0.5, 1, -2], "month": None, "day": None, "distance": None}
+        set_value(browser, "textarea", "[0.5, 1, -2]")
+        wait_for_row(browser, row)
+        answer = predicted(address, row)
+        assert shown(browser) == (answer["label"], percent(answer["probabilities"])) and sent_rows(browser) == [row]
 
 
 def test_the_form_is_legible_in_the_dark(browser: Browser, flights: str) -> None:

@@ -32,12 +32,13 @@ from dlopt.train.loop.gradients import Sharpness, curved, plain
 from dlopt.train.loop.steps import peaked, steps
 from dlopt.train.parallel.base import Parallel
 from dlopt.train.parallel.fsdp import FSDP
-from dlopt.train.parallel.strategies import ACROSS, BY_PARAMETER, parallel_of, refuse_parallelism
+from dlopt.train.parallel.strategies import parallel_of, refuse_parallelism
 from dlopt.train.parallel.zero import Zero
 from dlopt.train.training import Training
 from dlopt.train.watch import metrics_log
 from dlopt.train.watch.layers import Health
 from tests import sets
+from tests.driven import KINDS as OPTIMIZERS
 from tests.driven import PARTS, Small, batches, cross_entropy, named
 from tests.processes import together
 from tests.trained import curve, fit, prepare_digits, quick
@@ -197,20 +198,20 @@ class Killed(BaseException):
 def killed_after(step: int | None) -> Iterator[None]:
     """Within it, training ends after so many steps in all, as if its processes were killed; a checkpoint has been written after each."""
 
-    def after_step(self: Training, done: int) -> None:
-        original(self, done)
-        if done == step:
-            if self.diary:
-                self.diary.writer.wait()
+    def between_steps(self: Training) -> None:
+        if self.diary:
+            self.diary.writer.wait()
+        if self.state.record.step == step:
             raise Killed
+        original(self)
 
-    original, Training._after_step = Training._after_step, after_step  # type: ignore[method-assign]
+    original, Training._between_steps = Training._between_steps, between_steps  # type: ignore[method-assign]
     try:
         yield
     except Killed:
         pass
     finally:
-        Training._after_step = original  # type: ignore[method-assign]
+        Training._between_steps = original  # type: ignore[method-assign]
 
 
 CHAINS = {
@@ -266,7 +267,7 @@ def _share(batch: Any, rank: int, world: int) -> Any:
 
 def refused(kind: Any, part: Any) -> bool:
     try:
-        refuse_parallelism(kind, part.kind)
+        refuse_parallelism(kind, part)
     except DloptError as error:
         assert str(error).startswith(f"resources.parallelism: {kind} cannot shard the state of optimizer {part.kind}: use ")
         return True
@@ -346,7 +347,10 @@ def test_a_job_that_cannot_be_shared_out_is_one_line() -> None:
     with pytest.raises(ValueError, match=r"resources\.parallelism: zero cannot shard the state of optimizer lbfgs: use ddp"):
         Job.model_validate(job)
     Job.model_validate(job | {"resources": {"workers": 0, "parallelism": "zero"}})  # one worker holds it all
-    assert not ACROSS & BY_PARAMETER
+
+
+def test_every_optimizer_says_what_its_steps_depend_on() -> None:
+    assert [kind for kind, part in OPTIMIZERS.items() if "unit" not in vars(part)] == []
 
 
 def _held(rank: int, world: int, folder: Path, data: Path) -> None:

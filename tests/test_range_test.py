@@ -15,13 +15,17 @@ from torch import Tensor, nn
 
 from dlopt.data.feed.batches import Batch
 from dlopt.data.sources import Sample
+from dlopt.optim.constraints import MaxNorm
 from dlopt.optim.optimizers import Adam, AdamW, Sgd
 from dlopt.part import DloptError
-from dlopt.train.loop.gradients import plain
+from dlopt.train.job import Train
+from dlopt.train.loop.gradients import Sharpness
 from dlopt.train.loop.losses import loss_of
 from dlopt.train.loop.objectives import Losses, Objective, supervised
-from dlopt.train.loop.range_test import HIGH, LOW, Sweep, range_test, sweep
-from dlopt.train.loop.steps import peaked, steps
+from dlopt.train.loop.pipeline import Pipeline
+from dlopt.train.loop.range_test import HIGH, LOW, Build, Sweep, range_test, sweep
+from dlopt.train.loop.steps import peaked
+from dlopt.train.parallel.base import Parallel
 from tests.driven import KINDS, Small, batches
 from tests.sets import THREE
 
@@ -112,14 +116,18 @@ def digits(rows: int = 50) -> list[Batch]:
     return [Batch({"image": images[some]}, labels[some], rows) for some in order.split(rows)]
 
 
-def built(part: Any) -> Callable[[nn.Module, float], torch.optim.Optimizer]:
-    return lambda model, rate: peaked(part.model_copy(update={"lr": rate}).build(model.parameters()))
+def pipeline(model: nn.Module, optimizer: torch.optim.Optimizer, objective: Objective = OBJECTIVE, **train: Any) -> Pipeline:
+    return Pipeline(Train(**train), objective, peaked(optimizer), Parallel(model))
+
+
+def built(part: Any, **train: Any) -> Build:
+    return lambda model, rate: pipeline(model, part.model_copy(update={"lr": rate}).build(model.parameters()), **train)
 
 
 def trained(part: Any, rate: float, data: list[Batch]) -> float:
     """The mean loss of the last twenty batches of two epochs."""
     model = Digits()
-    losses = [step.loss.item() for step in steps(model, built(part)(model, rate), data * 2, OBJECTIVE, plain(1), lambda _: 1.0)]
+    losses = [step.loss.item() for step in built(part)(model, rate).steps(data * 2, lambda _: 1.0)]
     return float(np.mean(losses[-20:]))
 
 
@@ -130,7 +138,7 @@ def trained(part: Any, rate: float, data: list[Batch]) -> float:
 )
 def test_on_digits_training_at_the_suggested_rate_beats_one_thirty_times_lower_and_does_not_diverge(mnist: None, part: Any) -> None:
     data = digits()
-    rate = sweep(Digits(), built(part), data, OBJECTIVE).suggested
+    rate = sweep(Digits(), built(part), data).suggested
     found, lower, higher = (trained(part, rate * factor, data) for factor in (1, 1 / 30, 30))
     assert found < 0.5 and found < 0.8 * lower
     assert not higher < found  # thirty times higher is no better, either
@@ -141,13 +149,45 @@ def test_a_sweep_is_the_same_each_time_and_leaves_the_network_and_random_numbers
     before = {name: value.clone() for name, value in model.state_dict().items()}
     torch.manual_seed(5)
     numbers = torch.get_rng_state()
-    first = sweep(model, built(Sgd()), digits(), OBJECTIVE)
+    first = sweep(model, built(Sgd()), digits())
     assert torch.equal(torch.get_rng_state(), numbers)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not model.training and all(parameter.grad is None for parameter in model.parameters())
     torch.manual_seed(6)
-    assert sweep(model, built(Sgd()), digits(), OBJECTIVE) == first
-    assert sweep(model, built(Sgd()), digits(), OBJECTIVE, seed=1) != first
+    assert sweep(model, built(Sgd()), digits()) == first
+    assert sweep(model, built(Sgd()), digits(), seed=1) != first
+
+
+@pytest.mark.parametrize(
+    ("train", "most"),
+    [
+        ({"micro_batch_size": 7}, 7),
+        ({"precision": "bfloat16"}, 50),
+        ({"precision": "float16"}, 50),
+        ({"sharpness": Sharpness(rho=0.5)}, 50),
+        ({"centralize_gradients": True}, 50),
+        ({"max_norm": MaxNorm(limit=0.2)}, 50),
+    ],
+    ids=str,
+)
+def test_the_steps_of_a_sweep_are_those_of_training(mnist: None, train: dict[str, Any], most: int) -> None:
+    """As many rows at a time, in its precision, and with all else that its steps have."""
+    seen = set[tuple[int, torch.dtype]]()
+
+    def noted(model: nn.Module, batch: Batch) -> Losses:
+        losses = OBJECTIVE(model, batch)
+        seen.add((len(batch.target), model.body[1](model.body[0](batch.inputs["image"])).dtype))  # type: ignore[index]
+        return losses
+
+    def build(model: nn.Module, rate: float) -> Pipeline:
+        return pipeline(model, Sgd(lr=rate).build(model.parameters()), noted, **train)
+
+    found = sweep(Digits(), build, digits()[:40])
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(train.get("precision", ""), torch.float32)
+    assert max(rows for rows, _ in seen) == most and {one for _, one in seen} == {dtype}
+    assert LOW < found.suggested < HIGH
+    plainly = sweep(Digits(), built(Sgd()), digits()[:40])
+    assert (found.losses == pytest.approx(plainly.losses, rel=1e-3)) == ("micro_batch_size" in train)
 
 
 class Pair(nn.Module):
@@ -166,12 +206,11 @@ def bowl(model: nn.Module, batch: Batch) -> Losses:
 
 
 def test_a_group_with_a_rate_of_its_own_keeps_it_all_along() -> None:
-    def build(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+    def build(model: nn.Module, rate: float) -> Pipeline:
         first, second = model.parameters()
-        return peaked(torch.optim.SGD([{"params": [first], "lr": rate}, {"params": [second], "lr": 0.1}]))
+        return pipeline(model, torch.optim.SGD([{"params": [first], "lr": rate}, {"params": [second], "lr": 0.1}]), bowl)
 
-    objective: Objective = bowl
-    found = sweep(Pair(), build, [Batch({}, torch.zeros(1), 1)] * 100, objective)
+    found = sweep(Pair(), build, [Batch({}, torch.zeros(1), 1)] * 100)
     first = second = 1.0
     for rate, loss in zip(found.rates, found.losses, strict=True):
         assert loss == pytest.approx((first**2 + second**2) / 2, rel=1e-9)
@@ -185,6 +224,6 @@ def test_a_group_with_a_rate_of_its_own_keeps_it_all_along() -> None:
 def test_every_optimizer_has_a_rate_that_is_suggested(kind: str) -> None:
     model, source = Small(), batches(rows=64)
     data = [next(source) for _ in range(30 if kind == "lbfgs" else 100)]  # which looks at each many times
-    found = sweep(model, built(KINDS[kind]()), data, OBJECTIVE)
+    found = sweep(model, built(KINDS[kind]()), data)
     assert LOW < found.suggested < HIGH
     assert min(found.losses) < found.losses[0]

@@ -111,8 +111,8 @@ def test_what_polars_writes_as_ipc_is_read(how: str, tmp_path: Path) -> None:
     source = Arrow(path=str(path))
     assert source.peek(9).to_pydict() == VALUES
     plain_types(source.layout())
-    kinds = source.infer() | {"text": "text"}
-    found = summarise(source.peek(9), kinds, ["word"])
+    table = source.peek(9)
+    found = summarise(table, {name: infer_kind(table, name) for name in table.column_names} | {"text": "text"}, ["word"])
     assert found.columns["word"].counts == {"u": 2, "v": 1} and found.columns["text"].missing == 1
 
 

@@ -13,7 +13,7 @@ import pytest
 import sklearn.metrics as reference
 import torch
 from pydantic import TypeAdapter, ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from dlopt.artifact import Artifact, Stage, once
 from dlopt.data.prepared import Split
@@ -26,7 +26,9 @@ from dlopt.serve import Serve
 from dlopt.serve.application import application_of
 from dlopt.train.job import Fit, Train
 from dlopt.train.loop.losses import Binary, CrossEntropy, Focal, loss_of
+from dlopt.train.measure.curves import EXACT, Curve, curve_of
 from dlopt.train.measure.evaluate import predict
+from dlopt.train.measure.metrics import tally
 from dlopt.train.measure.thresholds import Threshold, Tuned, best, fixed, signed, tuned
 from dlopt.train.worker import Assignment, Worker
 from tests.sets import LABELS, NUMBERS, TWO, prepared, signature
@@ -50,7 +52,7 @@ def test_no_other_threshold_is_better_than_the_best_one(metric: str, levels: int
     generator = torch.manual_seed(levels + int(100 * share))
     truths = torch.rand(300, generator=generator) < share
     scores = (torch.rand(300, generator=generator) * 0.7 + 0.3 * truths).mul(levels).floor().div(levels).clamp(0, 1)
-    found = best(metric, scores, truths)
+    found = best(metric, curve_of(scores, truths))
     values = [value_of(metric, truths.numpy(), (scores >= cut).numpy()) for cut in [*scores.unique(), torch.tensor(2.0)]]
     assert value_of(metric, truths.numpy(), (scores >= found).numpy()) == pytest.approx(max(values), abs=1e-12)
     assert max(values) > min(values)
@@ -59,15 +61,15 @@ def test_no_other_threshold_is_better_than_the_best_one(metric: str, levels: int
 
 def test_the_line_is_midway_between_the_probabilities_that_it_separates() -> None:
     truths = torch.tensor([False, False, True, True])
-    assert best("f1", torch.tensor([0.1, 0.2, 0.3, 0.4]), truths) == pytest.approx(0.25)
+    assert best("f1", curve_of(torch.tensor([0.1, 0.2, 0.3, 0.4]), truths)) == pytest.approx(0.25)
     neighbours = torch.tensor([0.2, 0.3, np.nextafter(np.float32(0.3), np.float32(1)), 0.4])
-    assert best("f1", neighbours, truths) == neighbours[2].item()  # there is no number between
+    assert best("f1", curve_of(neighbours, truths)) == neighbours[2].item()  # there is no number between
 
 
 def test_of_thresholds_that_are_as_good_the_one_nearest_to_a_half_is_taken() -> None:
     truths = torch.tensor([True, False, True, False] * 2)
     for scores in (torch.full((8,), 0.25), torch.tensor([0.1, 0.1, 0.9, 0.9] * 2)):
-        found = best("youden", scores, truths)
+        found = best("youden", curve_of(scores, truths))
         cuts = [scores.min().item() / 2, (scores.min().item() + scores.max().item()) / 2]
         assert found == pytest.approx(min(cuts[: len(scores.unique())], key=lambda cut: abs(cut - 0.5)))
 
@@ -75,17 +77,37 @@ def test_of_thresholds_that_are_as_good_the_one_nearest_to_a_half_is_taken() -> 
 @pytest.mark.parametrize("only", [True, False])
 def test_rows_of_one_sort_tell_no_threshold_nor_do_probabilities_that_are_not_finite(only: bool) -> None:
     scores = torch.tensor([0.1, 0.2, 0.3])
-    assert best("f1", scores, torch.full((3,), only)) == 0.5
-    assert best("f1", scores * torch.nan, torch.tensor([True, False, only])) == 0.5
+    assert best("f1", curve_of(scores, torch.full((3,), only))) == 0.5
+    assert best("f1", curve_of(scores * torch.nan, torch.tensor([True, False, only]))) == 0.5
+
+
+def curves(target: Target, probabilities: Tensor, wanted: Tensor, rows: int = 0) -> list[Curve | None]:
+    """Of outputs that have these probabilities. rows: of the split, if not as many as are here."""
+    outputs = probabilities.logit() if target.kind == "multi_label" else probabilities.log()
+    found = tally(target, nn.Identity(), rows or len(wanted), CPU)
+    found.add(outputs, wanted, outputs.new_zeros(len(wanted)))
+    return found.curves()
+
+
+@pytest.mark.parametrize("metric", ["f1", "balanced_accuracy", "youden"])
+def test_of_more_rows_than_can_be_kept_the_threshold_is_nearly_as_good(metric: Any) -> None:
+    generator = torch.manual_seed(5)
+    wanted = (torch.rand(4000, 4, generator=generator) < torch.tensor([0.01, 0.1, 0.5, 0.9])).to(torch.uint8)
+    probabilities = (2 * torch.randn(4000, 4, generator=generator, dtype=torch.float64) + 3 * wanted - 3).sigmoid()
+    near, exact = (tuned(Tuned(metric=metric), curves(LABELS, probabilities, wanted, rows)) for rows in (EXACT, 0))
+    for label in range(4):
+        truths = wanted[:, label].numpy() > 0
+        values = [value_of(metric, truths, (probabilities[:, label].float() >= cut).numpy()) for cut in (near[label], exact[label])]
+        assert values[1] - 5e-3 < values[0] <= values[1]
 
 
 def test_each_label_has_a_threshold_of_its_own_and_two_classes_have_one() -> None:
     probabilities = torch.tensor([[0.1, 0.9, 0.5, 0.5], [0.2, 0.8, 0.5, 0.5], [0.3, 0.7, 0.5, 0.5]], dtype=torch.float64)
     wanted = torch.tensor([[0, 1, 0, 1], [1, 1, 0, 1], [1, 0, 0, 1]], dtype=torch.uint8)
-    assert tuned(Tuned(), LABELS, probabilities, wanted) == pytest.approx((0.15, 0.75, 0.5, 0.5))
+    assert tuned(Tuned(), curves(LABELS, probabilities, wanted)) == pytest.approx((0.15, 0.75, 0.5, 0.5))
     two = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]], dtype=torch.float64)
-    assert tuned(Tuned(), TWO, two, torch.tensor([0, 1, 1])) == pytest.approx((0.15,))
-    assert tuned(Tuned(), FIRST, two, torch.tensor([0, 1, 1])) == pytest.approx((0.85,))
+    assert tuned(Tuned(), curves(TWO, two, torch.tensor([0, 1, 1]))) == pytest.approx((0.15,))
+    assert tuned(Tuned(), curves(FIRST, two, torch.tensor([0, 1, 1]))) == pytest.approx((0.85,))
 
 
 def test_a_number_is_the_threshold_of_the_positive_class_or_of_every_label() -> None:

@@ -8,7 +8,8 @@ import math
 import os
 import re
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 from safetensors.torch import load as load_tensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from dlopt.artifact import once
 from dlopt.data.prepared import Split
@@ -30,9 +31,13 @@ from dlopt.optim.optimizers_library import ScheduleFreeAdamW
 from dlopt.optim.schedules import ScaleLr, Span
 from dlopt.optim.wrappers import Lookahead
 from dlopt.part import DloptError
+from dlopt.train import training
+from dlopt.train.checkpoint.stores import CHECKPOINTS, Disk
+from dlopt.train.checkpoint.writer import Writer
 from dlopt.train.cluster.stopping import STOP, Stopped
-from dlopt.train.job import Resources
+from dlopt.train.job import Fit, Resources
 from dlopt.train.loop.gradients import Sharpness
+from dlopt.train.measure import averaged
 from dlopt.train.measure.evaluate import evaluate
 from dlopt.train.parallel.agreement import Agreement
 from dlopt.train.stage import FIT
@@ -42,9 +47,11 @@ from dlopt.train.watch import metrics_log
 from dlopt.train.watch.divergence import Divergence
 from dlopt.train.watch.layers import Health
 from dlopt.train.watch.metrics_log import HEALTH, LAYERS, RANGE
-from dlopt.train.worker import STARTS, Worker
+from dlopt.train.watch.watchdog import HUNG
+from dlopt.train.worker import STARTS, Assignment, Worker
 from tests import sets
 from tests.cases import crossed
+from tests.processes import run, together
 from tests.test_readme import kinds
 from tests.test_worker import CPU, epochs, prepared, section, without_seconds, work
 
@@ -258,12 +265,13 @@ def test_checkpoints_by_the_clock_come_within_an_epoch(tmp_path: Path, monkeypat
     data, fit, seen = prepared(tmp_path), section(), list[int]()
     save = Training.save
 
-    def note(training: Training) -> None:
-        save(training)
+    def note(training: Training, needed: bool = True) -> None:
+        save(training, needed)
         seen.append(training.state.record.step)
 
     with monkeypatch.context() as patch:
         patch.setattr(Training, "save", note)
+        patch.setattr(Writer, "ready", lambda writer, seconds=0.0: writer.wait() is None)
         work(fit, data, tmp_path / "all", checkpoint={"every": {"seconds": 1e-9}})
         assert seen == list(range(1, 41))
         seen.clear()
@@ -283,14 +291,14 @@ def test_the_same_job_gives_the_same_bits(tmp_path: Path) -> None:
 def trajectory(fit: Any, data: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
     """The weights after every step."""
     seen: list[dict[str, Tensor]] = []
-    after = Training._after_step
+    between = Training._between_steps
 
-    def note(training: Training, step: int) -> None:
-        after(training, step)
+    def note(training: Training) -> None:
         seen.append({name: value.clone() for name, value in training.network.state_dict().items()})
+        between(training)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "_after_step", note)
+        patch.setattr(Training, "_between_steps", note)
         work(fit, data, out)
     return seen
 
@@ -439,3 +447,63 @@ def test_every_optimizer_goes_through_a_whole_run_and_on_after_it_was_killed(
         work(fit, data, tmp_path / "out")
     work(fit, data, tmp_path / "out")
     assert bits(tmp_path / "out") == bits(tmp_path / "whole")
+
+
+class SlowDisk(Disk):
+    """Takes its time for every checkpoint."""
+
+    seconds = 0.4
+
+    def write(self, name: str, files: Iterable[tuple[str, bytes]]) -> None:
+        time.sleep(self.seconds)
+        super().write(name, files)
+
+
+def slowly(rank: int, world: int, folder: Path, data: Path, fit: Fit) -> None:
+    """Train, with checkpoints that take longer than a worker may hang, of whom each is ended that does."""
+    out, resources = folder / "out", Resources.model_validate({"hang_seconds": 0.3, "checkpoint": {"every": {"steps": 2}}})
+    given = Assignment(fit=fit, data=data, out=out, feed="resident", resources=resources, threads=1)
+    training.MOMENT = 0.1
+    Worker(given, rank, world, CPU, SlowDisk(out / CHECKPOINTS)).run()
+
+
+def test_a_store_that_is_slower_than_a_hang_makes_checkpoints_rarer_and_nothing_else(tmp_path: Path) -> None:
+    fit, out, data = section(epochs=3), tmp_path / "out", prepared(tmp_path)
+    out.mkdir()
+    assert run(slowly, 0, 1, tmp_path, data.path, fit) == 0  # where it hangs, it would end itself
+    work(fit, data, tmp_path / "fast")
+    assert bits(out) == bits(tmp_path / "fast") and without_seconds(out) == without_seconds(tmp_path / "fast")
+    assert not (out / HUNG).exists()
+    written = [int(name[:6]) for name in Disk(out / CHECKPOINTS).names()]
+    assert written[-1] <= 5  # of 16 that were due: the first, one at each end of an epoch that was not overtaken, and what came between
+
+
+@pytest.mark.slow
+def test_two_workers_wait_for_a_store_that_is_slower_than_an_exchange_may_be(tmp_path: Path) -> None:
+    fit, out, data = section(epochs=3, precision="float64"), tmp_path / "out", prepared(tmp_path)
+    out.mkdir()
+    together(2, slowly, tmp_path, data.path, fit)
+    assert (out / "weights.safetensors").exists() and not (out / HUNG).exists()
+    assert len(list(metrics_log.read(out / STARTS))) == 1
+
+
+def test_training_that_diverges_goes_back_to_the_last_epoch_though_its_checkpoint_is_still_to_be_written(tmp_path: Path) -> None:
+    """As with a store that is fast: which checkpoints there are is not to depend on it."""
+    fit, data = section(optimizer=Sgd(lr=300.0), epochs=3), prepared(tmp_path)
+    (tmp_path / "out").mkdir()
+    assert run(slowly, 0, 1, tmp_path, data.path, fit) == 0
+    work(fit, data, tmp_path / "fast")
+    assert bits(tmp_path / "out") == bits(tmp_path / "fast")
+    assert [line["step"] for line in rollbacks(tmp_path / "out")] == [line["step"] for line in rollbacks(tmp_path / "fast")]
+
+
+def test_statistics_for_averaged_weights_are_made_as_training_makes_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set[tuple[int, bool]]()
+
+    def noted(network: nn.Module, batches: Iterable[dict[str, Tensor]]) -> None:
+        seen.update((len(batch["numbers"]), torch.is_autocast_enabled("cpu")) for batch in batches)
+
+    monkeypatch.setattr(averaged, "reestimate", noted)
+    fit = section(epochs=1, micro_batch_size=12, precision="bfloat16", average=Ema())
+    work(fit.model_copy(update={"model": Mlp(hidden=(8,), norm="batch")}), prepared(tmp_path), tmp_path / "out")
+    assert seen == {(12, True), (8, True)}  # of batches of 32, and the last one of 12

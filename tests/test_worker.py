@@ -21,10 +21,11 @@ from dlopt.optim.constraints import ClipNorm
 from dlopt.optim.optimizers import Adam, Sgd
 from dlopt.optim.schedules import Cosine, Plateau
 from dlopt.part import DloptError, Part, Signature, Target
+from dlopt.train import worker
 from dlopt.train.checkpoint.stores import CHECKPOINTS, RECORD
 from dlopt.train.job import EarlyStopping, Fit, Resources, Train
 from dlopt.train.measure.evaluate import evaluate
-from dlopt.train.measure.metrics import names
+from dlopt.train.measure.metric import names
 from dlopt.train.parallel.drift import refuse_drift
 from dlopt.train.start import load_network
 from dlopt.train.training import Training
@@ -352,3 +353,17 @@ def test_workers_whose_parameters_differ_in_one_bit_or_in_place_are_stopped(tmp_
     for rank in range(2):
         for line, said in zip((tmp_path / f"said-{rank}").read_text().splitlines(), DRIFTS.values(), strict=True):
             assert line.endswith(said)
+
+
+def test_numbers_on_a_gpu_are_float32_and_the_same_each_time_unless_the_job_says_otherwise() -> None:
+    backends = torch.backends
+    before = backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32, torch.are_deterministic_algorithms_enabled()
+    try:
+        for tf32, deterministic in ((False, True), (True, False)):
+            torch.use_deterministic_algorithms(False)
+            worker._set_numerics(torch.device("cuda"), Resources(tf32=tf32, deterministic=deterministic))
+            assert (backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32) == (tf32, tf32)
+            assert torch.are_deterministic_algorithms_enabled() == deterministic
+    finally:
+        backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32 = before[:2]
+        torch.use_deterministic_algorithms(before[2])

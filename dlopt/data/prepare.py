@@ -63,7 +63,7 @@ PATH = "path"
 def peek(section: Data) -> Signature:
     """The model's inputs and outputs as far as the first rows tell, without Ray: vocabularies are empty, and classes stand-ins.
     Raises DloptError on missing files and columns."""
-    features, _ = _look(section)
+    features, _ = _look(section, list(meanings(section)))
     return Signature(inputs=features, target=section.target.stand_in())
 
 
@@ -72,11 +72,9 @@ def prepare(section: Data, out: Path, *, progress: Progress = silent) -> dict[st
     asked for, profile.json; returns the counts."""
     data_context(preserve_order=True, reserve=False)
     clock, spill = _Clock(), out / SPILL
-    features, whole = _look(section, progress)
-    spills = {
-        name: Spill(section, features, whole, str(spill), meaning)
-        for name, meaning in zip(sources(section), meanings(section), strict=True)
-    }
+    said = list(meanings(section))
+    features, whole = _look(section, said, progress)
+    spills = {name: Spill(section, features, whole, str(spill), meaning) for name, meaning in zip(sources(section), said, strict=True)}
     progress("prepare", None, "reading")
     try:
         read = _read(section, spills, out / "quarantine", progress)
@@ -134,48 +132,60 @@ def sources(section: Data) -> dict[str, Source]:
     return {name: source for name, source in given.items() if source is not None}
 
 
-def _look(section: Data, progress: Progress = silent) -> tuple[tuple[Feature, ...], bool]:
-    """The model's inputs, and whether the classes are whole numbers. What the first rows decide of images is said."""
-    first, *_ = [_first_rows(section, f"data.{name}", source) for name, source in sources(section).items()]
+def _look(section: Data, said: Sequence[Columns], progress: Progress = silent) -> tuple[tuple[Feature, ...], bool]:
+    """The model's inputs, and whether the classes are whole numbers. What the first rows decide is said. said: what the columns of each
+    source mean."""
+    looks = [_first_rows(section, name, source, meaning) for (name, source), meaning in zip(sources(section).items(), said, strict=True)]
+    first = looks[0]
     for clean in section.clean:
         if isinstance(clean, ExactDuplicates):
             clean.refuse_unsortable(first)
     _refuse_foreign_outliers(section)
-    meaning, *_ = meanings(section)
-    features = tuple(part.meant(part.feature(first), meaning) for part in section.inputs)
+    features = tuple(part.meant(part.feature(first), said[0]) for part in section.inputs)
     for name, source in sources(section).items() if progress is not silent else ():
-        if said := source.left_out():
-            progress("prepare", None, f"{BLOCK}data.{name}: {said}")
+        if left_out := source.left_out():
+            progress("prepare", None, f"{BLOCK}data.{name}: {left_out}")
     for part in section.inputs:
-        if said := part.decided(first):
-            progress("prepare", None, BLOCK + said)
+        if decided := part.decided(first):
+            progress("prepare", None, BLOCK + decided)
     return features, section.target.whole(first)
 
 
 def meanings(section: Data) -> Iterator[Columns]:
     """What the columns of each source mean: the types are those of `data.source`, whatever the files of another look like, and so are
     the texts of missing values unless it names its own. Raises DloptError where one states another type."""
-    main = section.source.meaning()
+    with _naming("source"):
+        main = section.source.meaning()
     types = main.types
     for name, source in sources(section).items():
         stated, missing = source.stated()
+        with _naming(name):
+            if stated and source is not section.source:
+                source.meaning()  # which says whether it has these columns
         for column, kind in stated.items():
             if types.get(column, kind) != kind:
                 raise DloptError(f"data.{name}.types: {column!r} is {kind}, and {types[column]} in data.source: state one type in both")
         yield Columns(types, main.missing if missing == MISSING else missing)
 
 
-def _first_rows(section: Data, where: str, source: Source) -> pa.Table:
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """What is wrong with a source begins with its name."""
     try:
-        table = source.peek(PEEK_ROWS)
+        yield
     except DloptError as error:
-        raise DloptError(f"{where}: {error}") from None
+        raise DloptError(f"data.{name}: {error}") from None
+
+
+def _first_rows(section: Data, name: str, source: Source, meaning: Columns) -> pa.Table:
+    with _naming(name):
+        table = source.peek(PEEK_ROWS, meaning)
     there = set(table.column_names)
     for column in section.columns:
         if column not in there:
-            raise DloptError(f"{where}: has no column {column!r}; its columns are {', '.join(table.column_names)}")
+            raise DloptError(f"data.{name}: has no column {column!r}; its columns are {', '.join(table.column_names)}")
     if len(table) == 0:
-        raise DloptError(f"{where}: is empty")
+        raise DloptError(f"data.{name}: is empty")
     return table
 
 

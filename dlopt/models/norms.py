@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from dlopt.models.clock import waiting
+
 Norm = Literal["none", "batch", "layer", "group", "rms"]
 MOST_GROUPS, LEAST_GROUP = 32, 4
 """Of group normalisation: 32 groups, as in the paper, unless a group would have fewer than 4 channels or they do not come out even."""
@@ -109,7 +111,9 @@ def _statistics(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     else:
         mean = variance = values.new_zeros(channels)
     everyones = values.new_empty(dist.get_world_size() * (1 + 2 * channels))
-    dist.all_gather_into_tensor(everyones, torch.cat((count, mean, variance)))
+    mine = torch.cat((count, mean, variance))
+    with waiting(values.device):
+        dist.all_gather_into_tensor(everyones, mine)
     counts, means, variances = everyones.view(-1, 1 + 2 * channels).split((1, channels, channels), dim=1)
     count = counts.sum(dim=0)
     share = counts / count.clamp(min=1)

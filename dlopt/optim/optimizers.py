@@ -6,12 +6,12 @@ paper's. `lr` is the peak rate, which the schedule multiplies; a weight decay th
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, field_validator, model_validator
 
-from dlopt.optim.optimizers_fields import Above0, From0, Groups, Rate, Share, as_groups, divided, one_rate
+from dlopt.optim.optimizers_fields import Above0, From0, Groups, Rate, Share, Unit, as_groups, divided, one_rate
 from dlopt.optim.optimizers_library import Library, Lion
 from dlopt.optim.optimizers_muon import FullLbfgs, HiddenMuon, Together
 from dlopt.part import Part
@@ -21,6 +21,7 @@ class Sgd(Part):
     """Stochastic gradient descent, with momentum if asked for (Sutskever et al. 2013)."""
 
     kind: Literal["sgd"] = "sgd"
+    unit: ClassVar[Unit] = "number"
     lr: Rate = 0.1
     """Peak learning rate."""
     momentum: Share = 0.0
@@ -44,6 +45,7 @@ class Adagrad(Part):
     """Adagrad (Duchi, Hazan, Singer 2011)."""
 
     kind: Literal["adagrad"] = "adagrad"
+    unit: ClassVar[Unit] = "number"
     lr: Rate = 1e-2
     """Peak learning rate."""
     lr_decay: From0 = 0.0
@@ -66,6 +68,7 @@ class Adadelta(Part):
     """Adadelta (Zeiler 2012)."""
 
     kind: Literal["adadelta"] = "adadelta"
+    unit: ClassVar[Unit] = "number"
     lr: Rate = 1.0
     """Peak learning rate; the paper has none, which is 1."""
     rho: Share = 0.9
@@ -83,6 +86,7 @@ class RmsProp(Part):
     """RMSprop (Tieleman, Hinton 2012), and centered (Graves 2013)."""
 
     kind: Literal["rmsprop"] = "rmsprop"
+    unit: ClassVar[Unit] = "number"
     lr: Rate = 1e-2
     """Peak learning rate."""
     alpha: Share = 0.99
@@ -107,6 +111,7 @@ class Rprop(Part):
     """
 
     kind: Literal["rprop"] = "rprop"
+    unit: ClassVar[Unit] = "number"
     lr: Rate = 1e-2
     """Length of the first step of every weight."""
     etas: tuple[Annotated[float, Field(gt=0, lt=1)], Annotated[float, Field(gt=1)]] = (0.5, 1.2)
@@ -132,6 +137,7 @@ class Asgd(Part):
     """
 
     kind: Literal["asgd"] = "asgd"
+    unit: ClassVar[Unit] = "number"
     lr: Rate = 1e-2
     """Peak learning rate."""
     lambd: From0 = 1e-4
@@ -151,6 +157,7 @@ class Adam(Part):
     """Adam (Kingma, Ba 2015), and AMSGrad (Reddi, Kale, Kumar 2018)."""
 
     kind: Literal["adam"] = "adam"
+    unit: ClassVar[Unit] = "number"
     lr: Rate = 1e-3
     """Peak learning rate."""
     betas: tuple[Share, Share] = (0.9, 0.999)
@@ -170,6 +177,7 @@ class AdamW(Part):
     """Adam with decoupled weight decay (Loshchilov, Hutter 2019)."""
 
     kind: Literal["adamw"] = "adamw"
+    unit: ClassVar[Unit] = "number"
     lr: Rate = 1e-3
     """Peak learning rate."""
     betas: tuple[Share, Share] = (0.9, 0.999)
@@ -189,6 +197,7 @@ class Adamax(Part):
     """Adam with the largest gradient instead of the root mean square (Kingma, Ba 2015, section 7.1)."""
 
     kind: Literal["adamax"] = "adamax"
+    unit: ClassVar[Unit] = "number"
     lr: Rate = 2e-3
     """Peak learning rate."""
     betas: tuple[Share, Share] = (0.9, 0.999)
@@ -206,6 +215,7 @@ class NAdam(Part):
     """Adam with Nesterov's momentum (Dozat 2016)."""
 
     kind: Literal["nadam"] = "nadam"
+    unit: ClassVar[Unit] = "number"
     lr: Rate = 2e-3
     """Peak learning rate."""
     betas: tuple[Share, Share] = (0.9, 0.999)
@@ -227,6 +237,7 @@ class RAdam(Part):
     """Rectified Adam (Liu et al. 2020), which takes steps of momentum alone until the averaged square can be relied on."""
 
     kind: Literal["radam"] = "radam"
+    unit: ClassVar[Unit] = "number"
     lr: Rate = 1e-3
     """Peak learning rate."""
     betas: tuple[Share, Share] = (0.9, 0.999)
@@ -250,6 +261,7 @@ class Adafactor(Part):
     """
 
     kind: Literal["adafactor"] = "adafactor"
+    unit: ClassVar[Unit] = "parameter"
     lr: Rate = 1e-2
     """Largest relative step, at its peak."""
     beta2_decay: Annotated[float, Field(le=0)] = -0.8
@@ -269,6 +281,7 @@ class Lbfgs(Part):
     """L-BFGS (Liu, Nocedal 1989), which evaluates a batch several times for a step: for the full batch, or large ones."""
 
     kind: Literal["lbfgs"] = "lbfgs"
+    unit: ClassVar[Unit] = "all"
     lr: Rate = 1.0
     """Length of a step along the direction found; with a line search, of the first one that is tried."""
     max_iter: Annotated[int, Field(ge=1)] = 20
@@ -304,6 +317,7 @@ class Muon(Part):
     """
 
     kind: Literal["muon"] = "muon"
+    unit: ClassVar[Unit] = "parameter"
     lr: Rate = 0.02
     """Peak learning rate of the matrices."""
     momentum: Share = 0.95

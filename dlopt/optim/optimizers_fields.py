@@ -19,6 +19,8 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 """How much of an average goes on in the next one."""
 Rate = Above0 | Literal["auto"]
 """A peak learning rate, or `auto`: then a range test proposes it before training, and a part with that number is built."""
+Unit = Literal["number", "parameter", "all"]
+"""What a number's step depends on: the number alone, the whole of its parameter, or all parameters. Workers can share out nothing less."""
 Groups = Iterable[Parameter] | Iterable[dict[str, Any]]
 """Parameters, or torch's groups of them as `dlopt.optim.groups` makes them: params, lr, names, hidden, perhaps weight_decay."""
 

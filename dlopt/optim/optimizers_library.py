@@ -3,7 +3,7 @@ name in the union at the end."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -14,6 +14,7 @@ from dlopt.optim.optimizers_fields import (
     Groups,
     Rate,
     Share,
+    Unit,
     as_groups,
     by_dimensions,
     keeping_gradients,
@@ -35,6 +36,7 @@ class Lars(Part):
     """
 
     kind: Literal["lars"] = "lars"
+    unit: ClassVar[Unit] = "parameter"
     lr: Rate = 1.0
     """Peak learning rate."""
     momentum: Share = 0.9
@@ -59,6 +61,7 @@ class Lamb(Part):
     """
 
     kind: Literal["lamb"] = "lamb"
+    unit: ClassVar[Unit] = "parameter"
     lr: Rate = 1e-3
     """Peak learning rate: about the share of a matrix that a step changes."""
     betas: tuple[Share, Share] = (0.9, 0.999)
@@ -80,6 +83,7 @@ class Lion(Part):
     """Lion (Chen et al. 2023): the sign of an average of gradients. Its rate is 3 to 10 times smaller than Adam's."""
 
     kind: Literal["lion"] = "lion"
+    unit: ClassVar[Unit] = "number"
     lr: Rate = 1e-4
     """Peak learning rate: the size of every weight's step."""
     betas: tuple[Share, Share] = (0.9, 0.99)
@@ -96,6 +100,7 @@ class Soap(Part):
     """SOAP (Vyas et al. 2025): Adam in the eigenbasis of Shampoo. The first step only measures, and moves nothing."""
 
     kind: Literal["soap"] = "soap"
+    unit: ClassVar[Unit] = "parameter"
     lr: Rate = 3e-3
     """Peak learning rate."""
     betas: tuple[Share, Share] = (0.95, 0.95)
@@ -123,6 +128,7 @@ class Shampoo(Part):
     """
 
     kind: Literal["shampoo"] = "shampoo"
+    unit: ClassVar[Unit] = "parameter"
     lr: Rate = 0.03
     """Peak learning rate."""
     momentum: Share = 0.0
@@ -163,6 +169,7 @@ class Sophia(Part):
     """
 
     kind: Literal["sophia"] = "sophia"
+    unit: ClassVar[Unit] = "parameter"
     lr: Rate = 0.06
     """Peak learning rate."""
     betas: tuple[Share, Share] = (0.96, 0.99)
@@ -191,6 +198,7 @@ class Prodigy(Part):
     """
 
     kind: Literal["prodigy"] = "prodigy"
+    unit: ClassVar[Unit] = "all"
     lr: Rate = 1.0
     """Factor on the rate that is found."""
     betas: tuple[Share, Share] = (0.9, 0.999)
@@ -224,6 +232,7 @@ class AdEmaMix(Part):
     """AdEMAMix (Pagliardini, Ablin, Grangier 2025): AdamW with a second, slow average of gradients beside the fast one."""
 
     kind: Literal["ademamix"] = "ademamix"
+    unit: ClassVar[Unit] = "number"
     lr: Rate = 1e-3
     """Peak learning rate."""
     betas: tuple[Share, Share, Share] = (0.9, 0.999, 0.9999)
@@ -256,6 +265,7 @@ class ScheduleFreeSgd(Part):
     """
 
     kind: Literal["schedule_free_sgd"] = "schedule_free_sgd"
+    unit: ClassVar[Unit] = "number"
     lr: Rate = 1.0
     """Learning rate."""
     momentum: Within = 0.9
@@ -280,6 +290,7 @@ class ScheduleFreeAdamW(Part):
     """
 
     kind: Literal["schedule_free_adamw"] = "schedule_free_adamw"
+    unit: ClassVar[Unit] = "number"
     lr: Rate = 2.5e-3
     """Learning rate."""
     betas: tuple[Within, Share] = (0.9, 0.999)

@@ -134,7 +134,7 @@ def best(key: str, values: Sequence[float | None]) -> list[bool]:
     finite = [value for value in values if value is not None and math.isfinite(value)]
     if len(set(finite)) < 2:
         return [False] * len(values)
-    wanted = min(finite) if key in words.SMALLER_IS_BETTER else max(finite)
+    wanted = min(finite) if words.smaller_is_better(key) else max(finite)
     return [value == wanted for value in values]
 
 
@@ -263,7 +263,7 @@ def _figure(title: str, key: str, along: str, curves: Sequence[plots.Curve], mea
     if not curves:
         return
     title = title[:1].upper() + title[1:]
-    svg = plots.by_run(f"{title} {measure}", curves, along, key in words.SHARES, key in words.SMALLER_IS_BETTER)
+    svg = plots.by_run(f"{title} {measure}", curves, along, words.is_share(key), words.smaller_is_better(key))
     ends = [[None if math.isnan(value) else float(value) for value in (curve.y[0], curve.y[-1])] for curve in curves]
     said = "; ".join(
         f"{curve.name} from {words.metric(key, first)} to {words.metric(key, last)}"

@@ -22,6 +22,7 @@ from dlopt.part import Signature, Target
 from dlopt.report import Figure, Importance, Samples, health, plots, profile, words
 from dlopt.report.results import Results, read_results
 from dlopt.report.rows import MOST_COLUMNS, cells, columns, examples, pictures, read_rows
+from dlopt.train.measure.metric import METRICS
 from dlopt.train.watch import metrics_log
 
 WORST = 24
@@ -52,17 +53,6 @@ LOSSES = {
     "quantile": "pinball loss of the quantile {quantile:g}, in standard deviations of the training rows",
 }
 DEFAULT_LOSS = {"category": "cross_entropy", "multi_label": "binary", "number": "squared"}
-EXPLAINED = {
-    "r2": "share of the variance that is explained: 1 is perfect, 0 is no better than the mean",
-    "micro_f1": "of all labels of all rows together",
-    "macro_f1": "mean of all {what}, each counting alike",
-    "macro_roc_auc": "mean of all {what}: how often a row of it ranks above another",
-    "subset_accuracy": "share of rows that have all labels right",
-    "roc_auc": "how often a row of {positive} ranks above another",
-    "f1": "of {positive}: the harmonic mean of precision and recall",
-    "mae": "mean absolute error, in units of the data",
-    "rmse": "root of the mean squared error, in units of the data",
-}
 
 
 class Card(NamedTuple):
@@ -159,7 +149,7 @@ def _card(split: str, key: str, value: float | None, target: Target, rows: int) 
         low, high = (words.percent(end) for end in wilson(right, rows))
         return Card(title, words.percent(value, 2), f"95 % interval {low} to {high} · {right:,} of {rows:,} rows right")
     what = {"what": "classes" if target.kind == "category" else "labels", "positive": _positive(target)}
-    return Card(title, words.metric(key, value), EXPLAINED.get(key, "").format(**what))
+    return Card(title, words.metric(key, value), METRICS[key].says.format(**what))
 
 
 def loss_name(target: Target, section: dict[str, Any]) -> str:
@@ -187,7 +177,7 @@ def _curves(lines: list[dict[str, Any]], best: int, watched: Sequence[str]) -> l
         series = {name: floats((line[name] or {}).get(key) for line in lines) for name in ("train", "validation") if _has(lines, name, key)}
         if not series or len(figures) == MOST_CURVES:
             continue
-        percent, title = key in words.SHARES, words.metric_name(key)
+        percent, title = words.is_share(key), words.metric_name(key)
         title = title[:1].upper() + title[1:]
         form = "{:.1%}" if percent else "{:.3g}"
         said = "; ".join(f"{name} from {form.format(values[0])} to {form.format(values[-1])}" for name, values in series.items())

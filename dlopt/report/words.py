@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from dlopt.train.measure.metric import METRICS
+
 
 def whole(value: float) -> str:
     """1234567 as 1,234,567."""
@@ -25,26 +27,23 @@ def seconds(value: float) -> str:
     return f"{value:,.1f} s"
 
 
-NAMES = {"r2": "R²", "mae": "MAE", "rmse": "RMSE", "f1": "F1", "roc_auc": "ROC AUC", "top5_accuracy": "top-5 accuracy"}
-"""Metrics that are not written as they are spelt."""
-SHARES = ("accuracy", "top5_accuracy", "subset_accuracy", "precision", "recall", "macro_precision", "macro_recall")
-"""Metrics that are shares of rows, and written in per cent."""
-
-
-SMALLER_IS_BETTER = ("loss", "mae", "rmse", "calibration_error")
-"""Losses and errors."""
-
-
 def metric_name(key: str) -> str:
     """macro_f1 as macro F1."""
-    for name, written in NAMES.items():
-        if key == name or key.endswith(f"_{name}"):
-            return f"{key[: -len(name)].replace('_', ' ')}{written}"
-    return key.replace("_", " ")
+    return METRICS[key].written if key in METRICS else key.replace("_", " ")
+
+
+def is_share(key: str) -> bool:
+    """Whether it is a share of rows, and written in per cent."""
+    return key in METRICS and METRICS[key].is_share
+
+
+def smaller_is_better(key: str) -> bool:
+    """Of losses and errors."""
+    return key in METRICS and METRICS[key].smaller_is_better
 
 
 def metric(key: str, value: float | None, digits: int = 2) -> str:
     """A metric's value; a loss or an error that is not there was not finite, and another could not be told."""
     if value is None:
-        return "not finite" if key in SMALLER_IS_BETTER else "-"
-    return percent(value, digits) if key in SHARES else figure(value)
+        return "not finite" if smaller_is_better(key) else "-"
+    return percent(value, digits) if is_share(key) else figure(value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, ValidatorFunctionWrapHandler, field_validator, model_validator
 
@@ -21,7 +21,7 @@ from dlopt.train.checkpoint.stores import Checkpointing
 from dlopt.train.loop.gradients import Sharpness
 from dlopt.train.loop.losses import LossPart, losses_for
 from dlopt.train.loop.precision import HALF, Precision
-from dlopt.train.measure.metrics import names
+from dlopt.train.measure.metric import METRICS, listed, names
 from dlopt.train.measure.thresholds import Threshold, Tuned
 from dlopt.train.parallel.compression import Compression, PowerSGD
 from dlopt.train.parallel.local_sgd import Synchronization
@@ -30,27 +30,10 @@ from dlopt.train.progress.track import Track
 from dlopt.train.watch.divergence import Divergence
 from dlopt.train.watch.layers import Health
 
-Monitor = Literal[
-    "loss",
-    "accuracy",
-    "precision",
-    "recall",
-    "f1",
-    "macro_f1",
-    "macro_precision",
-    "macro_recall",
-    "micro_f1",
-    "subset_accuracy",
-    "roc_auc",
-    "macro_roc_auc",
-    "average_precision",
-    "macro_average_precision",
-    "top5_accuracy",
-    "calibration_error",
-    "mae",
-    "rmse",
-    "r2",
-]
+if TYPE_CHECKING:
+    Monitor = str
+else:
+    Monitor = Literal[tuple(METRICS)]
 Label = Annotated[str, BeforeValidator(str)]
 """A label as a key, which JSON writes as a text be it a number or not."""
 
@@ -105,12 +88,10 @@ class Train(Part):
     """An average of the weights over training, which is measured and kept in their place."""
     early_stopping: EarlyStopping | None = None
     """When to end before the last epoch."""
-    monitor: Monitor = "loss"
-    """What of the validation split decides on the best epoch, whose weights are kept, and on early stopping. Classes have loss, accuracy,
-    macro_f1, macro_precision, macro_recall and calibration_error; two of them also precision, recall, f1, roc_auc and average_precision,
-    three to 100 macro_roc_auc and macro_average_precision (of each against all others), and more than five top5_accuracy; labels have
-    loss, accuracy, subset_accuracy, micro_f1, macro_f1, macro_precision, macro_recall, macro_roc_auc and macro_average_precision; numbers
-    have loss, mae, rmse and r2."""
+    monitor: Monitor = Field(
+        "loss",
+        description=f"What of the validation split decides on the best epoch, whose weights are kept, and on early stopping: {listed()}.",
+    )
     threshold: Threshold | None = None
     """Of two classes and of labels: from which probability on a row is given the positive class, or a label. A number between 0 and 1, or
     {kind: tuned}, which finds the best one on the validation split when training has ended (of labels, one for each). The model's signature
@@ -259,6 +240,11 @@ class Resources(Part):
     compile: bool = False
     """Train the network compiled by torch.compile, with a warning where that cannot be done. It takes a minute or more to begin with, and
     changes the last digits of what is computed."""
+    deterministic: bool = True
+    """Use on GPUs what gives the same bits each time, as CPUs do anyhow; without it some steps are faster, and repeats and restarts differ
+    in the last digits."""
+    tf32: bool = False
+    """Let GPUs multiply float32 matrices and filters in TF32, with 10 bits of 23: several times as fast, at a relative error of 1e-3."""
     profile: bool = False
     """Measure what the time of a step goes into: a breakdown, and a trace of some steps of each worker, in the model's folder `profile`."""
     track: tuple[Track, ...] = ()

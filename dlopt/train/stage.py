@@ -21,7 +21,7 @@ from dlopt.models.own import Own, factory_of
 from dlopt.optim.schedules import refuse_too_long
 from dlopt.part import DloptError, Target
 from dlopt.progress import WARNING, Progress, silent
-from dlopt.train.checkpoint.checkpoints import newest
+from dlopt.train.checkpoint.checkpoints import glance
 from dlopt.train.checkpoint.stores import CHECKPOINTS, Store, said, store_of
 from dlopt.train.cluster import stopping
 from dlopt.train.cluster.stopping import RESIZE, STOP, GaveUp, Stopped
@@ -84,7 +84,7 @@ def fit(section: Fit, out: Path, data: Artifact, *, resources: Resources, progre
     if resources.workers == "auto" and (gpus := gpus_of(nodes)) > need.most:
         progress("fit", None, f"{WARNING}{counted(need.most)} for {gpus} GPUs, the others idle: a batch cannot be shared out to more")
     if need.most > 1:
-        refuse_parallelism(resources.parallelism, section.train.optimizer.kind)
+        refuse_parallelism(resources.parallelism, section.train.optimizer)
     room.refuse_never(need, nodes)
     for asked in (STOP, RESIZE):
         stopping.take_back(out, asked)
@@ -259,8 +259,8 @@ class _Run:
         self.progress("fit", None, f"{WARNING}{loss.why} (loss {self.losses} of {self.resources.max_failures})")
 
     def _where(self) -> str:
-        found, _ = newest(self.store)
-        return f"the same command goes on from {f'step {found.record.step}' if found else 'the start'}"
+        found = glance(self.store)
+        return f"the same command goes on from {f'step {found[1].step}' if found else 'the start'}"
 
 
 @contextmanager
@@ -362,9 +362,9 @@ def _refuse_no_validation(section: Fit, data: Artifact) -> None:
 
 
 def _going_on(store: Store) -> str:
-    """Where an interrupted run goes on; raises DloptError when all its checkpoints are damaged. Of single ones worker 0 tells."""
-    found, _ = newest(store)
-    return f", going on {said(found.name)}" if found else ""
+    """Where an interrupted run goes on, as far as can be told without its weights. Of damaged ones worker 0 tells."""
+    found = glance(store)
+    return f", going on {said(found[0])}" if found else ""
 
 
 def _say(need: Need) -> str:

@@ -7,7 +7,7 @@ import json
 import threading
 from collections.abc import Iterator
 from itertools import cycle, islice
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from dlopt.part import Signature, Statistics
 from dlopt.train.job import Fit
 from dlopt.train.loop.losses import loss_of
 from dlopt.train.loop.objectives import Objective, class_weights, supervised
+from dlopt.train.loop.pipeline import Pipeline
 from dlopt.train.loop.range_test import STEPS, Sweep, sweep
 from dlopt.train.loop.steps import peaked
 from dlopt.train.parallel.base import Parallel
@@ -94,12 +95,17 @@ def objective_of(fit: Fit, data: Artifact, network: Network, device: torch.devic
     return supervised(loss_of(train.loss, target, network.output, weights), train.l1, train.l2, copies)
 
 
+def pipeline_of(fit: Fit, data: Artifact, network: Network, peak: float, device: torch.device) -> Pipeline:
+    """The steps of a job on a network that this worker has for itself."""
+    alone = Parallel(network)
+    return Pipeline(fit.train, objective_of(fit, data, network, device), optimizer_of(fit, network, peak, alone), alone, fit.seed % 2**63)
+
+
 def swept(fit: Fit, network: Network, data: Artifact, device: torch.device) -> Sweep:
-    """The range test of a job, on a copy of the network and the first rows of the training split."""
+    """The range test of a job, on copies of the network and the first rows of the training split."""
     split = Split.open(data, "train")
     batches = list(endless_batches(split, fit.train.rows_of_batch(len(split)), STEPS, device))
-    objective = objective_of(fit, data, network, device)
-    return sweep(network, lambda model, rate: optimizer_of(fit, model, rate), batches, objective, fit.train.clip, fit.seed % 2**63)
+    return sweep(network, lambda model, rate: pipeline_of(fit, data, cast(Network, model), rate, device), batches, fit.seed % 2**63)
 
 
 def read_statistics(data: Artifact) -> dict[str, Statistics]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from dlopt.artifact import Artifact
 from dlopt.data.counter import bits
@@ -24,15 +25,16 @@ from dlopt.train.checkpoint.state import TrainingState
 from dlopt.train.checkpoint.stores import Store
 from dlopt.train.cluster.stopping import Preempted, Reason, Stopped, reason
 from dlopt.train.job import Fit, Resources, course_of
-from dlopt.train.loop.gradients import Gradient, accumulated, curved, plain, sharpness_aware, unscaled
-from dlopt.train.loop.precision import mixed, scale_of
-from dlopt.train.loop.steps import Step, steps
+from dlopt.train.loop.gradients import split
+from dlopt.train.loop.pipeline import Pipeline
+from dlopt.train.loop.precision import computing
+from dlopt.train.loop.steps import Step
 from dlopt.train.measure.averaged import averaged
 from dlopt.train.measure.evaluate import evaluate
 from dlopt.train.measure.judge import judge
 from dlopt.train.measure.metrics import Metrics
 from dlopt.train.measure.thresholds import fixed
-from dlopt.train.parallel.agreement import Agreement
+from dlopt.train.parallel.agreement import Agreement, agreed, patiently
 from dlopt.train.parallel.base import Parallel
 from dlopt.train.parallel.drift import refuse_drift
 from dlopt.train.parallel.local_sgd import LocalSGDParallel
@@ -43,6 +45,8 @@ from dlopt.train.watch.speed import Pace
 from dlopt.train.watch.watchdog import Watchdog
 
 PURPOSE = 5  # of the random numbers that a user's own network draws from torch's generator
+MOMENT = 1.0
+"""Seconds that a checkpoint in the midst of an epoch waits for the one before."""
 REESTIMATED = 100
 """Batches that the statistics of batch normalization are made of, for averaged weights."""
 
@@ -71,14 +75,13 @@ class Training:
         self.share = self._share()
         self.sizes = self.share.sizes()
         self.course = course_of(self.fit, len(self.split))
-        self.scale = scale_of(train.precision)
-        self.profile = self._profile()
-        self.model, self.gradient = self.parallel.module(), self.profile.timed("backward", self._gradient())
-        self.pace = Pace()
+        self.profile, self.pace = self._profile(), Pace()
         self.taken_apart: list[Taken] = []
         self.due = False
         objective = objective_of(self.fit, self.data, self.network, self.device, self.parallel.copies)
-        self.objective = self.profile.timed("forward", self.pace.timed(mixed(objective, train.precision, self.device, self.scale)))
+        stepped = self.state.optimizer, self.parallel, self.fit.seed
+        self.pipeline = Pipeline(train, objective, *stepped, self.profile, self.pace.timed)
+        self.scale = self.pipeline.scale
         self.observer = Observer(train, self.state, self.world, self.scale, self.diary)
         self.agreement = Agreement(self.rank, self.world, self.device, self.state.record.step)
         self.marked = self.saved = time.monotonic()
@@ -107,8 +110,14 @@ class Training:
                     self.save()
         self.profile.close()
 
-    def save(self) -> None:
-        """A checkpoint of where training stands. All workers call it at the same step."""
+    def save(self, needed: bool = True) -> None:
+        """A checkpoint of where training stands; if it is not needed, none while the one before is still being written. All workers call it
+        at the same step."""
+        if not needed:
+            with self._unwatched():
+                ready = agreed(self.diary is None or self.diary.writer.ready(MOMENT), self.world, self.device)
+            if not ready:
+                return
         record = self.state.record
         record.seconds, self.marked = record.seconds + time.monotonic() - self.marked, time.monotonic()
         self.observer.remember()
@@ -126,20 +135,8 @@ class Training:
         schedule, course, history, before, start = train.schedule, self.course, tuple(record.history), record.step, record.batch
         slower, begun = train.divergence.factor**record.rollbacks, (epoch - 1) * order.batches + start
         seeds = bits(np.arange(before, before + order.batches), self.fit.seed, self.rank, PURPOSE) >> np.uint64(1)
-        found = steps(
-            self.model,
-            self.state.optimizer,
-            self.profile.batches(self.parallel.batches(self.pace.waiting(self._feed(epoch).epoch(epoch, start)))),
-            self.objective,
-            self.gradient,
-            lambda index: slower * schedule.factor(begun + index, course, history),
-            train.clip,
-            train.centralize_gradients,
-            self.scale,
-            self.parallel.norm,
-            self.fit.seed,
-            before,
-        )
+        batches = self.profile.batches(self.pace.waiting(self._feed(epoch).epoch(epoch, start)))
+        found = self.pipeline.steps(batches, lambda index: slower * schedule.factor(begun + index, course, history), before)
         self.observer.ready()
         for index, (_, rows) in enumerate(self.sizes[start:]):
             _seed(int(seeds[index]), self.device)
@@ -150,18 +147,12 @@ class Training:
             record.step += 1
             record.batch += 1
             record.rows += rows
-            if step.taken:
-                self._after_step(record.step)
-            else:
+            if not step.taken:
                 self.parallel.undo()
+            elif self.state.average and not isinstance(self.parallel, LocalSGDParallel):
+                self.state.average.update(record.step)
             yield step, rows
             self.observer.ready()
-
-    def _after_step(self, step: int) -> None:
-        if self.fit.train.max_norm:
-            self.fit.train.max_norm.apply(self.parallel.held)
-        if self.state.average and not isinstance(self.parallel, LocalSGDParallel):
-            self.state.average.update(step)
 
     def _epoch(self) -> None:
         train, record = self.fit.train, self.state.record
@@ -200,19 +191,19 @@ class Training:
             due, stop = self._agreed(due)
         if (due and record.batch < self.share.order.batches) or stop:  # after the last batch of an epoch comes a checkpoint anyway
             self._refuse_not_finite()
-            self.save()
+            self.save(needed=stop is not None)
         if stop:
             raise Stopped(f"stopped at step {record.step}") if stop == "stop" else Preempted(f"preempted at step {record.step}")
 
     def _agreed(self, due: bool) -> tuple[bool, Reason | None]:
         """Whether a checkpoint is due, and whether training is to end, by what all workers know."""
         seconds = self.resources.checkpoint.every.seconds
-        late = seconds is not None and time.monotonic() - self.saved >= seconds
-        agreed = self.agreement.exchange(self.state.record.step, reason(self.out), late, self.pace.lap())
+        late = seconds is not None and time.monotonic() - self.saved >= seconds and self.diary is not None and self.diary.writer.ready()
+        told = self.agreement.exchange(self.state.record.step, reason(self.out), late, self.pace.lap())
         if self.diary:
-            self.diary.speed.lap(self.state.record, self.pace, agreed.busy, self.diary.writer.seconds)
+            self.diary.speed.lap(self.state.record, self.pace, told.busy, self.diary.writer.as_json())
             self.diary.log.flush()  # about twice a second: who follows it sees training as it is
-        return due or agreed.checkpoint, agreed.stop
+        return due or told.checkpoint, told.stop
 
     def _worth_saving(self) -> bool:
         """Whether a checkpoint is due at the end of this epoch."""
@@ -231,10 +222,18 @@ class Training:
     @contextmanager
     def measured(self) -> Iterator[None]:
         """Within it, the network has the weights that are measured and kept, and no step is waited for."""
-        batches = first_batches(self.split, self.share.order.batch_size, REESTIMATED, self.device)
-        unwatched = self.watchdog.paused() if self.watchdog else nullcontext()
-        with unwatched, averaged(self.state, self.network, lambda: (batch.inputs for batch in batches)):
+        with self._unwatched(), averaged(self.state, self.network, self._seen, computing(self.fit.train.precision, self.device)):
             yield
+
+    def _seen(self) -> Iterator[dict[str, Tensor]]:
+        """Inputs as batch normalization sees them in training: in micro batches."""
+        rows = self.fit.train.micro_batch_size or self.share.order.batch_size
+        for batch in first_batches(self.split, self.share.order.batch_size, REESTIMATED, self.device):
+            yield from (part.inputs for part in split(batch, rows, -(-batch.total // rows)))
+
+    def _unwatched(self) -> AbstractContextManager[None]:
+        """Within it, training may take its time."""
+        return self.watchdog.paused() if self.watchdog else nullcontext()
 
     def _apart(self, replicas: LocalSGDParallel, step: Step, rows: int, epoch: int) -> None:
         """After a replica's step. Each looks at its own; what workers must know of each other's steps they tell when they synchronise."""
@@ -266,9 +265,9 @@ class Training:
         tried = f"{why}; lower train.optimizer.lr or set train.clip"
         if rollbacks > train.divergence.most:
             raise DloptError(f"train: training diverges even after {rollbacks - 1} roll-backs to a lower rate: {tried}")
-        if self.diary:
-            self.diary.writer.wait()
-        found, _ = newest_of_all(self.store, self.rank, self.world, epoch_ends=True)
+        with self._unwatched():
+            patiently(self.diary.writer.wait if self.diary else lambda: None, self.world, self.device)
+            found, _ = newest_of_all(self.store, self.rank, self.world, self.device, self.parallel.writes, epoch_ends=True)
         assert found
         found.load(self.state)
         record = self.state.record
@@ -293,15 +292,6 @@ class Training:
             sampling=train.sampling,
             statistics=read_statistics(self.data),
         )
-
-    def _gradient(self) -> Gradient:
-        train, micro, factor = self.fit.train, self.fit.train.micro_batch_size, self.parallel.factor
-        together = self.parallel.together
-        found = plain(factor) if micro is None else accumulated(together, -(-micro // self.world), factor)
-        found = unscaled(self.profile.reduced(self.parallel.gradient(found)), self.scale)
-        if train.sharpness:
-            found = sharpness_aware(found, train.sharpness.rho, train.sharpness.adaptive, self.parallel.norm)
-        return curved(found, self.state.optimizer, together, self.scale)
 
     def _profile(self) -> Unprofiled:
         if not self.resources.profile:

@@ -34,7 +34,9 @@ from dlopt.train.job import Fit, Resources, course_of
 from dlopt.train.loop.compiled import compile_network
 from dlopt.train.loop.precision import mixed
 from dlopt.train.measure.evaluate import evaluate, thresholds_of, write_predictions
+from dlopt.train.measure.metrics import approximated
 from dlopt.train.measure.thresholds import signed
+from dlopt.train.parallel.agreement import patiently
 from dlopt.train.parallel.base import Parallel
 from dlopt.train.parallel.strategies import parallel_of
 from dlopt.train.start import first_batches, first_rows, load_network, objective_of, optimizer_of, peak_of, scaled_by_data, swept
@@ -90,7 +92,7 @@ class Worker:
     def run(self) -> dict[str, Any] | None:
         started = time.monotonic()
         data = Artifact.open(self.assignment.data)
-        _be_deterministic(self.device)
+        _set_numerics(self.device, self.assignment.resources)
         writer = self._writer() if self.rank == 0 else None
         state, hosts = self.state(data, writer)
         record = state.record
@@ -100,10 +102,11 @@ class Worker:
             if record.epoch < self.assignment.fit.train.epochs and not record.stopped:
                 with self._watched() as watchdog:
                     self.training(data, state, diary, watchdog).run()
+            self._close_together(diary)
         except Stopped:
             return {"stopped": "asked", "steps": state.record.step}
         except Preempted:
-            self._leave_together(diary)
+            self._close_together(diary)
             raise
         finally:
             if diary:
@@ -130,12 +133,9 @@ class Worker:
         sweep(self.assignment.out)
         return found
 
-    def _leave_together(self, diary: Diary | None) -> None:
-        """Once the checkpoint is written: Ray Train ends all workers as soon as one of them has."""
-        if diary:
-            diary.close()
-        if self.world > 1:
-            dist.barrier()
+    def _close_together(self, diary: Diary | None) -> None:
+        """Once the last checkpoint is written, however long that takes: Ray Train ends all workers as soon as one of them has."""
+        patiently(diary.close if diary else lambda: None, self.world, self.device)
 
     @property
     def store(self) -> Store:
@@ -166,7 +166,7 @@ class Worker:
         """Where training goes on: the newest whole checkpoint, the same on all workers, since worker 0 chooses it; or the start. And the
         host of each worker."""
         fit = self.assignment.fit
-        found, damaged = newest_of_all(self.store, self.rank, self.world)
+        found, damaged = newest_of_all(self.store, self.rank, self.world, self.device, self._writes)
         network, split = load_network(fit, data).to(self.device), Split.open(data, "train")
         record = found.record if found else self._beginning(network, split, data)
         watch: Watch | None = None
@@ -187,7 +187,9 @@ class Worker:
                 writer.write(state, *packed)
         hosts = self._hosts()
         if self.rank == 0:
-            self._note_start(state.record, hosts, damaged, [*warnings, *([why] if why else [])])
+            rows = {name: len(Split.open(data, name)) for name in ("train", "validation", "test")}
+            warnings += filter(None, (why, approximated(split.signature.target, rows)))
+            self._note_start(state.record, hosts, damaged, warnings)
         return state, hosts
 
     def _said_of_own(self, network: Network, split: Split) -> list[str]:
@@ -217,6 +219,11 @@ class Worker:
         if part:
             return part.build(network, self.rank, self.world, custom, fit.seed)
         return parallel_of(self.assignment.resources.parallelism, network, self.rank, self.world, custom)
+
+    @property
+    def _writes(self) -> bool:
+        """Whether this worker will have a part of the best weights."""
+        return self.rank == 0 or self.assignment.resources.parallelism == "fsdp"
 
     def _hosts(self) -> list[str]:
         """Of each worker."""
@@ -276,9 +283,13 @@ class Worker:
         }
 
 
-def _be_deterministic(device: torch.device) -> None:
-    """The same job gives the same bits on the same machine. On a CPU it does so anyhow; torch says where a GPU's kernels cannot."""
-    if device.type == "cuda":
+def _set_numerics(device: torch.device, resources: Resources) -> None:
+    """The same job gives the same bits on the same machine, and float32 is float32, unless resources say otherwise. On a CPU it does so
+    anyhow; torch says where a GPU's kernels cannot."""
+    if device.type != "cuda":
+        return
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = resources.tf32
+    if resources.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -102,8 +102,11 @@ class VectorInput(Matrix):
     @classmethod
     def encode(cls, feature: Feature, columns: RawColumns) -> np.ndarray:
         side_by_side(feature, columns)
-        column, found = feature.columns[0], []
-        for index, value in enumerate(columns[column]):
+        column, found = feature.columns[0], list[Any]()
+        given = columns[column]
+        if isinstance(given, np.ndarray) and given.dtype.kind in "iuf" and given.shape == (len(given), feature.size) and _fits(given):
+            return as_tensor(feature, given, (column,) * feature.size)
+        for index, value in enumerate(given):
             if value is None or (isinstance(value, str) and value in ("", *feature.markers)):
                 found.append([np.nan] * feature.size)
                 continue
@@ -208,6 +211,11 @@ def _matrix(column: pa.ChunkedArray | pa.Array, size: int) -> tuple[np.ndarray, 
     return values, reasons
 
 
+def _fits(values: np.ndarray) -> bool:
+    """Whether all are numbers that float32 reaches."""
+    return bool((np.abs(values) < TOO_LARGE).all())
+
+
 def _numbers(value: Any, size: int) -> list[float]:
     """One value, be it of a file or of a request. Raises DloptError saying why it is no vector of this size."""
     value = value.tolist() if isinstance(value, np.ndarray) else _parsed(value)
@@ -215,12 +223,14 @@ def _numbers(value: Any, size: int) -> list[float]:
         raise DloptError(f"{value!r:.40} is not a list of {size} numbers")
     if len(value) != size:
         raise DloptError(f"a list of {len(value)} where {size} numbers are needed")
+    if set(map(type, value)) <= {int, float} and all(abs(one) < TOO_LARGE for one in value):
+        return list(value)
     return [_number(one, place) for place, one in enumerate(value)]
 
 
 def _number(value: Any, place: int) -> float:
     try:
-        number = as_number(value) + 0.0
+        number = as_number(value)
     except ValueError:
         number = math.nan
     if number != number:
@@ -234,7 +244,7 @@ def _parsed(value: Any) -> Any:
     """A text as the JSON that it is, or as it is."""
     try:
         return json.loads(value) if isinstance(value, str) else value
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
 
 

@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import field_validator
 
-from dlopt.data.sources.kinds import infer_kind
 from dlopt.data.sources.places import File, Listing, Place, matching, say_left_out
 from dlopt.data.types.columns import Columns, Stated, decided
 from dlopt.part import DloptError, Part
@@ -101,14 +100,10 @@ class Rows(Part):
         """The types that the job states, and which texts say that a value is missing; where no job says so, no text does."""
         return (self.types, self.missing) if isinstance(self, Stated) else ({}, ("",))
 
-    def peek(self, rows: int) -> pa.Table:
-        """The first rows, without Ray, as values of the types that they have in all of the source. Raises DloptError."""
-        return self.meaning().typed(self.first(rows))
-
-    def infer(self, rows: int = 1000) -> dict[str, str]:
-        """What each column seems to be, from the first rows: see `infer_kind`."""
-        table = self.peek(rows)
-        return {column: infer_kind(table, column) for column in table.column_names}
+    def peek(self, rows: int, meaning: Columns | None = None) -> pa.Table:
+        """The first rows, without Ray, as values of the types that they have in all of the source: those of `meaning` where that is
+        known already. Raises DloptError."""
+        return (meaning or self.meaning()).typed(self.first(rows))
 
     def layout(self, columns: Sequence[str] | None = None) -> pa.Schema:
         """Names and Arrow's types of the columns that `read` gives. Raises DloptError for one of `columns` that files disagree on."""

@@ -24,6 +24,8 @@ LOOK_BYTES = 2**25
 """Bytes of texts or of decoded images that are looked at of a piece."""
 HASHED, HASHED_BYTES = 2**13, 2**20
 """Strings that are hashed at a time, and about how many bytes of them: what lies in between is 34 times as large."""
+FEW = 2**15
+"""So many numbers are sorted, more are hashed."""
 MOST_VALUES = 1000
 """Different values that are counted exactly."""
 SHOWN = 60
@@ -156,6 +158,10 @@ def moment(seconds: float) -> str:
 
 def counted(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The different numbers, sorted, and how often each occurs; hashing is faster than sorting where many are equal."""
+    if len(values) <= FEW:
+        ordered = np.sort(values)
+        starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)])
+        return ordered[starts], np.diff(np.append(starts, len(ordered)))
     found = pc.value_counts(pa.array(values, pa.float64()))
     different, counts = found.field(0).to_numpy(zero_copy_only=False), found.field(1).to_numpy()
     order = np.argsort(different)
@@ -168,8 +174,8 @@ def thinned(values: np.ndarray, weights: np.ndarray, points: int) -> tuple[np.nd
         return values, weights
     share = weights.sum() / points
     picked = np.searchsorted(np.cumsum(weights), (np.arange(points) + 0.5) * share).clip(0, len(values) - 1)
-    kept, times = np.unique(picked, return_counts=True)
-    return values[kept], times * share
+    starts = np.flatnonzero(np.append(True, picked[1:] != picked[:-1]))
+    return values[picked[starts]], np.diff(np.append(starts, len(picked))) * share
 
 
 def measured(found: Column, values: np.ndarray, points: int) -> Column:

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pyarrow as pa
 
-from dlopt.data.sources import Arrow, Csv, HuggingFace, Images, JsonLines, Parquet, Sample, Source, Texts
+from dlopt.data.sources import Arrow, Csv, HuggingFace, Images, JsonLines, Parquet, Sample, Source, Texts, infer_kind
 from dlopt.data.sources.places import COMPRESSED, ZIP
 from dlopt.data.types.values import doubles
 from dlopt.part import DloptError
@@ -53,11 +53,11 @@ def source_of(text: str) -> Source:
 
 
 def kinds_of(source: Source, targets: Sequence[str] = (), rows: int = 1000) -> dict[str, str]:
-    """What each column seems to be, from the first rows: number, date, category, text or image. Raises DloptError."""
+    """What each column seems to be, from the first rows: a kind of input. Raises DloptError."""
     table = source.peek(rows)
     if not len(table):
         raise DloptError(f"{name_of(source)}: is empty")
-    found = {name: _kind(kind, table[name]) for name, kind in source.infer(rows).items()}
+    found = {name: _kind(infer_kind(table, name), table[name]) for name in table.column_names}
     for target in targets:
         if target not in found:
             raise DloptError(f"--target: there is no column {target!r}; the columns are {', '.join(found)}")

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from hashlib import sha256
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from safetensors.torch import load as load_tensors
 from torch import Tensor
@@ -19,6 +20,7 @@ from dlopt.part import DloptError
 from dlopt.train.checkpoint.state import Record, TrainingState
 from dlopt.train.checkpoint.stores import RECORD, Store, ends_epoch
 from dlopt.train.checkpoint.writer import digest_of
+from dlopt.train.parallel.agreement import patiently
 
 
 class Checkpoint(NamedTuple):
@@ -57,18 +59,36 @@ def newest(store: Store, epoch_ends: bool = False) -> tuple[Checkpoint | None, l
     return None, damaged
 
 
-def read(store: Store, name: str) -> Checkpoint:
-    """A checkpoint, each file compared with its checksum. Raises Damaged."""
+def glance(store: Store) -> tuple[str, Record] | None:
+    """Name and record of the newest checkpoint that seems whole: no weights are read."""
+    for name in reversed(store.names()):
+        try:
+            return name, Record(**_seal(store, name)["record"])
+        except Damaged:
+            continue
+    return None
+
+
+def _seal(store: Store, name: str) -> dict[str, Any]:
+    """What its `state.json` says. Raises Damaged."""
     try:
-        seal = json.loads(store.read(name, RECORD))
+        seal: dict[str, Any] = json.loads(store.read(name, RECORD))
         said = seal.pop("sha256")
-        record = Record(**seal["record"])
+        Record(**seal["record"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        said = seal = None
-    if seal is None or digest_of(seal) != said:
+        said, seal = None, {}
+    if not seal or digest_of(seal) != said:
         raise Damaged(f"{store.where(name)}/{RECORD}")
+    return seal
+
+
+def read(store: Store, name: str, best: bool = True) -> Checkpoint:
+    """A checkpoint, each file compared with its checksum. best: with the best weights so far. Raises Damaged."""
+    seal = _seal(store, name)
     tensors: dict[str, Tensor] = {}
     for file, known in seal["files"].items():
+        if file == "best.safetensors" and not best:
+            continue
         try:
             content = store.read(name, file)
         except OSError:
@@ -76,15 +96,18 @@ def read(store: Store, name: str) -> Checkpoint:
         if {"size": len(content), "sha256": sha256(content).hexdigest()} != known:
             raise Damaged(f"{store.where(name)}/{file}")
         tensors |= {f"{file.partition('.')[0]}.{key}": value for key, value in load_tensors(content).items()}
-    return Checkpoint(name, tensors, seal["optimizer"], record)
+    return Checkpoint(name, tensors, seal["optimizer"], Record(**seal["record"]))
 
 
-def newest_of_all(store: Store, rank: int, world: int, epoch_ends: bool = False) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint, the same on all workers, since worker 0 chooses it, and a line for each damaged one."""
-    found, damaged = newest(store, epoch_ends) if rank == 0 else (None, [])
+def newest_of_all(
+    store: Store, rank: int, world: int, device: torch.device, best: bool, epoch_ends: bool = False
+) -> tuple[Checkpoint | None, list[str]]:
+    """The newest whole checkpoint, the same on all workers, since worker 0 chooses it, and a line for each damaged one. best: whether this
+    worker has a part of the best weights."""
+    found, damaged = patiently(lambda: newest(store, epoch_ends) if rank == 0 else (None, []), world, device)
     if world == 1:
         return found, damaged
-    told = [(found and found.name, damaged)]
+    told: list[Any] = [(found and found.name, damaged)]
     dist.broadcast_object_list(told, src=0)
     name, damaged = told[0]
-    return (found or read(store, name) if name else None), damaged
+    return patiently(lambda: found or (read(store, name, best) if name else None), world, device), damaged

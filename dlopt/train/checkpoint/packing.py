@@ -6,8 +6,10 @@ a little differently from how it would have, and a fused kernel, which walks thr
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -112,3 +114,41 @@ def _placed(saved: Any, loaded: Any, parameter: Parameter | None) -> Any:
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "int16": "I16"}
+CODES |= {"int8": "I8", "uint8": "U8", "bool": "BOOL"}
+"""Types of numbers, as a safetensors file has them."""
+
+
+def pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """A safetensors file of tensors on the CPU, in pieces that are not copied: the library's own `save` makes the whole file in memory. The
+    longest numbers come first, so that all are aligned."""
+    ordered = dict(sorted(tensors.items(), key=lambda named: (-named[1].element_size(), named[0])))
+    header: dict[str, Any] = {}
+    end = 0
+    for name, value in ordered.items():
+        begin, end = end, end + value.nbytes
+        header[name] = {"dtype": CODES[str(value.dtype).removeprefix("torch.")], "shape": list(value.shape), "data_offsets": [begin, end]}
+    said = json.dumps(header, separators=(",", ":")).encode()
+    said += b" " * (-len(said) % 8)
+    yield len(said).to_bytes(8, "little") + said
+    for value in ordered.values():
+        if value.numel():
+            yield memoryview(value.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+class Seen:
+    """Size and SHA-256 of what has gone through."""
+
+    def __init__(self) -> None:
+        self.size, self.digest = 0, sha256()
+
+    def through(self, given: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+        for piece in given:
+            self.size += len(piece)
+            self.digest.update(piece)
+            yield piece
+
+    def as_json(self) -> dict[str, Any]:
+        return {"size": self.size, "sha256": self.digest.hexdigest()}

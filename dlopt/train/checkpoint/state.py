@@ -73,7 +73,8 @@ class TrainingState:
 
     def keep_best(self) -> None:
         """Take the weights as they are now for the best ones."""
-        self.best = {name: value.detach().cpu().clone() for name, value in self.parallel.held.state_dict().items()}
+        if self.parallel.writes:
+            self.best = {name: value.detach().to("cpu", copy=True) for name, value in self.parallel.held.state_dict().items()}
 
     def finite(self) -> bool:
         """Whether every weight is. All workers ask at once."""
@@ -81,8 +82,8 @@ class TrainingState:
         return self.parallel.all(all(bool(value.isfinite().all()) for value in held if value.is_floating_point()))
 
     def packed(self) -> tuple[dict[str, Tensor], Any]:
-        """Everything but the record: what is a tensor, by names of one flat dictionary, and the rest, as JSON has it. All workers ask at
-        once, and worker 0 gets it whole."""
+        """Everything but the record: what is a tensor, by names of one flat dictionary, on the CPU, and the rest, as JSON has it. It is a
+        copy, but for the best weights, which nobody changes. All workers ask at once, and worker 0 gets it whole, the others nothing."""
         whole = self.parallel.whole
         tensors, rest = pack(self.parallel.whole_state(optimizer_state(self.optimizer)))
         found = {f"model.{name}": value for name, value in whole(self.parallel.held.state_dict()).items()}
@@ -91,13 +92,17 @@ class TrainingState:
         found |= {f"average.{name}": value for name, value in whole(self.average.tensors() if self.average else {}).items()}
         found |= {f"watch.{name}": value for name, value in (self.watch.tensors() if self.watch else {}).items()}
         found |= self.parallel.memory(self.optimizer)
-        return {name: value.detach().cpu().contiguous() for name, value in found.items()}, rest
+        if self.parallel.rank:
+            return {}, None
+        for name, value in found.items():
+            found[name] = value if name.startswith("best.") else value.detach().to("cpu", copy=True).contiguous()
+        return found, rest
 
     def restore(self, tensors: dict[str, Tensor], rest: Any, record: dict[str, Any]) -> None:
         """Become what `packed` of worker 0 said of a state, whatever workers it was of."""
         mine = self.parallel.mine
         self.parallel.load(under("model.", tensors))
-        self.best = mine(under("best.", tensors))
+        self.best = mine(under("best.", tensors)) if self.parallel.writes else {}
         restore_optimizer(self.optimizer, self.parallel.my_state(unpack(under("optimizer.", tensors), rest)))
         if self.average:
             self.average.load(mine(under("average.", tensors)))

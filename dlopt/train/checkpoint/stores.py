@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -12,10 +13,11 @@ from typing import Annotated, Protocol, Self
 import pyarrow.fs as fs
 from pydantic import Field, model_validator
 
-from dlopt.artifact import flush_folder, write_atomically
+from dlopt.artifact import flush_folder, write_atomically, writing
 from dlopt.data.sources.places import Place, place_of
 from dlopt.part import Part
 
+Buffer = bytes | memoryview
 CHECKPOINTS = "checkpoints"
 """The folder of checkpoints in a model's directory, while it is made."""
 RECORD, OWNER = "state.json", "owner"
@@ -69,7 +71,7 @@ class Store(Protocol):
         """Raises OSError."""
         ...
 
-    def write(self, name: str, files: Iterable[tuple[str, bytes]]) -> None:
+    def write(self, name: str, files: Iterable[tuple[str, Iterable[Buffer]]]) -> None:
         """All files, or no checkpoint of that name. Raises OSError."""
         ...
 
@@ -99,12 +101,16 @@ class Disk:
     def read(self, name: str, file: str) -> bytes:
         return (self.folder / name / file).read_bytes()
 
-    def write(self, name: str, files: Iterable[tuple[str, bytes]]) -> None:
+    def write(self, name: str, files: Iterable[tuple[str, Iterable[Buffer]]]) -> None:
         temporary = self.folder / f".{name}"
         try:
             temporary.mkdir(parents=True)
             for file, content in files:
-                write_atomically(temporary / file, content)
+                with writing(temporary / file), open(temporary / file, "wb") as sink:
+                    sink.writelines(content)
+                    sink.flush()
+                    os.fsync(sink.fileno())
+            flush_folder(temporary)
             temporary.rename(self.folder / name)
         except OSError:
             shutil.rmtree(temporary, ignore_errors=True)  # above all where the disk is full
@@ -145,7 +151,7 @@ class Bucket:
     def read(self, name: str, file: str) -> bytes:
         return self.place.read(f"{self.path}/{name}/{file}")
 
-    def write(self, name: str, files: Iterable[tuple[str, bytes]]) -> None:
+    def write(self, name: str, files: Iterable[tuple[str, Iterable[Buffer]]]) -> None:
         for file, content in files:
             self._put(f"{name}/{file}", content)
 
@@ -159,14 +165,15 @@ class Bucket:
     def claim(self, owner: str | None = None) -> str:
         if owner is None:
             return self.place.read(f"{self.path}/{OWNER}").decode()
-        self._put(OWNER, owner.encode())
+        self._put(OWNER, [owner.encode()])
         for name in self._folders(with_record=False):
             self.place.filesystem.delete_dir(f"{self.path}/{name}")
         return owner
 
-    def _put(self, path: str, content: bytes) -> None:
+    def _put(self, path: str, content: Iterable[Buffer]) -> None:
         with self.place.filesystem.open_output_stream(f"{self.path}/{path}") as sink:
-            sink.write(content)
+            for piece in content:
+                sink.write(piece)
 
     def _folders(self, with_record: bool) -> list[str]:
         found: dict[str, set[str]] = {}

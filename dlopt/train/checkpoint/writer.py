@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import errno
 import json
+import threading
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from hashlib import sha256
 from typing import Any, NamedTuple
 
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from dlopt.part import DloptError
+from dlopt.train.checkpoint.packing import Seen, pieces
 from dlopt.train.checkpoint.state import Record, TrainingState
-from dlopt.train.checkpoint.stores import RECORD, Store, ends_epoch, name_parts
+from dlopt.train.checkpoint.stores import RECORD, Buffer, Store, ends_epoch, name_parts
 
 
 class Snapshot(NamedTuple):
@@ -29,25 +30,26 @@ class Snapshot(NamedTuple):
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], rest: Any, record: Record) -> Snapshot:
-        """Of what `State.packed` gave, copied where training goes on to change it; the best epoch's weights stay as they are."""
+        """Of what `TrainingState.packed` gave."""
         files: dict[str, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             file, _, key = name.partition(".")
-            files.setdefault(file, {})[key] = value if file == "best" else value.clone()
+            files.setdefault(file, {})[key] = value
         return cls(files, rest, asdict(record))
 
-    def contents(self) -> Iterator[tuple[str, bytes]]:
-        """Name and content of each file, `state.json` last."""
+    def contents(self) -> Iterator[tuple[str, Iterator[Buffer]]]:
+        """Name and content of each file, in pieces that are to be taken before the next file is, `state.json` last."""
         seal: dict[str, Any] = {"record": self.record, "optimizer": self.rest, "files": {}}
         for file, tensors in self.files.items():
-            content = save_tensors(tensors)
-            seal["files"][f"{file}.safetensors"] = {"size": len(content), "sha256": sha256(content).hexdigest()}
-            yield f"{file}.safetensors", content
-        yield RECORD, json.dumps(seal | {"sha256": digest_of(seal)}).encode()
+            seen = Seen()
+            yield f"{file}.safetensors", seen.through(pieces(tensors))
+            seal["files"][f"{file}.safetensors"] = seen.as_json()
+        yield RECORD, iter([json.dumps(seal | {"sha256": digest_of(seal)}).encode()])
 
 
 class Writer:
-    """Writes checkpoints, one at a time, in a thread of its own, and drops old ones.
+    """Writes checkpoints, one at a time, in a thread of its own, and drops old ones. Training never waits for it: while one is written, the
+    newest of those that must not be left out waits in memory for its turn, in place of the one that waited before.
 
     It claims the store. Raises DloptError when a checkpoint cannot be written or another writer has claimed the store since: at the
     next write, or at the end.
@@ -56,23 +58,50 @@ class Writer:
     def __init__(self, store: Store, keep: int, owner: str) -> None:
         self.store, self.keep, self.owner = store, keep, store.claim(owner)
         self.serial = max((int(name_parts(name)[0]) for name in store.names()), default=0)
-        self.pool = ThreadPoolExecutor(1, "dlopt-checkpoint")
+        self.pool, self.lock = ThreadPoolExecutor(1, "dlopt-checkpoint"), threading.Lock()
         self.writing: Future[None] | None = None
+        self.busy, self.patient = False, True
+        self.next: tuple[str, Snapshot] | None = None
         self.seconds = 0.0
         """How long training has waited for checkpoints."""
+        self.skipped, self.longest = 0, 0.0
+        """How many were left out, since the one before was still written, and the seconds that the slowest one has taken."""
+        self.began = 0.0
+
+    def ready(self, seconds: float = 0.0) -> bool:
+        """Whether a checkpoint would be written at once; waits so long for that, once for each that is written. If not, the one that was
+        due counts as skipped."""
+        began = time.monotonic()
+        if self.busy and self.patient and self.writing:
+            wait([self.writing], seconds)
+        self.seconds += time.monotonic() - began
+        self.patient = not self.busy
+        self.skipped += self.busy
+        return not self.busy
 
     def write(self, state: TrainingState, tensors: Mapping[str, Tensor], rest: Any) -> None:
-        """A checkpoint of what `state.packed()` gave. Waits for the one before."""
-        began = time.monotonic()
-        self.wait()
+        """A checkpoint of what `state.packed()` gave; after the one that is written now, if there is one."""
+        began, record = time.monotonic(), state.record
         self.serial += 1
-        record = state.record
-        name = f"{self.serial:06d}-epoch-{record.epoch:05d}-batch-{record.batch:06d}"
-        self.writing = self.pool.submit(self._write, name, Snapshot.of(tensors, rest, record))
+        name, snapshot = f"{self.serial:06d}-epoch-{record.epoch:05d}-batch-{record.batch:06d}", Snapshot.of(tensors, rest, record)
+        with self.lock:
+            follows = self.busy
+            if follows:
+                self.skipped += self.next is not None
+                self.next = name, snapshot
+        if not follows:
+            self.wait()
+            self.busy = self.patient = True
+            self.writing = self.pool.submit(self._write_all, name, snapshot)
         self.seconds += time.monotonic() - began
 
+    def as_json(self) -> dict[str, float]:
+        """What a line of speed.jsonl has of checkpoints."""
+        longest = max(self.longest, time.monotonic() - self.began if self.busy else 0.0)
+        return {"checkpoint_seconds": round(self.seconds, 4), "skipped_checkpoints": self.skipped, "longest_checkpoint": round(longest, 1)}
+
     def wait(self) -> None:
-        """Until what is being written is there."""
+        """Until all that was given is there."""
         writing, self.writing = self.writing, None
         if writing is None:
             return
@@ -91,6 +120,20 @@ class Writer:
             self.wait()
         finally:
             self.pool.shutdown()
+
+    def _write_all(self, name: str, snapshot: Snapshot) -> None:
+        """And what comes while it writes."""
+        following: tuple[str, Snapshot] | None = (name, snapshot)
+        try:
+            while following:
+                self.began = time.monotonic()
+                self._write(*following)
+                self.longest = max(self.longest, time.monotonic() - self.began)
+                with self.lock:
+                    following, self.next = self.next, None
+                    self.busy = following is not None
+        finally:
+            self.busy = False
 
     def _write(self, name: str, snapshot: Snapshot) -> None:
         if self.store.claim() != self.owner:

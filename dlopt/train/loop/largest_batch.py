@@ -25,11 +25,7 @@ from dlopt.models.recompute import recompute
 from dlopt.part import DloptError
 from dlopt.progress import Progress, silent
 from dlopt.train.job import Fit
-from dlopt.train.loop.gradients import curved, plain, sharpness_aware
-from dlopt.train.loop.objectives import Objective
-from dlopt.train.loop.precision import mixed
-from dlopt.train.loop.steps import steps
-from dlopt.train.start import load_network, objective_of, optimizer_of
+from dlopt.train.start import load_network, pipeline_of
 from dlopt.train.watch.mistakes import is_lack_of_memory
 
 FINE = 16
@@ -110,8 +106,6 @@ class Trials:
     def __post_init__(self) -> None:
         self.split = Split.open(self.data, "train")
         self.network: Network = load_network(self.fit, self.data).to(self.device)
-        objective = objective_of(self.fit, self.data, self.network, self.device)
-        self.objective: Objective = mixed(objective, self.fit.train.precision, self.device)
         self.sample = {name: torch.from_numpy(values.copy()) for name, values in self.split.read(self.split.chunks[:1]).items()}
         self.bytes_of(1)  # what is set up but once
 
@@ -140,13 +134,12 @@ class Trials:
         return _growth(lambda: self._train(rows), self.device)
 
     def _train(self, rows: int) -> None:
-        train, model = self.fit.train, copy.deepcopy(self.network)
+        model = copy.deepcopy(self.network)
         if self.recomputed:
             recompute(model)
-        optimizer = optimizer_of(self.fit, model, RATE)
-        inner = sharpness_aware(plain(1), train.sharpness.rho, train.sharpness.adaptive) if train.sharpness else plain(1)
-        gradient, batch = curved(inner, optimizer, 1), self._batch(rows)
-        for _ in steps(model, optimizer, [batch, batch], self.objective, gradient, lambda _: 1.0, train.clip, train.centralize_gradients):
+        pipeline = pipeline_of(self.fit, self.data, model, RATE, self.device)
+        batch = self._batch(rows)
+        for _ in pipeline.steps([batch, batch], lambda _: 1.0):
             pass
 
     def _batch(self, rows: int) -> Batch:

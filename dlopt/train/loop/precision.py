@@ -7,6 +7,7 @@ bfloat16 reaches as far as float32 and needs none.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -60,13 +61,18 @@ def scale_of(precision: Precision) -> LossScale | None:
     return LossScale() if precision == "float16" else None
 
 
+def computing(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    """Within it, layers compute in this precision."""
+    return torch.autocast(device.type, HALF[precision]) if precision in HALF else nullcontext()
+
+
 def mixed(objective: Objective, precision: Precision, device: torch.device, scale: LossScale | None = None) -> Objective:
     """The objective computed in this precision, its gradients `scale` times as large; its losses are what they are."""
     if precision not in HALF:
         return objective
 
     def halved(model: nn.Module, batch: Batch) -> Losses:
-        with torch.autocast(device.type, HALF[precision]):
+        with computing(precision, device):
             losses = objective(model, batch)
         if scale is None:
             return losses

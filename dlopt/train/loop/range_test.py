@@ -18,11 +18,9 @@ import torch
 from torch import nn
 
 from dlopt.data.feed.batches import Batch
-from dlopt.optim.constraints import Clip
 from dlopt.part import DloptError
-from dlopt.train.loop.gradients import curved, plain
-from dlopt.train.loop.objectives import Objective
-from dlopt.train.loop.steps import PEAK, steps
+from dlopt.train.loop.pipeline import Pipeline
+from dlopt.train.loop.steps import PEAK
 
 LOW, HIGH, STEPS = 1e-7, 100.0, 100
 """The first rate, the last one, and how many there are, each as many times as large as the one before."""
@@ -37,8 +35,8 @@ TRAILING = 0.9
 DIVERGED = 4.0
 """How many times the lowest loss so far ends the test, if it is more than the first one too."""
 
-Build = Callable[[nn.Module, float], torch.optim.Optimizer]
-"""The optimizer of a network at a peak rate, whose groups remember theirs under PEAK."""
+Build = Callable[[nn.Module, float], Pipeline]
+"""The steps of a job on a network, at a peak rate; groups of the optimizer remember theirs under PEAK."""
 
 
 class Sweep(NamedTuple):
@@ -89,69 +87,53 @@ def suggested(rates: list[float], losses: list[float]) -> float:
     raise DloptError("train.optimizer.lr: auto has found no rate at which the loss falls: give a number")
 
 
-def sweep(
-    network: nn.Module, build: Build, batches: Sequence[Batch], objective: Objective, clip: Clip | None = None, seed: int = 0
-) -> Sweep:
+def sweep(network: nn.Module, build: Build, batches: Sequence[Batch], seed: int = 0) -> Sweep:
     """The range test of a network, one step a batch, on copies: the network and random numbers are afterwards as they were.
 
     What it suggests is then tried, for half as many steps, against lower rates: optimizers whose steps are as long whatever the gradient
-    is want one. build: gives the optimizer at a peak rate. seed: of the random numbers that dropout draws.
+    is want one. seed: of the random numbers that a user's own network draws from torch's generator.
     """
     devices = {parameter.device.index for parameter in network.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
         torch.manual_seed(seed)
-        found = range_test(_stepper(network, build, batches, objective, clip, seed), count=len(batches))
+        found = range_test(_stepper(network, build, batches), count=len(batches))
         tried: dict[float, float] = {}
         for rate in (found.suggested * share for share in TRIED):
             torch.manual_seed(seed)
-            tried[rate] = _end(network, build, batches[: -(-len(batches) // 2)], objective, clip, seed, rate)
+            tried[rate] = _end(network, build, batches[: -(-len(batches) // 2)], rate)
     return found._replace(suggested=min(tried, key=lambda rate: tried[rate]))
 
 
-def _stepper(
-    network: nn.Module, build: Build, batches: Sequence[Batch], objective: Objective, clip: Clip | None, seed: int
-) -> Callable[[float], float]:
+def _stepper(network: nn.Module, build: Build, batches: Sequence[Batch]) -> Callable[[float], float]:
     """Takes a copy one step on at a rate, and gives the loss before it. A group whose peak does not follow the optimizer's keeps it."""
-    other = build(copy.deepcopy(network), 2.0)
-    model = copy.deepcopy(network)
-    optimizer = build(model, 1.0)
-    own = [(mine, mine[PEAK]) for mine, its in zip(optimizer.param_groups, other.param_groups, strict=True) if mine[PEAK] == its[PEAK]]
+    groups = build(copy.deepcopy(network), 2.0).optimizer.param_groups
+    pipeline = build(copy.deepcopy(network), 1.0)
+    fixed = [(mine, mine[PEAK]) for mine, its in zip(pipeline.optimizer.param_groups, groups, strict=True) if mine[PEAK] == its[PEAK]]
     now = [0.0]
-    taken = _steps(model, optimizer, batches, objective, clip, seed, lambda _: now[0])
+    taken = _losses(pipeline, batches, lambda _: now[0])
 
     def loss_at(rate: float) -> float:
         now[0] = rate
-        for group, peak in own:
+        for group, peak in fixed:
             group[PEAK] = peak / rate
         return next(taken)
 
     return loss_at
 
 
-def _end(
-    network: nn.Module, build: Build, batches: Sequence[Batch], objective: Objective, clip: Clip | None, seed: int, rate: float
-) -> float:
+def _end(network: nn.Module, build: Build, batches: Sequence[Batch], rate: float) -> float:
     """The mean loss of the last quarter of the batches at a fixed rate; infinite where it is no number."""
-    model = copy.deepcopy(network)
-    losses = list(_steps(model, build(model, rate), batches, objective, clip, seed, lambda _: 1.0))
+    losses = list(_losses(build(copy.deepcopy(network), rate), batches, lambda _: 1.0))
     mean = float(np.mean(losses[-(len(losses) // 4 or 1) :]))
     return mean if math.isfinite(mean) else math.inf
 
 
-def _steps(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: Sequence[Batch],
-    objective: Objective,
-    clip: Clip | None,
-    seed: int,
-    factor: Callable[[int], float],
-) -> Iterator[float]:
-    """The losses of the steps, as training takes them; NaN for one that is left out."""
-    if hasattr(optimizer, "train"):  # of schedule-free ones
-        optimizer.train()
-    for step in steps(model, optimizer, batches, objective, curved(plain(1), optimizer, 1), factor, clip, seed=seed):
-        yield step.loss.item() if step.taken else math.nan
+def _losses(pipeline: Pipeline, batches: Sequence[Batch], factor: Callable[[int], float]) -> Iterator[float]:
+    """The losses of the steps, as training takes them; NaN for one that is left out for no good reason."""
+    if hasattr(pipeline.optimizer, "train"):  # of schedule-free ones
+        pipeline.optimizer.train()
+    for step in pipeline.steps(batches, factor):
+        yield step.loss.item() if step.taken or step.overflowed else math.nan
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,10 +15,13 @@ from dlopt.train.checkpoint.state import TrainingState
 
 
 @contextmanager
-def averaged(state: TrainingState, network: nn.Module, batches: Callable[[], Iterator[Any]]) -> Iterator[None]:
+def averaged(
+    state: TrainingState, network: nn.Module, batches: Callable[[], Iterator[Any]], computing: AbstractContextManager[Any]
+) -> Iterator[None]:
     """Within it, the network has the weights that are measured and kept, whole.
 
-    batches: inputs, of which batch normalization has its statistics for averaged weights.
+    batches: inputs, of which batch normalization has its statistics for averaged weights; computing: within it, they are computed as in
+    training.
     """
     average, optimizer, changed = state.average, state.optimizer, False
     with ExitStack() as stack:
@@ -32,7 +35,8 @@ def averaged(state: TrainingState, network: nn.Module, batches: Callable[[], Ite
         stack.enter_context(state.parallel.gathered())
         if changed and any(isinstance(layer, BatchNorm) for layer in network.modules()):
             stack.enter_context(_buffers_back(network))
-            reestimate(network, batches())
+            with computing:
+                reestimate(network, batches())
         yield
 
 

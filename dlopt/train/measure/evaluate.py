@@ -16,6 +16,7 @@ and, by the kind of the target,
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,8 @@ from dlopt.train.loop.losses import LossPart, loss_of, unsmoothed
 from dlopt.train.measure.metrics import Metrics, Tally, activated, decided, tally
 from dlopt.train.measure.thresholds import Threshold, Tuned, fixed, tuned
 
-BATCH_BYTES = 2**22
+BATCH_BYTES = 2**26, 2**22
+"""Of the rows of a batch, of at most 1,024: on an accelerator, and on a CPU."""
 
 
 def evaluate(
@@ -51,7 +53,7 @@ def evaluate(
     loss: the one that is trained. thresholds: of the target, from which on a row is positive, or is given each label.
     """
     target = _with(split.signature.target, thresholds)
-    found, losses = tally(target, network.output, device), loss_of(unsmoothed(loss), target, network.output)
+    found, losses = tally(target, network.output, len(split), device), loss_of(unsmoothed(loss), target, network.output)
     for outputs, wanted in _outputs(network, split, device, split.chunks[rank::world]):
         found.add(outputs, wanted, losses(outputs, wanted, "none"))
     if world > 1:
@@ -72,7 +74,10 @@ def thresholds_of(threshold: Threshold | None, network: Network, validation: Spl
     target = validation.signature.target
     if not isinstance(threshold, Tuned):
         return fixed(threshold, target)
-    return tuned(threshold, target, *predict(network, validation, device))
+    found = tally(target, network.output, len(validation), device)
+    for outputs, wanted in _outputs(network, validation, device, validation.chunks):
+        found.add(outputs, wanted, outputs.new_zeros(len(wanted)))
+    return tuned(threshold, found.curves())
 
 
 def write_predictions(
@@ -86,16 +91,18 @@ def write_predictions(
 ) -> Metrics:
     """A parquet file of what the network says of every row, as above, a batch at a time; returns the split's metrics."""
     target, start = _with(split.signature.target, thresholds), 0
-    found, losses_of = tally(target, network.output, device), loss_of(unsmoothed(loss), target, network.output)
-    tables = []
-    for outputs, wanted in _outputs(network, split, device, split.chunks):
-        losses = losses_of(outputs, wanted, "none")
-        found.add(outputs, wanted, losses)
-        rows = {"row": pa.array(range(start, start + len(wanted)), pa.int64())}
-        columns = _columns(target, activated(target, outputs).cpu(), wanted.cpu())
-        tables.append(pa.table(rows | columns | {"loss": losses.float().cpu().numpy()}))
-        start += len(wanted)
-    pq.write_table(pa.concat_tables(tables), path)
+    found, losses_of = tally(target, network.output, len(split), device), loss_of(unsmoothed(loss), target, network.output)
+    with ExitStack() as stack:
+        writer: pq.ParquetWriter | None = None
+        for outputs, wanted in _outputs(network, split, device, split.chunks):
+            losses = losses_of(outputs, wanted, "none")
+            found.add(outputs, wanted, losses)
+            rows = {"row": pa.array(range(start, start + len(wanted)), pa.int64())}
+            columns = _columns(target, activated(target, outputs).cpu(), wanted.cpu())
+            table = pa.table(rows | columns | {"loss": losses.float().cpu().numpy()})
+            writer = writer or stack.enter_context(pq.ParquetWriter(path, table.schema))
+            writer.write_table(table)
+            start += len(wanted)
     return found.metrics(len(split))
 
 
@@ -131,8 +138,10 @@ def _indices(chosen: Tensor) -> pa.Array:
 def _gather(found: Tally, split: Split, world: int) -> None:
     """Add up the sums of all workers, and put their scores one after the other."""
     dist.all_reduce(found.sums)
+    if found.bins:
+        dist.all_reduce(found.bins.counts)
     mine = torch.cat(found.scores)
-    if not mine.shape[2]:
+    if found.bins or not mine.shape[2]:
         return
     sizes = [sum(chunk.rows for chunk in split.chunks[rank::world]) for rank in range(world)]
     padded = torch.zeros(max(sizes), *mine.shape[1:], device=mine.device)
@@ -147,7 +156,7 @@ def _outputs(network: Network, split: Split, device: torch.device, chunks: tuple
     """Outputs as float64 and targets, a batch at a time; the network is put back into the mode it was in."""
     training = network.training
     network.eval()
-    size = max(1, min(1024, BATCH_BYTES // split.row_bytes))
+    size = max(1, min(1024, BATCH_BYTES[device.type == "cpu"] // split.row_bytes))
     for chunk in chunks:
         rows = {name: torch.from_numpy(values.copy()).to(device) for name, values in split.read([chunk]).items()}
         target = rows.pop(split.signature.target.name)

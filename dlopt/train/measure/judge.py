@@ -7,7 +7,8 @@ import math
 from dlopt.part import DloptError
 from dlopt.train.checkpoint.state import TrainingState
 from dlopt.train.job import Train
-from dlopt.train.measure.metrics import SMALLER_IS_BETTER, Metrics
+from dlopt.train.measure.metric import METRICS
+from dlopt.train.measure.metrics import Metrics
 
 
 def judge(state: TrainingState, train: Train, found: Metrics | None) -> None:
@@ -47,4 +48,4 @@ def monitored(train: Train, found: Metrics) -> float:
             f"train.monitor: the validation split cannot tell {train.monitor} (it has too few rows or no row of a class): "
             "use monitor: loss or give data.split.validation a larger share"
         )
-    return value if train.monitor in SMALLER_IS_BETTER else -value
+    return value if METRICS[train.monitor].smaller_is_better else -value

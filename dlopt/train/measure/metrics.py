@@ -14,54 +14,21 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dlopt.models import Units
 from dlopt.part import Target
+from dlopt.train.measure.curves import EXACT, Bins, Curve, average_precision, bins_of, curve_of, roc_auc
+from dlopt.train.measure.metric import METRICS, MOST_SCORED, TOP, Counts, names
 
 Metrics = dict[str, float | None]
 
-METRICS: dict[str, tuple[str, ...]] = {
-    "category": ("loss", "accuracy", "macro_f1", "macro_precision", "macro_recall", "calibration_error"),
-    "multi_label": (
-        "loss",
-        "accuracy",
-        "subset_accuracy",
-        "micro_f1",
-        "macro_f1",
-        "macro_precision",
-        "macro_recall",
-        "macro_roc_auc",
-        "macro_average_precision",
-    ),
-    "number": ("loss", "r2", "mae", "rmse"),
-}
-"""What there is for each kind of target; the second one is shown while training runs."""
-TWO_CLASSES = ("precision", "recall", "f1", "roc_auc", "average_precision")
-"""What there is besides for two classes: of the positive one."""
-SEVERAL_CLASSES = ("macro_roc_auc", "macro_average_precision")
-"""What there is besides for three to MOST_SCORED classes: the mean of each class against all others."""
-MOST_SCORED = 100
-"""Of more classes the probabilities of all rows, which areas under curves need, are too many to keep."""
-TOP = 5
-TOP_CLASSES = ("top5_accuracy",)
-"""What there is besides for more than five classes."""
 BINS = 15
 """Of the calibration error."""
-SMALLER_IS_BETTER = ("loss", "mae", "rmse", "calibration_error")
-
-
-def names(kind: str, classes: int | None = None) -> tuple[str, ...]:
-    """The metrics of a kind of target. classes: how many there are, where that is known."""
-    if kind != "category":
-        return METRICS[kind]
-    two = TWO_CLASSES if classes in (None, 2) else ()
-    several = SEVERAL_CLASSES if classes is None or 2 < classes <= MOST_SCORED else ()
-    return METRICS[kind] + two + several + (TOP_CLASSES if classes is None or classes > TOP else ())
 
 
 def activated(target: Target, outputs: Tensor) -> Tensor:
@@ -88,8 +55,10 @@ def decided(target: Target, probabilities: Tensor) -> Tensor:
 class Tally(ABC):
     """What tells the metrics, a batch at a time."""
 
-    def __init__(self, target: Target, sums: int, scored: int, device: torch.device) -> None:
+    def __init__(self, target: Target, sums: int, scored: int, rows: int, device: torch.device) -> None:
         self.target, self.device = target, device
+        self.bins = Bins(scored, device) if rows * scored > EXACT else None
+        """Where there are too many scores to keep them."""
         self.sums = torch.zeros(sums + 1, dtype=torch.float64, device=device)
         """The sum of the rows' losses, then those of the kind; they add up over batches and workers."""
         self.scores = [torch.zeros(0, 2, scored, device=device)]
@@ -99,16 +68,26 @@ class Tally(ABC):
         """Outputs float64 (rows, outputs), the targets, and the rows' losses (rows,)."""
         given = activated(self.target, outputs)
         self.sums += torch.cat([losses.sum().reshape(1), *self.counts(given, target)])
-        if self.scores[0].shape[2]:
+        if self.bins:
+            self.bins.add(*self.scored(given, target))
+        elif self.scores[0].shape[2]:
             self.scores.append(torch.stack(self.scored(given, target), dim=1).float())
 
     def metrics(self, rows: int) -> Metrics:
         """Of a split of so many rows, once all workers' sums and scores are here. All of one kind have the same names."""
         if not rows:
             raise ValueError("a split without rows has no metrics")
-        scores, truths = torch.cat(self.scores).unbind(dim=1)
-        found = {"loss": self.sums[0].item() / rows} | self.told(self.sums[1:], scores, truths > 0.5, rows)
+        areas = tuple((None, None) if curve is None else (roc_auc(curve), average_precision(curve)) for curve in self.curves())
+        counts = Counts(rows, self.sums[0].item(), areas=areas, **self.counted(self.sums[1:], rows))
+        found = {name: METRICS[name].of(counts) for name in names(self.target.kind, self.target.size)}
         return {name: value if value is not None and math.isfinite(value) else None for name, value in found.items()}
+
+    def curves(self) -> list[Curve | None]:
+        """Of each class or label that is scored, once all workers' scores are here."""
+        if self.bins:
+            return self.bins.curves()
+        scores, truths = torch.cat(self.scores).unbind(dim=1)
+        return [curve_of(*column) for column in zip(scores.T.contiguous(), truths.T.contiguous() > 0.5, strict=True)]
 
     @abstractmethod
     def counts(self, given: Tensor, target: Tensor) -> list[Tensor]:
@@ -119,17 +98,16 @@ class Tally(ABC):
         raise NotImplementedError
 
     @abstractmethod
-    def told(self, sums: Tensor, scores: Tensor, truths: Tensor, rows: int) -> Metrics:
-        """The metrics besides the loss."""
+    def counted(self, sums: Tensor, rows: int) -> dict[str, Any]:
+        """What `Counts` has of these sums over all workers, of a split of so many rows."""
 
 
 class Classes(Tally):
     """Counts of each class: rows that are given it rightly, that are given it, that have it; rows whose class is among the likeliest
     ones; and for the calibration, by how sure the model is: rows, the sum of their probabilities, and rows it is right on."""
 
-    def __init__(self, target: Target, device: torch.device) -> None:
-        scored = 1 if target.size == 2 else target.size if 2 < target.size <= MOST_SCORED else 0
-        super().__init__(target, 3 * target.size + 1 + 3 * BINS, scored, device)
+    def __init__(self, target: Target, rows: int, device: torch.device) -> None:
+        super().__init__(target, 3 * target.size + 1 + 3 * BINS, scored(target), rows, device)
 
     def counts(self, given: Tensor, target: Tensor) -> list[Tensor]:
         decision = decided(self.target, given)
@@ -142,27 +120,18 @@ class Classes(Tally):
             classes = classes[self.target.positive_index, None]
         return given[:, classes], target[:, None] == classes
 
-    def told(self, sums: Tensor, scores: Tensor, truths: Tensor, rows: int) -> Metrics:
+    def counted(self, sums: Tensor, rows: int) -> dict[str, Any]:
         counted, first, bins = sums.split([3 * self.target.size, 1, 3 * BINS])
         right, given, real = counted.reshape(3, -1)
-        found: Metrics = {"accuracy": right.sum().item() / rows} | macro(right, given, real)
-        found["calibration_error"] = calibration_error(bins.reshape(3, -1))
-        if self.target.size == 2:
-            one = [values[self.target.positive_index].item() for values in (right, given, real)]
-            area, average = _areas(curve_of(scores[:, 0], truths[:, 0]))
-            found |= dict(zip(TWO_CLASSES, (*precision_recall_f1(*one), area, average), strict=True))
-        elif scores.shape[1]:
-            found |= _mean_areas(scores, truths)
-        if self.target.size > TOP:
-            found["top5_accuracy"] = first.item() / rows
-        return found
+        positive = self.target.positive_index if self.target.size == 2 else 0
+        return {"right": right, "given": given, "real": real, "positive": positive, "first": first.item(), "bins": bins.reshape(3, -1)}
 
 
 class Labels(Tally):
     """Counts of each label: rows that are given it rightly, that are given it, that have it; and rows with all labels right."""
 
-    def __init__(self, target: Target, device: torch.device) -> None:
-        super().__init__(target, 1 + 3 * target.size, target.size, device)
+    def __init__(self, target: Target, rows: int, device: torch.device) -> None:
+        super().__init__(target, 1 + 3 * target.size, target.size, rows, device)
 
     def counts(self, given: Tensor, target: Tensor) -> list[Tensor]:
         decision, real = decided(self.target, given), target > 0
@@ -172,109 +141,53 @@ class Labels(Tally):
     def scored(self, given: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         return given, target
 
-    def told(self, sums: Tensor, scores: Tensor, truths: Tensor, rows: int) -> Metrics:
+    def counted(self, sums: Tensor, rows: int) -> dict[str, Any]:
         right, given, real = sums[1:].reshape(3, -1)
-        wrong = (given + real - 2 * right).sum().item()
-        return {
-            "accuracy": 1 - wrong / (rows * self.target.size),
-            "subset_accuracy": sums[0].item() / rows,
-            "micro_f1": precision_recall_f1(*(values.sum().item() for values in (right, given, real)))[2],
-            **macro(right, given, real),
-            **_mean_areas(scores, truths),
-        }
+        return {"right": right, "given": given, "real": real, "labels": self.target.size, "whole": sums[0].item()}
 
 
 class Numbers(Tally):
     """Sums of each number: absolute and squared errors, and distances from the training rows' mean and their squares."""
 
     def __init__(self, target: Target, units: Units, device: torch.device) -> None:
-        super().__init__(target, 4 * target.size, 0, device)
+        super().__init__(target, 4 * target.size, 0, 0, device)
         self.mean = units.mean.double()
 
     def counts(self, given: Tensor, target: Tensor) -> list[Tensor]:
         error, distance = given - target, target - self.mean
         return [values.sum(dim=0) for values in (error.abs(), error.square(), distance, distance.square())]
 
-    def told(self, sums: Tensor, scores: Tensor, truths: Tensor, rows: int) -> Metrics:
+    def counted(self, sums: Tensor, rows: int) -> dict[str, Any]:
         absolute, squared, distance, square = sums.reshape(4, -1)
         around = square - distance.square() / rows
         varies = around > 1e-12 * square  # less is what rounding leaves of a number that never changes
-        return {
-            "r2": (1 - squared[varies] / around[varies]).mean().item(),
-            "mae": (absolute / rows).mean().item(),
-            "rmse": (squared / rows).sqrt().mean().item(),
-        }
+        return {"absolute": absolute, "squared": squared, "around": around, "varies": varies}
 
 
-def tally(target: Target, output: torch.nn.Module, device: torch.device) -> Tally:
-    """The one for a kind of target. output: the network's output layer."""
+def scored(target: Target) -> int:
+    """How many probabilities of a row the areas under curves need."""
+    if target.kind == "category":
+        return 1 if target.size == 2 else target.size if target.size <= MOST_SCORED else 0
+    return target.size if target.kind == "multi_label" else 0
+
+
+def approximated(target: Target, rows: Mapping[str, int]) -> str | None:
+    """A line on what is not exact of splits of so many rows, if anything is not."""
+    large = [name for name, count in rows.items() if count * scored(target) > EXACT]
+    if not large:
+        return None
+    what = " and ".join(name for name in names(target.kind, target.size) if name.endswith(("roc_auc", "average_precision")))
+    return (
+        f"{what} of {' and '.join(large)}: counted in {bins_of(scored(target)):,} bins of probabilities, since there are too many to keep"
+    )
+
+
+def tally(target: Target, output: torch.nn.Module, rows: int, device: torch.device) -> Tally:
+    """The one for a kind of target, of a split of so many rows. output: the network's output layer."""
     if target.kind == "number":
         assert isinstance(output, Units)
         return Numbers(target, output, device)
-    return Classes(target, device) if target.kind == "category" else Labels(target, device)
-
-
-def precision_recall_f1(right: float, given: float, real: float) -> tuple[float | None, float | None, float | None]:
-    """Of one class from its counts; none without a row of the class. A class that is given to no row has a precision of 0."""
-    if not real:
-        return None, None, None
-    return right / max(given, 1), right / real, 2 * right / (given + real)
-
-
-def macro(right: Tensor, given: Tensor, real: Tensor) -> Metrics:
-    """Means over the classes that some row has or is given, as scikit-learn has them: what is a share of nothing is 0."""
-    there = given + real > 0
-    right, given, real = right[there], given[there], real[there]
-    shares = {"f1": 2 * right / (given + real), "precision": right / given.clamp_min(1), "recall": right / real.clamp_min(1)}
-    return {f"macro_{name}": share.mean().item() if there.any() else None for name, share in shares.items()}
-
-
-class Curve(NamedTuple):
-    """What comes of giving the class to all rows that score so much or more, for each different score, the highest first."""
-
-    scores: Tensor
-    """float32 (n,)."""
-    right: Tensor
-    """Rows of the class among them, int64 (n,)."""
-    wrong: Tensor
-    """Other rows among them."""
-
-
-def curve_of(scores: Tensor, truths: Tensor) -> Curve | None:
-    """scores: float32 (rows,); truths: bool (rows,). None where a score is NaN."""
-    if scores.isnan().any():
-        return None
-    ordered, order = scores.sort(descending=True)
-    ends = torch.cat([ordered[1:] != ordered[:-1], torch.ones(1, dtype=torch.bool, device=scores.device)]).nonzero()[:, 0]
-    right = truths[order].cumsum(0)[ends]
-    return Curve(ordered[ends], right, ends + 1 - right)
-
-
-def roc_auc(curve: Curve) -> float | None:
-    """How often a row of the class scores above one that is not, ties counting half: the area under the true positive rate by the false
-    one, in whole numbers (Hanley, McNeil 1982). None without rows of both sorts."""
-    positive, negative = int(curve.right[-1]), int(curve.wrong[-1])
-    if not positive or not negative:
-        return None
-    heights = 2 * curve.right - curve.right.diff(prepend=curve.right.new_zeros(1))
-    twice = (curve.wrong.diff(prepend=curve.wrong.new_zeros(1)) * heights).sum().item()
-    return twice / (2 * positive * negative)
-
-
-def average_precision(curve: Curve) -> float | None:
-    """Sum over the thresholds of precision times the recall that each adds; None without a row of the class."""
-    positive = int(curve.right[-1])
-    if not positive:
-        return None
-    added = curve.right.diff(prepend=curve.right.new_zeros(1))
-    return (added * (curve.right.double() / (curve.right + curve.wrong))).sum().item() / positive
-
-
-def calibration_error(bins: Tensor) -> float:
-    """How far the probability of the likeliest class is from the share of rows that have it: the mean over the rows of what their bin is
-    off (the expected calibration error of Guo et al., On Calibration of Modern Neural Networks, 2017), float64 (3, BINS) as `_binned`."""
-    rows, sure, right = bins
-    return ((sure - right).abs().sum() / rows.sum()).item()
+    return Classes(target, rows, device) if target.kind == "category" else Labels(target, rows, device)
 
 
 def _binned(probabilities: Tensor, target: Tensor) -> Tensor:
@@ -291,19 +204,3 @@ def _among_the_first(probabilities: Tensor, target: Tensor, most: int) -> Tensor
     earlier = torch.arange(probabilities.shape[1], device=target.device) < target[:, None]
     ahead = (probabilities > own) | ((probabilities == own) & earlier)
     return (ahead.sum(dim=1) < most) & ~own[:, 0].isnan()
-
-
-def _areas(curve: Curve | None) -> tuple[float | None, float | None]:
-    """ROC AUC and average precision."""
-    return (None, None) if curve is None else (roc_auc(curve), average_precision(curve))
-
-
-def _mean_areas(scores: Tensor, truths: Tensor) -> Metrics:
-    """Over the classes or labels that the split can tell them of. scores, truths: (rows, classes)."""
-    found = [_areas(curve_of(*column)) for column in zip(scores.T.contiguous(), truths.T.contiguous(), strict=True)]
-    return {"macro_roc_auc": _mean(area for area, _ in found), "macro_average_precision": _mean(average for _, average in found)}
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    there = [value for value in values if value is not None]
-    return sum(there) / len(there) if there else None

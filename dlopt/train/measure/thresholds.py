@@ -7,6 +7,7 @@ that split across it. Of several that are as good, the one nearest to a half is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -14,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dlopt.part import Part, Signature, Target
-from dlopt.train.measure.metrics import Curve, curve_of
+from dlopt.train.measure.curves import Curve
 
 HALF = 0.5
 """Where nothing else is known: a label of which the split has no row, or that all rows have."""
@@ -40,23 +41,16 @@ def fixed(threshold: Threshold | None, target: Target) -> tuple[float, ...]:
     return (threshold,) * (target.size if target.kind == "multi_label" else 1)
 
 
-def tuned(section: Tuned, target: Target, probabilities: Tensor, wanted: Tensor) -> tuple[float, ...]:
-    """The best thresholds for some rows: of the positive one of two classes, or of each label.
-
-    probabilities: (rows, outputs), as the graph gives them; wanted: the targets, class indices (rows,) or labels (rows, labels).
-    """
-    if target.kind == "category":
-        positive = target.positive_index
-        return (best(section.metric, probabilities[:, positive], wanted == positive),)
-    return tuple(best(section.metric, probabilities[:, label], wanted[:, label] > 0) for label in range(target.size))
+def tuned(section: Tuned, curves: Sequence[Curve | None]) -> tuple[float, ...]:
+    """The best thresholds for some rows: of the positive one of two classes, or of each label, of which there are curves."""
+    return tuple(best(section.metric, curve) for curve in curves)
 
 
-def best(metric: str, probabilities: Tensor, truths: Tensor) -> float:
-    """probabilities: (rows,); truths: bool (rows,). A half where there are no rows of both sorts, or a probability is NaN."""
-    curve = curve_of(probabilities.float(), truths)
+def best(metric: str, curve: Curve | None) -> float:
+    """A half where there are no rows of both sorts, or a probability is NaN."""
     if curve is None or not curve.right[-1] or not curve.wrong[-1]:
         return HALF
-    value, cuts = _values(metric, curve), _cuts(curve.scores)
+    value, cuts = _values(metric, curve), _cuts(curve.scores) if curve.exact else curve.scores
     cuts = cuts[value == value.max()]
     return float(cuts[(cuts - HALF).abs().argmin()])
 

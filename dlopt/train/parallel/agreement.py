@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from dlopt.train.cluster.stopping import Reason
 
+Made = TypeVar("Made")
 REASONS: tuple[Reason | None, ...] = (None, "preempted", "stop")
 """The later, the stronger."""
 
@@ -53,3 +56,27 @@ class Agreement:
         reason, wanted, following, *each = told.tolist()
         self.next = int(following)
         return Agreed(REASONS[int(reason)], bool(wanted), tuple(each))
+
+
+def patiently(work: Callable[[], Made], world: int, device: torch.device) -> Made:
+    """What `work` gives on this worker, however long it takes on any of them: they tell each other every second that it still does, so that
+    no exchange waits longer. All call it at once; work exchanges nothing."""
+    if world == 1:
+        return work()
+    with ThreadPoolExecutor(1, "dlopt-patient") as pool:
+        doing = pool.submit(work)
+        while True:
+            wait([doing], 1.0)
+            done = torch.tensor(int(doing.done()), device=device)
+            dist.all_reduce(done, dist.ReduceOp.MIN)
+            if done.item():
+                return doing.result()
+
+
+def agreed(here: bool, world: int, device: torch.device) -> bool:
+    """What worker 0 says. All call it at once."""
+    if world == 1:
+        return here
+    said = torch.tensor(int(here), device=device)
+    dist.broadcast(said, 0)
+    return bool(said.item())

@@ -46,6 +46,11 @@ class Parallel:
         return self.world
 
     @property
+    def writes(self) -> bool:
+        """Whether this worker has a part in what is written: of what all hold alike worker 0 alone has."""
+        return self.rank == 0
+
+    @property
     def together(self) -> int:
         """How many workers compute each batch together, so that they exchange something at each step."""
         return self.world

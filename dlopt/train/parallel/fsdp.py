@@ -59,6 +59,10 @@ class FSDP(Parallel):
     def copies(self) -> int:
         return 1
 
+    @property
+    def writes(self) -> bool:
+        return True
+
     def module(self) -> nn.Module:
         return self.held
 

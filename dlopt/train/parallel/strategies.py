@@ -16,6 +16,7 @@ from typing import Literal
 
 from torch import nn
 
+from dlopt.optim.optimizers import Optimizer
 from dlopt.part import DloptError, Part
 from dlopt.train.parallel.base import Parallel
 from dlopt.train.parallel.ddp import DDP
@@ -24,10 +25,6 @@ from dlopt.train.parallel.local_sgd import DiLoCo, LocalSGD
 from dlopt.train.parallel.zero import Zero
 
 Parallelism = Literal["ddp", "zero", "fsdp"]
-ACROSS = {"lbfgs", "prodigy"}
-"""Optimizers whose state is of all parameters together."""
-BY_PARAMETER = {"adafactor", "muon", "lars", "lamb", "soap", "shampoo", "sophia"}
-"""Optimizers that look at a parameter as a whole."""
 
 
 def parallel_of(kind: Parallelism, network: nn.Module, rank: int, world: int, custom: bool = False) -> Parallel:
@@ -36,12 +33,11 @@ def parallel_of(kind: Parallelism, network: nn.Module, rank: int, world: int, cu
     return made(network, rank, world, custom)
 
 
-def refuse_parallelism(kind: Parallelism, optimizer: str) -> None:
-    """Raises DloptError where workers cannot share out the state of an optimizer, by its kind."""
-    if kind != "ddp" and optimizer in ACROSS:
-        raise DloptError(f"resources.parallelism: {kind} cannot shard the state of optimizer {optimizer}: use ddp")
-    if kind == "fsdp" and optimizer in BY_PARAMETER:
-        raise DloptError(f"resources.parallelism: fsdp cannot shard the state of optimizer {optimizer}: use zero or ddp")
+def refuse_parallelism(kind: Parallelism, optimizer: Optimizer) -> None:
+    """Raises DloptError where workers cannot share out the state of an optimizer."""
+    if (kind != "ddp" and optimizer.unit == "all") or (kind == "fsdp" and optimizer.unit != "number"):
+        instead = "ddp" if optimizer.unit == "all" else "zero or ddp"
+        raise DloptError(f"resources.parallelism: {kind} cannot shard the state of optimizer {optimizer.kind}: use {instead}")
 
 
 def refuse_communication(

@@ -18,7 +18,7 @@ from dlopt.data.prepared import Split
 from dlopt.part import Target
 from dlopt.progress import WARNING, Progress
 from dlopt.train.job import Fit, Resources, Train
-from dlopt.train.measure.metrics import names
+from dlopt.train.measure.metric import names
 from dlopt.train.progress.forecast import Forecast, clock, rounded
 from dlopt.train.progress.track.courier import Courier, complaints, couriers
 from dlopt.train.progress.track.tracker import Line, What
@@ -133,6 +133,7 @@ class ProgressReader:
         self.starts, self.speeds, self.lines, self.watched = (NewLines(out / name) for name in (STARTS, SPEED, NAME, HEALTH))
         self.said, self.progress, self.trackers = said, progress, trackers
         self.slow: dict[int, int] = {}
+        self.skipped = False
         self.finite = True
         self.told = ("", 0.0)
         self._read(0.0, quiet=True)
@@ -164,6 +165,7 @@ class ProgressReader:
             self.said.speed(line, now)
             if not quiet:
                 self._slow(line)
+                self._skipped(line)
         back, lines = self.lines.new()
         if back is not None:
             self._tell("undone", {"step": back})
@@ -205,6 +207,15 @@ class ProgressReader:
                     f"worker {found['rank']} on {found['host']} is slow: its steps take {found['times']:.1f} times as long as others'"
                 )
             self.slow[found["rank"]] = 0
+
+    def _skipped(self, line: Line) -> None:
+        """Once, that checkpoints take longer than the time between two of them."""
+        if line.get("skipped_checkpoints") and not self.skipped:
+            self.skipped = True
+            self._warn(
+                f"a checkpoint takes {line['longest_checkpoint']:.0f} s to write, longer than the time between two: training goes on and "
+                "some are left out, so that a crash costs more steps (resources.checkpoint: every, path)"
+            )
 
     def _finite(self, epoch: int, finite: bool, quiet: bool) -> None:
         """Once for each row of epochs whose validation loss is not finite."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from dlopt.data.feed.batches import Batch
+from dlopt.models.clock import Clock, waits
 from dlopt.train.checkpoint.state import Record
 from dlopt.train.loop.objectives import Losses, Objective
 from dlopt.train.watch.metrics_log import SPEED, MetricsWriter
@@ -23,7 +24,8 @@ class Pace:
     """Between two lines."""
 
     def __init__(self) -> None:
-        self.waited = self.computed = 0.0
+        self.waited = 0.0
+        self.forward, self.others = Clock(), Clock()
         self._computed = 0.0
 
     def waiting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -43,16 +45,24 @@ class Pace:
         """The objective, and how long its forward passes take is counted in `computed`."""
 
         def timed(model: nn.Module, batch: Batch) -> Losses:
-            began = time.perf_counter()
-            losses = objective(model, batch)
-            self.computed += time.perf_counter() - began
-            return losses
+            waits.append(self.others)
+            try:
+                with self.forward.running(next(model.parameters()).device):
+                    return objective(model, batch)
+            finally:
+                waits.pop()
 
         return timed
 
+    @property
+    def computed(self) -> float:
+        """Seconds of forward passes, but for what they have waited for other workers."""
+        return self.forward.seconds - self.others.seconds
+
     def lap(self) -> float:
         """Seconds computed since the last time this was asked."""
-        found, self._computed = self.computed - self._computed, self.computed
+        now = self.computed
+        found, self._computed = now - self._computed, now
         return found
 
 
@@ -88,8 +98,8 @@ class SpeedLog:
         self.began = self.time = time.monotonic()
         self.step, self.rows, self.waited = record.step, record.rows, 0.0
 
-    def lap(self, record: Record, pace: Pace, busy: tuple[float, ...], checkpoint_seconds: float) -> None:
-        """Write a line if it is time for one."""
+    def lap(self, record: Record, pace: Pace, busy: tuple[float, ...], checkpoints: Mapping[str, float]) -> None:
+        """Write a line if it is time for one. checkpoints: what their writer tells of them."""
         self.slow = self.slowest.lap(busy)
         seconds = time.monotonic() - self.time
         if seconds < Pace.SECONDS and self.time != self.began:
@@ -103,7 +113,7 @@ class SpeedLog:
             rows_per_second=round(rows / seconds, 1),
             step_seconds=round(seconds / steps, 6) if steps else None,
             data_wait=round(min(1.0, (pace.waited - self.waited) / seconds), 4),
-            checkpoint_seconds=round(checkpoint_seconds, 4),
+            **checkpoints,
             workers=len(busy),
             slow=self.slow,
         )

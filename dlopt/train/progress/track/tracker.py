@@ -29,7 +29,8 @@ class Tracker:
         """The end of an epoch: {epoch, step, train, validation, seconds}, the middle two {metric: value}; validation may be None."""
 
     def speed(self, line: Line) -> None:
-        """About once a second: {step, epoch, rows, time, rows_per_second, step_seconds, data_wait, checkpoint_seconds, workers, slow}."""
+        """About once a second: {step, epoch, rows, time, rows_per_second, step_seconds, data_wait, checkpoint_seconds,
+        skipped_checkpoints, longest_checkpoint, workers, slow}."""
 
     def health(self, line: Line) -> None:
         """A look at the layers, {step, layers, gradient, weights, update, ...}, lists in the order of layers; or a roll-back."""
