@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dlopt.api.home import home_of
 from dlopt.api.page import Page
-from dlopt.api.running import Run, load
+from dlopt.api.running import Run
 from dlopt.part import DloptError
+from dlopt.runs import find
 
 
 def compare(runs: Sequence[Run | str | Path], output: str | Path = "compare.html", *, home: str | Path | None = None) -> Page:
@@ -19,6 +21,6 @@ def compare(runs: Sequence[Run | str | Path], output: str | Path = "compare.html
 
     if isinstance(runs, (str, Path, Mapping)) or not isinstance(runs, Sequence):
         raise DloptError(f"compare: runs: give a list of 2 to 6 runs, not {str(runs)[:60]!r}")
-    folders = [load(one, home=home).folder for one in runs]
+    folders = [one.folder if isinstance(one, Run) else find(str(one), home_of(home)) for one in runs]
     side_by_side.write(Path(output), folders)
     return Page(Path(output))

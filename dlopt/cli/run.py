@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dlopt.cli.options import add_address, add_home, add_job, command, port, set_ray_environment
+
+if TYPE_CHECKING:
+    from dlopt.spec import Job
 
 RUN = """
   dlopt run job.yaml
@@ -64,15 +67,20 @@ def _run(options: argparse.Namespace) -> None:
 
     job = spec.load(options.job, [*options.overrides, *(["resources.profile=true"] if options.profile else [])])
     if options.metrics_port:
-        from dlopt.train.progress.track import Prometheus
-
-        track = (*job.resources.track, Prometheus(port=options.metrics_port))
-        job = job.model_copy(update={"resources": job.resources.model_copy(update={"track": track})})
+        job = shown_to_prometheus(job, options.metrics_port)
     with Terminal(job.name) as terminal:
         done = run(job, home=options.home, address=options.address, fresh=options.fresh, progress=terminal.progress)
         terminal.summary(done)
     told = {"run": str(done.folder), "name": done.name, "metrics": done.metrics, "seconds": done.seconds}
     print(json.dumps(told | ({"spread": done.spread} if done.spread else {})) if options.json else done.folder)
+
+
+def shown_to_prometheus(job: Job, port: int) -> Job:
+    """The job with one more tracker."""
+    from dlopt.train.progress.track import Prometheus
+
+    track = (*job.resources.track, Prometheus(port=port))
+    return job.model_copy(update={"resources": job.resources.model_copy(update={"track": track})})
 
 
 def _prepare(options: argparse.Namespace) -> None:
