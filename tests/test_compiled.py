@@ -19,6 +19,7 @@ from dlopt.data.feed.batches import Batch
 from dlopt.models import Cnn, Mlp, Network
 from dlopt.models.preprocess import Preprocess
 from dlopt.optim.optimizers import Adam
+from dlopt.part import DloptError
 from dlopt.train.job import Fit, Resources, Train
 from dlopt.train.loop.compiled import Compiled, compile_network
 from dlopt.train.loop.losses import loss_of
@@ -158,5 +159,5 @@ def test_without_a_compiler_there_is_one_line_and_the_same_bits(tmp_path: Path) 
 
 @pytest.mark.parametrize("other", [{"checkpoint_activations": True}, {"parallelism": "fsdp"}])
 def test_what_works_block_by_block_is_refused_to_be_compiled(other: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="works block by block, which cannot be compiled: take one of them out"):
+    with pytest.raises(DloptError, match="works block by block, which cannot be compiled: take one of them out"):
         Resources(compile=True, **other)

@@ -174,7 +174,7 @@ def alone(data: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return fit(SECTIONS["whole"], tmp_path_factory.mktemp("alone"), data, workers=1, feed="resident")
 
 
-@pytest.mark.parametrize("feed", ["resident", "stream"])
+@pytest.mark.parametrize("feed", ["resident", pytest.param("stream", marks=pytest.mark.slow)])
 def test_the_process_of_the_run_follows_the_same_curve(feed: str, data: Artifact, oracle: Path, tmp_path: Path) -> None:
     assert far(lines(oracle / "whole"), curve(fit(SECTIONS["whole"], tmp_path, data, workers=0, feed=feed))) < 1e-9
 

@@ -57,6 +57,7 @@ def rows(data: Artifact, name: str) -> set[bytes]:
     return {row.tobytes() for row in split["numbers"]}
 
 
+@pytest.mark.slow
 def test_folds_are_all_trained_and_their_spread_is_told(job: Path, tmp_path: Path) -> None:
     done = pipeline.run(spec.load(job, ["train.folds=4"]), tmp_path)
     record = json.loads((done.folder / "run.json").read_text())

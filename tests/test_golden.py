@@ -51,8 +51,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("home")
 
 
-SLOW = ("mnist_full", "mnist_large_batch")
-"""Jobs of all of MNIST, whose like among the others are mnist and mnist_cnn."""
+SLOW = ("mnist_full", "mnist_large_batch", "mnist_cnn")
+"""Jobs of all of MNIST, whose like among the others is mnist, and of convolutions."""
 
 
 @pytest.mark.parametrize(

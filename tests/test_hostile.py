@@ -15,7 +15,7 @@ import pytest
 
 from dlopt.data.count import most_rows
 from dlopt.data.kinds import CategoryInput, CategoryTarget, DateInput, NumberInput, TextInput
-from dlopt.data.stats import guard, guess
+from dlopt.data.stats import begin, guard, guess
 from dlopt.data.stats.describe import describe
 from dlopt.data.stats.summary import summarise
 from dlopt.data.table.spill import Spill, from_json
@@ -112,7 +112,8 @@ def goes_on(case: Hostile, tables: list[pa.Table], folder: Path) -> None:
     described = describe({guard.WHOLE: summary}, [LABEL])
     json.dumps(described, allow_nan=False)
     assert summary.rows == len(table) and set(described["columns"]) == set(kinds)
-    assert guess.job_of(case.source, summary, [LABEL], guard.findings({guard.WHOLE: summary}, [LABEL])).startswith("data:")
+    begun = begin.job_of(case.source, summary, [LABEL], guard.findings({guard.WHOLE: summary}, [LABEL])).text
+    assert "\ndata:\n" in f"\n{begun}"
     of = {kind: [name for name, its in kinds.items() if its == kind and name != LABEL] for kind in ("number", "category", "date", "text")}
     together = {"number": NumberInput, "category": CategoryInput, "date": DateInput}
     parts = [together[kind](columns=of[kind]) for kind in together if of[kind]]

@@ -257,7 +257,7 @@ def test_the_background_is_the_same_in_training_and_in_serving(background: str, 
 
 @pytest.mark.parametrize("background", ["whitish", "#12", "#00000080"])
 def test_a_background_that_is_no_colour_is_refused(background: str) -> None:
-    with pytest.raises(ValueError, match="is no colour"):
+    with pytest.raises(DloptError, match="is no colour"):
         ImageInput(background=background)
 
 

@@ -105,6 +105,7 @@ def test_what_would_take_far_too_much_is_not_tried(pictures: Artifact) -> None:
     assert 4096 not in trials.taken  # nothing was measured
 
 
+@pytest.mark.slow
 def test_a_trial_takes_less_where_activations_are_computed_again(tmp_path: Path) -> None:
     data = prepared(tmp_path, signature(image(8, 8), target=THREE), train=1024)
     deep = Fit(seed=3, model=Mlp(hidden=(256,) * 12, residual=True), augment=(), train=Train())

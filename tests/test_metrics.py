@@ -321,6 +321,7 @@ def test_areas_of_more_classes_than_can_be_kept_are_left_out() -> None:
     assert set(names("category", MOST_SCORED)) - set(names("category", MOST_SCORED + 1)) == areas
 
 
+@pytest.mark.slow
 def test_nothing_of_training_loads_torchmetrics() -> None:
     """It takes more than a second."""
     code = "import sys, dlopt.spec, dlopt.train.measure.evaluate; print('torchmetrics' in sys.modules)"

@@ -299,7 +299,7 @@ def test_half_precision_goes_with_what_gradients_are_made_of(train: dict[str, An
 
 
 def test_lbfgs_is_refused_half_precision_in_one_line() -> None:
-    with pytest.raises(ValueError, match="precision: lbfgs searches by small differences of the loss, which bfloat16 rounds off"):
+    with pytest.raises(DloptError, match="precision: lbfgs searches by small differences of the loss, which bfloat16 rounds off"):
         Train(optimizer=Lbfgs(), precision="bfloat16")
 
 

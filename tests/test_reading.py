@@ -99,13 +99,8 @@ def share_of(data: Artifact, rank: int, world: int, window: int, parts: tuple[An
     return replace(found, order=replace(found.order, window=window))
 
 
-@pytest.mark.parametrize(
-    ("world", "window", "mixes"),
-    [
-        (4, 7, True),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1, 1000, False), (1, 7, True), (2, 30, False), (4, 1000, False)]),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "window", "mixes"), [(4, 7, True), (1, 1000, False), (1, 7, True), (2, 30, False), (4, 1000, False)])
 def test_each_chunk_is_read_once_an_epoch_whatever_the_number_of_workers_and_windows(
     world: int, window: int, mixes: bool, tmp_path: Path, ray_cluster: None
 ) -> None:

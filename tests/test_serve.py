@@ -352,6 +352,7 @@ def test_a_port_in_use_is_one_line_and_nothing_is_started(export: Artifact) -> N
     assert second.process.returncode == 1
 
 
+@pytest.mark.slow
 @everything_else
 def test_a_killed_replica_comes_back_under_load_and_no_client_gets_an_error(server: Server) -> None:
     before = server.replicas

@@ -93,7 +93,7 @@ def test_json_lines_have_the_same_columns_and_types_in_every_piece(tmp_path: Pat
     assert refused(source).startswith(f"{tmp_path}/x.jsonl: line 120005 is not JSON: ")
 
 
-@pytest.mark.parametrize("groups", [1, 12])
+@pytest.mark.parametrize("groups", [1, pytest.param(12, marks=pytest.mark.slow)])
 def test_parquet_keeps_several_tasks_busy_whatever_its_row_groups(groups: int, tmp_path: Path) -> None:
     table = pa.table({"id": np.arange(600_000), "x": np.random.default_rng(0).random(600_000)})
     pq.write_table(table, tmp_path / "x.parquet", row_group_size=600_000 // groups)
