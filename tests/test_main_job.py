@@ -109,7 +109,7 @@ def test_what_is_served_is_what_was_trained(result: dict[str, Any], home: Path) 
             said.append(line)
             if line.startswith("Ctrl-C"):
                 break
-        assert found["export.onnx"].manifest.digest in said[1], said
+        assert found["export.onnx"].manifest.digest in said[0], said
         url = f"http://127.0.0.1:{port}/v1/models/mnist:predict"
         replies: list[dict[str, Any]] = []
         for start_row in range(0, 1000, 100):
