@@ -16,7 +16,7 @@ LAYERS = [
     {"cli"},
     {"sklearn", "docs"},
     {"api"},
-    {"submit", "terminal"},
+    {"cluster", "terminal"},
     {"pipeline", "fields"},
     {"spec"},
     {"export", "serve", "report"},
@@ -41,7 +41,9 @@ RAY = {
     "dlopt.train.cluster.ray_internals",
     "dlopt.serve.cluster",
     "dlopt.session",
-    "dlopt.submit",
+    "dlopt.cluster.doctor",
+    "dlopt.cluster.head",
+    "dlopt.cluster.submit",
 }
 """The only modules in which Ray appears."""
 

@@ -107,9 +107,7 @@ def test_a_reader_that_goes_early_is_no_mistake() -> None:
     assert (ended.stdout, ended.stderr, ended.returncode) == ("{\n", "", 141)
 
 
-@pytest.mark.parametrize(
-    ("name", "says"), [("run", "goes on from here"), ("prepare", "begins it anew"), ("submit", "`ray job list` shows")]
-)
+@pytest.mark.parametrize(("name", "says"), [("run", "goes on from here"), ("prepare", "begins it anew"), ("submit", "`dlopt jobs` shows")])
 def test_ctrl_c_says_what_is_true_of_the_command(
     name: str, says: str, job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

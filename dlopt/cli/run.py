@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlopt.cli.options import add_address, add_home, add_job, command, port, set_ray_environment
@@ -63,8 +64,10 @@ def _run(options: argparse.Namespace) -> None:
     set_ray_environment(options)
     from dlopt import spec
     from dlopt.api.running import run
+    from dlopt.cluster.package import arrived
     from dlopt.terminal import Terminal
 
+    arrived(Path.cwd())
     job = spec.load(options.job, [*options.overrides, *(["resources.profile=true"] if options.profile else [])])
     if options.metrics_port:
         job = shown_to_prometheus(job, options.metrics_port)
