@@ -18,6 +18,7 @@ from rich.text import Text
 
 from dlopt.artifact import Artifact
 from dlopt.progress import BLOCK, ENCODED, WARNING, encoded, seconds_left
+from dlopt.remote import said
 from dlopt.runs import REPORT, Outcome
 
 UNFOLDED = 10_000
@@ -93,14 +94,14 @@ class Terminal:
     def summary(self, run: Outcome) -> None:
         """What came out, in two lines."""
         if self.encoded:
-            told = {"run": str(run.folder), "name": run.name, "metrics": run.metrics, "seconds": run.seconds, "made": list(run.made)}
+            told = {"run": said(run.folder), "name": run.name, "metrics": run.metrics, "seconds": run.seconds, "made": list(run.made)}
             print(encoded(**told), file=sys.stderr, flush=True)
             return
         self.metrics(run.name, run.seconds, bool(run.made), run.metrics)
         for split, found in run.spread.items():
             figures = [f"{name} {figure['mean']:.4f} ± {figure['std']:.4f}" for name, figure in found.items()]
             self._print(f"over the folds, {split}: {figures[0]}", *figures[1:])
-        self._print(f"report: {run.folder / REPORT}", f"try it: dlopt serve {run.folder}")
+        self._print(f"report: {run.folder / REPORT}", f"try it: dlopt serve {said(run.folder)}")
 
     def metrics(self, name: str, seconds: float, made: bool, metrics: Mapping[str, Mapping[str, float | None]]) -> None:
         """The first of them."""

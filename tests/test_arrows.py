@@ -26,6 +26,7 @@ LAYERS = [
     {"disk"},
     {"runs"},
     {"artifact", "session"},
+    {"remote"},
     {"part", "progress"},
     {"mistakes"},
 ]

@@ -62,7 +62,7 @@ def add(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     set_ray_environment(options)
-    from dlopt import spec
+    from dlopt import remote, spec
     from dlopt.api.running import run
     from dlopt.cluster.package import arrived
     from dlopt.terminal import Terminal
@@ -74,8 +74,8 @@ def _run(options: argparse.Namespace) -> None:
     with Terminal(job.name) as terminal:
         done = run(job, home=options.home, address=options.address, fresh=options.fresh, progress=terminal.progress)
         terminal.summary(done)
-    told = {"run": str(done.folder), "name": done.name, "metrics": done.metrics, "seconds": done.seconds}
-    print(json.dumps(told | ({"spread": done.spread} if done.spread else {})) if options.json else done.folder)
+    told = {"run": remote.said(done.folder), "name": done.name, "metrics": done.metrics, "seconds": done.seconds}
+    print(json.dumps(told | ({"spread": done.spread} if done.spread else {})) if options.json else remote.said(done.folder))
 
 
 def shown_to_prometheus(job: Job, port: int) -> Job:

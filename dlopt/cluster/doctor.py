@@ -61,7 +61,7 @@ def cluster(home: Path) -> list[Finding]:
     def on_each(function: Any, *given: Any) -> dict[str, Any]:
         task = ray.remote(num_cpus=0, max_retries=0)(function)
         waiting = {node["NodeID"]: task.options(scheduling_strategy=On(node["NodeID"], soft=False)).remote(*given) for node in alive}
-        ready, late = ray.wait([*waiting.values()], num_returns=len(waiting), timeout=NODE_SECONDS)
+        _, late = ray.wait([*waiting.values()], num_returns=len(waiting), timeout=NODE_SECONDS)
         if late:
             names = [f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})" for node in alive if waiting[node["NodeID"]] in late]
             raise DloptError(f"doctor: no answer in {NODE_SECONDS:.0f} s from {', '.join(names)}: is there memory for one more process?")

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from dlopt import remote
 from dlopt.artifact import Stage, write_atomically
 from dlopt.data.clean import DropColumns, ExactDuplicates, NearDuplicates, Outliers
 from dlopt.data.count import most_rows
@@ -82,6 +83,7 @@ def prepare(section: Data, out: Path, *, progress: Progress = silent) -> dict[st
         info = arrange(section, features, read, out, run=on_cluster, progress=progress)
     finally:
         shutil.rmtree(spill, ignore_errors=True)
+        remote.drop(spill)
     return info | {"seconds": clock.seconds | info["seconds"]}
 
 
@@ -106,7 +108,10 @@ def arrange(
     refuse_unlearnable(plan, seen)
     plan, signature, statistics = _fitted(plan, seen, over)
     clock.lap("statistics")
-    written = sum(over.each(partial(passes.write, plan, signature=signature, out=out), "writing"))
+    written = 0
+    for rows, files in over.each(partial(passes.write, plan, signature=signature, out=out), "writing"):
+        written += rows
+        remote.take(*files)
     if written != sum(seen.counts.values()):
         raise RuntimeError(f"prepare: {written:,} rows were written where {sum(seen.counts.values()):,} had been counted")
     clock.lap("write")
@@ -225,6 +230,7 @@ def _keep_quarantine(read: dict[str, Read], folder: Path) -> Path:
     for name, said in read.items():
         for number, path in enumerate(said.quarantine):
             folder.mkdir(parents=True, exist_ok=True)
+            remote.take(Path(path))
             Path(path).rename(folder / f"{name}-{number:05d}.parquet")
     return folder
 
@@ -250,7 +256,7 @@ def _in_ranges(plan: Plan, read: dict[str, Read], spill: Path, over: _Ranges) ->
     over.progress("prepare", None, "sorting")
     plan = replace(plan, ranges=tuple(in_ranges(pieces, plan.power, spill, over.run)))
     for path, _ in pieces:
-        Path(path).unlink()
+        Path(path).unlink(missing_ok=True)  # where another machine has written it
     return _with_offsets(plan, read["source"].rows)
 
 

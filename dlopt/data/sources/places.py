@@ -69,9 +69,9 @@ class File:
         return self.inside.rpartition("/")[0]
 
     @property
-    def state(self) -> tuple[str, int, int | str | None]:
+    def state(self) -> list[str | int | None]:
         """What tells its content from another's: changed files are new data."""
-        return as_sent(self.name), self.size, self.changed
+        return [as_sent(self.name), self.size, self.changed]
 
 
 LeftOut = list[str]
