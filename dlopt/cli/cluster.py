@@ -11,7 +11,7 @@ from typing import Any
 from dlopt.cli.options import Mistake, command, positive
 
 EXAMPLES = """
-  eval "$(dlopt cluster up --nodes 3)"      after which `dlopt submit` and `dlopt jobs` meet it
+  eval "$(dlopt cluster up --nodes 3)"      for `dlopt submit` and `dlopt jobs`
   dlopt cluster status
   dlopt cluster down
 """

@@ -12,7 +12,7 @@ from dlopt.cli.options import add_address, add_home, command
 EXAMPLES = """
   dlopt doctor                                      this machine
   dlopt doctor --address http://head:8265           all nodes of a cluster, from its head
-  dlopt doctor --address http://head:8265 --json | jq '.[] | select(.state != "ok")'
+  dlopt doctor --json | jq '.[] | select(.state != "ok")'
 """
 
 
