@@ -1,10 +1,11 @@
-"""cluster/: the files hold to Ray's own schema of clusters and to KubeRay's of its resources, and what they start is asked for a token."""
+"""cluster/ and deploy/kubernetes: files hold to Ray's and KubeRay's own schemas, and what they start is asked for a token."""
 
 from __future__ import annotations
 
 import copy
 import shlex
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from tests.commands import ROOT
 from tests.manifests import FILES, documents, faults
 
 LAUNCHER = sorted((ROOT / "cluster").glob("*.yaml"))
-KUBERAY = sorted((ROOT / "cluster" / "kuberay").glob("*.yaml"))
+KUBERAY = [*sorted((ROOT / "cluster" / "kuberay").glob("*.yaml")), *sorted((ROOT / "deploy" / "kubernetes").glob("*.yaml"))]
 MANIFESTS = [(path.stem, found) for path in KUBERAY for found in documents(path) if found["kind"] in FILES]
 
 
@@ -118,6 +119,15 @@ def test_probes_of_a_cluster_are_python_that_ray_answers_without_a_token() -> No
             python, flag, code = container[probe]["exec"]["command"]
             compile(code, "probe", "exec")
             assert (python, flag) == ("python", "-c") and public[0] in code
+
+
+def test_what_a_service_serves_is_an_application_of_ray_serve() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    found = ServeDeploySchema.model_validate(yaml.safe_load(dict(MANIFESTS)["ray-service"]["spec"]["serveConfigV2"]))
+    (application,) = found.applications
+    module, name = application.import_path.split(":")
+    assert callable(getattr(import_module(module), name)) and application.args["keys"]  # type: ignore[index]
 
 
 def test_what_a_job_runs_is_a_command_of_dlopt() -> None:
