@@ -235,6 +235,12 @@ def drop(path: Path) -> None:
         found.asked("remove", path, found.filesystem.delete_dir, found.key(path))
 
 
+def drop_spread(path: Path) -> None:
+    """The same of what only others who work at the same time have needed."""
+    if (found := remote_of(path)) and found.spread:
+        drop(path)
+
+
 def copy(source: Path, goal: Path) -> None:
     """A second name in the store of what it has."""
     found = remote_of(goal)

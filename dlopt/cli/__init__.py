@@ -14,10 +14,27 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from dlopt.cli import batch, check, cluster, compare, completion, docs, doctor, explain, init, profile, run, runs, schedule, serve, submit
+from dlopt.cli import (
+    batch,
+    check,
+    cluster,
+    compare,
+    completion,
+    docs,
+    doctor,
+    explain,
+    init,
+    profile,
+    run,
+    runs,
+    schedule,
+    serve,
+    submit,
+    ui,
+)
 from dlopt.cli.options import Mistake, Parser, close_to
 
-COMMANDS = (init, run, check, explain, profile, schedule, batch, serve, submit, cluster, doctor, compare, runs, docs, completion)
+COMMANDS = (init, run, check, explain, profile, schedule, batch, serve, submit, cluster, doctor, compare, runs, ui, docs, completion)
 EPILOG = """the first steps:
   dlopt init data.csv --target late -o job.yaml   write a job
   dlopt run job.yaml                              train, export, report

@@ -83,7 +83,7 @@ def prepare(section: Data, out: Path, *, progress: Progress = silent) -> dict[st
         info = arrange(section, features, read, out, run=on_cluster, progress=progress)
     finally:
         shutil.rmtree(spill, ignore_errors=True)
-        remote.drop(spill)
+        remote.drop_spread(spill)
     return info | {"seconds": clock.seconds | info["seconds"]}
 
 

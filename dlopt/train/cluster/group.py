@@ -87,6 +87,7 @@ def train(
     """
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     before, home = room.places() if workers else None, remote.remote_of(storage)
+    home = home if home and home.spread else None
     trainer = Trainer(
         work,
         train_loop_config=config,
@@ -106,7 +107,8 @@ def train(
         found = trainer.fit().return_value
     finally:
         shutil.rmtree(storage, ignore_errors=True)
-        remote.drop(storage)
+        if home:
+            remote.drop(storage)
         if before is not None:
             room.sweep(before)
     if not isinstance(found, dict):
