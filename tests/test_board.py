@@ -15,9 +15,8 @@ import pytest
 from dlopt.report import board
 from tests.conftest import program
 
-EPOCHS = [
-    {"epoch": n, "step": 10 * n, "train": {}, "validation": {"loss": loss, "accuracy": 0.9}} for n, loss in enumerate((2.0, 1.0, 0.5), 1)
-]
+LOSSES = enumerate((2.0, 1.0, 0.5), 1)
+EPOCHS = [{"epoch": n, "step": 10 * n, "train": {}, "validation": {"loss": loss, "accuracy": 0.9}} for n, loss in LOSSES]
 STEPS = [{"epoch": 1, "step": n, "loss": loss} for n, loss in enumerate((3.0, 2.5), 1)]
 
 
