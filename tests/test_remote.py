@@ -53,8 +53,10 @@ class Front:
                 if self.command == "PUT":
                     front.puts.append(self.path)
                 self.send_response_only(reply.status)
-                for name, value in reply.getheaders():
-                    if name.lower() not in ("connection", "transfer-encoding"):
+                given = {name.lower(): value for name, value in reply.getheaders()}
+                given |= {} if self.command == "HEAD" else {"content-length": str(len(content))}
+                for name, value in given.items():
+                    if name not in ("connection", "transfer-encoding"):
                         self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(content)
