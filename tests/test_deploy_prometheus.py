@@ -1,4 +1,4 @@
-"""A real Prometheus with the files of deploy/: it finds the nodes of a cluster by itself, and what dashboards and alerts ask for has data."""
+"""A real Prometheus with the files of deploy/: it finds a cluster's nodes, and what dashboards and alerts ask for has data."""
 
 from __future__ import annotations
 

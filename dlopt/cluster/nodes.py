@@ -119,7 +119,7 @@ def _start(cluster: Cluster, number: int) -> None:
         "--disable-usage-stats",
         *(f"--{name}={_free()}" for name in ports),
     ]
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_ADDRESS", "RAY_API_", "RAY_AUTH_", "RAY_JOB_"))}
     environment = (
         QUIET
         | kept
