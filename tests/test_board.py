@@ -57,7 +57,7 @@ def test_runs_are_listed_newest_first_with_metrics_and_curves(url: str) -> None:
     assert page.index("tiny-&lt;2&gt;") < page.index("tiny-1") and "<2>" not in page
     assert page.count("<polyline") == 2 and "accuracy 90" in page.lower() and "2026-11-30 10:00" in page
     assert "loss from 2 to 0.5" in page and "loss from 3 to 2.5" in page
-    assert "default-src 'none'" in page and "http" not in page.replace("http-equiv", "")
+    assert "default-src &#39;none&#39;" in page and "http" not in page.replace("http-equiv", "")
 
 
 def test_each_leads_to_its_report_and_nothing_else_is_served(url: str) -> None:

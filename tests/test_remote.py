@@ -45,9 +45,11 @@ class Front:
                 if front.fault and front.fault(self):
                     self.close_connection = True
                     return
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                body = self.body()
+                left_out = ("transfer-encoding", "content-length", "expect")
+                headers = {name: value for name, value in self.headers.items() if name.lower() not in left_out}
                 store = http.client.HTTPConnection("127.0.0.1", front.port, timeout=30)
-                store.request(self.command, self.path, body, dict(self.headers))
+                store.request(self.command, self.path, body, headers)
                 reply = store.getresponse()
                 content = reply.read()
                 if self.command == "PUT":
@@ -60,6 +62,18 @@ class Front:
                         self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(content)
+
+            def body(self) -> bytes:
+                """As its head says how long it is, or piece by piece."""
+                if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+                    return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                pieces = list[bytes]()
+                while size := int(self.rfile.readline().partition(b";")[0], 16):
+                    pieces.append(self.rfile.read(size))
+                    self.rfile.readline()
+                while self.rfile.readline().strip():
+                    continue
+                return b"".join(pieces)
 
             do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = pass_on
 
