@@ -628,7 +628,7 @@ def test_exactly_the_planted_faults_are_set_aside_in_any_number_of_ranges(ranges
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_exactly_the_planted_faults_are_set_aside_by_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "PART_BYTES", 2**15)
+    monkeypatch.setattr(reading, "PART_BYTES", 2**15)
     faults = planted_faults()
     section = section_of(*PLANTED_INPUTS, source=write(tmp_path / "raw", faults.table, files=5), clean=CLEAN, most_bad=0.05)
     data = prepared(section, tmp_path / "home")
@@ -829,7 +829,7 @@ def test_ray_makes_the_artifact_that_this_process_makes_whatever_the_files_and_w
 ) -> None:
     from ray.data import DataContext, ExecutionResources
 
-    monkeypatch.setattr(stage, "PART_BYTES", part_bytes)
+    monkeypatch.setattr(reading, "PART_BYTES", part_bytes)
     one = write(tmp_path / "one", RICH)
     many = write(tmp_path / "many", shuffled(RICH), files=6)
     limits = DataContext.get_current().execution_options
