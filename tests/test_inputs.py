@@ -506,7 +506,7 @@ def test_parts_of_times_of_day_are_pythons(column: Any) -> None:
 
 def test_what_is_no_time_of_day_among_such_is_said() -> None:
     times = ["08:30"] * 3
-    table, feature, reasons = read(DateInput(columns=("d",)), pa.table({"d": times}))
+    _, feature, reasons = read(DateInput(columns=("d",)), pa.table({"d": times}))
     assert reasons == {}
     assert DateInput(columns=("d",)).read(pa.table({"d": ["24:00", "2026-11-24", "7:05"]}), feature)[1] == {
         row: f"d: {text!r} is not a time such as 08:30 or 08:30:00" for row, text in enumerate(["24:00", "2026-11-24", "7:05"])

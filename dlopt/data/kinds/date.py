@@ -42,8 +42,8 @@ class DateInput(Matrix):
     name: str = "dates"
     """The name of the model's input."""
     parts: tuple[DatePart, ...] = Field(("year", "month", "day", "weekday"), min_length=1)
-    """What the model sees of each date; weekday is 0 on Mondays, days are those since 1970, with fractions. Of times of day hour and minute,
-    if nothing else is said."""
+    """What the model sees of each date; weekday is 0 on Mondays, days are those since 1970, with fractions. Of times of day hour and
+    minute, if nothing else is said."""
     form: str = ""
     """How dates are written, for other texts than ISO 8601, as strptime has it (%d.%m.%Y); `time` for times of day (08:30 or 08:30:15),
     which is seen in the first rows, too."""
