@@ -241,6 +241,14 @@ def drop_spread(path: Path) -> None:
         drop(path)
 
 
+def unlink(path: Path) -> None:
+    """Remove a file, which another machine may have written."""
+    path.unlink(missing_ok=True)
+    if (found := remote_of(path)) and found.spread:
+        with suppress(FileNotFoundError):
+            found.asked("remove", path, found.filesystem.delete_file, found.key(path))
+
+
 def copy(source: Path, goal: Path) -> None:
     """A second name in the store of what it has."""
     found = remote_of(goal)

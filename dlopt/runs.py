@@ -14,7 +14,7 @@ from dlopt.part import DloptError
 
 RUN, JOB, REPORT = "run.json", "job.yaml", "report.html"
 """The files of a run's folder; run.json is written last."""
-STAGES = ("data", "model", "export")
+STAGES = ("rows", "data", "model", "export")
 """The folders of a home that hold artifacts."""
 
 

@@ -22,7 +22,7 @@ from dlopt import spec
 from dlopt.cluster import package, submit
 from dlopt.cluster.package import TIMES, arrived, package_of
 from dlopt.cluster.submit import Ended, Log, Sending
-from dlopt.data.prepare import sources
+from dlopt.data.rows import sources
 from dlopt.data.sources.places import SENT
 from dlopt.part import DloptError
 from dlopt.progress import decoded, encoded, seconds_left
