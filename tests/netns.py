@@ -81,7 +81,7 @@ class Network:
         given = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0", "PATH": f"{BIN}:{os.environ['PATH']}"}
         given |= {"XDG_CACHE_HOME": str(self.folder / "cache"), "RAY_TMPDIR": str(self.folder / "ray"), "GLOO_SOCKET_IFNAME": "eth0"}
         given |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_ENDPOINT_URL": f"http://{SWITCH}:5000"}
-        return environment(**HEALTH, **given, **more)
+        return environment(**(HEALTH | given | more))
 
     def pids(self, name: str) -> list[int]:
         return [int(pid) for pid in _ip("netns", "pids", name).split()]

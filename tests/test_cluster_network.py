@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -95,9 +96,9 @@ fs.S3FileSystem(endpoint_override=at, scheme="http", access_key="test", secret_k
 
 
 @pytest.fixture(scope="module")
-def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
+def machines() -> Iterator[Machines]:
     package("moto.server", "test")
-    with network(Path("/tmp") / tmp_path_factory.mktemp("net", numbered=True)) as net:
+    with tempfile.TemporaryDirectory(prefix="dl", dir="/tmp") as folder, network(Path(folder)) as net:  # sockets have short paths
         yield Machines(net)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from dlopt.cli.options import add_address, add_home, command
 
 EXAMPLES = """
-  dlopt doctor                                      this machine
-  dlopt doctor --address http://head:8265           all nodes of a cluster, from its head
+  dlopt doctor                                  this machine
+  dlopt doctor --address http://head:8265       all nodes of a cluster
   dlopt doctor --json | jq '.[] | select(.state != "ok")'
 """
 

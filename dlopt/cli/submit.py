@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SUBMIT = """
   dlopt submit job.yaml --address http://head:8265
-  dlopt submit job.yaml --address http://head:8265 --home /shared/runs resources.workers=4
+  dlopt submit job.yaml --home /shared/runs resources.workers=4
   dlopt submit job.yaml --no-wait           prints the job's name there
 """
 JOBS = """
