@@ -25,12 +25,13 @@ LAYERS = [
     {"models", "optim"},
     {"disk"},
     {"runs"},
-    {"artifact", "session"},
+    {"artifact", "session", "client"},
     {"part", "progress"},
     {"mistakes"},
 ]
 """From the top down. A module imports what is below it; those in one layer do not import each other."""
 RAY = {
+    "dlopt.api.scoring",
     "dlopt.data.prepare",
     "dlopt.data.feed.batches",
     "dlopt.data.feed.dealer",

@@ -85,8 +85,8 @@ class Model:
         self.signature = self.predictor.signature
         self.name, self.version, self.digest, self.section = name, version, export.manifest.digest, section
         self.metrics = Metrics(registry, name, version, self.digest, self.signature.target)
-        self.batcher = Batcher(self._answered, section.max_batch, self.metrics.observe_run, section.latency_target, section.request_seconds)
-        self.batcher.seconds_per_row = self.predictor.warm_up()
+        limits = section.max_batch, self.metrics.observe_run, section.latency_target, section.request_seconds
+        self.batcher = Batcher(self._answered, *limits, self.predictor.warm_up())
         self.most_pixels = sum(_most_pixels(feature) for feature in self.signature.inputs)
         self.decoders = ThreadPoolExecutor(max(DECODERS, section.threads), "decode")
         self.in_flight = 0

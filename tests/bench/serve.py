@@ -58,7 +58,8 @@ async def app(scope, receive, send):
     await send({"type": "http.response.body", "body": reply})
 
 
-uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[2]), log_level="error", access_log=False, lifespan="off")
+if len(sys.argv) > 2:
+    uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[2]), log_level="error", access_log=False, lifespan="off")
 """
 LUA = """
 wrk.method = "POST"
@@ -168,7 +169,7 @@ def measure(seconds: float, rounds: int, ray: bool) -> dict[str, object]:
     """All servers at once on this machine, loaded in turn."""
     folder = Path(tempfile.mkdtemp(prefix="bench-", dir="/tmp"))
     export = make_export(folder)
-    pixels = np.array([[random.Random(row).randrange(256) for _ in range(28)] for row in range(28)], np.uint8)
+    pixels = image()
     port = free_port()
     bare = subprocess.Popen([sys.executable, "-c", BARE, str(export.check("model.onnx")), str(port)])
     servers = {"embedded": Server(export, '{"drain_seconds": 0}', ray=False)}
@@ -209,13 +210,37 @@ def _summary(name: str, loads: list[dict[str, Load]]) -> dict[str, object]:
     }
 
 
+def where() -> str:
+    """Where the microseconds of a request go, as a table."""
+    from tests.bench import microseconds
+
+    with tempfile.TemporaryDirectory() as folder:
+        export = make_export(Path(folder))
+        names: dict[str, object] = {"__name__": "bare"}
+        words, sys.argv = sys.argv, ["bare", str(export.check("model.onnx"))]
+        exec(BARE, names)
+        sys.argv = words
+        asked = questions("", image())
+        kinds = {name: (asked[name].url, asked[name].body, asked[name].headers) for name in ("json", "binary", "png")}
+        return microseconds.table(microseconds.where(export, names["app"], kinds))
+
+
+def image() -> np.ndarray:
+    """28x28 pixels, the same in every run."""
+    return np.array([[random.Random(row).randrange(256) for _ in range(28)] for row in range(28)], np.uint8)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--seconds", type=float, default=3, help="of each stretch of load")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ray", action="store_true", help="Ray Serve behind HAProxy as well")
+    parser.add_argument("--where", action="store_true", help="only where the microseconds of a request go, without any socket")
     options = parser.parse_args()
+    if options.where:
+        print(where())
+        return
     found = measure(options.seconds, options.rounds, options.ray)
     print(json.dumps(found) if options.json else "\n".join(f"{name:>28}  {value}" for name, value in found.items()))
 

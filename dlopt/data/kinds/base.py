@@ -154,6 +154,10 @@ class InputKind(Part):
         """The numbers that training reads, of `feature.stored` (rows, *shape)."""
         raise NotImplementedError
 
+    def served(self, table: pa.Table, feature: Feature) -> np.ndarray:
+        """What `read` has made of rows, as the exported model takes it, of `feature.dtype` (rows, *shape)."""
+        return self.finish(table, feature)
+
     def narrowed(self, table: pa.Table, left_out: Sequence[str]) -> pa.Table:
         """Rows of pieces without some columns of this input."""
         return table
@@ -290,6 +294,10 @@ class Matrix(InputKind):
 
     def finish(self, table: pa.Table, feature: Feature) -> np.ndarray:
         return values_of(table[feature.name], feature)
+
+    def served(self, table: pa.Table, feature: Feature) -> np.ndarray:
+        """With its offsets, which the exported model subtracts itself."""
+        return raw_values(table[feature.name], feature.size).astype(feature.dtype, copy=False)
 
     @staticmethod
     def cells(feature: Feature, values: np.ndarray) -> Cells:

@@ -116,6 +116,16 @@ class CategoryInput(InputKind):
             codes[:, index] = hashed(values, feature.buckets) if feature.buckets else _looked_up(values, feature, index)
         return codes
 
+    def served(self, table: pa.Table, feature: Feature) -> np.ndarray:
+        """Texts, which the exported model looks up itself; codes where they are hashed."""
+        if feature.buckets:
+            return self.finish(table, feature)
+        found = np.empty((len(table), len(feature.columns)), dtype=object)
+        for index, column in enumerate(feature.columns):
+            values = table[piece_column(feature.name, column)].combine_chunks().dictionary_encode()
+            found[:, index] = np.array(values.dictionary.to_pylist(), dtype=object)[values.indices.to_numpy()]
+        return found
+
     @staticmethod
     def pieces(feature: Feature) -> list[str]:
         return [piece_column(feature.name, column) for column in feature.columns]
