@@ -101,7 +101,7 @@ def test_a_png_that_is_not_plain_takes_the_long_way() -> None:
     ]
     assert [decoding._plain_png(one, 1, (9, 7)) for one in others] == [None] * len(others)
     assert decoding._plain_png(data, 1, (7, 9)) is None and decoding._plain_png(data, 3, (9, 7)) is None
-    for damaged in others[:4]:
+    for damaged in others[2:4]:
         with pytest.raises(DloptError, match="not an image"):
             decode_image(damaged, 1, only=(9, 7))
 

@@ -115,15 +115,17 @@ def killed(home: Path, data: Path, out: Path, after: int) -> None:
 
 
 def test_what_was_killed_in_the_middle_loses_and_doubles_no_row(home: Path, tmp_path: Path) -> None:
-    frame, data, out = flights(), tmp_path / "in.parquet", tmp_path / "out.parquet"
-    frame.to_parquet(data, row_group_size=500, index=False)
+    frame, data, out = flights(), tmp_path / "in", tmp_path / "out.parquet"
+    data.mkdir()
+    for place in range(8):
+        frame[place * ROWS // 8 : (place + 1) * ROWS // 8].to_parquet(data / f"{place}.parquet", index=False)
     undisturbed = tmp_path / "undisturbed.parquet"
     score("flights", str(data), undisturbed, home=home)
     for after in (1, 3):
         assert run_in_process(killed, home, data, out, after) == 9
         assert not out.exists()
     parts = scoring._rows_in(tmp_path / "out.parquet.parts")
-    assert 0 < parts < ROWS
+    assert 4 * ROWS // 8 <= parts < ROWS
     found = score("flights", str(data), out, home=home)
     assert (found.rows, found.kept) == (ROWS, parts)
     assert pq.read_table(out).equals(pq.read_table(undisturbed))

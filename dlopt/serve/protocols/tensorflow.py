@@ -114,7 +114,7 @@ def _tensor(column: Column) -> Json:
 async def _predict(call: Call, model: Model) -> Reply:
     body = await call.read()
     if parser := files.parser_of(call.content_type):
-        answer, _ = await model.predict(body, parser, files.MANY)
+        answer, _ = await model.predict(body, parser, files.most_images(call.content_type))
         return Reply(200, predictions(answer, by_column=False))
     answer, by_column = await model.predict(body, parse, _images_in(body))
     return Reply(200, predictions(answer, by_column))
