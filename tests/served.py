@@ -190,8 +190,8 @@ from pathlib import Path
 from dlopt.artifact import Artifact
 from dlopt.part import DloptError
 from dlopt.serve import Serve
-from dlopt.serve.registry import Entry
-from dlopt.serve.start import serve
+from dlopt.serve.models.registry import Entry
+from dlopt.serve.servers.start import serve
 
 path, section, host, port, keys, name, haproxy, ray = sys.argv[1:]
 if haproxy == "without":
@@ -206,7 +206,7 @@ except DloptError as error:
 
 
 class Server:
-    """`dlopt.serve.start.serve` in a process of its own, in a process group of its own as from a shell."""
+    """`dlopt.serve.servers.start.serve` in a process of its own, in a process group of its own as from a shell."""
 
     def __init__(
         self,

@@ -25,8 +25,8 @@ from dlopt.client.load import Ask, load
 from dlopt.data.kinds import encode_rows
 from dlopt.part import DloptError, Signature
 from dlopt.serve import Serve
-from dlopt.serve.application import Application, application_of
-from dlopt.serve.auth import Guard, Key
+from dlopt.serve.front.application import Application, application_of
+from dlopt.serve.front.auth import Guard, Key
 from tests.served import FLIGHTS, IMAGE, SAID, make_export, messages
 
 KEY = "a-key-of-the-tests"

@@ -16,7 +16,7 @@ from dlopt.data.sources.memory import table_of
 from dlopt.data.types.values import doubles
 from dlopt.part import DloptError, Signature
 from dlopt.serve.exchange import Answer, decisions
-from dlopt.serve.model import Predictor
+from dlopt.serve.models.model import Predictor
 
 ROWS = 2048
 """Rows that are decoded at a time."""

@@ -40,7 +40,7 @@ from dlopt.data.types.columns import Columns
 from dlopt.part import DloptError, Signature
 from dlopt.progress import Progress, silent
 from dlopt.serve.exchange import decisions
-from dlopt.serve.model import Predictor
+from dlopt.serve.models.model import Predictor
 
 PARTS, RECORD, LOCK = ".parts", "predict.json", "lock"
 """What is added to OUT's name for the folder of its parts; what they are of; and a file that keeps others out."""

@@ -24,6 +24,7 @@ def add(commands: Any) -> None:
     add_home(parser)
     parser.add_argument("--host", help="address to listen on (default: 127.0.0.1, this machine alone; beyond it a key is asked for)")
     parser.add_argument("--port", type=port, default=8000, help="port to listen on (default: 8000)")
+    parser.add_argument("--grpc-port", type=port, metavar="PORT", help="speak the Open Inference Protocol v2 over gRPC on this port, too")
     parser.add_argument(
         "--keys", type=Path, metavar="FILE", help="API keys that are let in, one a line; without it one is made up and printed"
     )
@@ -32,8 +33,8 @@ def add(commands: Any) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    from dlopt.serve.plan import entries_of
-    from dlopt.serve.start import serve
+    from dlopt.serve.servers.plan import entries_of
+    from dlopt.serve.servers.start import serve
 
     entries, section = entries_of(options.run, options.home)
     serve(
@@ -45,4 +46,5 @@ def _serve(options: argparse.Namespace) -> None:
         address=options.address or os.environ.get("RAY_ADDRESS"),
         say=lambda line: print(line, flush=True),
         ray=options.ray,
+        grpc_port=options.grpc_port,
     )

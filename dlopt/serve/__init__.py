@@ -68,4 +68,6 @@ def app(arguments: Mapping[str, Any]) -> Any:
 
     arguments: run (a folder, or a job's name), home (the folder of runs), keys (a file of API keys, or none). Raises DloptError.
     """
-    return import_module("dlopt.serve.cluster").built(arguments)  # by its name: a replica imports this module, and must not need Ray
+    return import_module("dlopt.serve.servers.cluster").built(
+        arguments
+    )  # by its name: a replica imports this module, and must not need Ray

@@ -16,9 +16,9 @@ from dlopt.data.kinds import RawColumns, kinds
 from dlopt.part import Signature, Target
 
 if TYPE_CHECKING:
-    from dlopt.serve.metrics import Registry
-    from dlopt.serve.model import Model
-    from dlopt.serve.registry import Models
+    from dlopt.serve.models.model import Model
+    from dlopt.serve.models.registry import Models
+    from dlopt.serve.watch.metrics import Registry
 
 THRESHOLD = 0.5
 """A row gets every label of a multi_label target without thresholds that is more probable, in the metrics as in the replies."""

@@ -22,10 +22,11 @@ from dlopt.artifact import Artifact
 from dlopt.data.kinds import encode_columns
 from dlopt.data.kinds.pixels import decode_image
 from dlopt.serve import Serve
-from dlopt.serve.application import application_of
-from dlopt.serve.embedded import Connection
 from dlopt.serve.exchange import Answer, decisions
-from dlopt.serve.protocols import files, inference, tensorflow
+from dlopt.serve.front.application import application_of
+from dlopt.serve.protocols import files, tensorflow
+from dlopt.serve.protocols.inference import rest
+from dlopt.serve.servers.embedded import Connection
 
 ROUNDS = 15
 """The shortest of so many rounds counts: what a step takes when nothing else gets in between."""
@@ -122,10 +123,10 @@ def where(export: Artifact, bare: Any, asked: dict[str, tuple[str, bytes, dict[s
     signature, target = model.signature, model.signature.target
     parsers: dict[str, Callable[[bytes], Any]] = {
         "json": lambda body: tensorflow.parse(body, signature),
-        "binary": lambda body: inference._parsed(body, int(asked["binary"][2]["Inference-Header-Content-Length"]), model),
+        "binary": lambda body: rest.parsed(body, int(asked["binary"][2]["Inference-Header-Content-Length"]), model),
         "png": lambda body: files.parse_image(body, signature),
     }
-    wanted, pixels = inference.Wanted(None, None, True), json.loads(asked["json"][1])["instances"]
+    wanted, pixels = rest.Wanted(None, None, True), json.loads(asked["json"][1])["instances"]
     blank = {"image": np.zeros((1, 28, 28, 1), np.uint8)}
     outputs = model.predictor(blank)
     decided = decisions(target, outputs)
@@ -145,12 +146,12 @@ def where(export: Artifact, bare: Any, asked: dict[str, tuple[str, bytes, dict[s
             "columns to tensors": step(lambda columns=columns: encode_columns(signature, columns)),  # type: ignore[misc]
             **shared,
             "answer to bytes": step(
-                (lambda: inference._reply(answer, model, wanted)) if name == "binary" else (lambda: tensorflow.predictions(answer, False))
+                (lambda: rest.reply_of(answer, model, wanted)) if name == "binary" else (lambda: tensorflow.predictions(answer, False))
             ),
         }
         alone = whole(app, Connection, requests[name], 1)
-        rest = alone - sum(rows.values())
-        found[name] = rows | {"HTTP, limits, turns": rest, "1 at once": alone, "16 at once": whole(app, Connection, requests[name], 16)}
+        left = alone - sum(rows.values())
+        found[name] = rows | {"HTTP, limits, turns": left, "1 at once": alone, "16 at once": whole(app, Connection, requests[name], 16)}
     found["png"]["of that the image"] = step(lambda: decode_image(asked["png"][1], 1, only=(28, 28)))
     found["a bare app"] |= {
         "body to columns": step(lambda: json.loads(asked["json"][1])),

@@ -22,7 +22,7 @@ RawColumns = Mapping[str, "Sequence[Any] | np.ndarray"]
 Cells = list[list[str | float]]
 """Of each row what people read of it; NaN where a number is missing."""
 Field = dict[str, Any]
-"""A column as the page to try the model asks for it: `column`, `widget`, and what that widget of `serve/page.html` needs."""
+"""A column as the page to try the model asks for it: `column`, `widget`, and what that widget of `serve/protocols/page.html` needs."""
 
 
 class Bound(Part):

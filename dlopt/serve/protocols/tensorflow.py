@@ -22,7 +22,6 @@ from pydantic_core import from_json, to_json
 
 from dlopt.data.kinds import columns_of, kinds
 from dlopt.part import Feature, Signature, Target
-from dlopt.serve.example import example_row
 from dlopt.serve.exchange import (
     Answer,
     Call,
@@ -38,8 +37,9 @@ from dlopt.serve.exchange import (
     outputs_of,
     thresholds_of,
 )
-from dlopt.serve.model import Model
+from dlopt.serve.models.model import Model
 from dlopt.serve.protocols import files
+from dlopt.serve.protocols.example import example_row
 
 NAME = "tensorflow"
 OPEN: tuple[str, ...] = ()

@@ -30,13 +30,13 @@ from pydantic import ValidationError
 from dlopt import session
 from dlopt.part import DloptError, Part
 from dlopt.serve import Replicas, Serve
-from dlopt.serve.application import DRAINING, Replica
-from dlopt.serve.auth import Key, make_key, read_keys
-from dlopt.serve.metrics import DIRECTORY, in_flight
-from dlopt.serve.plan import entries_of
-from dlopt.serve.registry import Entry
-from dlopt.serve.start import EVERYWHERE, LOOPBACK, Listening, Say, greet
-from dlopt.serve.stopping import Stopped, Stops, children_deaf_to_ctrl_c, nothing_left, stops_noted
+from dlopt.serve.front.application import DRAINING, Replica
+from dlopt.serve.front.auth import Key, make_key, read_keys
+from dlopt.serve.models.registry import Entry
+from dlopt.serve.servers.plan import entries_of
+from dlopt.serve.servers.start import EVERYWHERE, LOOPBACK, Listening, Say, greet
+from dlopt.serve.servers.stopping import Stopped, Stops, children_deaf_to_ctrl_c, nothing_left, stops_noted
+from dlopt.serve.watch.metrics import DIRECTORY, in_flight
 
 START_SECONDS = 120.0
 """Until all replicas run, on a cluster that may have to add a node for them, too."""

@@ -11,17 +11,17 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dlopt import session
 from dlopt.artifact import Artifact
 from dlopt.part import DloptError, Signature
 from dlopt.serve import Serve
-from dlopt.serve.auth import Guard, Key, make_key, read_keys
-from dlopt.serve.example import example_row
-from dlopt.serve.plan import check
-from dlopt.serve.registry import Entry
+from dlopt.serve.front.auth import Guard, Key, make_key, read_keys
+from dlopt.serve.models.registry import Entry
+from dlopt.serve.protocols.example import example_row
+from dlopt.serve.servers.plan import check
 
 Say = Callable[[str], None]
 LOOPBACK, EVERYWHERE = "127.0.0.1", "0.0.0.0"
@@ -40,6 +40,8 @@ class Listening:
     """Where the keys come from."""
     made: str | None = None
     """The key that was made up, in plain text."""
+    rpc_port: int | None = None
+    """For gRPC."""
 
     @property
     def local_url(self) -> str:
@@ -63,25 +65,30 @@ def serve(
     address: str | None,
     say: Say,
     ray: bool = False,
+    grpc_port: int | None = None,
 ) -> None:
     """Serve exported models until SIGINT or SIGTERM, then take down what was started.
 
     host: where to listen; None is this machine alone. keys: a file of API keys; None makes one up where others than this machine can
     connect. address: a running cluster to serve on. ray: use Ray Serve where one process would do. say: prints a line to the user.
-    Raises DloptError.
+    grpc_port: where the embedded server speaks gRPC as well. Raises DloptError.
     """
     for entry in entries:
         check(Artifact.open(entry.path))
     address = session.address_of(address)
-    listening = listening_on(host, port, keys, shared=address is not None)
+    listening = replace(listening_on(host, port, keys, shared=address is not None), rpc_port=grpc_port)
+    on_ray = address is not None or ray or section.most_replicas > 1
+    if grpc_port is not None and (on_ray or grpc_port == port):
+        why = "Ray Serve has no port for it: leave out --ray and --address, with one replica" if on_ray else "it is --port: give another"
+        raise DloptError(f"--grpc-port: {grpc_port}: {why}")
     if address is not None:
-        from dlopt.serve.cluster import serve as serve_on_ray
+        from dlopt.serve.servers.cluster import serve as serve_on_ray
 
         serve_on_ray(entries, section, listening, address, say)
         return
     with _port_of_ours(listening) as listener:
-        if ray or section.most_replicas > 1:
-            from dlopt.serve.cluster import serve as serve_on_ray
+        if on_ray:
+            from dlopt.serve.servers.cluster import serve as serve_on_ray
 
             listener.close()  # the lock keeps others of us out
             serve_on_ray(entries, section, listening, None, say)
@@ -90,11 +97,12 @@ def serve(
 
 
 def _serve_embedded(entries: tuple[Entry, ...], section: Serve, listening: Listening, listener: socket.socket, say: Say) -> None:
-    from dlopt.serve import embedded
-    from dlopt.serve.application import application_for
+    from dlopt.serve.front.application import application_for
+    from dlopt.serve.servers import embedded
 
     application = application_for(entries, section, Guard(listening.keys, listening.file, section.rate))
-    embedded.serve(application, section, listener, lambda: greet(entries, listening, say))
+    rpc = (listening.host, listening.rpc_port) if listening.rpc_port else None
+    embedded.serve(application, section, listener, lambda: greet(entries, listening, say), rpc)
     say("stopped")
 
 
@@ -153,6 +161,8 @@ def greet(entries: tuple[Entry, ...], listening: Listening, say: Say) -> None:
     if len(told) == 1:
         told = [f"{entries[0].name} ({exports[0].manifest.digest})"]
     say(f"{', '.join(told)} {'is' if len(told) == 1 else 'are'} served at {url}/{f'?token={key}' if key else ''}")
+    if listening.rpc_port:
+        say(f"gRPC (Open Inference Protocol v2) is at {url.removeprefix('http://').rpartition(':')[0]}:{listening.rpc_port}")
     if listening.host in (EVERYWHERE, "::"):
         others = f"http://{socket.gethostname()}:{listening.port}/"
         say(f"it listens on every interface (other machines: {others}); without --host it stays on this machine")

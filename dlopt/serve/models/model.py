@@ -18,9 +18,9 @@ from dlopt.data.kinds import encode_columns
 from dlopt.data.kinds.pixels import MOST_PIXELS
 from dlopt.part import Feature, Signature
 from dlopt.serve import Serve
-from dlopt.serve.batcher import Batcher, Tensors, rows_in
 from dlopt.serve.exchange import Answer, Refusal, Request, decisions
-from dlopt.serve.metrics import Metrics, Registry
+from dlopt.serve.models.batcher import Batcher, Tensors, rows_in
+from dlopt.serve.watch.metrics import Metrics, Registry
 
 LARGE = 256 * 1024
 """Bodies from here on are decoded in a thread, so that other requests go on meanwhile."""

@@ -10,8 +10,8 @@ from pathlib import Path
 from dlopt.artifact import Artifact
 from dlopt.serve import Serve
 from dlopt.serve.exchange import Refusal
-from dlopt.serve.metrics import Registry
-from dlopt.serve.model import Model
+from dlopt.serve.models.model import Model
+from dlopt.serve.watch.metrics import Registry
 
 
 @dataclass(frozen=True)

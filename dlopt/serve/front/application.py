@@ -7,7 +7,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from typing import Any
 from dlopt.artifact import Artifact
 from dlopt.part import DloptError
 from dlopt.serve import Serve
-from dlopt.serve.auth import Guard, Key, token_of
-from dlopt.serve.bodies import ClientGone, Receive, compressed, read_body
 from dlopt.serve.exchange import Call, Handler, Refusal, Reply
-from dlopt.serve.metrics import Registry
+from dlopt.serve.front.auth import Guard, Key, token_of
+from dlopt.serve.front.bodies import ClientGone, Receive, compressed, read_body
+from dlopt.serve.models.registry import Entry, Models, loaded
 from dlopt.serve.protocols import DIALECTS
-from dlopt.serve.registry import Entry, Models, loaded
+from dlopt.serve.watch.metrics import Registry
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -72,14 +72,11 @@ class Application:
             section = call.model.section if call.model else self.section
             return await read_body(call.headers, receive, section.max_bytes, section.body_seconds)
 
-        call = Call(
-            method, path, scope["query_string"], dict(scope["headers"]), self.models, self.counts, body, self._check_ready, self.models.only
-        )
+        call = self.call(method, path, scope["query_string"], dict(scope["headers"]), body)
         protocol = ""
         try:
             if path not in OPEN:
-                key = self.guard.admit(call.headers, call.query)
-                self._note_key(call, key)
+                self.let_in(call)
             protocol, handler = self.route(method, path)
             reply = await handler(call)
         except ClientGone:
@@ -91,19 +88,28 @@ class Application:
         except Exception:
             logger.exception("a request failed")
             reply = _error(500, "internal error; the server's log has the cause")
-        if call.counted:  # before it is sent: who has a reply finds it counted
-            name, version = (call.model.name, call.model.version) if call.model else ("", "")
-            requests, seconds = self.counts.request(name, version, protocol, reply.status)
-            requests.inc()
-            seconds.observe(time.perf_counter() - start)
+        self.count(call, protocol, reply.status, start)  # before it is sent: who has a reply finds it counted
         await _send(send, reply, call, self.draining)
 
-    def _note_key(self, call: Call, key: Key | None) -> None:
-        if key is None:
+    def call(self, method: str, path: str, query: bytes, headers: Mapping[bytes, bytes], body: Callable[[Call], Awaitable[bytes]]) -> Call:
+        """A request of a client, before anything is known of it."""
+        return Call(method, path, query, headers, self.models, self.counts, body, self._check_ready, self.models.only)
+
+    def let_in(self, call: Call) -> None:
+        """Raises Refusal for a client without a key, or with one that asks too often."""
+        if (key := self.guard.admit(call.headers, call.query)) is None:
             return
         call.role = key.role
         if call.path == "/" and (token := token_of(call.query)):
             call.cookie = self.guard.cookie(token)
+
+    def count(self, call: Call, protocol: str, status: int, start: float) -> None:
+        """Note a request to predict. start: when it came, by time.perf_counter."""
+        if call.counted:
+            name, version = (call.model.name, call.model.version) if call.model else ("", "")
+            requests, seconds = self.counts.request(name, version, protocol, status)
+            requests.inc()
+            seconds.observe(time.perf_counter() - start)
 
     def _refused(self, refusal: Refusal) -> Reply:
         self.counts.rejected.labels(refusal.reason).inc()
@@ -147,7 +153,7 @@ class Replica:
     def __init__(self, entries: tuple[Entry, ...], section: Serve, keys: tuple[Key, ...] = (), keys_file: Path | None = None) -> None:
         from os import environ
 
-        from dlopt.serve.metrics import DIRECTORY
+        from dlopt.serve.watch.metrics import DIRECTORY
 
         drains = Path(environ[DIRECTORY]) / DRAINING if environ.get(DIRECTORY) else None
         path = keys_file if keys_file and keys_file.is_file() else None
@@ -184,7 +190,7 @@ LARGE_REPLY = 256 * 1024
 
 
 async def compressed_in_time(body: bytes, accepts: bytes) -> tuple[bytes, bytes]:
-    """As dlopt.serve.bodies.compressed, without holding up others."""
+    """As dlopt.serve.front.bodies.compressed, without holding up others."""
     if len(body) < LARGE_REPLY:
         return compressed(body, accepts)
     return await asyncio.to_thread(compressed, body, accepts)

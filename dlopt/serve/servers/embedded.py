@@ -16,8 +16,8 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from dlopt.serve import Serve
-from dlopt.serve.application import Application
-from dlopt.serve.stopping import STOPS
+from dlopt.serve.front.application import Application
+from dlopt.serve.servers.stopping import STOPS
 
 KEEP_ALIVE_SECONDS = 75
 """How long a connection may be idle: longer than what proxies in front keep theirs, which else meet a closed one."""
@@ -87,9 +87,11 @@ class Server(uvicorn.Server):
         yield
 
 
-def serve(application: Application, section: Serve, listener: socket.socket, on_ready: Callable[[], None]) -> None:
+def serve(
+    application: Application, section: Serve, listener: socket.socket, on_ready: Callable[[], None], rpc: tuple[str, int] | None = None
+) -> None:
     """Serve until SIGINT or SIGTERM; then say that the server is not ready, go on for serve.drain_seconds after SIGTERM, and end when all
-    that was asked is answered. on_ready: is called when the server answers."""
+    that was asked is answered. on_ready: is called when the server answers. rpc: host and port for gRPC. Raises DloptError."""
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     config = uvicorn.Config(
         application,
@@ -108,10 +110,17 @@ def serve(application: Application, section: Serve, listener: socket.socket, on_
     gc.freeze()  # what is there by now stays: looking through it again and again costs a tenth of the throughput
     gc.set_threshold(GARBAGE)
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(_run(Server(config), application, section, listener, on_ready))
+        runner.run(_run(Server(config), application, section, listener, on_ready, rpc))
 
 
-async def _run(server: Server, application: Application, section: Serve, listener: socket.socket, on_ready: Callable[[], None]) -> None:
+async def _run(
+    server: Server,
+    application: Application,
+    section: Serve,
+    listener: socket.socket,
+    on_ready: Callable[[], None],
+    rpc: tuple[str, int] | None,
+) -> None:
     stopped, loop = asyncio.Event(), asyncio.get_running_loop()
     told: list[int] = []
 
@@ -121,6 +130,7 @@ async def _run(server: Server, application: Application, section: Serve, listene
 
     for number in STOPS:
         loop.add_signal_handler(number, stop, number)
+    rpc_server = await _rpc(application, *rpc) if rpc else None
     serving = asyncio.create_task(server.serve([listener]))
     sweeping = asyncio.create_task(_close_slow_heads(server, section.body_seconds))
     try:
@@ -136,10 +146,21 @@ async def _run(server: Server, application: Application, section: Serve, listene
                     await asyncio.wait_for(stopped.wait(), section.drain_seconds)
         server.should_exit = True
         await serving
+        if rpc_server:
+            await rpc_server.stop(section.request_seconds)
     finally:
         sweeping.cancel()
         for number in STOPS:
             loop.remove_signal_handler(number)
+
+
+async def _rpc(application: Application, host: str, port: int) -> Any:
+    """The same app over gRPC; Python's library for it takes a while to load, and only who wants it waits. Raises DloptError."""
+    from dlopt.serve.protocols.inference import rpc
+
+    server = rpc.server_of(application, host, port)
+    await server.start()
+    return server
 
 
 async def _either(stopped: asyncio.Event, serving: asyncio.Task[None]) -> None:
