@@ -99,10 +99,11 @@ class Work:
         """Its inputs and outputs."""
         return Signature.model_validate_json(Artifact.open(self.export).read("signature.json"))
 
-    def tables(self, pieces: Sequence[Piece]) -> Iterator[pa.Table]:
+    def tables(self, task: int, pieces: Sequence[Piece]) -> Iterator[pa.Table]:
         """The rows of a task, a table for each part."""
         whole = type(self.source).tables is not Rows.tables
-        yield from self.source.tables(self.schema.names) if whole else self.source.shaped(self.place, pieces, self.schema)
+        found = self.source.tables(self.schema.names) if whole else self.source.shaped(self.place, pieces, self.schema)
+        return (table for number, table in enumerate(found) if len(table) or not (task or number))  # one at least, which tells the columns
 
     def part(self, task: int, number: int) -> Path:
         """Where a part lies."""
@@ -146,7 +147,7 @@ class Work:
     def run(self, task: int, pieces: Sequence[Piece], submit: Callable[..., Any]) -> tuple[int, list[Any]]:
         """Do what is left of a task; how many parts it has, and what `submit` gave for those that were left."""
         left, count = [], 0
-        for count, table in enumerate(self.tables(pieces), 1):
+        for count, table in enumerate(self.tables(task, pieces), 1):
             path = self.part(task, count - 1)
             if not path.is_file():
                 left.append(submit(self.write, table, path))

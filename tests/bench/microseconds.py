@@ -7,6 +7,7 @@ a bare uvicorn app; and each step by itself.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import time
 from collections.abc import Callable
@@ -26,7 +27,8 @@ from dlopt.serve.exchange import Answer, decisions
 from dlopt.serve.front.application import application_of
 from dlopt.serve.protocols import files, tensorflow
 from dlopt.serve.protocols.inference import rest
-from dlopt.serve.servers.embedded import Connection
+from dlopt.serve.servers.connection import Connection
+from dlopt.serve.servers.embedded import GARBAGE
 
 ROUNDS = 15
 """The shortest of so many rounds counts: what a step takes when nothing else gets in between."""
@@ -52,6 +54,9 @@ class Wire(asyncio.Transport):
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         return default
 
+    def abort(self) -> None:
+        pass
+
     def pause_reading(self) -> None:
         pass
 
@@ -62,10 +67,15 @@ class Wire(asyncio.Transport):
         pass
 
 
-def whole(app: Any, protocol: type[HttpToolsProtocol], request: bytes, connections: int) -> float:
+def whole(app: Any, protocol: type[Any], request: bytes, connections: int) -> float:
     """Microseconds of a request from its bytes to the answer's, when so many come at once."""
-    config = uvicorn.Config(app, http=protocol, access_log=False, log_config=None, lifespan="off", ws="none", server_header=False)
+    config = uvicorn.Config(
+        app, http=protocol, access_log=False, log_config=None, lifespan="off", ws="none", server_header=False, proxy_headers=False
+    )
     config.load()
+    gc.collect()
+    gc.freeze()  # as the server does
+    gc.set_threshold(GARBAGE)
 
     async def drive() -> float:
         state, best = ServerState(), float("inf")
@@ -85,8 +95,6 @@ def whole(app: Any, protocol: type[HttpToolsProtocol], request: bytes, connectio
             best = min(best, (time.perf_counter() - start) / count / connections)
         if b" 200 " not in pairs[0][1].said[:20]:
             raise RuntimeError(pairs[0][1].said.decode(errors="replace"))
-        for connection, _ in pairs:
-            connection._unset_keepalive_if_required()
         return best
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

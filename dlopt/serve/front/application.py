@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dlopt.artifact import Artifact
 from dlopt.part import DloptError
@@ -41,8 +41,20 @@ JSON_TYPE = b"application/json"
 logger = logging.getLogger(__name__)
 
 
+class Answered(NamedTuple):
+    """What goes back on the wire."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+    last: bool
+    """Whether the client should make a new connection for its next request, since this server ends."""
+    head_only: bool
+    """Whether its body is not sent, but only how long it is."""
+
+
 class Application:
-    """One app of any number of models."""
+    """One app of any number of models; ASGI is one way to reach it, `call` and `answer` are another."""
 
     def __init__(self, models: Models, guard: Guard, section: Serve, counts: Registry, drains: Path | None = None) -> None:
         """drains: the file whose being there says that the server is about to end."""
@@ -57,30 +69,33 @@ class Application:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1003})
         else:
-            self.in_flight += 1
-            try:
-                await self._serve(scope, receive, send)
-            finally:
-                self.in_flight -= 1
+            await self._serve(scope, receive, send)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        start = time.perf_counter()
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        method = "GET" if scope["method"] == "HEAD" else scope["method"]
 
         async def body(call: Call) -> bytes:
-            section = call.model.section if call.model else self.section
-            return await read_body(call.headers, receive, section.max_bytes, section.body_seconds)
+            return await read_body(call.headers, receive, *self.limits_of(call))
 
-        call = self.call(method, path, scope["query_string"], dict(scope["headers"]), body)
-        protocol = ""
         try:
-            if path not in OPEN:
-                self.let_in(call)
-            protocol, handler = self.route(method, path)
-            reply = await handler(call)
+            answered = await self.answer(self.call(scope["method"], path, scope["query_string"], dict(scope["headers"]), body))
         except ClientGone:
             return
+        headers = [*answered.headers, *(((b"connection", b"close"),) if answered.last else ())]
+        await send({"type": "http.response.start", "status": answered.status, "headers": headers})
+        await send({"type": "http.response.body", "body": answered.body})
+
+    async def answer(self, call: Call) -> Answered:
+        """What a client gets for its request, whatever comes of it. Raises ClientGone."""
+        start, protocol = time.perf_counter(), ""
+        self.in_flight += 1
+        try:
+            if call.path not in OPEN:
+                self.let_in(call)
+            protocol, handler = self.route("GET" if call.method == "HEAD" else call.method, call.path)
+            reply = await handler(call)
+        except ClientGone:
+            raise
         except Refusal as refusal:
             reply = self._refused(refusal)
         except DloptError as error:
@@ -88,8 +103,15 @@ class Application:
         except Exception:
             logger.exception("a request failed")
             reply = _error(500, "internal error; the server's log has the cause")
+        finally:
+            self.in_flight -= 1
         self.count(call, protocol, reply.status, start)  # before it is sent: who has a reply finds it counted
-        await _send(send, reply, call, self.draining)
+        return await _answered(reply, call, self.draining)
+
+    def limits_of(self, call: Call) -> tuple[int, float]:
+        """How many bytes a body may have, and how many seconds it may take."""
+        section = call.model.section if call.model else self.section
+        return section.max_bytes, section.body_seconds
 
     def call(self, method: str, path: str, query: bytes, headers: Mapping[bytes, bytes], body: Callable[[Call], Awaitable[bytes]]) -> Call:
         """A request of a client, before anything is known of it."""
@@ -168,8 +190,7 @@ def _error(status: int, message: str) -> Reply:
     return Reply(status, json.dumps({"error": message}).encode(), headers=ERROR_HEADERS.get(status, ()))
 
 
-async def _send(send: Send, reply: Reply, call: Call, last: bool) -> None:
-    """last: whether the client should make a new connection for its next request, since this server ends."""
+async def _answered(reply: Reply, call: Call, last: bool) -> Answered:
     body, encoding = reply.body, b""
     if b"accept-encoding" in call.headers:
         body, encoding = await compressed_in_time(body, call.headers[b"accept-encoding"])
@@ -179,10 +200,7 @@ async def _send(send: Send, reply: Reply, call: Call, last: bool) -> None:
         headers += call.model.headers
     if encoding:
         headers += [(b"content-encoding", encoding), (b"vary", b"accept-encoding")]
-    if last:
-        headers.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": reply.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    return Answered(reply.status, headers, body, last, call.method == "HEAD")
 
 
 LARGE_REPLY = 256 * 1024

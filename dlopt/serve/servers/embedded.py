@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import logging
 import signal
 import socket
@@ -13,69 +12,16 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from dlopt.serve import Serve
 from dlopt.serve.front.application import Application
+from dlopt.serve.servers.connection import Connection
 from dlopt.serve.servers.stopping import STOPS
 
-KEEP_ALIVE_SECONDS = 75
-"""How long a connection may be idle: longer than what proxies in front keep theirs, which else meet a closed one."""
 SWEEP_SECONDS = 1.0
 BACKLOG = 2048
 GARBAGE = 20_000
 """New objects until garbage is looked for; a request of 784 numbers in lists has nearly Python's 700."""
-MOST_HEAD = 64 * 1024
-
-
-class Connection(HttpToolsProtocol):
-    """uvicorn's, but that it says what it refuses in JSON, and knows since when it waits for the head of a request."""
-
-    began: float | None = None
-    size = 0
-
-    def connection_made(self, transport: Any) -> None:
-        """A client that connects should say something."""
-        super().connection_made(transport)
-        self.began = self.loop.time()
-
-    def on_message_begin(self) -> None:
-        """The first byte of a request."""
-        self.began, self.size = self.loop.time(), 0
-        super().on_message_begin()
-
-    def data_received(self, data: bytes) -> None:
-        """Some of a request, whose head may be too long."""
-        super().data_received(data)
-        if self.began is not None:
-            self.size += len(data)
-            if self.size > MOST_HEAD:
-                self.refuse(431, "Request Header Fields Too Large", "the request's head has more than 64 KiB")
-
-    def on_headers_complete(self) -> None:
-        """Its head is whole."""
-        self.began = None
-        super().on_headers_complete()
-
-    def eof_received(self) -> bool | None:  # type: ignore[override]
-        """A client that has said all and closes its half of the connection still waits for its answer."""
-        if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
-            return None
-        self.cycle.keep_alive = False
-        return True
-
-    def send_400_response(self, msg: str) -> None:
-        """What is no HTTP."""
-        self.refuse(400, "Bad Request", msg)
-
-    def refuse(self, status: int, phrase: str, message: str) -> None:
-        """End the connection with an error in JSON."""
-        if self.transport.is_closing():
-            return
-        body = json.dumps({"error": message}).encode()
-        head = f"HTTP/1.1 {status} {phrase}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
-        self.transport.write(head.encode() + body)
-        self.transport.close()
 
 
 class Server(uvicorn.Server):
@@ -102,7 +48,6 @@ def serve(
         ws="none",
         server_header=False,
         proxy_headers=False,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=round(section.request_seconds) + 1,
         backlog=BACKLOG,
     )
@@ -170,10 +115,10 @@ async def _either(stopped: asyncio.Event, serving: asyncio.Task[None]) -> None:
 
 
 async def _close_slow_heads(server: Server, seconds: float) -> None:
-    """End connections whose client takes longer than that with the head of a request."""
+    """End connections whose client takes longer than that with the head of a request, and those that nobody uses."""
     loop = asyncio.get_running_loop()
     while True:
         await asyncio.sleep(min(SWEEP_SECONDS, seconds / 2))
         for connection in list(server.server_state.connections):
-            if isinstance(connection, Connection) and connection.began and loop.time() - connection.began > seconds:
-                connection.refuse(408, "Request Timeout", f"the request did not arrive within {seconds:g} seconds")
+            if isinstance(connection, Connection):
+                connection.sweep(loop.time(), seconds)
