@@ -190,7 +190,7 @@ from pathlib import Path
 from dlopt.artifact import Artifact
 from dlopt.part import DloptError
 from dlopt.serve import Serve
-from dlopt.serve.models.registry import Entry
+from dlopt.serve.models.lineup import Entry
 from dlopt.serve.servers.start import serve
 
 path, section, host, port, keys, name, haproxy, ray = sys.argv[1:]

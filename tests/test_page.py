@@ -25,7 +25,7 @@ from dlopt.part import Feature, Signature
 from dlopt.serve import Serve
 from dlopt.serve.front.application import Replica
 from dlopt.serve.front.auth import Key
-from dlopt.serve.models.registry import Entry
+from dlopt.serve.models.lineup import Entry
 from tests.conftest import program
 from tests.served import FLIGHTS, IMAGE, NUMBERS, PHOTOS, SAID, free_port, make_export, messages
 

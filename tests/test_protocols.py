@@ -700,7 +700,7 @@ import sys
 from pathlib import Path
 from dlopt.serve import Serve
 from dlopt.serve.front.application import Replica
-from dlopt.serve.models.registry import Entry
+from dlopt.serve.models.lineup import Entry
 Replica((Entry(Path(sys.argv[1]), "m", Serve()),), Serve(), ())
 print([name for name in ("torch", "ray", "pandas") if name in sys.modules])
 """

@@ -17,7 +17,7 @@ from dlopt.artifact import Artifact
 from dlopt.part import DloptError
 from dlopt.serve import Serve
 from dlopt.serve.front.application import Application, application_for
-from dlopt.serve.servers.plan import entries_of
+from dlopt.serve.models.plan import entries_of
 from tests.served import NUMBERS, make_export
 from tests.test_protocols import BLACK, ask, error_of
 

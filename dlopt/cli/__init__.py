@@ -20,6 +20,7 @@ from dlopt.cli import (
     check,
     compare,
     completion,
+    deploy,
     docs,
     explain,
     init,
@@ -33,7 +34,8 @@ from dlopt.cli import (
 )
 from dlopt.cli.options import Mistake, Parser, close_to
 
-COMMANDS = (init, run, check, explain, profile, schedule, batch, predict, serve, bench_serve, submit, compare, runs, docs, completion)
+SERVING = (predict, serve, bench_serve, deploy)
+COMMANDS = (init, run, check, explain, profile, schedule, batch, *SERVING, submit, compare, runs, docs, completion)
 EPILOG = """the first steps:
   dlopt init data.csv --target late -o job.yaml   write a job
   dlopt run job.yaml                              train, export, report

@@ -25,6 +25,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--host", help="address to listen on (default: 127.0.0.1, this machine alone; beyond it a key is asked for)")
     parser.add_argument("--port", type=port, default=8000, help="port to listen on (default: 8000)")
     parser.add_argument("--grpc-port", type=port, metavar="PORT", help="speak the Open Inference Protocol v2 over gRPC on this port, too")
+    parser.add_argument("--state", type=Path, metavar="DIR", help="keep what is deployed meanwhile, and its log, for the next start")
     parser.add_argument(
         "--keys", type=Path, metavar="FILE", help="API keys that are let in, one a line; without it one is made up and printed"
     )
@@ -33,7 +34,7 @@ def add(commands: Any) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    from dlopt.serve.servers.plan import entries_of
+    from dlopt.serve.models.plan import entries_of
     from dlopt.serve.servers.start import serve
 
     entries, section = entries_of(options.run, options.home)
@@ -47,4 +48,5 @@ def _serve(options: argparse.Namespace) -> None:
         say=lambda line: print(line, flush=True),
         ray=options.ray,
         grpc_port=options.grpc_port,
+        state=options.state,
     )

@@ -50,7 +50,8 @@ class Serve(Part):
     drain_seconds: float = Field(5, ge=0)
     """After SIGTERM the server says that it is not ready, and goes on for so long, until whoever sends it requests has noticed."""
     rate: float = Field(0, ge=0)
-    """Requests a second of one key, of each replica; more get status 429. 0 is any; a file of keys may say other for one."""
+    """Requests a second of one key, of all replicas of a machine together; more get status 429. 0 is any; a file of keys may say other for
+    one."""
 
     @property
     def least_replicas(self) -> int:

@@ -181,6 +181,8 @@ class Call:
     """Whether it is a request to predict."""
     role: str = "admin"
     """What the client's key allows."""
+    who: str = ""
+    """The client's key by its name, or by the beginning of its digest; "" where none is asked for."""
     cookie: str = ""
     """What lets a browser in whose user has given the key in the address."""
 
@@ -195,7 +197,7 @@ class Call:
 
     def find(self, name: str, version: str | None = None, label: str | None = None) -> Model:
         """The model that is asked for, noted. Raises Refusal."""
-        self.model = self.models.find(name, version, label)
+        self.model = self.models.find(name, version, label, self.counted)
         return self.model
 
     def needs_admin(self) -> None:

@@ -18,13 +18,17 @@ from dlopt.serve import Serve
 from dlopt.serve.exchange import Call, Handler, Refusal, Reply
 from dlopt.serve.front.auth import Guard, Key, token_of
 from dlopt.serve.front.bodies import ClientGone, Receive, compressed, read_body
-from dlopt.serve.models.registry import Entry, Models, loaded
+from dlopt.serve.models.board import Board, FileBoard
+from dlopt.serve.models.lineup import Entry, begun
+from dlopt.serve.models.registry import Models
 from dlopt.serve.protocols import DIALECTS
 from dlopt.serve.watch.metrics import Registry
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
+FOLLOW_SECONDS = 0.5
+"""How often a replica looks for what others have changed, and at canaries."""
 ROUTES = 512
 """Paths whose handlers are remembered."""
 DRAINING = "draining"
@@ -61,6 +65,7 @@ class Application:
         self.models, self.guard, self.section, self.counts, self.drains = models, guard, section, counts, drains
         self.draining = False
         self.in_flight = 0
+        self.watching: asyncio.Task[None] | None = None
         self.route = lru_cache(ROUTES)(_route)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -89,6 +94,8 @@ class Application:
         """What a client gets for its request, whatever comes of it. Raises ClientGone."""
         start, protocol = time.perf_counter(), ""
         self.in_flight += 1
+        if self.watching is None or self.watching.done():
+            self.watching = asyncio.get_running_loop().create_task(self._watch())
         try:
             if call.path not in OPEN:
                 self.let_in(call)
@@ -108,6 +115,12 @@ class Application:
         self.count(call, protocol, reply.status, start)  # before it is sent: who has a reply finds it counted
         return await _answered(reply, call, self.draining)
 
+    async def _watch(self) -> None:
+        """Follow what is to be served, as long as the app runs."""
+        while True:
+            await self.models.follow()
+            await asyncio.sleep(FOLLOW_SECONDS)
+
     def limits_of(self, call: Call) -> tuple[int, float]:
         """How many bytes a body may have, and how many seconds it may take."""
         section = call.model.section if call.model else self.section
@@ -121,7 +134,7 @@ class Application:
         """Raises Refusal for a client without a key, or with one that asks too often."""
         if (key := self.guard.admit(call.headers, call.query)) is None:
             return
-        call.role = key.role
+        call.role, call.who = key.role, key.name or key.digest[:8]
         if call.path == "/" and (token := token_of(call.query)):
             call.cookie = self.guard.cookie(token)
 
@@ -162,11 +175,18 @@ def application_of(
 
 
 def application_for(
-    entries: Sequence[Entry], section: Serve, guard: Guard | None = None, drains: Path | None = None, counts: Registry | None = None
+    entries: Sequence[Entry],
+    section: Serve,
+    guard: Guard | None = None,
+    drains: Path | None = None,
+    counts: Registry | None = None,
+    board: Path | None = None,
 ) -> Application:
-    """The app of several models and versions, each with its own limits. Raises DloptError."""
-    counts = counts or Registry()
-    return Application(loaded(entries, counts), guard or Guard(), section, counts, drains)
+    """The app of several models and versions, each with its own limits. board: a folder for what is served and who changed it, where
+    several processes are to follow it, or this one is to find it again. Raises DloptError."""
+    counts, state = counts or Registry(), begun(entries)
+    models = Models(FileBoard(board, state) if board else Board(state), counts)
+    return Application(models, guard or Guard(), section, counts, drains)
 
 
 class Replica:
@@ -177,9 +197,11 @@ class Replica:
 
         from dlopt.serve.watch.metrics import DIRECTORY
 
-        drains = Path(environ[DIRECTORY]) / DRAINING if environ.get(DIRECTORY) else None
+        shared = Path(environ[DIRECTORY]) if environ.get(DIRECTORY) else None
         path = keys_file if keys_file and keys_file.is_file() else None
-        self.application = application_for(entries, section, Guard(keys, path, section.rate), drains)
+        guard = Guard(keys, path, section.rate, shared / "rates" if shared else None)
+        drains, board = (shared / DRAINING, shared / "board") if shared else (None, None)
+        self.application = application_for(entries, section, guard, drains, board=board)
 
     def __serve_build_asgi_app__(self) -> Application:
         """Where Ray Serve gets the app from."""

@@ -32,8 +32,8 @@ from dlopt.part import DloptError, Part
 from dlopt.serve import Replicas, Serve
 from dlopt.serve.front.application import DRAINING, Replica
 from dlopt.serve.front.auth import Key, make_key, read_keys
-from dlopt.serve.models.registry import Entry
-from dlopt.serve.servers.plan import entries_of
+from dlopt.serve.models.lineup import Entry
+from dlopt.serve.models.plan import entries_of
 from dlopt.serve.servers.start import EVERYWHERE, LOOPBACK, Listening, Say, greet
 from dlopt.serve.servers.stopping import Stopped, Stops, children_deaf_to_ctrl_c, nothing_left, stops_noted
 from dlopt.serve.watch.metrics import DIRECTORY, in_flight

@@ -19,9 +19,9 @@ from dlopt.artifact import Artifact
 from dlopt.part import DloptError, Signature
 from dlopt.serve import Serve
 from dlopt.serve.front.auth import Guard, Key, make_key, read_keys
-from dlopt.serve.models.registry import Entry
+from dlopt.serve.models.lineup import Entry
+from dlopt.serve.models.plan import check
 from dlopt.serve.protocols.example import example_row
-from dlopt.serve.servers.plan import check
 
 Say = Callable[[str], None]
 LOOPBACK, EVERYWHERE = "127.0.0.1", "0.0.0.0"
@@ -66,12 +66,14 @@ def serve(
     say: Say,
     ray: bool = False,
     grpc_port: int | None = None,
+    state: Path | None = None,
 ) -> None:
     """Serve exported models until SIGINT or SIGTERM, then take down what was started.
 
     host: where to listen; None is this machine alone. keys: a file of API keys; None makes one up where others than this machine can
     connect. address: a running cluster to serve on. ray: use Ray Serve where one process would do. say: prints a line to the user.
-    grpc_port: where the embedded server speaks gRPC as well. Raises DloptError.
+    grpc_port: where the embedded server speaks gRPC as well. state: a folder that keeps what is deployed meanwhile, for a later start
+    with the same models. Raises DloptError.
     """
     for entry in entries:
         check(Artifact.open(entry.path))
@@ -81,6 +83,8 @@ def serve(
     if grpc_port is not None and (on_ray or grpc_port == port):
         why = "Ray Serve has no port for it: leave out --ray and --address, with one replica" if on_ray else "it is --port: give another"
         raise DloptError(f"--grpc-port: {grpc_port}: {why}")
+    if state is not None and on_ray:
+        raise DloptError("--state: Ray Serve keeps it among its replicas: leave it out")
     if address is not None:
         from dlopt.serve.servers.cluster import serve as serve_on_ray
 
@@ -93,14 +97,16 @@ def serve(
             listener.close()  # the lock keeps others of us out
             serve_on_ray(entries, section, listening, None, say)
         else:
-            _serve_embedded(entries, section, listening, listener, say)
+            _serve_embedded(entries, section, listening, listener, state, say)
 
 
-def _serve_embedded(entries: tuple[Entry, ...], section: Serve, listening: Listening, listener: socket.socket, say: Say) -> None:
+def _serve_embedded(
+    entries: tuple[Entry, ...], section: Serve, listening: Listening, listener: socket.socket, state: Path | None, say: Say
+) -> None:
     from dlopt.serve.front.application import application_for
     from dlopt.serve.servers import embedded
 
-    application = application_for(entries, section, Guard(listening.keys, listening.file, section.rate))
+    application = application_for(entries, section, Guard(listening.keys, listening.file, section.rate), board=state)
     rpc = (listening.host, listening.rpc_port) if listening.rpc_port else None
     embedded.serve(application, section, listener, lambda: greet(entries, listening, say), rpc)
     say("stopped")

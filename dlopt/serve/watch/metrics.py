@@ -17,6 +17,10 @@ asked. Without the variable, as in the embedded server, the counts are this proc
 their sign: the mean is the difference of the two rates over that of rows |
 | dlopt_rejected_total {reason} | calls that were refused: key, role, rate, overload, size, slow, timeout, request, model, ... |
 | dlopt_model_info {model, version, digest} | 1 for what is served |
+| dlopt_canary_share {model, version} | per cent of the requests that a canary gets |
+| dlopt_trial_total {model, version, kind, outcome} | what came of a canary's requests (answered, failed), and of comparing what it or a
+shadow said (agreed, disagreed, dropped) |
+| dlopt_rollbacks_total {model, version, why} | canaries that were taken back by themselves |
 """
 
 from __future__ import annotations
@@ -76,6 +80,9 @@ class Registry:
         self.numbers = self._counter("dlopt_predicted_numbers", "Sums of numbers predicted, by their sign", (*ONE, "column", "sign"))
         self.rejected = self._counter("dlopt_rejected", "Calls that were refused", ("reason",))
         self.in_flight = self._gauge("dlopt_in_flight", "Requests in work", ONE, "livesum")
+        self.trials = self._counter("dlopt_trial", "What came of a canary's requests, or of a shadow's", (*ONE, "kind", "outcome"))
+        self.rollbacks = self._counter("dlopt_rollbacks", "Canaries that were taken back by themselves", (*ONE, "why"))
+        self.canary_share = self._gauge("dlopt_canary_share", "Per cent of the requests that a canary gets", ONE, "livemax")
         self.info = self._gauge("dlopt_model_info", "1 for a model that is served", (*ONE, "digest"), "livemax")
         self.request = lru_cache(MOST_SERIES)(self._request)  # labels() costs more than inc()
 

@@ -103,13 +103,13 @@ def index_of(models: Models, ready_only: bool) -> list[dict[str, str]]:
 
 async def _load(call: Call, name: str) -> Reply:
     call.needs_admin()
-    await call.models.load(name)
+    await call.models.load(name, call.who)
     return Reply(200, b"")
 
 
 async def _unload(call: Call, name: str) -> Reply:
     call.needs_admin()
-    call.models.unload(name)
+    await call.models.unload(name, call.who)
     return Reply(200, b"")
 
 
@@ -165,8 +165,8 @@ async def _infer(call: Call, model: Model) -> Reply:
         return _raw(body, signature) if length == 0 else parsed(body, len(body) if length is None else length, model)
 
     images = body.count(b"BYTES") * model.section.max_rows
-    answer, wanted = await model.predict(body, parse, images)
-    return reply_of(answer, model, wanted)
+    answer, wanted = await call.models.predict(call, model, body, parse, images)
+    return reply_of(answer, call.model or model, wanted)
 
 
 VERBS: dict[str, Callable[[Call, Model], Any]] = {"": _metadata, "/ready": _model_ready, "/infer": _infer, "/config": _config}

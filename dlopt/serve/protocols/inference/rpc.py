@@ -164,7 +164,8 @@ async def _infer(call: Call, request: Any) -> Any:
         return request_of(found, Binary(body, 0), model), asked_for(found, model)
 
     images = sum(1 for one in request.inputs if one.datatype == "BYTES") * model.section.max_rows
-    answer, wanted = await model.predict(body, parse, images)
+    answer, wanted = await call.models.predict(call, model, body, parse, images)
+    model = call.model or model
     reply = messages()["ModelInferResponse"](model_name=model.name, model_version=model.version, id=request.id)
     arrays, columns = tensors_of(answer), {column.name: column for column in outputs_of(model.signature)}
     for name in [one.name for one in wanted.outputs] if wanted.outputs is not None else columns:
@@ -207,13 +208,13 @@ async def _index(call: Call, request: Any) -> Any:
 
 async def _load(call: Call, request: Any) -> Any:
     call.needs_admin()
-    await call.models.load(request.model_name)
+    await call.models.load(request.model_name, call.who)
     return messages()["RepositoryModelLoadResponse"]()
 
 
 async def _unload(call: Call, request: Any) -> Any:
     call.needs_admin()
-    call.models.unload(request.model_name)
+    await call.models.unload(request.model_name, call.who)
     return messages()["RepositoryModelUnloadResponse"]()
 
 

@@ -12,7 +12,7 @@ from dlopt.artifact import Artifact
 from dlopt.mistakes import lines_of
 from dlopt.part import DloptError, Part, Signature
 from dlopt.serve import Serve
-from dlopt.serve.models.registry import Entry
+from dlopt.serve.models.lineup import Entry
 
 
 class Served(Part):
