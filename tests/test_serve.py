@@ -26,8 +26,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from dlopt.artifact import Artifact, Stage, once
 from dlopt.part import DloptError
-from dlopt.serve import Serve, cluster, start
+from dlopt.serve import Serve
 from dlopt.serve.models.lineup import Entry
+from dlopt.serve.servers import cluster, start
 from tests.conftest import missing, program
 from tests.served import IMAGE, Made, Server, alive, descendants, free_port, listening, make_export
 

@@ -23,10 +23,12 @@ import pytest
 from PIL import Image
 
 from dlopt.part import DloptError
-from dlopt.serve import Serve, auth, batcher
+from dlopt.serve import Serve
 from dlopt.serve.exchange import Refusal
+from dlopt.serve.front import auth
 from dlopt.serve.front.application import DRAINING, Application, application_of
 from dlopt.serve.front.auth import Guard, Key, digest, read_keys
+from dlopt.serve.models import batcher
 from dlopt.serve.models.batcher import Batcher
 from dlopt.serve.protocols.example import example_row
 from tests.served import FLIGHTS, IMAGE, NUMBERS, PHOTOS, make_export, messages

@@ -204,6 +204,16 @@ class InputKind(Part):
         """Raw values of a request as the model's tensor (rows, *shape), of `feature.dtype`. Raises DloptError naming row and column."""
         raise NotImplementedError
 
+    @classmethod
+    def told(cls, feature: Feature) -> Sequence[str]:
+        """The columns of the profile that `measured` gives the values of."""
+        return ()
+
+    @classmethod
+    def measured(cls, feature: Feature, values: np.ndarray) -> dict[str, np.ndarray]:
+        """Of what the model takes (rows, *shape), by column what the profile tells of it: float64 with NaN, or objects; (rows,) each."""
+        return {}
+
     @staticmethod
     def sent(feature: Feature) -> tuple[str, tuple[int, ...]]:
         """What clients are told of each of its columns: type and shape of a value."""
@@ -278,6 +288,14 @@ class Matrix(InputKind):
     def profiled(cls, feature: Feature, table: pa.Table) -> dict[str, tuple[str, Any]]:
         matrix = raw_values(table[feature.name], feature.size)
         return {name: ("number", matrix[:, index]) for index, name in enumerate(cls.names(feature))}
+
+    @classmethod
+    def told(cls, feature: Feature) -> Sequence[str]:
+        return cls.names(feature)
+
+    @classmethod
+    def measured(cls, feature: Feature, values: np.ndarray) -> dict[str, np.ndarray]:
+        return dict(zip(cls.names(feature), values.astype(np.float64).T, strict=True))
 
     @staticmethod
     def words(feature: Feature, table: pa.Table) -> list[np.ndarray]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import Any, Literal, Self
@@ -165,6 +165,15 @@ class CategoryInput(InputKind):
         if feature.buckets:
             return np.stack([_bucket(string_words(values), feature.buckets) for values in found], axis=1)
         return np.array(found, dtype=object).T.reshape(len(found[0]), len(found))
+
+    @classmethod
+    def told(cls, feature: Feature) -> Sequence[str]:
+        """Texts; of codes nobody knows what they were."""
+        return () if feature.buckets else feature.columns
+
+    @classmethod
+    def measured(cls, feature: Feature, values: np.ndarray) -> dict[str, np.ndarray]:
+        return dict(zip(cls.told(feature), values.T, strict=False))
 
     @staticmethod
     def example(feature: Feature, place: int) -> Any:

@@ -27,6 +27,8 @@ class Entry:
     labels: tuple[str, ...] = ()
     default: bool = True
     """Whether it answers for its name alone; the last one that does."""
+    profile: Path | None = None
+    """What training rows look like, which drift is measured against."""
 
     @classmethod
     def of(cls, export: Artifact, name: str, section: Serve) -> Entry:
@@ -54,6 +56,8 @@ class Version(Part):
     """Of the export."""
     digest: str
     section: Serve = Serve()
+    profile: str | None = None
+    """The file of the profile of the training rows, if there is one."""
     loads: int = 0
     """How often it was to be loaded anew."""
     pinned: bool = False
@@ -115,12 +119,18 @@ class State(Part):
         return self.models[name]
 
 
+def version_from(entry: Entry, export: Artifact) -> Version:
+    """What is to be loaded."""
+    profile = str(entry.profile) if entry.profile else None
+    return Version(path=str(entry.path), digest=export.manifest.digest, section=entry.section, profile=profile)
+
+
 def begun(entries: Sequence[Entry]) -> State:
     """What a server starts with."""
     models: dict[str, Lineup] = {}
     for entry in entries:
         export = Artifact.open(entry.path)
-        version = Version(path=str(entry.path), digest=export.manifest.digest, section=entry.section, pinned=True)
+        version = version_from(entry, export).model_copy(update={"pinned": True})
         there = models.get(entry.name)
         labels = dict.fromkeys(entry.labels, entry.version)
         if there is None:

@@ -4,10 +4,12 @@ nor Ray: it starts fast and stays small."""
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -20,6 +22,7 @@ from dlopt.part import Feature, Signature
 from dlopt.serve import Serve
 from dlopt.serve.exchange import Answer, Refusal, Request, decisions
 from dlopt.serve.models.batcher import Batcher, Tensors, rows_in
+from dlopt.serve.watch.drift import Drift
 from dlopt.serve.watch.metrics import Metrics, Registry
 
 LARGE = 256 * 1024
@@ -80,13 +83,17 @@ class Predictor:
 class Model:
     """One version of a model: requests of columns to answers of columns."""
 
-    def __init__(self, export: Artifact, name: str, section: Serve, registry: Registry, version: str = "1") -> None:
+    def __init__(
+        self, export: Artifact, name: str, section: Serve, registry: Registry, version: str = "1", profile: Path | None = None
+    ) -> None:
+        """profile: of the training rows, which drift is measured against. Raises DloptError."""
         self.predictor = Predictor.load(export, section)
         self.signature = self.predictor.signature
         self.name, self.version, self.digest, self.section = name, version, export.manifest.digest, section
         self.metrics = Metrics(registry, name, version, self.digest, self.signature.target)
         limits = section.max_batch, self.metrics.observe_run, section.latency_target, section.request_seconds
         self.batcher = Batcher(self._answered, *limits, self.predictor.warm_up())
+        self.drift = _drift(self.signature, profile)
         self.most_pixels = sum(_most_pixels(feature) for feature in self.signature.inputs)
         self.decoders = ThreadPoolExecutor(max(DECODERS, section.threads), "decode")
         self.in_flight = 0
@@ -124,7 +131,14 @@ class Model:
         answer = Answer(self.signature.target, outputs, decisions(self.signature.target, outputs))
         if answer.finite:
             self.metrics.count(outputs, answer.decided)
+            if self.drift is not None:
+                self.drift.note(tensors, outputs, answer.decided)
         return answer
+
+    def tell_drift(self) -> None:
+        """Write how far the last rows are from the training rows; called now and then."""
+        if self.drift is not None and (found := self.drift.figures()) is not None:
+            self.metrics.tell_drift(found, self.drift.rows)
 
     async def check_ready(self) -> None:
         """Ready means that the model answers now, not that it once did. Raises Refusal."""
@@ -156,6 +170,17 @@ class Model:
         """When it is unloaded and its last request is answered: ends its threads."""
         self.metrics.gone()
         self.decoders.shutdown(wait=False)
+
+
+def _drift(signature: Signature, profile: Path | None) -> Drift | None:
+    """A profile that cannot be read keeps no model from being served."""
+    if profile is None:
+        return None
+    try:
+        return Drift(signature, json.loads(profile.read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError, StopIteration):
+        logger.warning("%s cannot be read: drift is not measured", profile, exc_info=True)
+        return None
 
 
 def _most_pixels(feature: Feature) -> int:

@@ -52,6 +52,8 @@ class Models:
         try:
             if (state := self.board.read(self.state.revision)) is not None:
                 self._take(state, await asyncio.to_thread(self._loaded, state))
+            for model in self:
+                model.tell_drift()
             for name, trial in list(self._trials.items()):
                 if why := trial.verdict():
                     canary = self.state.models[name].canary
@@ -77,7 +79,8 @@ class Models:
         return key not in self._live or self._live[key][0] != version
 
     def _load(self, key: Key, version: Version) -> Model:
-        return Model(Artifact.open(Path(version.path)), key[0], version.section, self.counts, key[1])
+        profile = Path(version.profile) if version.profile else None
+        return Model(Artifact.open(Path(version.path)), key[0], version.section, self.counts, key[1], profile)
 
     def _take(self, state: State, found: dict[Key, tuple[Version, Model]]) -> None:
         """From now on, all at once."""

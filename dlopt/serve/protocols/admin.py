@@ -13,7 +13,7 @@ from dlopt.artifact import Artifact
 from dlopt.mistakes import lines_of
 from dlopt.part import DloptError, Part
 from dlopt.serve.exchange import Call, Handler, Json, Refusal, Reply, json_reply
-from dlopt.serve.models.lineup import Canary, Limits, State, Version, deployed, rolled_back, version_of
+from dlopt.serve.models.lineup import Canary, Limits, State, deployed, rolled_back, version_from, version_of
 from dlopt.serve.models.model import Model
 from dlopt.serve.models.plan import entries_of
 
@@ -104,7 +104,7 @@ async def _deploy(call: Call) -> Reply:
     if len(entries) != 1:
         raise DloptError(f"{given.run}: holds {len(entries)} models: deploy one run at a time")
     export, name = Artifact.open(entries[0].path), given.name or entries[0].name
-    made = Version(path=str(entries[0].path), digest=export.manifest.digest, section=entries[0].section)
+    made = version_from(entries[0], export)
     number = version_of(state, name, made.digest, given.version)
     canary = Canary(version=number, share=given.canary, limits=given.limits) if given.canary is not None else None
 
