@@ -1,4 +1,4 @@
-"""What is in deploy/serving, against the real thing: promtool, and a Prometheus that has scraped an app. And drift, against numbers by hand."""
+"""What is in deploy/serving, against the real thing: promtool, and a Prometheus that has scraped an app; and drift, against its formula."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -31,6 +31,8 @@ class Serve(Part):
 
     replicas: Annotated[int, Field(ge=1)] | Replicas = 1
     """Copies of the model, each in a process of its own: a number, or {min, max} to scale with the load."""
+    provider: Literal["cpu", "cuda", "tensorrt", "openvino"] = "cpu"
+    """What onnxruntime computes with; where its build has none of it, the CPU does, and the log says so."""
     threads: int = Field(1, ge=1)
     """CPU threads that one replica computes with; on a cluster it reserves as many CPUs."""
     max_batch: int = Field(64, ge=1)

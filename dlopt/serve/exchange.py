@@ -183,6 +183,8 @@ class Call:
     """What the client's key allows."""
     who: str = ""
     """The client's key by its name, or by the beginning of its digest; "" where none is asked for."""
+    id: bytes = b""
+    """What the request is called in its reply and in the log."""
     cookie: str = ""
     """What lets a browser in whose user has given the key in the address."""
 

@@ -16,6 +16,7 @@ from dlopt.artifact import Artifact
 from dlopt.part import DloptError
 from dlopt.serve import Serve
 from dlopt.serve.exchange import Call, Handler, Refusal, Reply
+from dlopt.serve.front.access import AccessLog, request_id
 from dlopt.serve.front.auth import Guard, Key, token_of
 from dlopt.serve.front.bodies import ClientGone, Receive, compressed, read_body
 from dlopt.serve.models.board import Board, FileBoard
@@ -60,8 +61,17 @@ class Answered(NamedTuple):
 class Application:
     """One app of any number of models; ASGI is one way to reach it, `call` and `answer` are another."""
 
-    def __init__(self, models: Models, guard: Guard, section: Serve, counts: Registry, drains: Path | None = None) -> None:
-        """drains: the file whose being there says that the server is about to end."""
+    def __init__(
+        self,
+        models: Models,
+        guard: Guard,
+        section: Serve,
+        counts: Registry,
+        drains: Path | None = None,
+        log: AccessLog | None = None,
+    ) -> None:
+        """drains: the file whose being there says that the server is about to end. log: where each request leaves a line."""
+        self.log = log
         self.models, self.guard, self.section, self.counts, self.drains = models, guard, section, counts, drains
         self.draining = False
         self.in_flight = 0
@@ -108,11 +118,13 @@ class Application:
         except DloptError as error:
             reply = self._refused(Refusal(400, str(error)))
         except Exception:
-            logger.exception("a request failed")
+            logger.exception("the request %s failed", call.id.decode())
             reply = _error(500, "internal error; the server's log has the cause")
         finally:
             self.in_flight -= 1
         self.count(call, protocol, reply.status, start)  # before it is sent: who has a reply finds it counted
+        if self.log is not None:
+            self.log.note(call, protocol, reply.status, time.perf_counter() - start, len(reply.body))
         return await _answered(reply, call, self.draining)
 
     async def _watch(self) -> None:
@@ -128,7 +140,9 @@ class Application:
 
     def call(self, method: str, path: str, query: bytes, headers: Mapping[bytes, bytes], body: Callable[[Call], Awaitable[bytes]]) -> Call:
         """A request of a client, before anything is known of it."""
-        return Call(method, path, query, headers, self.models, self.counts, body, self._check_ready, self.models.only)
+        found = Call(method, path, query, headers, self.models, self.counts, body, self._check_ready, self.models.only)
+        found.id = request_id(headers.get(b"x-request-id"))
+        return found
 
     def let_in(self, call: Call) -> None:
         """Raises Refusal for a client without a key, or with one that asks too often."""
@@ -181,18 +195,26 @@ def application_for(
     drains: Path | None = None,
     counts: Registry | None = None,
     board: Path | None = None,
+    log: Path | None = None,
 ) -> Application:
     """The app of several models and versions, each with its own limits. board: a folder for what is served and who changed it, where
-    several processes are to follow it, or this one is to find it again. Raises DloptError."""
+    several processes are to follow it, or this one is to find it again. log: a file for a line on each request. Raises DloptError."""
     counts, state = counts or Registry(), begun(entries)
     models = Models(FileBoard(board, state) if board else Board(state), counts)
-    return Application(models, guard or Guard(), section, counts, drains)
+    return Application(models, guard or Guard(), section, counts, drains, AccessLog(log) if log else None)
 
 
 class Replica:
     """What Ray Serve makes in each replica's process."""
 
-    def __init__(self, entries: tuple[Entry, ...], section: Serve, keys: tuple[Key, ...] = (), keys_file: Path | None = None) -> None:
+    def __init__(
+        self,
+        entries: tuple[Entry, ...],
+        section: Serve,
+        keys: tuple[Key, ...] = (),
+        keys_file: Path | None = None,
+        log: Path | None = None,
+    ) -> None:
         from os import environ
 
         from dlopt.serve.watch.metrics import DIRECTORY
@@ -201,7 +223,7 @@ class Replica:
         path = keys_file if keys_file and keys_file.is_file() else None
         guard = Guard(keys, path, section.rate, shared / "rates" if shared else None)
         drains, board = (shared / DRAINING, shared / "board") if shared else (None, None)
-        self.application = application_for(entries, section, guard, drains, board=board)
+        self.application = application_for(entries, section, guard, drains, board=board, log=log)
 
     def __serve_build_asgi_app__(self) -> Application:
         """Where Ray Serve gets the app from."""
@@ -217,7 +239,7 @@ async def _answered(reply: Reply, call: Call, last: bool) -> Answered:
     if b"accept-encoding" in call.headers:
         body, encoding = await compressed_in_time(body, call.headers[b"accept-encoding"])
     kind = JSON_TYPE if reply.content_type == "application/json" else reply.content_type.encode()
-    headers = [(b"content-type", kind), (b"content-length", b"%d" % len(body)), *reply.headers]
+    headers = [(b"content-type", kind), (b"content-length", b"%d" % len(body)), (b"x-request-id", call.id), *reply.headers]
     if call.model:
         headers += call.model.headers
     if encoding:

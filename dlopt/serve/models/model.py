@@ -25,6 +25,13 @@ from dlopt.serve.models.batcher import Batcher, Tensors, rows_in
 from dlopt.serve.watch.drift import Drift
 from dlopt.serve.watch.metrics import Metrics, Registry
 
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+}
+"""onnxruntime's words for what may compute."""
 LARGE = 256 * 1024
 """Bodies from here on are decoded in a thread, so that other requests go on meanwhile."""
 INLINE_PIXELS = 2**14
@@ -42,11 +49,13 @@ Kept = TypeVar("Kept")
 class Predictor:
     """Tensors to outputs, `max_batch` rows at a time, so that a large request needs no more memory than a small one."""
 
-    def __init__(self, content: bytes, signature: Signature, threads: int = 1, max_batch: int = 64) -> None:
+    def __init__(self, content: bytes, signature: Signature, threads: int = 1, max_batch: int = 64, provider: str = "cpu") -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning threads starve the other replicas
-        self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(content, options, providers=_providers(provider))
+        if self.session.get_providers()[0] != PROVIDERS[provider]:
+            logger.warning("serve.provider: %s: this onnxruntime has none, or no device for it: the CPU computes", provider)
         self.signature, self.max_batch = signature, max_batch
         self.output = [signature.target.output]
         self.blank = {feature.name: _blank(feature) for feature in signature.inputs}
@@ -56,7 +65,7 @@ class Predictor:
     def load(cls, export: Artifact, section: Serve) -> Predictor:
         """From an export artifact, its files checked against their seal. Raises DloptError."""
         signature = Signature.model_validate_json(export.read("signature.json"))
-        return cls(export.read("model.onnx"), signature, section.threads, section.max_batch)
+        return cls(export.read("model.onnx"), signature, section.threads, section.max_batch, section.provider)
 
     def __call__(self, tensors: Tensors) -> np.ndarray:
         """Outputs (rows, target.size) of encoded rows: probabilities, or numbers."""
@@ -170,6 +179,12 @@ class Model:
         """When it is unloaded and its last request is answered: ends its threads."""
         self.metrics.gone()
         self.decoders.shutdown(wait=False)
+
+
+def _providers(name: str) -> list[str]:
+    """Those of them that this build of onnxruntime has, and the CPU."""
+    there = onnxruntime.get_available_providers()
+    return [found for found in dict.fromkeys((PROVIDERS[name], PROVIDERS["cpu"])) if found in there]
 
 
 def _drift(signature: Signature, profile: Path | None) -> Drift | None:

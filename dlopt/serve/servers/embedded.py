@@ -9,6 +9,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -34,10 +35,16 @@ class Server(uvicorn.Server):
 
 
 def serve(
-    application: Application, section: Serve, listener: socket.socket, on_ready: Callable[[], None], rpc: tuple[str, int] | None = None
+    application: Application,
+    section: Serve,
+    listener: socket.socket,
+    on_ready: Callable[[], None],
+    rpc: tuple[str, int] | None = None,
+    tls: tuple[Path, Path] | None = None,
 ) -> None:
     """Serve until SIGINT or SIGTERM; then say that the server is not ready, go on for serve.drain_seconds after SIGTERM, and end when all
-    that was asked is answered. on_ready: is called when the server answers. rpc: host and port for gRPC. Raises DloptError."""
+    that was asked is answered. on_ready: is called when the server answers. rpc: host and port for gRPC. tls: files of a
+    certificate and of its key. Raises DloptError."""
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     config = uvicorn.Config(
         application,
@@ -50,12 +57,13 @@ def serve(
         proxy_headers=False,
         timeout_graceful_shutdown=round(section.request_seconds) + 1,
         backlog=BACKLOG,
+        **({"ssl_certfile": str(tls[0]), "ssl_keyfile": str(tls[1])} if tls else {}),  # type: ignore[arg-type]
     )
     gc.collect()
     gc.freeze()  # what is there by now stays: looking through it again and again costs a tenth of the throughput
     gc.set_threshold(GARBAGE)
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(_run(Server(config), application, section, listener, on_ready, rpc))
+        runner.run(_run(Server(config), application, section, listener, on_ready, rpc, tls))
 
 
 async def _run(
@@ -65,6 +73,7 @@ async def _run(
     listener: socket.socket,
     on_ready: Callable[[], None],
     rpc: tuple[str, int] | None,
+    tls: tuple[Path, Path] | None,
 ) -> None:
     stopped, loop = asyncio.Event(), asyncio.get_running_loop()
     told: list[int] = []
@@ -75,7 +84,7 @@ async def _run(
 
     for number in STOPS:
         loop.add_signal_handler(number, stop, number)
-    rpc_server = await _rpc(application, *rpc) if rpc else None
+    rpc_server = await _rpc(application, *rpc, tls) if rpc else None
     serving = asyncio.create_task(server.serve([listener]))
     sweeping = asyncio.create_task(_close_slow_heads(server, section.body_seconds))
     try:
@@ -99,11 +108,11 @@ async def _run(
             loop.remove_signal_handler(number)
 
 
-async def _rpc(application: Application, host: str, port: int) -> Any:
+async def _rpc(application: Application, host: str, port: int, tls: tuple[Path, Path] | None) -> Any:
     """The same app over gRPC; Python's library for it takes a while to load, and only who wants it waits. Raises DloptError."""
     from dlopt.serve.protocols.inference import rpc
 
-    server = rpc.server_of(application, host, port)
+    server = rpc.server_of(application, host, port, rpc.credentials_of(*tls) if tls else None)
     await server.start()
     return server
 

@@ -9,6 +9,7 @@ import logging
 import struct
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -76,6 +77,11 @@ def server_of(application: Application, host: str, port: int, credentials: grpc.
     return server
 
 
+def credentials_of(certificate: Path, key: Path) -> grpc.ServerCredentials:
+    """For TLS."""
+    return grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())])
+
+
 def _handler(application: Application, name: str, method: Method) -> Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]:
     """A method with the guard before it, and its errors and counts after it."""
 
@@ -101,11 +107,13 @@ def _handler(application: Application, name: str, method: Method) -> Callable[[A
             application.counts.rejected.labels("request").inc()
             status, said = 400, str(error)
         except Exception:
-            logger.exception("a request failed")
+            logger.exception("the request %s failed", call.id.decode())
             status, said = 500, "internal error; the server's log has the cause"
         finally:
             application.in_flight -= 1
             application.count(call, NAME, status, start)
+            if application.log is not None:
+                application.log.note(call, NAME, status, time.perf_counter() - start, 0)
         await context.abort(CODES.get(status, grpc.StatusCode.INTERNAL), said)
 
     return handle
