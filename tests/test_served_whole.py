@@ -82,7 +82,7 @@ def test_a_server_with_everything(home: Path) -> None:
         assert "predictions" in json.loads(curled)
         client = Client(url, KEY, verify=trusted)
         np.testing.assert_allclose(client.predict(IMAGES)["probability"], wanted.max(axis=1), atol=1e-6)
-        with pytest.raises(ServerError, match="CERTIFICATE_VERIFY_FAILED|certificate verify failed"):
+        with pytest.raises(ServerError, match=r"CERTIFICATE_VERIFY_FAILED|certificate verify failed"):
             Client(url, KEY, retries=0).models()
         reply = client.send("GET", "/v1/models", headers={"X-Request-Id": "from-a-client"})
         assert reply.headers["x-request-id"] == "from-a-client"
