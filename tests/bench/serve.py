@@ -30,6 +30,8 @@ import httpx
 import numpy as np
 from PIL import Image
 
+from dlopt.client.load import Ask
+from dlopt.client.load import load as from_here
 from tests.served import Server, free_port, make_export
 
 CONNECTIONS = 16
@@ -106,33 +108,14 @@ def with_wrk(asked: Asked, seconds: float, folder: Path) -> Load:
     return Load(int(found[1]) / float(found[2]), float(found[3]), float(found[4]))
 
 
-async def with_asyncio(asked: Asked, seconds: float) -> Load:
-    """Load from this process, with connections that are kept."""
-    host, port, path = re.fullmatch(r"http://([^:/]+):(\d+)(/.*)", asked.url).groups()  # type: ignore[union-attr]
-    headers = "".join(f"{name}: {value}\r\n" for name, value in asked.headers.items())
-    head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\n{headers}Content-Length: {len(asked.body)}\r\n\r\n".encode()
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-
-    async def one() -> None:
-        reader, writer = await asyncio.open_connection(host, int(port))
-        while (start := time.perf_counter()) < end:
-            writer.write(head + asked.body)
-            reply = (await reader.readuntil(b"\r\n\r\n")).lower()
-            if b" 200 " not in reply.split(b"\r\n")[0]:
-                raise RuntimeError(reply.decode())
-            await reader.readexactly(int(re.search(rb"content-length: (\d+)", reply)[1]))  # type: ignore[index]
-            times.append(time.perf_counter() - start)
-        writer.close()
-
-    await asyncio.gather(*(one() for _ in range(asked.connections)))
-    times.sort()
-    return Load(len(times) / seconds, 1e3 * times[len(times) // 2], 1e3 * times[int(len(times) * 0.99)])
-
-
 def load(asked: Asked, seconds: float, folder: Path) -> Load:
-    """The load that this machine can make."""
-    return with_wrk(asked, seconds, folder) if shutil.which("wrk") else asyncio.run(with_asyncio(asked, seconds))
+    """The load that this machine can make. Raises RuntimeError when a request failed."""
+    if shutil.which("wrk"):
+        return with_wrk(asked, seconds, folder)
+    report = asyncio.run(from_here(Ask(asked.url, asked.body, asked.headers), connections=asked.connections, seconds=seconds))
+    if report.errors:
+        raise RuntimeError(str(report.errors))
+    return Load(report.rate, report.percentile(50), report.percentile(99))
 
 
 def answer(asked: Asked) -> httpx.Response:
