@@ -80,6 +80,7 @@ class Application:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
+            self._begin_to_watch()
             await _lifespan(receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1003})
@@ -105,7 +106,7 @@ class Application:
         start, protocol = time.perf_counter(), ""
         self.in_flight += 1
         if self.watching is None or self.watching.done():
-            self.watching = asyncio.get_running_loop().create_task(self._watch())
+            self._begin_to_watch()
         try:
             if call.path not in OPEN:
                 self.let_in(call)
@@ -126,6 +127,9 @@ class Application:
         if self.log is not None:
             self.log.note(call, protocol, reply.status, time.perf_counter() - start, len(reply.body))
         return await _answered(reply, call, self.draining)
+
+    def _begin_to_watch(self) -> None:
+        self.watching = asyncio.get_running_loop().create_task(self._watch())
 
     async def _watch(self) -> None:
         """Follow what is to be served, as long as the app runs."""
