@@ -207,6 +207,16 @@ def test_mistakes_of_clients_say_nothing_of_a_canary(home: Path) -> None:
     assert trial and not trial.canary.done and not trial.canary.waiting
 
 
+def test_a_failing_canary_is_no_reason_to_be_called_not_ready(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dlopt.serve.models.model.FRESH_SECONDS", -1.0)
+    app = application(home)
+    deploy(app, home, "larger", canary=1)
+    spoilt(app, fails)
+    assert ask(app, "GET", "/readyz").status_code == 200
+    deploy(app, home, "larger")
+    assert ask(app, "GET", "/readyz").status_code == 503
+
+
 def test_a_shadow_is_asked_and_never_heard(home: Path) -> None:
     app = application(home)
     deploy(app, home, "larger", shadow=True)

@@ -27,13 +27,13 @@ class Watched:
     """Which digest each answer came with, and what it said."""
 
     def __init__(self) -> None:
-        self.said: Counter[tuple[str, bytes]] = Counter()
+        self.said: Counter[tuple[str, str]] = Counter()
         self.last = ""
 
     def __call__(self, status: int, head: bytes, body: bytes) -> None:
         if status == 200:
             self.last = DIGEST.search(head)[1].decode()  # type: ignore[index]
-            self.said[self.last, body] += 1
+            self.said[self.last, str([round(chance, 4) for chance in json.loads(body)["predictions"][0]["probabilities"]])] += 1
 
 
 def until(watched: Watched, digest: str, seconds: float = 20) -> None:

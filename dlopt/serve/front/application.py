@@ -174,7 +174,7 @@ class Application:
             self.draining = True
         if self.draining:
             raise Refusal(503, "the server is about to end", "unready")
-        for model in self.models:
+        for model in self.models.answering():
             await model.check_ready()
 
 

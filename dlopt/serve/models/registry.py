@@ -140,6 +140,15 @@ class Models:
         except KeyError:
             raise not_there(name, version) from None
 
+    def answering(self) -> list[Model]:
+        """All but those on trial, whose failing is no reason to send requests elsewhere."""
+        found = []
+        for name in self.names():
+            lineup = self.state.models[name]
+            trials = {lineup.shadow, lineup.canary.version if lineup.canary else None} - {lineup.default}
+            found += [self._live[name, version][1] for version in lineup.versions if version not in trials]
+        return found
+
     def names(self) -> list[str]:
         """Of the models, in the order in which they came."""
         return [name for name, lineup in self.state.models.items() if lineup.loaded]
