@@ -136,6 +136,7 @@ def instances(count: int, seed: int, shift: float = 0.0) -> list[dict[str, Any]]
 
 def test_an_app_tells_the_drift_of_what_it_is_asked(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dlopt.serve.watch.drift.ROWS_A_SECOND", 10_000)
+    monkeypatch.setattr("dlopt.serve.watch.drift.EVERY_SECONDS", 0.0)
     app = application(home)
     assert ask(app, "POST", "/v1/models/flights:predict", json={"instances": instances(1000, 5, shift=2.0)}).status_code == 200
     asyncio.run(app.models.follow())

@@ -24,6 +24,8 @@ from dlopt.serve.front.bodies import ClientGone, late, limit_of, too_large, unpa
 
 KEEP_ALIVE_SECONDS = 75
 """How long a connection may be idle: longer than what proxies in front keep theirs, which else meet a closed one."""
+LINGER_SECONDS = 3.0
+"""What a connection that ends may take for it."""
 MOST_HEAD = 64 * 1024
 HIGH = 256 * 1024
 """Bytes of a body that wait to be read; from then on no more are taken from the network."""
@@ -90,6 +92,8 @@ class Connection(asyncio.Protocol):
         self.idle = False
         """Whether nothing of that head has come yet, and there was a request before."""
         self.blocked = self.paused = False
+        self.closed: float | None = None
+        """Since when it is being closed."""
 
     def connection_made(self, transport: Any) -> None:
         """A client that connects should say something."""
@@ -193,7 +197,7 @@ class Connection(asyncio.Protocol):
     def shutdown(self) -> None:
         """The server ends: an answer that is due is still given."""
         if self.current is None and not self.queue:
-            self.transport.close()
+            self._close()
         else:
             (self.queue[-1] if self.queue else self.current).keep_alive = False  # type: ignore[union-attr]
 
@@ -204,7 +208,7 @@ class Connection(asyncio.Protocol):
         body = json.dumps({"error": message}).encode()
         head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
         self.transport.write(_status_line(status) + head + body)
-        self.transport.close()
+        self._close()
 
     def _last(self, broken: Asked | None) -> bool:
         """Take no more requests; whether some are yet to be answered. broken: one whose rest will never come."""
@@ -219,11 +223,13 @@ class Connection(asyncio.Protocol):
 
     def sweep(self, now: float, seconds: float) -> None:
         """Called now and then: end it when the client takes longer than that with the head of a request, or says nothing for long."""
+        if self.closed is not None and now - self.closed > LINGER_SECONDS:
+            self.transport.abort()
         if self.began is None:
             return
         if self.idle:
             if now - self.began > KEEP_ALIVE_SECONDS:
-                self.transport.close()
+                self._close()
         elif now - self.began > seconds:
             self.refuse(408, f"the request did not arrive within {seconds:g} seconds")
 
@@ -238,7 +244,7 @@ class Connection(asyncio.Protocol):
         try:
             answered = await self.app.answer(asked.call)
         except ClientGone:
-            self.transport.close()
+            self._close()
             return
         except BaseException:
             self.transport.abort()
@@ -251,7 +257,7 @@ class Connection(asyncio.Protocol):
         self._write(asked, answered)
         self.current = None
         if not asked.keep_alive:
-            self.transport.close()
+            self._close()
         elif self.queue:
             if not self.blocked:
                 self._next()
@@ -303,6 +309,11 @@ class Connection(asyncio.Protocol):
                     await asked.waiter
         except TimeoutError:
             raise late(seconds) from None
+
+    def _close(self) -> None:
+        """When what was written is on its way. Over TLS the client is to agree, which it may not."""
+        self.closed = self.closed or self.loop.time()
+        self.transport.close()
 
     def _pause(self) -> None:
         if not self.paused:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from dlopt.part import DloptError, Signature
 from dlopt.serve.exchange import Call, Refusal, Request, inputs_of, product_version
@@ -60,8 +61,7 @@ def server_of(application: Application, host: str, port: int, credentials: grpc.
     found = messages()
     handlers = {
         name: grpc.unary_unary_rpc_method_handler(
-            _handler(application, name, method),
-            request_deserializer=found[f"{name}Request"].FromString,
+            _handler(application, name, method, found[f"{name}Request"].FromString),
             response_serializer=found[f"{name}Response"].SerializeToString,
         )
         for name, method in METHODS.items()
@@ -82,10 +82,12 @@ def credentials_of(certificate: Path, key: Path) -> grpc.ServerCredentials:
     return grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())])
 
 
-def _handler(application: Application, name: str, method: Method) -> Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]:
+def _handler(
+    application: Application, name: str, method: Method, read: Callable[[bytes], Any]
+) -> Callable[[bytes, grpc.aio.ServicerContext], Awaitable[Any]]:
     """A method with the guard before it, and its errors and counts after it."""
 
-    async def handle(request: Any, context: grpc.aio.ServicerContext) -> Any:
+    async def handle(request: bytes, context: grpc.aio.ServicerContext) -> Any:
         start = time.perf_counter()
         headers = {
             key.encode(): value if isinstance(value, bytes) else value.encode() for key, value in context.invocation_metadata() or ()
@@ -97,12 +99,15 @@ def _handler(application: Application, name: str, method: Method) -> Callable[[A
         try:
             if name not in OPEN:
                 application.let_in(call)
-            reply = await method(call, request)
+            reply = await method(call, read(request))
             status = 200
             return reply
         except Refusal as refusal:
             application.counts.rejected.labels(refusal.reason).inc()
             status, said = refusal.status, refusal.message
+        except DecodeError:
+            application.counts.rejected.labels("request").inc()
+            status, said = 400, f"the message is no {name}Request"
         except DloptError as error:
             application.counts.rejected.labels("request").inc()
             status, said = 400, str(error)
