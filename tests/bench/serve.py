@@ -35,6 +35,7 @@ from dlopt.client.load import load as from_here
 from tests.served import Server, free_port, make_export
 
 CONNECTIONS = 16
+ROWS, OWN = 64, "onnxruntime"
 BARE = """
 import json, sys
 import numpy as np, onnxruntime, uvicorn
@@ -145,7 +146,30 @@ def questions(url: str, pixels: np.ndarray) -> dict[str, Asked]:
         "binary": Asked(f"{url}/v2/models/digits/infer", head + pixels.tobytes(), binary),
         "png": Asked(predict, file.getvalue(), {"Content-Type": "image/png"}),
         "json_one_connection": Asked(predict, body, text, 1),
+        "binary_of_64": of_many(f"{url}/v2/models/digits/infer", np.repeat(pixels[None, :, :, None], ROWS, axis=0)),
     }
+
+
+def of_many(url: str, images: np.ndarray) -> Asked:
+    """A batch in one request."""
+    tensor = {"name": "image", "shape": list(images.shape), "datatype": "UINT8", "parameters": {"binary_data_size": images.nbytes}}
+    head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+    headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(head))}
+    return Asked(url, head + images.tobytes(), headers, 4)
+
+
+def own_rate(model: Path, seconds: float) -> float:
+    """Batches a second of onnxruntime in a loop, with one thread."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = 1, 1
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    images, count, start = np.repeat(image()[None, :, :, None], ROWS, axis=0), 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        session.run(None, {"image": images})
+        count += 1
+    return count / (time.perf_counter() - start)
 
 
 def measure(seconds: float, rounds: int, ray: bool) -> dict[str, object]:
@@ -169,7 +193,10 @@ def measure(seconds: float, rounds: int, ray: bool) -> dict[str, object]:
             raise RuntimeError("the servers do not say the same")
         for one in asked.values():
             load(one, min(1.0, seconds), folder)
-        loads = [{name: load(one, seconds, folder) for name, one in asked.items()} for _ in range(rounds)]
+        loads = []
+        for _ in range(rounds):
+            own = Load(own_rate(export.check("model.onnx"), min(1.0, seconds)), 0, 0)
+            loads.append({name: load(one, seconds, folder) for name, one in asked.items()} | {OWN: own})
     finally:
         for server in servers.values():
             if server.process.poll() is None:
@@ -181,8 +208,8 @@ def measure(seconds: float, rounds: int, ray: bool) -> dict[str, object]:
 
 
 def _summary(name: str, loads: list[dict[str, Load]]) -> dict[str, object]:
-    """Medians over the rounds; a ratio to the bare app's JSON over as many connections."""
-    other = "bare json_one_connection" if name.endswith("one_connection") else "bare json"
+    """Medians over the rounds; a ratio to the bare app's JSON over as many connections, of batches to onnxruntime's own rows in a loop."""
+    other = "bare json_one_connection" if name.endswith("one_connection") else OWN if name.endswith("of_64") else "bare json"
     ratios = [one[name].rate / one[other].rate for one in loads]
     return {
         "ratio": round(statistics.median(ratios), 3),
