@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, r2_score, root_mean_squared_error
 
 from dlopt.api import scoring
@@ -23,7 +24,7 @@ from dlopt.cli import main
 from dlopt.data.kinds import MultiLabelTarget, encode_rows
 from dlopt.part import DloptError, Signature, Target
 from tests.processes import run as run_in_process
-from tests.served import FLIGHTS, NUMBERS, make_export
+from tests.served import FLIGHTS, IMAGE, NUMBERS, make_export
 
 ROWS = 5000
 FLIGHT_INPUTS = [
@@ -49,6 +50,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("home")
     made(home, "flights", FLIGHTS, FLIGHT_INPUTS, {"kind": "number", "columns": ["minutes"]})
     made(home, "late", NUMBERS, LATE_INPUTS, {"kind": "category", "column": "late"})
+    made(home, "digits", IMAGE, [{"kind": "image"}], {"kind": "category"})
     return home
 
 
@@ -98,6 +100,24 @@ def test_every_row_is_predicted_in_its_order(home: Path, tmp_path: Path, given: 
     wanted = {"mae": mean_absolute_error(true, outputs), "rmse": root_mean_squared_error(true, outputs), "r2": r2_score(true, outputs)}
     assert said["metrics"] == pytest.approx(wanted, rel=1e-6)
     assert (tmp_path / "out.parquet.parts").exists() is False
+
+
+def test_a_folder_of_images_is_predicted_file_by_file(home: Path, tmp_path: Path) -> None:
+    images = np.random.default_rng(6).integers(0, 256, (70, 28, 28), dtype=np.uint8)
+    (tmp_path / "pictures").mkdir()
+    for place, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / "pictures" / f"{place:03}.png")
+    (tmp_path / "pictures" / "100.png").write_bytes(b"none")
+    (outputs,) = onnxruntime.InferenceSession(make_export(home).path / "model.onnx").run(None, {"image": images[..., None]})
+    for given in ("pictures", "pictures/*.png"):
+        out = tmp_path / f"{len(given)}.parquet"
+        found = score("digits", str(tmp_path / given), out, home=home)
+        table = pd.read_parquet(out)
+        assert (found.rows, found.failed, found.compared) == (71, 1, 0)
+        assert [Path(path).stem for path in table["path"]] == [f"{place:03}" for place in [*range(70), 100]]
+        assert table["predicted"][:70].tolist() == outputs.argmax(axis=1).tolist() and table["error"][70].startswith("not an image")
+    with pytest.raises(DloptError, match="no such file"):
+        score("digits", str(tmp_path / "none"), tmp_path / "x.csv", home=home)
 
 
 def killed(home: Path, data: Path, out: Path, after: int) -> None:

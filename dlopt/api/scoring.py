@@ -33,6 +33,7 @@ from dlopt.api.compared import Sums, compare, merged, metrics
 from dlopt.artifact import Artifact, write_atomically
 from dlopt.data.kinds import AnyTarget, Input
 from dlopt.data.sources import Source
+from dlopt.data.sources.images import ImageFiles
 from dlopt.data.sources.places import Place
 from dlopt.data.sources.reading import Piece, Rows, block_bytes, grouped, wanted
 from dlopt.data.stats.guess import source_of
@@ -219,7 +220,7 @@ def _work(folder: Path, export: Artifact, data: str, parts: Path, columns: Seque
     signature = Signature.model_validate_json(export.read("signature.json"))
     inputs = TypeAdapter(tuple[Input, ...]).validate_python(section["inputs"])
     target: AnyTarget = TypeAdapter(AnyTarget).validate_python(section["target"])
-    source = _source(data, TypeAdapter(Source).validate_python(section["source"]))
+    source = _source(data, TypeAdapter(Source).validate_python(section["source"]), signature)
     layout = source.layout()
     for column in dict.fromkeys(column for feature in signature.inputs for column in feature.columns):
         if column not in layout.names:
@@ -235,11 +236,18 @@ def _work(folder: Path, export: Artifact, data: str, parts: Path, columns: Seque
     return Work(export.path.resolve(), inputs, target, source, None, schema, meaning, keep, compares, parts.resolve())
 
 
-def _source(data: str, trained: Any) -> Any:
-    """What the words mean, read as training read its files where they are of the same kind. Raises DloptError."""
+def _source(data: str, trained: Any, signature: Signature) -> Any:
+    """What the words mean, read as training read its files where they are of the same kind; for a model of images alone they may be files
+    of images. Raises DloptError."""
     if trained.kind == "image_table":
-        return trained.model_copy(update={"table": _source(data, trained.table)})
-    found = source_of(data)
+        return trained.model_copy(update={"table": _source(data, trained.table, signature)})
+    try:
+        found = source_of(data)
+    except DloptError:
+        if len(signature.inputs) > 1 or signature.inputs[0].holds != "pixels":
+            raise
+        found = ImageFiles(path=data, column=signature.inputs[0].columns[0])
+        found.located()
     return trained.model_copy(update={"path": found.path}) if found.kind == trained.kind and hasattr(found, "path") else found
 
 
