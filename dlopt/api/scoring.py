@@ -129,7 +129,7 @@ class Work:
             why = wrong | why
             tensors[feature.name] = parts[feature.name].served(pa.table(columns), feature)
         outputs = self.predictor(tensors) if len(raw) else np.zeros((0, target.size), np.float32)
-        good = np.isfinite(outputs).all(axis=1)
+        good: np.ndarray = np.asarray(np.isfinite(outputs).all(axis=1))
         why |= {row: "the model's output is not finite" for row in np.flatnonzero(~good).tolist() if row not in why}
         good[list(why)] = False
         decided = decisions(target, outputs)
@@ -241,6 +241,7 @@ def _source(data: str, trained: Any, signature: Signature) -> Any:
     of images. Raises DloptError."""
     if trained.kind == "image_table":
         return trained.model_copy(update={"table": _source(data, trained.table, signature)})
+    found: Any
     try:
         found = source_of(data)
     except DloptError:
