@@ -103,7 +103,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         """Who reads a body hears of it; what is computed is computed to its end."""
-        self.state.connections.discard(self)  # type: ignore[arg-type]
+        self.state.connections.discard(self)
         for asked in (self.incoming, self.current, *self.queue):
             if asked is not None:
                 asked.gone = True
