@@ -13,7 +13,8 @@ from dlopt.cli.options import command, positive
 EXAMPLES = """
   dlopt bench-serve http://127.0.0.1:8000
   dlopt bench-serve http://127.0.0.1:8000 --connections 1 --seconds 5 --json
-  dlopt bench-serve https://models.example.org --model digits --rate 200 --body image.png --type image/png
+  dlopt bench-serve https://models.example.org --rate 200 --model digits
+  dlopt bench-serve http://127.0.0.1:8000 --body image.png --type image/png
 """
 
 

@@ -12,7 +12,7 @@ from dlopt.cli.options import add_home, command, positive
 
 DEPLOY = """
   dlopt deploy runs/digits-1a2b3c http://127.0.0.1:8000
-  dlopt deploy digits http://127.0.0.1:8000 --canary 10 --most-latency 1.5 --most-disagreement 0.2
+  dlopt deploy digits http://127.0.0.1:8000 --canary 10 --most-disagreement 0.2
   dlopt deploy digits http://127.0.0.1:8000 --shadow --label challenger
 """
 ROLLBACK = """

@@ -12,8 +12,8 @@ from dlopt.cli.options import add_address, add_home, command, set_ray_environmen
 
 EXAMPLES = """
   dlopt predict flights new.parquet -o predictions.parquet
-  dlopt predict flights 's3://bucket/2026/*.csv' -o predictions.csv --columns id,day
-  dlopt predict runs/mnist-77b72eee digits.parquet -o predictions --columns ''
+  dlopt predict flights 's3://bucket/*.csv' -o said.csv --columns id,day
+  dlopt predict runs/mnist-77b72eee 'photos/*.png' -o said.jsonl
 """
 
 
