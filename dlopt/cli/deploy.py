@@ -27,9 +27,7 @@ MODELS = """
 
 def add(commands: Any) -> None:
     """The commands."""
-    deploy = command(
-        commands, "deploy", _deploy, "serve a run's model on a running server: at once, for a share of the requests, or as a shadow", DEPLOY
-    )
+    deploy = command(commands, "deploy", _deploy, "serve a run on a running server: at once, as a canary, or as a shadow", DEPLOY)
     deploy.add_argument("run", metavar="RUN", help="a run's folder, or a job's name for its newest run")
     _add_server(deploy)
     add_home(deploy)

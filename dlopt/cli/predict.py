@@ -23,7 +23,7 @@ def add(commands: Any) -> None:
         commands,
         "predict",
         _predict,
-        "predict every row of files with a run's exported model; run again after it was ended, it does what is left",
+        "predict every row of files with a run's model; run again, it does what is left",
         EXAMPLES,
         stopped="stopped; the same command goes on from here",
     )
