@@ -16,14 +16,17 @@ from typing import Any
 
 from dlopt.cli import (
     batch,
+    bench_serve,
     check,
     cluster,
     compare,
     completion,
+    deploy,
     docs,
     doctor,
     explain,
     init,
+    predict,
     profile,
     run,
     runs,
@@ -34,7 +37,9 @@ from dlopt.cli import (
 )
 from dlopt.cli.options import Mistake, Parser, close_to
 
-COMMANDS = (init, run, check, explain, profile, schedule, batch, serve, submit, cluster, doctor, compare, runs, ui, docs, completion)
+SERVING = (predict, serve, bench_serve, deploy)
+CLUSTER = (submit, cluster, doctor)
+COMMANDS = (init, run, check, explain, profile, schedule, batch, *SERVING, *CLUSTER, compare, runs, ui, docs, completion)
 EPILOG = """the first steps:
   dlopt init data.csv --target late -o job.yaml   write a job
   dlopt run job.yaml                              train, export, report
