@@ -173,7 +173,8 @@ def test_every_series_that_is_asked_for_is_one_that_is_shown() -> None:
 
 def test_prometheus_takes_its_files_and_each_alert_fires_when_its_fault_is_made(tmp_path: Path) -> None:
     promtool = program("promtool")
-    shutil.copytree(DEPLOY / "prometheus", tmp_path / "deploy" / "prometheus")
+    for name in ("prometheus", "serving"):
+        shutil.copytree(DEPLOY / name, tmp_path / "deploy" / name)
     for name in ("ray-token", "key"):
         (tmp_path / "deploy" / "prometheus" / name).write_text("x")
     records = [{"record": f"panel:{place}", "expr": query.replace("$", "")} for place, query in enumerate(queries().values())]
