@@ -123,7 +123,7 @@ def test_no_cell_of_a_table_is_cut_or_folded(columns: int, monkeypatch: pytest.M
     kinds = {column: "category" if column.startswith("a") else "number" for column in rows.column_names}
     facts = describe({guard.WHOLE: summarise(dict(zip(rows.column_names, rows.columns, strict=True)), kinds, ())}, ())
     print_profile(facts, "name: x\n")
-    lines = capsys.readouterr().out.splitlines()
+    lines = re.sub(r"\x1b\[\d*m", "", capsys.readouterr().out).splitlines()
     found = Profile("rows", facts, "name: x\n")
     assert repr(found) == f"<profile of rows: 30 rows, 3 columns, {len(found.warnings)} warnings>"
     assert [line.split() for line in str(found).splitlines()] == [line.split() for line in lines]
