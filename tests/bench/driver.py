@@ -5,7 +5,8 @@
 
 bad: a million rows of CSV that cannot be read among two million. images: a million files of images in two folders. classes: a million rows
 of 10,000 classes, each split exactly. pieces: the same 400,000 rows in 250, 1,000 and 4,000 files; seconds of the stage, as multiples of
-those of 250 files. Each is measured in a process of its own: the peak of its resident memory, Ray's workers not included.
+those of 250 files. Each is measured in a process of its own, which finds
+the files made: the peak of its resident memory, Ray's workers not included.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,13 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 MILLION = 10**6
+SECTION = "section.json"
 LINKS = 50_000
 """Names of one file; file systems bound their number."""
 
 
-def prepared(section: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of the stage, and the driver's peak in MiB, with what it had before."""
+def prepare(folder: Path) -> dict[str, float]:
+    """Of what was made there: seconds of the stage, and the driver's peak in MiB, with what it had before."""
     from dlopt import session
     from dlopt.artifact import once
     from dlopt.data.prepare import PREPARE
@@ -44,28 +46,26 @@ def prepared(section: Mapping[str, Any]) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as home, session.connected(cpus=2):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         started = time.perf_counter()
-        artifact = once(PREPARE, Data.model_validate(section), Path(home))
+        artifact = once(PREPARE, Data.model_validate(json.loads((folder / SECTION).read_text())), Path(home))
         seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"seconds": seconds, "driver_mib": peak, "driver_mib_before": before, **artifact.info["counts"]}
 
 
-def bad(folder: Path) -> dict[str, float]:
+def bad(folder: Path) -> dict[str, Any]:
     random = np.random.default_rng(0)
     values = pa.array(random.normal(size=2 * MILLION)).cast(pa.string()).to_numpy(zero_copy_only=False)
     values[::2] = [f"no number {row}" for row in range(MILLION)]
     pa.csv.write_csv(pa.table({"x": values, "y": random.integers(0, 2, 2 * MILLION)}), folder / "rows.csv")
-    return prepared(
-        {
-            "source": {"kind": "csv", "path": str(folder / "rows.csv")},
-            "most_bad": 1.0,
-            "inputs": [{"kind": "number", "columns": ["x"]}],
-            "target": {"kind": "category", "column": "y"},
-        }
-    )
+    return {
+        "source": {"kind": "csv", "path": str(folder / "rows.csv")},
+        "most_bad": 1.0,
+        "inputs": [{"kind": "number", "columns": ["x"]}],
+        "target": {"kind": "category", "column": "y"},
+    }
 
 
-def images(folder: Path) -> dict[str, float]:
+def images(folder: Path) -> dict[str, Any]:
     random = np.random.default_rng(0)
     for number in range(MILLION):
         path = folder / "images" / "ab"[number % 2] / f"{number:07d}.png"
@@ -77,65 +77,68 @@ def images(folder: Path) -> dict[str, float]:
             path.write_bytes(content.getvalue())
         else:
             os.link(path.parent / f"{number - number % LINKS + number % 2:07d}.png", path)
-    return prepared(
-        {"source": {"kind": "images", "path": str(folder / "images")}, "inputs": [{"kind": "image"}], "target": {"kind": "category"}}
-    )
+    return {"source": {"kind": "images", "path": str(folder / "images")}, "inputs": [{"kind": "image"}], "target": {"kind": "category"}}
 
 
-def classes(folder: Path) -> dict[str, float]:
+def classes(folder: Path) -> dict[str, Any]:
     random = np.random.default_rng(0)
     labels = random.permutation(np.arange(MILLION) % 10_000)
     pq.write_table(pa.table({"x": random.normal(size=MILLION), "y": labels}), folder / "rows.parquet")
-    return prepared(
-        {
-            "source": {"kind": "parquet", "path": str(folder / "rows.parquet")},
-            "inputs": [{"kind": "number", "columns": ["x"]}],
-            "target": {"kind": "category", "column": "y"},
-            "split": {"kind": "stratified"},
-        }
-    )
+    return {
+        "source": {"kind": "parquet", "path": str(folder / "rows.parquet")},
+        "inputs": [{"kind": "number", "columns": ["x"]}],
+        "target": {"kind": "category", "column": "y"},
+        "split": {"kind": "stratified"},
+    }
 
 
-def pieces(folder: Path, count: str = "250") -> dict[str, float]:
+def pieces(folder: Path, count: str) -> dict[str, Any]:
     table = pa.table({f"x{column}": np.random.default_rng(column).normal(size=400_000) for column in range(8)})
     table = table.append_column("y", pa.array(np.arange(400_000) % 2))
     rows = len(table) // int(count)
+    (folder / "pieces").mkdir()
     for number in range(int(count)):
-        pq.write_table(table.slice(number * rows, rows), folder / f"part-{number:05d}.parquet")
-    return prepared(
-        {
-            "source": {"kind": "parquet", "path": str(folder)},
-            "inputs": [{"kind": "number", "columns": [f"x{column}" for column in range(8)]}],
-            "target": {"kind": "category", "column": "y"},
-        }
-    )
+        pq.write_table(table.slice(number * rows, rows), folder / "pieces" / f"part-{number:05d}.parquet")
+    return {
+        "source": {"kind": "parquet", "path": str(folder / "pieces")},
+        "inputs": [{"kind": "number", "columns": [f"x{column}" for column in range(8)]}],
+        "target": {"kind": "category", "column": "y"},
+    }
 
 
-MEASURED: dict[str, Callable[..., dict[str, float]]] = {"bad": bad, "images": images, "classes": classes, "pieces": pieces}
+MADE: dict[str, Callable[..., dict[str, Any]]] = {"bad": bad, "images": images, "classes": classes, "pieces": pieces}
 
 
 def measure(name: str, *arguments: str) -> dict[str, float]:
-    """In a process of its own, with a folder of its own."""
+    """Made and measured in processes of their own, in a folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "tests.bench.driver", "--one", name, folder, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"RAY_AUTH_MODE": "disabled"})
+        run("make", folder, name, *arguments)
+        found: dict[str, float] = json.loads(run("prepare", folder).splitlines()[-1])
+    return found
+
+
+def run(*words: str) -> str:
+    command = [sys.executable, "-m", "tests.bench.driver", "--one", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"RAY_AUTH_MODE": "disabled"})
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return done.stdout
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--part", action="append", choices=list(MEASURED), help="only this one (may be given several times)")
+    parser.add_argument("--part", action="append", choices=list(MADE), help="only this one (may be given several times)")
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        name, folder, *rest = options.one
-        print(json.dumps(MEASURED[name](Path(folder), *rest)))
+        what, folder, *words = options.one
+        if what == "prepare":
+            print(json.dumps(prepare(Path(folder))))
+        else:
+            (Path(folder) / SECTION).write_text(json.dumps(MADE[words[0]](Path(folder), *words[1:])))
         return
-    figures: dict[str, Any] = {name: measure(name) for name in options.part or MEASURED if name != "pieces"}
+    figures: dict[str, Any] = {name: measure(name) for name in options.part or MADE if name != "pieces"}
     if not options.part or "pieces" in options.part:
         seconds = {count: measure("pieces", count)["seconds"] for count in ("250", "1000", "4000")}
         figures["pieces"] = {f"{count} files, seconds over those of 250": value / seconds["250"] for count, value in seconds.items()}
