@@ -8,12 +8,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlopt.artifact import Artifact
@@ -26,7 +26,9 @@ from dlopt.part import DloptError
 from dlopt.train.checkpoint.stores import CHECKPOINTS, Checkpointing, Every
 from dlopt.train.job import Fit, Resources, Train, refuse_other_workers
 from dlopt.train.loop.gradients import Sharpness
+from dlopt.train.parallel import ddp
 from dlopt.train.parallel.compression import Bfloat16, PowerSGD, PowerSGDParallel
+from dlopt.train.parallel.ddp import DDP
 from dlopt.train.parallel.local_sgd import DiLoCo, DiLoCoParallel, LocalSGD, LocalSGDParallel
 from dlopt.train.stage import fit as fit_stage
 from dlopt.train.training import Training
@@ -172,26 +174,31 @@ def with_odd_batches(rank: int, home: Path, name: str, found: Fit, kind: type, s
 
 def low_rank(rank: int, home: Path) -> None:
     """Gradients of a layer of 32 x 24: those of four rows over both workers, and what is sent of many in six steps."""
-    torch.manual_seed(3)
-    layer = nn.Linear(24, 32, bias=True).double()
     torch.manual_seed(10 + rank)
     few, many = torch.randn(2, 24).double(), [torch.randn(40, 24).double() for _ in range(6)]
     weights = torch.randn(40, 32).double()
 
-    def gradient(model: nn.Module, inputs: Tensor) -> Tensor:
-        layer.zero_grad()
-        (model(inputs) * weights[: len(inputs)]).sum().backward()
-        assert layer.weight.grad is not None
-        return layer.weight.grad.clone()
+    def layer() -> nn.Linear:
+        torch.manual_seed(3)
+        return nn.Linear(24, 32, bias=True).double()
 
-    whole = DistributedDataParallel(layer)
+    def gradient(held: DDP, inputs: Tensor) -> Tensor:
+        held.network.zero_grad()
+        (held.network(inputs) * weights[: len(inputs)]).sum().backward()
+        held.reducer.finish()
+        return held.network.weight.grad.clone()  # type: ignore[union-attr, operator, no-any-return]
+
+    whole, alike, parallel = (
+        DDP(layer(), rank, 2),
+        *(PowerSGDParallel(layer(), rank, 2, PowerSGD(rank=of, start_step=0), 5) for of in (4, 2)),
+    )
+    for held in (whole, alike, parallel):
+        held.module()
     true = [gradient(whole, inputs) for inputs in (few, *many)]
-    exact = gradient(PowerSGDParallel(layer, rank, 2, False, PowerSGD(rank=4, start_step=0), 5).module(), few)
-    parallel = PowerSGDParallel(layer, rank, 2, False, PowerSGD(rank=2, start_step=0), 5)
-    model, sent = parallel.module(), []
+    exact, sent = gradient(alike, few), []
     for step, inputs in enumerate(many):
         parallel.begin(step)
-        sent.append(gradient(model, inputs))
+        sent.append(gradient(parallel, inputs))
     left = parallel.unsent.errors["weight"].clone()
     dist.all_reduce(left)
     (home / f"low-rank-{rank}.json").write_text(
@@ -210,7 +217,7 @@ def outer_steps(rank: int, home: Path) -> None:
     """Five outer steps of a parameter whose replicas go different ways, and torch's SGD by their mean."""
     layer = nn.Linear(3, 2).double()
     part = DiLoCo(replicas=2, outer_lr=0.7, outer_momentum=0.9)
-    replicas = DiLoCoParallel(layer, rank, 2, False, part)
+    replicas = DiLoCoParallel(layer, rank, 2, part)
     other = [parameter.detach().clone().requires_grad_() for parameter in layer.parameters()]
     sgd = torch.optim.SGD(other, lr=0.7, momentum=0.9, nesterov=True)
     inner = torch.optim.SGD(layer.parameters(), lr=0.1)
@@ -368,7 +375,8 @@ def test_it_learns_as_well_as_with_whole_gradients(how: str, learned: Path) -> N
 
 def test_another_number_of_workers_goes_on_from_what_is_common_with_nothing_unsent(tmp_path: Path) -> None:
     layer = nn.Linear(24, 32)
-    parallel = PowerSGDParallel(layer, 1, 2, False, POWER, 5)
+    with mock.patch.object(ddp, "broadcast"):  # there is nobody else
+        parallel = PowerSGDParallel(layer, 1, 2, POWER, 5)
     tensors = {f"worker.{rank}.weight": torch.full((32, 24), float(rank)) for rank in range(3)} | {"exchange.weight": torch.ones(24, 2)}
     optimizer = torch.optim.SGD(layer.parameters())
     parallel.recall(tensors, optimizer)

@@ -248,7 +248,7 @@ def losses_of(part: Any, parallel: Parallel, rank: int, world: int) -> list[floa
     network = parallel.network
     groups = parallel.groups(Parameters().of(network, part))
     optimizer = peaked(parallel.optimizer(part.build(groups)))
-    gradient = curved(parallel.gradient(plain(parallel.factor)), optimizer, world)
+    gradient = curved(parallel.gradient(plain), optimizer, world)
     found = []
     feed = batches(torch.float64)
     mine = (_share(next(feed), rank, world) for _ in range(12))

@@ -33,6 +33,7 @@ from dlopt.train.loop.objectives import supervised
 from dlopt.train.loop.precision import HIGHEST, LOWEST, LossScale, Precision, mixed, scale_of
 from dlopt.train.loop.steps import Step, peaked, steps
 from dlopt.train.measure.evaluate import evaluate
+from dlopt.train.parallel.ddp import DDP
 from dlopt.train.start import load_network
 from dlopt.train.watch import metrics_log
 from dlopt.train.watch.metrics_log import HEALTH
@@ -149,7 +150,7 @@ def batches(count: int, rows: int = 16) -> list[Batch]:
 def running(
     model: nn.Module, data: list[Batch], scale: LossScale | None, precision: Precision = "float16", clip: float = 1e9
 ) -> Iterator[Step]:
-    objective, gradient = mixed(OBJECTIVE, precision, CPU, scale), unscaled(plain(1), scale)
+    objective, gradient = mixed(OBJECTIVE, precision, CPU, scale), unscaled(plain, scale)
     optimizer = peaked(torch.optim.SGD(model.parameters(), lr=1.0))
     return steps(model, optimizer, data, objective, gradient, lambda _: 0.1, ClipNorm(limit=clip), scale=scale)
 
@@ -185,13 +186,13 @@ def test_norms_and_clipping_see_gradients_as_they_are_whatever_the_scale() -> No
     found = []
     for scale in (LossScale(scale=1.0), LossScale(scale=2.0**10)):
         model = Two()
-        found.append(([step.gradient_norm for step in train(model, 5, scale, clip=0.05)], weights(model)))
+        found.append(([step.norm.item() for step in train(model, 5, scale, clip=0.05)], weights(model)))
     (norms, after), (others, same) = found
     assert norms == others and norms[0] < 10  # a power of 2 changes no digit
     assert torch.equal(after, same)
     model = Two()
     step = train(model, 1, LossScale(scale=2.0**10), clip=0.05)[0]
-    assert step.gradient_norm > 0.05
+    assert step.norm.item() > 0.05
     moved = (weights(model) - weights(Two())).norm().item()
     assert moved == pytest.approx(0.1 * 0.05, rel=1e-5)  # the rate times the clipped norm
 
@@ -202,8 +203,8 @@ def test_small_gradients_are_lost_without_a_scale_and_kept_with_it() -> None:
             return super().forward(inputs) * 1e-8
 
     without, kept = Faint(), Faint()
-    assert train(without, 1, None)[0].gradient_norm == 0
-    assert train(kept, 1, LossScale())[0].gradient_norm == pytest.approx(train(Faint(), 1, None, "float32")[0].gradient_norm, rel=0.01)
+    assert train(without, 1, None)[0].norm.item() == 0
+    assert train(kept, 1, LossScale())[0].norm.item() == pytest.approx(train(Faint(), 1, None, "float32")[0].norm.item(), rel=0.01)
 
 
 def test_the_scale_doubles_after_two_thousand_good_steps_and_stays_within_bounds() -> None:
@@ -314,10 +315,11 @@ def test_rms_norm_of_half_precision_is_that_of_float32_rounded(dtype: torch.dtyp
 
 def worker(rank: int, world: int, folder: Path) -> None:
     """One of two; a step overflows on worker 1 alone."""
-    model, scale = nn.parallel.DistributedDataParallel(Two()), LossScale(scale=2.0**4)
+    held, scale = DDP(Two(), rank, world), LossScale(scale=2.0**4)
+    model = held.module()
     mine = [batch._replace(inputs={"x": batch.inputs["x"] * (1 + rank)}, total=2 * batch.total) for batch in batches(6)]
     mine[2].inputs["x"].mul_(3e4 if rank == 1 else 1)  # beyond what float16 has: infinite there, an ordinary batch here
-    objective, gradient = mixed(OBJECTIVE, "float16", CPU, scale), unscaled(plain(2), scale)
+    objective, gradient = mixed(OBJECTIVE, "float16", CPU, scale), unscaled(held.gradient(plain), scale)
     optimizer = peaked(torch.optim.SGD(model.parameters(), lr=1.0))
     done = list(steps(model, optimizer, mine, objective, gradient, lambda _: 0.1, scale=scale))
     norm = BatchNorm(3)
@@ -327,7 +329,7 @@ def worker(rank: int, world: int, folder: Path) -> None:
     told = {
         "taken": [step.taken for step in done],
         "overflowed": [step.overflowed for step in done],
-        "norms": [step.gradient_norm for step in done],
+        "norms": [step.norm.item() for step in done],
         "finite": [bool(step.loss.isfinite()) for step in done],
         "scale": scale.memory,
         "weights": weights(model).tolist(),

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from dlopt.artifact import Artifact
 from dlopt.data.counter import bits
-from dlopt.data.feed.batches import Feed, Resident, Stream
+from dlopt.data.feed.batches import Feed, Resident, Stream, ahead
 from dlopt.data.feed.share import Share
 from dlopt.data.prepared import Split
 from dlopt.models import Network
+from dlopt.optim.optimizers import Lbfgs
 from dlopt.part import DloptError
 from dlopt.train.checkpoint.checkpoints import newest_of_all
 from dlopt.train.checkpoint.state import TrainingState
@@ -39,7 +40,7 @@ from dlopt.train.parallel.base import Parallel
 from dlopt.train.parallel.drift import refuse_drift
 from dlopt.train.parallel.local_sgd import LocalSGDParallel
 from dlopt.train.start import first_batches, objective_of, read_statistics
-from dlopt.train.watch.observer import Diary, Diverged, Observer, Taken
+from dlopt.train.watch.observer import Diary, Diverged, NotFinite, Observer, Taken
 from dlopt.train.watch.profile import Profile, Unprofiled
 from dlopt.train.watch.speed import Pace
 from dlopt.train.watch.watchdog import Watchdog
@@ -95,6 +96,13 @@ class Training:
         assert isinstance(self.state.model, Network)
         return self.state.model
 
+    @property
+    def sure(self) -> bool:
+        """Whether each step is waited for, to know that its gradient was finite: where that takes no time, is needed for the next one
+        anyway, or is known to happen. All others are taken, and training goes back to a checkpoint if it happens for the first time."""
+        alone = isinstance(self.parallel, LocalSGDParallel) or isinstance(self.fit.train.optimizer, Lbfgs)
+        return self.device.type == "cpu" or self.scale is not None or alone or self.state.record.careful
+
     def run(self) -> None:
         """Train to the last epoch, or until it is stopped early. Raises DloptError when training diverges again and again or a
         checkpoint cannot be written, Stopped and Preempted when it is told to end and has saved where it stands."""
@@ -103,6 +111,8 @@ class Training:
                 self._epoch()
             except Diverged as why:
                 self._roll_back(str(why))
+            except NotFinite:
+                self._take_back()
             else:
                 if self.world > 1:
                     refuse_drift(self.parallel.alike())
@@ -119,6 +129,7 @@ class Training:
             if not ready:
                 return
         record = self.state.record
+        self.observer.settle(record.epoch + 1, self.sure)
         record.seconds, self.marked = record.seconds + time.monotonic() - self.marked, time.monotonic()
         self.observer.remember()
         with self.profile.within("checkpoint"):
@@ -135,8 +146,8 @@ class Training:
         schedule, course, history, before, start = train.schedule, self.course, tuple(record.history), record.step, record.batch
         slower, begun = train.divergence.factor**record.rollbacks, (epoch - 1) * order.batches + start
         seeds = bits(np.arange(before, before + order.batches), self.fit.seed, self.rank, PURPOSE) >> np.uint64(1)
-        batches = self.profile.batches(self.pace.waiting(self._feed(epoch).epoch(epoch, start)))
-        found = self.pipeline.steps(batches, lambda index: slower * schedule.factor(begun + index, course, history), before)
+        batches = self.profile.batches(self.pace.waiting(ahead(self._feed(epoch).epoch(epoch, start), self.device)))
+        found = self.pipeline.steps(batches, lambda index: slower * schedule.factor(begun + index, course, history), before, self.sure)
         self.observer.ready()
         for index, (_, rows) in enumerate(self.sizes[start:]):
             _seed(int(seeds[index]), self.device)
@@ -161,8 +172,9 @@ class Training:
             if isinstance(self.parallel, LocalSGDParallel):
                 self._apart(self.parallel, step, rows, epoch)
             else:
-                self.observer.step(step, rows, epoch)
+                self.observer.step(step, rows, epoch, self.sure)
             self._between_steps()
+        self.observer.settle(epoch, self.sure)
         means = self.observer.epoch(epoch, self.share.order.rows)
         with self.measured():
             self._refuse_not_finite()
@@ -190,6 +202,7 @@ class Training:
         if self.agreement.due(record.step):
             due, stop = self._agreed(due)
         if (due and record.batch < self.share.order.batches) or stop:  # after the last batch of an epoch comes a checkpoint anyway
+            self.observer.settle(record.epoch + 1, self.sure)
             self._refuse_not_finite()
             self.save(needed=stop is not None)
         if stop:
@@ -265,20 +278,31 @@ class Training:
         tried = f"{why}; lower train.optimizer.lr or set train.clip"
         if rollbacks > train.divergence.most:
             raise DloptError(f"train: training diverges even after {rollbacks - 1} roll-backs to a lower rate: {tried}")
-        with self._unwatched():
-            patiently(self.diary.writer.wait if self.diary else lambda: None, self.world, self.device)
-            found, _ = newest_of_all(self.store, self.rank, self.world, self.device, self.parallel.writes, epoch_ends=True)
-        assert found
-        found.load(self.state)
+        self._go_back(epoch_ends=True)
         record = self.state.record
         record.rollbacks, record.diverging = rollbacks, {}
-        self.feed, self.taken_apart, self.due = None, [], False
-        self.observer.begin_anew()
+        self.observer.watch.recall({}, {})
+        self.observer.begin()
         rate = record.peak * train.divergence.factor**rollbacks
-        if self.diary:
-            self.diary.undo(record.epoch, record.step)
-            self.observer.write_health(record.epoch, {"step": record.step, "rollback": why, "rate": rate})
+        self.observer.write_health(record.epoch, {"step": record.step, "rollback": why, "rate": rate})
         self.save()
+
+    def _take_back(self) -> None:
+        """Go back to the newest checkpoint, and on with each step waited for."""
+        self._go_back(epoch_ends=False)
+        self.state.record.careful = True
+        self.observer.begin()
+
+    def _go_back(self, epoch_ends: bool) -> None:
+        """To the newest checkpoint, or the newest one of an epoch's end."""
+        with self._unwatched():
+            patiently(self.diary.writer.wait if self.diary else lambda: None, self.world, self.device)
+            found, _ = newest_of_all(self.store, self.rank, self.world, self.device, self.parallel.writes, epoch_ends)
+        assert found
+        found.load(self.state)
+        self.feed, self.taken_apart, self.due = None, [], False
+        if self.diary:
+            self.diary.undo(self.state.record.epoch, self.state.record.step)
 
     def _share(self) -> Share:
         train = self.fit.train

@@ -217,7 +217,7 @@ class Worker:
         fit, custom = self.assignment.fit, isinstance(self.assignment.fit.model, Own)
         part = fit.train.synchronization or (fit.train.compression if self.world > 1 else None)
         if part:
-            return part.build(network, self.rank, self.world, custom, fit.seed)
+            return part.build(network, self.rank, self.world, fit.seed)
         return parallel_of(self.assignment.resources.parallelism, network, self.rank, self.world, custom)
 
     @property

@@ -50,6 +50,8 @@ class Record:
     """What the judgement whether training diverges has seen; empty at the start and after going back."""
     watched: dict[str, Any] = field(default_factory=dict)
     """What the watch over the layers has said and heard."""
+    careful: bool = False
+    """Whether a gradient was not finite once where steps are taken before that is known: from then on each is waited for."""
     loss_scale: dict[str, float] = field(default_factory=dict)
     """What losses are multiplied with in float16, and for how many steps it has been so."""
 

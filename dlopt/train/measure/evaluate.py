@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dlopt.data.feed.batches import shortened
+from dlopt.data.feed.batches import moved, shortened
 from dlopt.data.prepared import RowGroup, Split
 from dlopt.models import Network
 from dlopt.part import Target
@@ -154,13 +154,26 @@ def _gather(found: Tally, split: Split, world: int) -> None:
 @torch.no_grad()
 def _outputs(network: Network, split: Split, device: torch.device, chunks: tuple[RowGroup, ...]) -> Iterator[tuple[Tensor, Tensor]]:
     """Outputs as float64 and targets, a batch at a time; the network is put back into the mode it was in."""
-    training = network.training
+    training, host = network.training, device.type == "cpu"
     network.eval()
-    size = max(1, min(1024, BATCH_BYTES[device.type == "cpu"] // split.row_bytes))
-    for chunk in chunks:
-        rows = {name: torch.from_numpy(values.copy()).to(device) for name, values in split.read([chunk]).items()}
+    size = max(1, min(1024, BATCH_BYTES[host] // split.row_bytes))
+    for some in _grouped(chunks, 1 if host else size):
+        rows = {name: torch.from_numpy(values.copy()) for name, values in split.read(some).items()}
         target = rows.pop(split.signature.target.name)
         for start in range(0, len(target), size):
-            part = {name: values[start : start + size] for name, values in rows.items()}
-            yield network(shortened(part, split.signature.inputs)).double(), target[start : start + size]
+            part = shortened({name: values[start : start + size] for name, values in rows.items()}, split.signature.inputs)
+            inputs = {name: moved(values, device) for name, values in part.items()}
+            yield network(inputs).double(), moved(target[start : start + size], device)
     network.train(training)
+
+
+def _grouped(chunks: tuple[RowGroup, ...], rows: int) -> Iterator[list[RowGroup]]:
+    """Chunks that are read together: as many as have so many rows, at least one."""
+    some: list[RowGroup] = []
+    for chunk in chunks:
+        if some and sum(one.rows for one in some) + chunk.rows > rows:
+            yield some
+            some = []
+        some.append(chunk)
+    if some:
+        yield some

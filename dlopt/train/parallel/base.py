@@ -1,22 +1,18 @@
-"""What every way to train on several workers can be asked; and the plain one, of which each worker holds everything."""
+"""What every way to train can be asked, and the plain one, of one worker."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.futures import Future
 from torch.nn import Parameter
-from torch.nn.parallel import DistributedDataParallel
 
 from dlopt.data.feed.batches import Batch
 from dlopt.optim.constraints import total_norm
 from dlopt.train.loop.gradients import Gradient
-from dlopt.train.parallel.shared_memory import Neighbour, meet
 
 Groups = list[dict[str, Any]]
 OptimizerState = dict[str, Any]
@@ -24,21 +20,12 @@ OptimizerState = dict[str, Any]
 
 
 class Parallel:
-    """ddp: each worker holds everything. Of one worker it is the plain network."""
+    """One worker, which holds the network as it is."""
 
-    exchanged = True
-    """Whether gradients are added up as they are."""
-
-    def __init__(self, network: nn.Module, rank: int = 0, world: int = 1, custom: bool = False) -> None:
-        """custom: whether the network is a user's, of whose parts nothing is known."""
-        self.network, self.rank, self.world, self.custom = network, rank, world, custom
+    def __init__(self, network: nn.Module, rank: int = 0, world: int = 1) -> None:
+        self.network, self.rank, self.world = network, rank, world
         self.held: nn.Module = network
         """Its parameters, by the names of the network's, and its state are what this worker holds."""
-
-    @property
-    def factor(self) -> int:
-        """What a worker's part of the loss is multiplied with for the way back, so that gradients are those of the sum of all parts."""
-        return self.world
 
     @property
     def copies(self) -> int:
@@ -56,20 +43,12 @@ class Parallel:
         return self.world
 
     def module(self) -> nn.Module:
-        """What is called in training. A user's network may leave parameters out of a step, which takes time to find.
+        """What is called in training."""
+        return self.network
 
-        It is looked for with more than two workers, too: only then gradients lie in the same buckets at the first step after a restart as
-        later, and on where they lie depends in which order three numbers are added up.
-        """
-        if self.world == 1:
-            return self.network
-        seek = self.custom or self.world > 2
-        found = DistributedDataParallel(self.network, gradient_as_bucket_view=True, broadcast_buffers=False, find_unused_parameters=seek)
-        if self.exchanged and self.world == 2 and next(self.network.parameters()).device.type == "cpu":
-            size = sum(parameter.nbytes for parameter in self.network.parameters() if parameter.requires_grad)
-            other = meet(self.rank, size)
-            found.register_comm_hook(other, lambda other, bucket: _averaged(bucket, other))  # torch wants no annotations that are words
-        return found
+    def partly(self) -> AbstractContextManager[None]:
+        """Within it, gradients are not all that a batch has: they need not be exchanged."""
+        return nullcontext()
 
     def groups(self, groups: Groups) -> Groups:
         """Groups of the network's parameters, as the optimizer is given them."""
@@ -152,22 +131,3 @@ class Parallel:
     def alone(self, build: Callable[[], nn.Module]) -> nn.Module:
         """A network that one worker can call without the others, its weights anything. build: makes one."""
         return self.network
-
-
-def _averaged(bucket: dist.GradBucket, other: Neighbour | None) -> Future[Tensor]:
-    """The mean of the gradients of two workers, through memory where they are neighbours. Elsewhere each gets those of the other in one
-    message: the same bits as from a ring, which takes several."""
-    mine = bucket.buffer()
-    if other:
-        other.average(mine)
-        done = Future[Tensor]()
-        done.set_result(mine)
-        return done
-    both = mine.new_empty(2 * len(mine))
-    work = dist.all_gather_into_tensor(both, mine, async_op=True)
-    assert work is not None
-
-    def mean(_: Future[list[Tensor]]) -> Tensor:
-        return torch.add(both[: len(mine)], both[len(mine) :], out=mine).mul_(0.5)
-
-    return work.get_future().then(mean)

@@ -35,7 +35,7 @@ class FSDP(Parallel):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
-        super().__init__(network, rank, world, custom)
+        super().__init__(network, rank, world)
         parameters, self.names = list(network.parameters()), list(network.state_dict())
         refuse_single_numbers(network)
         for parameter in parameters:
@@ -50,10 +50,6 @@ class FSDP(Parallel):
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
         self.held = ShardedNetwork(network, self.names)
-
-    @property
-    def factor(self) -> int:
-        return 1
 
     @property
     def copies(self) -> int:

@@ -35,8 +35,8 @@ class LocalSGD(Part):
     every: int = Field(8, ge=1)
     """Steps of an epoch from one mean to the next; there is always one at its end."""
 
-    def build(self, network: nn.Module, rank: int, world: int, custom: bool, seed: int) -> Parallel:
-        return LocalSGDParallel(network, rank, world, custom, self.every)
+    def build(self, network: nn.Module, rank: int, world: int, seed: int) -> Parallel:
+        return LocalSGDParallel(network, rank, world, self.every)
 
 
 class DiLoCo(Part):
@@ -55,8 +55,8 @@ class DiLoCo(Part):
     outer_momentum: float = Field(0.9, ge=0, lt=1)
     """Share of the last outer step that goes on in this one."""
 
-    def build(self, network: nn.Module, rank: int, world: int, custom: bool, seed: int) -> Parallel:
-        return DiLoCoParallel(network, rank, world, custom, self)
+    def build(self, network: nn.Module, rank: int, world: int, seed: int) -> Parallel:
+        return DiLoCoParallel(network, rank, world, self)
 
 
 Synchronization = Annotated[LocalSGD | DiLoCo, Field(discriminator="kind")]
@@ -65,18 +65,14 @@ Synchronization = Annotated[LocalSGD | DiLoCo, Field(discriminator="kind")]
 class LocalSGDParallel(Parallel):
     """Replicas that go their own way, until they synchronise: all go on from their mean then."""
 
-    def __init__(self, network: nn.Module, rank: int, world: int, custom: bool, every: int) -> None:
-        super().__init__(network, rank, world, custom)
+    def __init__(self, network: nn.Module, rank: int, world: int, every: int) -> None:
+        super().__init__(network, rank, world)
         self.every, self.start = every, dict[str, Tensor]()
         for layer in network.modules():
             if isinstance(layer, BatchNorm):
                 layer.alone = True
         from_worker_0 = list(self._moving().values())
         at_once(from_worker_0, lambda flat: dist.broadcast(flat, 0))
-
-    @property
-    def factor(self) -> int:
-        return 1
 
     @property
     def copies(self) -> int:
@@ -86,13 +82,10 @@ class LocalSGDParallel(Parallel):
     def together(self) -> int:
         return 1
 
-    def module(self) -> nn.Module:
-        return self.network
-
     def batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The mean over a batch is that over this replica's rows."""
         for batch in batches:
-            yield batch._replace(total=max(1, len(batch.target)))
+            yield batch._replace(total=max(1, len(batch.target)), most=0)
 
     def due(self, batch: int, batches: int) -> bool:
         """Whether replicas synchronise after batch number `batch`, from 1, of an epoch of `batches`."""
@@ -158,8 +151,8 @@ class LocalSGDParallel(Parallel):
 class DiLoCoParallel(LocalSGDParallel):
     """Replicas that synchronise by a step of SGD with Nesterov momentum."""
 
-    def __init__(self, network: nn.Module, rank: int, world: int, custom: bool, part: DiLoCo) -> None:
-        super().__init__(network, rank, world, custom, part.every)
+    def __init__(self, network: nn.Module, rank: int, world: int, part: DiLoCo) -> None:
+        super().__init__(network, rank, world, part.every)
         self.part = part
         self.momentum = {name: torch.zeros_like(parameter) for name, parameter in network.named_parameters()}
 

@@ -29,8 +29,9 @@ Parallelism = Literal["ddp", "zero", "fsdp"]
 
 def parallel_of(kind: Parallelism, network: nn.Module, rank: int, world: int, custom: bool = False) -> Parallel:
     """The network of a job on several workers, or on one. custom: whether it is a user's, of whose parts nothing is known."""
-    made = Parallel if world == 1 else {"ddp": DDP, "zero": Zero, "fsdp": FSDP}[kind]
-    return made(network, rank, world, custom)
+    if world == 1:
+        return Parallel(network)
+    return FSDP(network, rank, world, custom) if kind == "fsdp" else {"ddp": DDP, "zero": Zero}[kind](network, rank, world)
 
 
 def refuse_parallelism(kind: Parallelism, optimizer: Optimizer) -> None:
