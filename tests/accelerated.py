@@ -147,7 +147,7 @@ def group(tools: str, home: Path, name: str, only: str | None = None) -> None:
 
 
 def waited(tools: str, home: Path, name: str, only: str | None = None) -> None:
-    """Train the cases of a group there as they are trained without a word; waits.json has {case: waits for the device in steps 21 to 39}."""
+    """Train the cases of a group there, logged as usual; waits.json has {case: waits for the device in steps 21 to 39}."""
     sys.path.insert(0, tools)
     torch.set_num_threads(1)
     pretence = importlib.import_module("pretend_accelerator")
@@ -179,7 +179,7 @@ def waited(tools: str, home: Path, name: str, only: str | None = None) -> None:
 
 
 def poisoned(tools: str, home: Path) -> None:
-    """Train with gradients that are not finite in steps 14 and 15, on both devices; poisoned.json has the lines of metrics.jsonl of each."""
+    """Train with gradients that are not finite in steps 14 and 15, on both devices; poisoned.json has the losses of each."""
     sys.path.insert(0, tools)
     torch.set_num_threads(1)
     pretence = importlib.import_module("pretend_accelerator")
