@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 from dlopt.artifact import Artifact
+from dlopt.data.augment.tables import FeatureDropout, FeatureNoise
+from dlopt.data.augment.texts import RandomInsertion, RandomSwap
 from dlopt.data.feed.batches import Batch
 from dlopt.models import (
     Cnn,
@@ -94,7 +96,14 @@ MIXED = {
         {"optimizer": Adam(lr=1e-2), "sharpness": Sharpness(), "max_norm": MaxNorm(limit=2.0)},
     ),
     "labels": Case(Linear(), TABLE, {"clip": ClipValue(limit=0.1), "threshold": Tuned(), "class_weights": "balanced"}, sets.LABELS),
-    "numbers": Case(Mlp(hidden=(4,)), TABLE, {"centralize_gradients": True, "l1": 1e-3, "l2": 1e-3}, sets.PAIR),
+    "numbers": Case(
+        Mlp(hidden=(4,)),
+        TABLE,
+        {"centralize_gradients": True, "l1": 1e-3, "l2": 1e-3},
+        sets.PAIR,
+        augment=(FeatureNoise(), FeatureDropout()),
+    ),
+    "texts": Case(TextBag(), WORDS, augment=(RandomInsertion(), RandomSwap())),
     "found": Case(Mlp(hidden=(4,)), TABLE, {"optimizer": Sgd(lr="auto"), "micro_batch_size": 8}),
 }
 MODELS = {

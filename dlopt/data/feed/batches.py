@@ -153,15 +153,22 @@ class Stream:
 
     def _batch(self, rows: Rows, part: slice, epoch: int, total: int) -> Batch:
         signature, picks = self.share.split.signature, rows[PICK][part]
-        found = {feature.name: torch.from_numpy(rows[feature.name][part]) for feature in signature.inputs}
-        inputs = {name: moved(values, self.device) for name, values in shortened(found, signature.inputs).items()}
-        target, mixed = torch.from_numpy(rows[signature.target.name]), None
+        inputs, target, mixed = self._inputs(rows, part), torch.from_numpy(rows[signature.target.name]), None
         if PARTNER in rows:
             partners = rows[PARTNER][part]
-            theirs = {feature.name: moved(torch.from_numpy(rows[feature.name][partners]), self.device) for feature in signature.inputs}
-            inputs, share = self.share.mixed(inputs, theirs, picks, epoch)
+            inputs, share = self.share.mixed(inputs, self._inputs(rows, partners), picks, epoch)
             mixed = Mixed(moved(target[partners], self.device), moved(share, self.device))
-        return Batch(inputs, moved(target[part], self.device), total, mixed, rows=row_of(picks))
+        cut = {name: moved(values, self.device) for name, values in shortened(inputs, signature.inputs).items()}
+        return Batch(cut, moved(target[part], self.device), total, mixed, rows=row_of(picks))
+
+    def _inputs(self, rows: Rows, some: slice | np.ndarray) -> dict[str, Tensor]:
+        """On the device, but for texts, which have yet to be cut."""
+        features = self.share.split.signature.inputs
+        found = {feature.name: torch.from_numpy(rows[feature.name][some]) for feature in features}
+        return {
+            feature.name: found[feature.name] if feature.holds == "tokens" else moved(found[feature.name], self.device)
+            for feature in features
+        }
 
 
 def moved(values: Tensor, device: torch.device) -> Tensor:
