@@ -377,13 +377,16 @@ def test_another_number_of_workers_goes_on_from_what_is_common_with_nothing_unse
     layer = nn.Linear(24, 32)
     with mock.patch.object(ddp, "broadcast"):  # there is nobody else
         parallel = PowerSGDParallel(layer, 1, 2, POWER, 5)
-    tensors = {f"worker.{rank}.weight": torch.full((32, 24), float(rank)) for rank in range(3)} | {"exchange.weight": torch.ones(24, 2)}
+    memory: dict[str, Any] = {
+        "errors": [{"weight": torch.full((32, 24), float(rank))} for rank in range(3)],
+        "bases": {"weight": torch.ones(24, 2)},
+    }
     optimizer = torch.optim.SGD(layer.parameters())
-    parallel.recall(tensors, optimizer)
+    parallel.recall(memory, optimizer)
     assert parallel.unsent.errors == {}
     assert torch.equal(parallel.unsent.bases["weight"], torch.ones(24, 2))
-    del tensors["worker.2.weight"]
-    parallel.recall(tensors, optimizer)
+    del memory["errors"][2]
+    parallel.recall(memory, optimizer)
     assert torch.equal(parallel.unsent.errors["weight"], torch.ones(32, 24))
 
 

@@ -564,9 +564,9 @@ def test_what_diverging_has_seen_goes_on_from_its_memory() -> None:
         whole, before, after = (Diverging(Divergence(loss_factor=3.0), 1.0) for _ in range(3))
         said = [whole.step(True, loss) for loss in losses]
         first = [before.step(True, loss) for loss in losses[:cut]]
-        after.recall(json.loads(json.dumps(before.memory)))
+        after.load_state_dict(json.loads(json.dumps(before.state_dict())))
         assert first + [after.step(True, loss) for loss in losses[cut:]] == said
-        assert after.memory == whole.memory
+        assert after.state_dict() == whole.state_dict()
         why = whole.epoch(2.0)
         assert why is not None and "blew up to 14" in why
         assert after.epoch(2.0) == why

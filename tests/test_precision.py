@@ -25,6 +25,7 @@ from dlopt.optim.optimizers import Adam, Lbfgs, Sgd
 from dlopt.optim.optimizers_library import Sophia
 from dlopt.part import DloptError, Part
 from dlopt.train.checkpoint.checkpoints import newest
+from dlopt.train.checkpoint.packing import unpack
 from dlopt.train.checkpoint.stores import CHECKPOINTS, Disk
 from dlopt.train.job import Fit, Train
 from dlopt.train.loop.gradients import Sharpness, plain, unscaled
@@ -113,7 +114,7 @@ def test_layers_compute_in_half_precision_and_all_that_is_kept_stays_float32(pre
     assert {value.dtype for value in weights.values()} == {torch.float32}
     found, _ = newest(Disk(tmp_path / "out" / CHECKPOINTS))
     assert found
-    assert {value.dtype for value in found.tensors.values() if value.is_floating_point()} == {torch.float32}
+    assert {value.dtype for part in found.tensors.values() for value in part.values() if value.is_floating_point()} == {torch.float32}
     network = load_network(fit, data)
     network.load_state_dict(weights)
     measured = evaluate(network, Split.open(data, "test"), CPU)
@@ -221,9 +222,9 @@ def test_the_scale_doubles_after_two_thousand_good_steps_and_stays_within_bounds
     highest.note(True)
     assert highest == LossScale(HIGHEST, 0)
     other = LossScale()
-    other.recall(json.loads(json.dumps(LossScale(2.0**13, 77).memory)))
+    other.load_state_dict(json.loads(json.dumps(LossScale(2.0**13, 77).state_dict())))
     assert other == LossScale(2.0**13, 77)
-    other.recall({})
+    other.load_state_dict({})
     assert other == LossScale()
     assert scale_of("float16") == LossScale() and scale_of("bfloat16") is scale_of("float32") is None
 
@@ -274,12 +275,14 @@ def test_a_resumed_run_has_the_scale_and_the_bits_of_one_that_was_not_interrupte
             work(fit, data, tmp_path / "out")
     store = Disk(tmp_path / "out" / CHECKPOINTS)
     at_kill, _ = newest(store)
-    assert at_kill and at_kill.record.loss_scale["scale"] > 2.0**16 and at_kill.record.loss_scale["good"] > 0
+    assert at_kill
+    scale = unpack({}, at_kill.rest["loss_scale"])
+    assert scale["scale"] > 2.0**16 and scale["good"] > 0
     work(fit, data, tmp_path / "out")
     assert (tmp_path / "out" / "weights.safetensors").read_bytes() == (tmp_path / "whole" / "weights.safetensors").read_bytes()
     assert overflows(tmp_path / "out") == overflows(tmp_path / "whole")
-    ends = [newest(Disk(tmp_path / name / CHECKPOINTS))[0] for name in ("out", "whole")]
-    assert ends[0] and ends[1] and ends[0].record.loss_scale == ends[1].record.loss_scale != at_kill.record.loss_scale
+    out, whole = (newest(Disk(tmp_path / name / CHECKPOINTS))[0] for name in ("out", "whole"))
+    assert out and whole and out.rest["loss_scale"] == whole.rest["loss_scale"] != at_kill.rest["loss_scale"]
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
@@ -331,7 +334,7 @@ def worker(rank: int, world: int, folder: Path) -> None:
         "overflowed": [step.overflowed for step in done],
         "norms": [step.norm.item() for step in done],
         "finite": [bool(step.loss.isfinite()) for step in done],
-        "scale": scale.memory,
+        "scale": scale.state_dict(),
         "weights": weights(model).tolist(),
         "dtype": str(normed.dtype),
         "mean": norm.running_mean.tolist(),

@@ -86,15 +86,15 @@ class Average:
                 self.mean[name].copy_(self.now[name])
             self.updates += 1
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All that a checkpoint needs, by name; `load` takes it back, to the bit."""
-        return self.mean | {UPDATES: torch.tensor(self.updates)}
+    def state_dict(self) -> dict[str, Any]:
+        """All that a checkpoint needs, by name; `load_state_dict` takes it back, to the bit."""
+        return self.mean | {UPDATES: self.updates}
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Become the average that `tensors` was of."""
-        self.updates = int(tensors[UPDATES])
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Become the average that said this."""
+        self.updates = state[UPDATES]
         for name, mean in self.mean.items():
-            mean.copy_(tensors[name])
+            mean.copy_(state[name])
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

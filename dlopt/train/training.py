@@ -21,9 +21,10 @@ from dlopt.data.prepared import Split
 from dlopt.models import Network
 from dlopt.optim.optimizers import Lbfgs
 from dlopt.part import DloptError
-from dlopt.train.checkpoint.checkpoints import newest_of_all
+from dlopt.train.checkpoint.checkpoints import Wanted, newest_of_all
 from dlopt.train.checkpoint.state import TrainingState
 from dlopt.train.checkpoint.stores import Store
+from dlopt.train.checkpoint.writer import Writer
 from dlopt.train.cluster.stopping import Preempted, Reason, Stopped, reason
 from dlopt.train.job import Fit, Resources, course_of
 from dlopt.train.loop.gradients import split
@@ -54,19 +55,21 @@ REESTIMATED = 100
 
 @dataclass
 class Training:
-    """What one of `world` workers trains with. The diary is worker 0's."""
+    """What one of `world` workers trains with. The diary is worker 0's; a writer has who writes a part of checkpoints."""
 
     fit: Fit
     resources: Resources
     data: Artifact
     out: Path
     store: Store
+    wanted: Wanted
     feed_kind: str
     state: TrainingState
     rank: int
     world: int
     device: torch.device
     diary: Diary | None = None
+    writer: Writer | None = None
     watchdog: Watchdog | None = None
     feed: Feed | None = field(init=False, default=None)
 
@@ -117,26 +120,27 @@ class Training:
                 if self.world > 1:
                     refuse_drift(self.parallel.alike())
                 if self._worth_saving():
-                    self.save()
+                    self.save(needed=not self.parallel.in_step)
         self.profile.close()
 
     def save(self, needed: bool = True) -> None:
         """A checkpoint of where training stands; if it is not needed, none while the one before is still being written. All workers call it
         at the same step."""
-        if not needed:
-            with self._unwatched():
-                ready = agreed(self.diary is None or self.diary.writer.ready(MOMENT), self.world, self.device)
-            if not ready:
+        with self._unwatched():
+            if not needed and not agreed(self.writer is None or self.writer.ready(MOMENT), self.world, self.device):
                 return
+            if needed and self.parallel.in_step:  # all write the same ones
+                self._written()
         record = self.state.record
         self.observer.settle(record.epoch + 1, self.sure)
         record.seconds, self.marked = record.seconds + time.monotonic() - self.marked, time.monotonic()
-        self.observer.remember()
+        self.observer.totals.settle(record)
         with self.profile.within("checkpoint"):
             packed = self.state.packed()
             if self.diary:
                 self.diary.flush()  # lines of steps that a checkpoint has are never written again
-                self.diary.writer.write(self.state, *packed)
+            if self.writer:
+                self.writer.write(packed)
         self.saved = time.monotonic()
 
     def steps(self, epoch: int) -> Iterator[tuple[Step, int]]:
@@ -210,11 +214,11 @@ class Training:
 
     def _agreed(self, due: bool) -> tuple[bool, Reason | None]:
         """Whether a checkpoint is due, and whether training is to end, by what all workers know."""
-        seconds = self.resources.checkpoint.every.seconds
-        late = seconds is not None and time.monotonic() - self.saved >= seconds and self.diary is not None and self.diary.writer.ready()
+        seconds, first = self.resources.checkpoint.every.seconds, self.writer if self.rank == 0 else None
+        late = seconds is not None and time.monotonic() - self.saved >= seconds and first is not None and first.ready()
         told = self.agreement.exchange(self.state.record.step, reason(self.out), late, self.pace.lap())
         if self.diary:
-            self.diary.speed.lap(self.state.record, self.pace, told.busy, self.diary.writer.as_json())
+            self.diary.speed.lap(self.state.record, self.pace, told.busy, first.as_json() if first else {})
             self.diary.log.flush()  # about twice a second: who follows it sees training as it is
         return due or told.checkpoint, told.stop
 
@@ -230,7 +234,8 @@ class Training:
     def _validated(self) -> Metrics:
         train, target = self.fit.train, self.validation.signature.target
         given = fixed(train.threshold, target)
-        return evaluate(self.network, self.validation, self.device, self.rank, self.world, loss=train.loss, thresholds=given)
+        where = self.device, self.rank, self.world, self.parallel.in_step
+        return evaluate(self.network, self.validation, *where, loss=train.loss, thresholds=given)
 
     @contextmanager
     def measured(self) -> Iterator[None]:
@@ -270,7 +275,7 @@ class Training:
         if self.scale:
             least = torch.tensor([self.scale.scale, self.scale.good], dtype=torch.float64, device=self.device)
             dist.all_reduce(least, dist.ReduceOp.MIN)
-            self.scale.recall({"scale": least[0].item(), "good": int(least[1])})
+            self.scale.load_state_dict({"scale": least[0].item(), "good": int(least[1])})
 
     def _roll_back(self, why: str) -> None:
         """Go back to the newest checkpoint of an epoch's end, and on at a lower rate. Raises DloptError after too many of them."""
@@ -280,8 +285,9 @@ class Training:
             raise DloptError(f"train: training diverges even after {rollbacks - 1} roll-backs to a lower rate: {tried}")
         self._go_back(epoch_ends=True)
         record = self.state.record
-        record.rollbacks, record.diverging = rollbacks, {}
-        self.observer.watch.recall({}, {})
+        record.rollbacks = rollbacks
+        for part in (self.observer.diverging, self.observer.watch):
+            part.load_state_dict({})
         self.observer.begin()
         rate = record.peak * train.divergence.factor**rollbacks
         self.observer.write_health(record.epoch, {"step": record.step, "rollback": why, "rate": rate})
@@ -296,13 +302,17 @@ class Training:
     def _go_back(self, epoch_ends: bool) -> None:
         """To the newest checkpoint, or the newest one of an epoch's end."""
         with self._unwatched():
-            patiently(self.diary.writer.wait if self.diary else lambda: None, self.world, self.device)
-            found, _ = newest_of_all(self.store, self.rank, self.world, self.device, self.parallel.writes, epoch_ends)
+            self._written()
+            found, _ = newest_of_all(self.store, self.wanted, self.device, epoch_ends)
         assert found
         found.load(self.state)
         self.feed, self.taken_apart, self.due = None, [], False
         if self.diary:
             self.diary.undo(self.state.record.epoch, self.state.record.step)
+
+    def _written(self) -> None:
+        """Wait, however long it takes, until all checkpoints are there that were begun."""
+        patiently(self.writer.wait if self.writer else lambda: None, self.world, self.device)
 
     def _share(self) -> Share:
         train = self.fit.train

@@ -46,14 +46,12 @@ class LossScale:
             self.scale, self.good = min(HIGHEST, self.scale * 2), 0
         return False
 
-    @property
-    def memory(self) -> dict[str, Any]:
-        """All of it, as JSON has it."""
+    def state_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def recall(self, memory: Mapping[str, Any]) -> None:
-        """Be where one was that had this memory; where there is none, at the start."""
-        self.scale, self.good = (memory.get(name, start) for name, start in asdict(LossScale()).items())
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Be where one was that said this; {} is the start."""
+        self.scale, self.good = (state.get(name, start) for name, start in asdict(LossScale()).items())
 
 
 def scale_of(precision: Precision) -> LossScale | None:

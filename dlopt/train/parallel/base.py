@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -36,6 +36,9 @@ class Parallel:
     def writes(self) -> bool:
         """Whether this worker has a part in what is written: of what all hold alike worker 0 alone has."""
         return self.rank == 0
+
+    in_step = False
+    """Whether a worker can call the network only when all others do."""
 
     @property
     def together(self) -> int:
@@ -72,13 +75,12 @@ class Parallel:
     def undo(self) -> None:
         """The step that was begun is left out."""
 
-    def memory(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        """On worker 0, what a checkpoint must have beside the state of one worker; on others, anything. All call it at once. Names begin
-        with `exchange`, or with `worker` and its rank."""
+    def memory(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """On worker 0, what a checkpoint must have beside the state of one worker; on others, anything. All call it at once."""
         return {}
 
-    def recall(self, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-        """Go on from a checkpoint with these tensors, whose weights and optimizer's state have been restored."""
+    def recall(self, memory: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+        """Go on from a checkpoint that has this, whose weights and optimizer's state have been restored. {}: nothing."""
 
     def norm(self, gradients: list[Tensor]) -> Tensor:
         """The 2-norm of the whole gradient, the same on all workers. gradients: those of this worker's parameters."""
@@ -100,34 +102,30 @@ class Parallel:
         """What must be the same on all workers."""
         return self.held.state_dict()
 
-    def whole(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """On worker 0, what all workers hold by the names of the network's state; on others, anything. All call it at once."""
-        return dict(held)
-
-    def mine(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What this worker holds of it."""
-        return dict(whole)
-
-    @torch.no_grad()
-    def load(self, whole: Mapping[str, Tensor]) -> None:
-        """Make these the network's weights and buffers."""
-        mine = self.mine(whole)
-        for name, value in self.held.state_dict().items():
-            value.copy_(mine[name])
-
-    def whole_state(self, held: OptimizerState) -> OptimizerState:
-        """On worker 0, the state of the optimizer of one worker; on others, anything. All call it at once."""
+    def whole(self, part: str, held: dict[str, Any]) -> dict[str, Any]:
+        """On workers that write, the state of a part of training as a checkpoint has it; on others, anything. All call it at once."""
         return held
 
-    def my_state(self, whole: OptimizerState) -> OptimizerState:
+    def mine(self, part: str, whole: dict[str, Any]) -> dict[str, Any]:
         """What this worker holds of it."""
         return whole
 
-    @contextmanager
-    def gathered(self) -> Iterator[None]:
-        """Within it, each worker can call the network, without gradients, as often as it likes."""
-        yield
+    def rows(self, part: str, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+        """Of which of a part's tensors this worker holds rows, and how many."""
+        return {}
 
-    def alone(self, build: Callable[[], nn.Module]) -> nn.Module:
-        """A network that one worker can call without the others, its weights anything. build: makes one."""
-        return self.network
+    @torch.no_grad()
+    def load(self, held: Mapping[str, Tensor]) -> None:
+        """Make these the weights and buffers that this worker holds."""
+        for name, value in self.held.state_dict().items():
+            value.copy_(held[name])
+
+    def gather(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """On worker 0, all that workers hold, whole; on others, anything. All call it at once."""
+        return dict(held)
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Within it, workers call the network without gradients: each as often as it likes, or where they compute it `in_step`, all of
+        them equally often."""
+        yield

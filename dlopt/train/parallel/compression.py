@@ -12,8 +12,7 @@ To add one: a class with `build`, and its name in the union of its section.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,7 +20,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dlopt.part import Part
-from dlopt.train.checkpoint.packing import under
 from dlopt.train.parallel.base import Parallel
 from dlopt.train.parallel.ddp import DDP
 from dlopt.train.parallel.exchange import at_once, collected
@@ -111,16 +109,14 @@ class PowerSGDParallel(DDP):
     def undo(self) -> None:
         self.unsent = self.before
 
-    def memory(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    def memory(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         everyones = collected(self.unsent.errors, self.rank, self.world, next(self.network.parameters()).device)
-        errors = {f"worker.{rank}.{name}": error for rank, found in enumerate(everyones) for name, error in found.items()}
-        return {f"exchange.{name}": base for name, base in self.unsent.bases.items()} | errors
+        return {"errors": everyones, "bases": dict(self.unsent.bases)}
 
-    def recall(self, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-        device = next(self.network.parameters()).device
-        there = {name.split(".")[1] for name in tensors if name.startswith("worker.")}
-        errors = under(f"worker.{self.rank}.", tensors) if len(there) == self.world else {}
-        found = Unsent(errors, under("exchange.", tensors))
+    def recall(self, memory: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+        device, everyones = next(self.network.parameters()).device, memory.get("errors", [])
+        errors = everyones[self.rank] if len(everyones) == self.world else {}
+        found = Unsent(errors, memory.get("bases", {}))
         self.unsent = Unsent(*({name: value.to(device, copy=True) for name, value in some.items()} for some in found))
 
     @torch.no_grad()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Literal
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dlopt.data.feed.batches import Batch
 from dlopt.models.norms import BatchNorm
 from dlopt.part import Part
-from dlopt.train.checkpoint.packing import optimizer_state, pack, restore_optimizer, under, unpack
+from dlopt.train.checkpoint.packing import optimizer_state, pack, restore_optimizer, unpack
 from dlopt.train.parallel.base import Parallel
 from dlopt.train.parallel.exchange import at_once, collected
 
@@ -122,25 +122,27 @@ class LocalSGDParallel(Parallel):
         if int(counts.sum()) == 0:
             at_once(averages, lambda flat: dist.all_reduce(flat.mul_(share)))
 
-    def memory(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    def memory(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Of the optimizers of all replicas, what is not as that of the first."""
         tensors, rest = pack(optimizer_state(optimizer))
-        mine = {f"optimizer.{name}": value for name, value in tensors.items()}
-        mine["rest"] = torch.frombuffer(bytearray(json.dumps(rest).encode()), dtype=torch.uint8)
-        first, *others = collected(mine, self.rank, self.world, next(self.network.parameters()).device) or [{}]
+        rests: list[Any] = [None] * self.world
+        dist.all_gather_object(rests, rest)
+        first, *others = collected(tensors, self.rank, self.world, next(self.network.parameters()).device) or [{}]
         return {
-            f"worker.{rank}.{name}": value
-            for rank, found in enumerate(others, start=1)
-            for name, value in found.items()
-            if name == "rest" or name not in first or not torch.equal(value, first[name])
+            "replicas": {
+                rank: {
+                    "rest": json.dumps(rests[rank]),
+                    "tensors": {key: value for key, value in its.items() if key not in first or not torch.equal(value, first[key])},
+                }
+                for rank, its in enumerate(others, start=1)
+            }
         }
 
-    def recall(self, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    def recall(self, memory: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
         self.start = {}
-        mine = under(f"worker.{self.rank}.", tensors)
-        if mine:
-            rest = json.loads(bytes(mine["rest"].tolist()))
-            restore_optimizer(optimizer, unpack(under("optimizer.", tensors) | under("optimizer.", mine), rest))
+        if mine := memory.get("replicas", {}).get(self.rank):
+            first, _ = pack(optimizer_state(optimizer))  # which every replica has been given
+            restore_optimizer(optimizer, unpack(first | mine["tensors"], json.loads(mine["rest"])))
 
     def _moving(self) -> dict[str, Tensor]:
         """All of the network that can change in a step, by name."""
@@ -167,10 +169,10 @@ class DiLoCoParallel(LocalSGDParallel):
     def _settle(self, optimizer: torch.optim.Optimizer, share: float) -> None:
         pass
 
-    def memory(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        return super().memory(optimizer) | {f"exchange.{name}": value for name, value in self.momentum.items()}
+    def memory(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        return super().memory(optimizer) | {"momentum": dict(self.momentum)}
 
-    def recall(self, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-        super().recall(tensors, optimizer)
-        for name, value in under("exchange.", tensors).items():
+    def recall(self, memory: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+        super().recall(memory, optimizer)
+        for name, value in memory.get("momentum", {}).items():
             self.momentum[name].copy_(value)

@@ -117,24 +117,19 @@ class Watch:
         """Take note of the loss after step `step`, which need not be watched; a finding if it is a spike. Each step is heard once."""
         return self.spikes.new(step, loss) if self.health.every else None
 
-    @property
-    def memory(self) -> dict[str, Any]:
-        """What it has said and heard, as JSON has it; with `tensors`, all that later findings depend on."""
-        return {"called": self.called, "saturating": sorted(self.units.saturating), "said": self.said.memory, "spikes": self.spikes.memory}
+    def state_dict(self) -> dict[str, Any]:
+        """All that later findings depend on."""
+        said, units = {"said": self.said.state_dict(), "spikes": self.spikes.state_dict()}, self.units
+        return {"called": self.called, "saturating": sorted(units.saturating), "idle": dict(units.idle)} | said
 
-    def tensors(self) -> dict[str, Tensor]:
-        """For how many rows each unit has given nothing, by layer."""
-        return dict(self.units.idle)
-
-    def recall(self, memory: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Go on from where another one was that had this memory; an empty one is that of the start."""
-        self.called, self.units, self.said, self.spikes = list(memory.get("called", ())), Units(), Reported(), Spikes()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from where another one was that said this; {} is the start."""
+        self.called, self.units = list(state.get("called", ())), Units()
         device = next((parameter.device for parameter in self.network.parameters()), None)
-        self.units.idle = {name: idle.to(device) for name, idle in tensors.items()}
-        self.units.saturating = set(memory.get("saturating", ()))
-        if memory:
-            self.said.recall(memory["said"])
-            self.spikes.recall(memory["spikes"])
+        self.units.idle = {name: idle.to(device) for name, idle in state.get("idle", {}).items()}
+        self.units.saturating = set(state.get("saturating", ()))
+        self.said.load_state_dict(state.get("said", {}))
+        self.spikes.load_state_dict(state.get("spikes", {}))
 
     def _deaf(self) -> None:
         for hook in self.hooks:

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dlopt.train.checkpoint.state import TrainingState
-from dlopt.train.checkpoint.writer import Writer
 from dlopt.train.job import Train
 from dlopt.train.loop.precision import LossScale
 from dlopt.train.loop.steps import Step
@@ -35,9 +34,8 @@ class NotFinite(Exception):
 
 @dataclass
 class Diary:
-    """What worker 0 writes while training runs."""
+    """What worker 0 writes while training runs, beside checkpoints."""
 
-    writer: Writer
     log: MetricsWriter
     health: MetricsWriter
     speed: SpeedLog
@@ -52,10 +50,8 @@ class Diary:
         self.health.flush()
 
     def close(self) -> None:
-        """After what is being written is there. Raises DloptError when the last checkpoint could not be."""
         for log in (self.log, self.health, self.speed):
             log.close()
-        self.writer.close()
 
 
 class Taken(NamedTuple):
@@ -87,25 +83,17 @@ class Observer:
     def __post_init__(self) -> None:
         assert self.state.watch
         self.watch, self.totals = self.state.watch, Totals(self.world)
+        self.diverging = Diverging(self.train.divergence)
+        self.state.register("diverging", self.diverging)
+        if self.scale:
+            self.state.register("loss_scale", self.scale)
         self.begin()
-
-    def remember(self) -> None:
-        """What has been seen is in the record from now on."""
-        record = self.state.record
-        self.totals.settle(record)
-        record.diverging, record.watched = self.diverging.memory, self.watch.memory
-        record.loss_scale = self.scale.memory if self.scale else {}
 
     def begin(self) -> None:
         """Go on from the record, of whose future nothing was seen."""
-        record = self.state.record
         self.unread: list[Step] = []
         self.totals.forget()
-        self.diverging = Diverging(self.train.divergence, record.start_loss)
-        if record.diverging:
-            self.diverging.recall(record.diverging)
-        if self.scale:
-            self.scale.recall(record.loss_scale)
+        self.diverging.start_loss = self.state.record.start_loss
 
     def ready(self) -> None:
         """Before a step: layers are listened to if it is one to be watched."""
