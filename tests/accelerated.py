@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -53,6 +54,30 @@ from dlopt.train.watch.layers import Health
 from tests import sets
 from tests.commands import ROOT
 from tests.driven import KINDS
+
+
+class Event:
+    """What an accelerator notes, of one whose work is done when it is begun."""
+
+    def __init__(self, device: torch.device, enable_timing: bool) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, other: Event) -> float:
+        return 1e3 * (other.at - self.at)
+
+
+def pretending(tools: str) -> Any:
+    """The pretence, which changes torch: before it goes backward for the first time."""
+    sys.path.insert(0, tools)
+    torch.set_num_threads(1)
+    torch.Event = Event  # type: ignore[misc, assignment]
+    return importlib.import_module("pretend_accelerator")
+
 
 TABLE, PIXELS, WORDS = (sets.NUMBERS, sets.CATEGORIES), (sets.image(8, 8, 1),), (sets.TEXT,)
 BEYOND = ("asgd", "prodigy")
@@ -140,9 +165,7 @@ def train(case: Case, data: Artifact, out: Path, device: torch.device, mode: Abs
 
 def group(tools: str, home: Path, name: str, only: str | None = None) -> None:
     """Train the cases of a group, or one of them, on both devices; losses.json has {case: {device: losses}}."""
-    sys.path.insert(0, tools)
-    torch.set_num_threads(1)
-    pretence = importlib.import_module("pretend_accelerator")  # before torch goes backward for the first time
+    pretence = pretending(tools)
     found: dict[str, dict[str, list[float] | str]] = {}
     for case_name, case in GROUPS[name].items():
         if only in (None, case_name):
@@ -157,9 +180,7 @@ def group(tools: str, home: Path, name: str, only: str | None = None) -> None:
 
 def waited(tools: str, home: Path, name: str, only: str | None = None) -> None:
     """Train the cases of a group there, logged as usual; waits.json has {case: waits for the device in steps 21 to 39}."""
-    sys.path.insert(0, tools)
-    torch.set_num_threads(1)
-    pretence = importlib.import_module("pretend_accelerator")
+    pretence = pretending(tools)
     found: dict[str, int | str] = {}
     between = Training._between_steps
     for case_name, case in GROUPS[name].items():
@@ -189,9 +210,7 @@ def waited(tools: str, home: Path, name: str, only: str | None = None) -> None:
 
 def poisoned(tools: str, home: Path) -> None:
     """Train with gradients that are not finite in steps 14 and 15, on both devices; poisoned.json has the losses of each."""
-    sys.path.insert(0, tools)
-    torch.set_num_threads(1)
-    pretence = importlib.import_module("pretend_accelerator")
+    pretence = pretending(tools)
 
     def objective_of(*given: Any) -> Objective:
         objective = start.objective_of(*given)
@@ -231,9 +250,7 @@ def _tried(work: Callable[[], list[float]]) -> list[float] | str:
 
 def tried(tools: str, home: Path) -> None:
     """The range test, and the search for the largest batch: tried.json has what both find, by device."""
-    sys.path.insert(0, tools)
-    torch.set_num_threads(1)
-    pretence = importlib.import_module("pretend_accelerator")
+    pretence = pretending(tools)
     data = sets.prepared(home, sets.signature(*TABLE, target=sets.THREE), train=80, validation=40, test=20)
     fit, found = fit_of(MIXED["mlp"], 1), {}
     devices: list[tuple[str, torch.device, AbstractContextManager[Any]]] = [("cpu", torch.device("cpu"), nullcontext())]

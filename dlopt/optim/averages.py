@@ -1,5 +1,8 @@
 """Averages of the weights over the steps of training, which are measured and kept in the weights' place. To add one: a class with
-`build`, and its name in the union at the end."""
+`build`, and its name in the union at the end.
+
+Not torch.optim.swa_utils: its AveragedModel is a second network, which cannot be of shares of weights, and its update_bn takes the mean of
+batches' variances for the variance, where `reestimate` has that of all rows."""
 
 from __future__ import annotations
 

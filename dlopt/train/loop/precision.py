@@ -26,7 +26,8 @@ LOWEST, HIGHEST = 1.0, 2.0**24
 @dataclass
 class LossScale:
     """What losses are multiplied with before gradients are taken, which are divided by it then. A gradient that is not finite makes it
-    smaller, many that are make it larger, as torch.amp.GradScaler does; but by the gradient of all workers, so that all agree."""
+    smaller, many that are make it larger, as torch.amp.GradScaler does. That one looks at the gradients of one worker, which
+    in replicas and shares of weights are not those of all, and so could step on some workers and not on others."""
 
     INTERVAL = 2000
     """After so many good steps in a row a larger scale is tried."""
