@@ -179,7 +179,7 @@ def group(tools: str, home: Path, name: str, only: str | None = None) -> None:
 
 
 def waited(tools: str, home: Path, name: str, only: str | None = None) -> None:
-    """Train the cases of a group there, logged as usual; waits.json has {case: waits for the device in steps 21 to 39}."""
+    """Train the cases of a group there, logged as usual; waits.json has {case: waits for the device in steps 22 to 39}."""
     pretence = pretending(tools)
     found: dict[str, int | str] = {}
     between = Training._between_steps
@@ -201,7 +201,7 @@ def waited(tools: str, home: Path, name: str, only: str | None = None) -> None:
         try:
             with pretence.Mode():
                 worker.Worker(assignment, 0, 1, pretence.ACC).run()
-            found[case_name] = seen[38] - seen[19]
+            found[case_name] = seen[38] - seen[20]
         except Exception as error:
             found[case_name] = f"{type(error).__name__}: {error}"
     Training._between_steps = between  # type: ignore[method-assign]

@@ -48,7 +48,7 @@ def test_a_job_with_masks_norms_and_averages_goes_on_there_as_on_the_cpu(tools: 
 
 def test_it_is_waited_for_once_in_ten_steps(tools: str, tmp_path: Path) -> None:
     assert run(waited, tools, tmp_path, *LEFT_OUT) == 0
-    assert json.loads((tmp_path / "waits.json").read_text()) == {"mlp": 1}  # of nineteen, step 30 is logged
+    assert json.loads((tmp_path / "waits.json").read_text()) == {"mlp": 1}  # of eighteen, step 30 is logged
 
 
 @pytest.mark.slow
