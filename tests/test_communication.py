@@ -29,7 +29,7 @@ from dlopt.train.loop.gradients import Sharpness
 from dlopt.train.parallel import ddp
 from dlopt.train.parallel.compression import Bfloat16, PowerSGD, PowerSGDParallel
 from dlopt.train.parallel.ddp import DDP
-from dlopt.train.parallel.local_sgd import DiLoCo, DiLoCoParallel, LocalSGD, LocalSGDParallel
+from dlopt.train.parallel.local_sgd import LocalSGD, LocalSGDParallel
 from dlopt.train.stage import fit as fit_stage
 from dlopt.train.training import Training
 from dlopt.train.watch import metrics_log
@@ -54,13 +54,11 @@ def section(model: Mlp = PLAIN, **train: Any) -> Fit:
 KINDS = {
     "power_sgd": {"compression": POWER},
     "local_sgd": {"synchronization": LocalSGD(replicas=2, every=4)},
-    "diloco": {"synchronization": DiLoCo(replicas=2, every=4)},
 }
 RUNS: dict[str, Fit] = {
     "ddp": section(average=Ema(decay=0.9), l2=0.01, micro_batch_size=8),
     "every_step": section(average=Ema(decay=0.9), l2=0.01, micro_batch_size=8, synchronization=LocalSGD(replicas=2, every=1)),
     "mean": section(synchronization=LocalSGD(replicas=2, every=4)),
-    "outer_mean": section(synchronization=DiLoCo(replicas=2, every=4, outer_lr=1.0, outer_momentum=0.0)),
     "whole": section(),
     "halved": section(compression=Bfloat16()),
     "scaled": section(precision="float16", synchronization=LocalSGD(replicas=2, every=4)),
@@ -68,7 +66,6 @@ RUNS: dict[str, Fit] = {
     "learned_bfloat16": section(epochs=12, optimizer=Adam(lr=1e-2), monitor="accuracy", compression=Bfloat16()),
     "learned_power_sgd": section(epochs=12, optimizer=Adam(lr=1e-2), monitor="accuracy", compression=PowerSGD(rank=2, start_step=6)),
     "learned_local_sgd": section(epochs=12, optimizer=Adam(lr=1e-2), monitor="accuracy", synchronization=LocalSGD(replicas=2)),
-    "learned_diloco": section(epochs=12, optimizer=Adam(lr=1e-2), monitor="accuracy", synchronization=DiLoCo(replicas=2, every=10)),
 }
 RUNS |= {
     f"{kind}_{which}": section(WIDE, optimizer=Adam(lr=1e-2), precision="float32", **given)
@@ -213,30 +210,8 @@ def low_rank(rank: int, home: Path) -> None:
     )
 
 
-def outer_steps(rank: int, home: Path) -> None:
-    """Five outer steps of a parameter whose replicas go different ways, and torch's SGD by their mean."""
-    layer = nn.Linear(3, 2).double()
-    part = DiLoCo(replicas=2, outer_lr=0.7, outer_momentum=0.9)
-    replicas = DiLoCoParallel(layer, rank, 2, part)
-    other = [parameter.detach().clone().requires_grad_() for parameter in layer.parameters()]
-    sgd = torch.optim.SGD(other, lr=0.7, momentum=0.9, nesterov=True)
-    inner = torch.optim.SGD(layer.parameters(), lr=0.1)
-    for step in range(5):
-        replicas.begin(step)
-        for place, (parameter, mine) in enumerate(zip(layer.parameters(), other, strict=True)):
-            ways = [torch.sin(torch.arange(mine.numel()) + 7.0 * step + 3 * one + place).view(mine.shape).double() for one in range(2)]
-            with torch.no_grad():
-                parameter += ways[rank]
-            mine.grad = -(0.25 * ways[0] + 0.75 * ways[1])
-        replicas.synchronise(inner, (0.25, 0.75)[rank])
-        sgd.step()
-    far = max((one - two).abs().max().item() for one, two in zip(layer.parameters(), other, strict=True))
-    (home / f"outer-{rank}.json").write_text(json.dumps(far))
-
-
 def _work(rank: int, world: int, home: Path) -> None:
     low_rank(rank, home)
-    outer_steps(rank, home)
     for kind in KINDS:
         died(rank, home, f"{kind}_killed", at=19)
     for name in sorted(RUNS.keys() - LEARNED):
@@ -299,15 +274,6 @@ def test_replicas_that_synchronise_after_every_step_follow_the_curve_of_ddp(home
     assert far(home / "ddp", home / "every_step") < 1e-9
 
 
-def test_an_outer_step_of_rate_1_without_momentum_goes_to_the_mean(home: Path) -> None:
-    assert far(home / "mean", home / "outer_mean") < 1e-12
-    assert far(home / "whole", home / "mean") > 1e-6  # or the test shows nothing
-
-
-def test_outer_steps_are_those_of_torchs_sgd_with_nesterov_momentum(home: Path) -> None:
-    assert max(json.loads((home / f"outer-{rank}.json").read_text()) for rank in range(2)) < 1e-14
-
-
 def test_bfloat16_gradients_follow_the_curve_within_their_digits(home: Path) -> None:
     assert 1e-7 < far(home / "whole", home / "halved") < 1e-2
 
@@ -366,7 +332,7 @@ def test_replicas_in_float16_agree_on_the_scale_of_the_loss_and_learn(home: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["bfloat16", "power_sgd", "local_sgd", "diloco"])
+@pytest.mark.parametrize("how", ["bfloat16", "power_sgd", "local_sgd"])
 def test_it_learns_as_well_as_with_whole_gradients(how: str, learned: Path) -> None:
     whole, found = (json.loads((learned / name / "info-0.json").read_text())["metrics"] for name in ("learned", f"learned_{how}"))
     assert whole["validation"]["accuracy"] > 0.95

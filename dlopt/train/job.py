@@ -24,7 +24,7 @@ from dlopt.train.loop.precision import HALF, Precision
 from dlopt.train.measure.metric import METRICS, listed, names
 from dlopt.train.measure.thresholds import Threshold, Tuned
 from dlopt.train.parallel.compression import Compression, PowerSGD
-from dlopt.train.parallel.local_sgd import Synchronization
+from dlopt.train.parallel.local_sgd import LocalSGD
 from dlopt.train.parallel.strategies import Parallelism, refuse_communication
 from dlopt.train.progress.track import Track
 from dlopt.train.watch.divergence import Divergence
@@ -111,7 +111,7 @@ class Train(Part):
     step when a gradient is too large for the scale, which is halved then."""
     compression: Compression | None = None
     """What of gradients workers send to each other, if not all: for slow networks."""
-    synchronization: Synchronization | None = None
+    synchronization: LocalSGD | None = None
     """Workers that train a replica each and exchange weights now and then, in place of gradients after every step: for networks that are
     slower still. The number of replicas decides the result."""
     health: Health = Health()

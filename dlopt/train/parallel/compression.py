@@ -5,7 +5,6 @@
 | train.compression           | bfloat16  | gradients in half of the bits                                | Kalamkar et al. 2019  |
 |                             | power_sgd | of a matrix two thin ones; what they leave out is sent later | Vogels et al. 2019    |
 | train.synchronization       | local_sgd | now and then the weights, whose mean all go on from          | Stich 2019            |
-|                             | diloco    | the same, and a second optimizer steps from mean to mean     | Douillard et al. 2023 |
 
 To add one: a class with `build`, and its name in the union of its section.
 """

@@ -1,10 +1,12 @@
-"""Replicas that train for themselves and meet now and then: local SGD and DiLoCo. For links too slow for gradients at every step."""
+"""Replicas that train for themselves and meet now and then. For links too slow for gradients at every step.
+
+DiLoCo (Douillard et al. 2023), whose second optimizer steps from mean to mean, was here; nothing measured said for it, so it went."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -37,29 +39,6 @@ class LocalSGD(Part):
 
     def build(self, network: nn.Module, rank: int, world: int, seed: int) -> Parallel:
         return LocalSGDParallel(network, rank, world, self.every)
-
-
-class DiLoCo(Part):
-    """DiLoCo (Douillard et al. 2023): as local_sgd with many more steps, but the mean of the replicas' ways since the last time is taken
-    for a gradient, by which SGD with Nesterov momentum steps. The job's optimizer is the inner one, and what it remembers stays with its
-    replica. Where the replicas keep going the same way, outer steps are outer_lr / (1 - outer_momentum) times as long, 7 by default: give
-    the job's optimizer a lower rate than it would have otherwise."""
-
-    kind: Literal["diloco"] = "diloco"
-    replicas: int = Field(ge=2)
-    """How many there are; the result depends on it. `resources.workers` must be the same number."""
-    every: int = Field(100, ge=1)
-    """Steps of an epoch from one outer step to the next; there is always one at its end."""
-    outer_lr: float = Field(0.7, gt=0)
-    """Rate of the outer steps: 1 without momentum goes to the mean."""
-    outer_momentum: float = Field(0.9, ge=0, lt=1)
-    """Share of the last outer step that goes on in this one."""
-
-    def build(self, network: nn.Module, rank: int, world: int, seed: int) -> Parallel:
-        return DiLoCoParallel(network, rank, world, self)
-
-
-Synchronization = Annotated[LocalSGD | DiLoCo, Field(discriminator="kind")]
 
 
 class LocalSGDParallel(Parallel):
@@ -102,12 +81,8 @@ class LocalSGDParallel(Parallel):
         ways = [value - start[name] for name, value in moving.items()]
         at_once(ways, lambda flat: dist.all_reduce(flat.mul_(share)))
         for (name, value), way in zip(moving.items(), ways, strict=True):
-            value.copy_(start[name] + self._outer(name, way))
+            value.copy_(start[name] + way)
         self._settle(optimizer, share)
-
-    def _outer(self, name: str, way: Tensor) -> Tensor:
-        """From the mean way of all replicas since the last time, the one that all go."""
-        return way
 
     def _settle(self, optimizer: torch.optim.Optimizer, share: float) -> None:
         """What becomes of the optimizer's averages: their mean, once all replicas have any."""
@@ -148,31 +123,3 @@ class LocalSGDParallel(Parallel):
         """All of the network that can change in a step, by name."""
         frozen = {name for name, parameter in self.network.named_parameters() if not parameter.requires_grad}
         return {name: value for name, value in self.network.state_dict().items() if value.is_floating_point() and name not in frozen}
-
-
-class DiLoCoParallel(LocalSGDParallel):
-    """Replicas that synchronise by a step of SGD with Nesterov momentum."""
-
-    def __init__(self, network: nn.Module, rank: int, world: int, part: DiLoCo) -> None:
-        super().__init__(network, rank, world, part.every)
-        self.part = part
-        self.momentum = {name: torch.zeros_like(parameter) for name, parameter in network.named_parameters()}
-
-    def _outer(self, name: str, way: Tensor) -> Tensor:
-        """As torch.optim.SGD(nesterov=True) for the gradient -way; statistics of batch normalization go to their mean."""
-        if name not in self.momentum:
-            return way
-        lr, momentum = self.part.outer_lr, self.part.outer_momentum
-        self.momentum[name].mul_(momentum).add_(way)
-        return lr * (way + momentum * self.momentum[name])
-
-    def _settle(self, optimizer: torch.optim.Optimizer, share: float) -> None:
-        pass
-
-    def memory(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        return super().memory(optimizer) | {"momentum": dict(self.momentum)}
-
-    def recall(self, memory: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
-        super().recall(memory, optimizer)
-        for name, value in memory.get("momentum", {}).items():
-            self.momentum[name].copy_(value)

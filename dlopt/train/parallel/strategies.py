@@ -26,7 +26,7 @@ from dlopt.part import DloptError, Part
 from dlopt.train.parallel.base import Parallel
 from dlopt.train.parallel.ddp import DDP
 from dlopt.train.parallel.fsdp import CPU, FSDP
-from dlopt.train.parallel.local_sgd import DiLoCo, LocalSGD
+from dlopt.train.parallel.local_sgd import LocalSGD
 from dlopt.train.parallel.zero import Zero
 
 Parallelism = Literal["ddp", "zero", "fsdp"]
@@ -48,7 +48,7 @@ def refuse_parallelism(kind: Parallelism, optimizer: Optimizer) -> None:
 
 
 def refuse_communication(
-    compression: Part | None, synchronization: LocalSGD | DiLoCo | None, workers: str | int | tuple[int, int], kind: Parallelism
+    compression: Part | None, synchronization: LocalSGD | None, workers: str | int | tuple[int, int], kind: Parallelism
 ) -> None:
     """Raises DloptError where workers cannot tell each other what the job wants."""
     if synchronization and workers != synchronization.replicas:
