@@ -67,7 +67,7 @@ class Reducer:
         self.of = {parameter: bucket for bucket in self.buckets for parameter in bucket.parameters}
         self.begun = 0
         for parameter in self.of:
-            parameter.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[arg-type]
+            parameter.register_post_accumulate_grad_hook(self._arrived)
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
