@@ -176,7 +176,7 @@ def _outputs(
 
 def _called(network: Network, split: Split, device: torch.device, rows: dict[str, Tensor], start: int, size: int) -> Tensor:
     part = shortened({name: values[start : start + size] for name, values in rows.items()}, split.signature.inputs)
-    return network({name: moved(values, device) for name, values in part.items()}).double()  # type: ignore[no-any-return]
+    return network({name: moved(values, device) for name, values in part.items()}).double()
 
 
 def _calls(split: Split, device: torch.device, chunks: tuple[RowGroup, ...]) -> int:

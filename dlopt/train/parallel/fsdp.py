@@ -117,7 +117,7 @@ class FSDP(Parallel):
     def mine(self, part: str, whole: dict[str, Any]) -> dict[str, Any]:
         if part == "optimizer":  # what has dimensions is of a weight each
             tensors, rest = pack(whole)
-            return unpack({name: self._rows(value) if value.dim() else value for name, value in tensors.items()}, rest)  # type: ignore[no-any-return]
+            return unpack({name: self._rows(value) if value.dim() else value for name, value in tensors.items()}, rest)
         if part not in BY_ROWS:
             return whole
         return {name: self._rows(value) if name in self.held.shards else value for name, value in whole.items()}
@@ -195,8 +195,8 @@ def without_weights() -> Iterator[None]:
     """Within it, modules are built with parameters that have a shape and no memory; buffers are as ever."""
     original = nn.Module.register_parameter
 
-    def register(module: nn.Module, name: str, parameter: Parameter | None) -> None:
-        original(module, name, parameter if parameter is None or parameter.is_meta else _empty(parameter))
+    def register(self: nn.Module, name: str, param: Parameter | None) -> None:
+        original(self, name, param if param is None or param.is_meta else _empty(param))
 
     nn.Module.register_parameter = register  # type: ignore[method-assign]
     try:
