@@ -202,8 +202,8 @@ def killed_after(step: int | None) -> Iterator[None]:
     """Within it, training ends after so many steps in all, as if its processes were killed; a checkpoint has been written after each."""
 
     def between_steps(self: Training) -> None:
-        if self.diary:
-            self.diary.writer.wait()
+        if self.writer:
+            self.writer.wait()
         if self.state.record.step == step:
             raise Killed
         original(self)

@@ -136,7 +136,7 @@ class FSDP(Parallel):
     def _rows(self, whole: Tensor, rank: int | None = None) -> Tensor:
         """A copy, so that the whole need not stay."""
         most, rank = -(-len(whole) // self.world), self.rank if rank is None else rank
-        return whole[rank * most : (rank + 1) * most].clone()
+        return whole[rank * most : (rank + 1) * most].clone(memory_format=torch.contiguous_format)
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
