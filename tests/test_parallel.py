@@ -426,6 +426,7 @@ def _large(rank: int, world: int, folder: Path, data: Path) -> None:
     model = Mlp(hidden=(1984,) * 13, norm="none")
     fit = Fit(seed=1, model=model, augment=(), train=Train(batch_size=30, epochs=1, optimizer=Sgd(), health=Health(every=0)))
     given = worker.Assignment(fit=fit, data=data, out=folder, feed="resident", resources=Resources(parallelism="fsdp"))
+    nn.Linear(1984, 1984)(torch.zeros(256, 1984)).sum().backward()  # what the library of matrices keeps for itself
     made, found = worker.Worker(given, rank, world, CPU), {"before": _resident()}
     state = made.state(Artifact.open(data))[0]
     found["held"] = _resident() - found["before"]
@@ -449,8 +450,8 @@ def test_no_worker_of_four_ever_holds_a_large_network_whole(
     record_property("MiB of 180 that each of 4 workers has", found)
     share = 180 / 4
     assert max(one["held"] for one in found) < 1.3 * share
-    assert max(one["stepped"] for one in found) < 2 * 1.3 * share  # gradients lie there, too
-    assert max(one["validated"] for one in found) < 180
+    assert max(one["stepped"] for one in found) < 2 * share + 4 * 15  # gradients too, and what fully_shard keeps of the last block of 15
+    assert max(one["validated"] - one["stepped"] for one in found) < 2 * 15
 
 
 def _resumed(rank: int, world: int, folder: Path, data: Path) -> None:
