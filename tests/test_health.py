@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import pairwise
@@ -23,7 +24,7 @@ from dlopt.train.watch.divergence import Divergence, Diverging
 from dlopt.train.watch.findings import vanishing
 from dlopt.train.watch.health import EARLY, Watch
 from dlopt.train.watch.layers import Finding, Health, Layer, Look, rounded
-from dlopt.train.watch.spikes import Spikes, spiking
+from dlopt.train.watch.spikes import CALM, WINDOW, Spikes, bar
 from tests.cases import crossed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -380,6 +381,12 @@ def test_a_line_of_a_look_is_json_with_a_number_for_each_layer() -> None:
     assert line["weights"][0] == rounded(look.layers[0].weights)
     assert rounded(1234.5678) == 1235.0
     assert rounded(math.inf) is None
+
+
+def spiking(losses: list[float]) -> bool:
+    """Whether the last of the losses of a run is a spike against up to WINDOW before it."""
+    *before, last = losses
+    return bool(before) and last > bar(before[-WINDOW:], statistics.median(before[:CALM]))
 
 
 def test_a_spike_is_far_above_what_was_before_and_above_the_start() -> None:

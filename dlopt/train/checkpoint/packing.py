@@ -28,7 +28,10 @@ def pack(state: Any, copied: bool = False) -> tuple[Tensors, Any]:
     copied: whether all tensors are; else what lies on the CPU already mostly is not: write it before the next step.
     """
     packer = _Packer(copied)
-    return packer.tensors, packer.pack(state, ())
+    rest = packer.pack(state, ())
+    for device in packer.gpus:
+        torch.cuda.current_stream(device).synchronize()
+    return packer.tensors, rest
 
 
 def unpack(tensors: Tensors, rest: Any) -> Any:
@@ -56,6 +59,8 @@ class _Packer:
         self.copied, self.tensors = copied, Tensors()
         self.stored = set[int]()
         """Addresses of what is in `tensors` already, since safetensors takes no two of one storage."""
+        self.gpus = set[torch.device]()
+        """From which copies are under way, all at once, into memory that they reach by themselves."""
 
     def pack(self, state: Any, path: tuple[Any, ...]) -> Any:
         match state:
@@ -77,12 +82,18 @@ class _Packer:
         while name in self.tensors:  # keys may have dots
             name += "'"
         order = sorted(range(value.dim()), key=lambda dimension: -value.stride()[dimension])
-        lying = value.detach().to("cpu", copy=self.copied).permute(order)
+        lying = self._on_host(value.detach()).permute(order)
         storage = lying.untyped_storage()
         alone = lying.is_contiguous() and storage.nbytes() == lying.nbytes and storage.data_ptr() not in self.stored
         self.tensors[name] = lying if alone else lying.clone(memory_format=torch.contiguous_format)
         self.stored.add(storage.data_ptr())
         return {"tensor": name} if order == list(range(value.dim())) else {"ordered": [name, order]}
+
+    def _on_host(self, value: Tensor) -> Tensor:
+        if not value.is_cuda or torch.empty_like(value, device="meta").stride() != value.stride():
+            return value.to("cpu", copy=self.copied)
+        self.gpus.add(value.device)
+        return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

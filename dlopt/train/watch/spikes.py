@@ -61,9 +61,3 @@ def bar(losses: Sequence[float] | deque[float], start: float) -> float:
     middle = statistics.median(losses)
     deviation = 1.4826 * statistics.median(abs(loss - middle) for loss in losses)  # of a normal distribution, from its middle half
     return max(SPIKE * middle, middle + DEVIATIONS * deviation, start)
-
-
-def spiking(losses: Sequence[float]) -> bool:
-    """Whether the last of the losses of a run is a spike against up to WINDOW before it."""
-    *before, last = losses
-    return bool(before) and last > bar(before[-WINDOW:], statistics.median(before[:CALM]))
