@@ -14,10 +14,28 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from dlopt.cli import batch, check, compare, completion, docs, explain, init, profile, run, runs, schedule, serve, submit
+from dlopt.cli import (
+    batch,
+    bench_serve,
+    check,
+    compare,
+    completion,
+    deploy,
+    docs,
+    explain,
+    init,
+    predict,
+    profile,
+    run,
+    runs,
+    schedule,
+    serve,
+    submit,
+)
 from dlopt.cli.options import Mistake, Parser, close_to
 
-COMMANDS = (init, run, check, explain, profile, schedule, batch, serve, submit, compare, runs, docs, completion)
+SERVING = (predict, serve, bench_serve, deploy)
+COMMANDS = (init, run, check, explain, profile, schedule, batch, *SERVING, submit, compare, runs, docs, completion)
 EPILOG = """the first steps:
   dlopt init data.csv --target late -o job.yaml   write a job
   dlopt run job.yaml                              train, export, report
