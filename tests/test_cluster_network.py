@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import tempfile
 import time
@@ -142,16 +143,21 @@ def test_three_machines_train_the_model_of_one(machines: Machines, alone: dict[s
     assert (again["run"], again["made"]) == (found["run"], [])
 
 
-def test_a_machine_that_is_lost_costs_no_bit(machines: Machines, alone: dict[str, Any], record_property: Any) -> None:
+def test_a_machine_that_is_lost_costs_nothing(machines: Machines, record_property: Any) -> None:
     """T6 and N1: a cable out for 3 seconds is waited out; a machine that dies is replaced, and training goes on from a checkpoint."""
-    slow = ("train.epochs=12", "resources.checkpoint={every: {steps: 20}}")
-    process = machines.submit(*slow)
+    given = ("train.epochs=60", "train.precision=float64")
+    process = machines.submit(*given, "resources.checkpoint={every: {steps: 50}}")
     say = machines.net.folder / "submit.log"
-    machines.wait(lambda: "epoch 3/12" in say.read_text(), "the third epoch", 240)
+
+    def epoch() -> int:
+        return max(map(int, re.findall(r"epoch (\d+)/60", say.read_text())), default=0)
+
+    machines.wait(lambda: epoch() >= 2, "the second epoch", 240)
     machines.net.plug(3, False)
     time.sleep(3)
     machines.net.plug(3, True)
-    machines.wait(lambda: "epoch 5/12" in say.read_text(), "the fifth epoch", 120)
+    reached = epoch()
+    machines.wait(lambda: epoch() > reached, "the next epoch", 120)
     assert "was lost" not in say.read_text()
     machines.net.kill(machines.names[2])
     machines.wait(lambda: "was lost" in say.read_text(), "notice of the loss", 90)
@@ -159,7 +165,7 @@ def test_a_machine_that_is_lost_costs_no_bit(machines: Machines, alone: dict[str
     seconds = machines.wait(lambda: "training goes on from step" in say.read_text(), "recovery", 120)
     record_property("T6 on three machines: seconds from a machine's return to training", round(seconds, 1))
     found = machines.ended(process)
-    undisturbed = dlopt("run", *JOB, "train.epochs=12", "resources.workers=0", "--home", machines.net.folder / "undisturbed")
+    undisturbed = dlopt("run", *JOB, *given, "resources.workers=0", "--home", machines.net.folder / "undisturbed")
     largest = difference(fetched(machines, found["run"]), weights(Path(undisturbed.stdout.strip()) / "weights.safetensors"))
     record_property("T6 on three machines: largest difference of a weight", largest)
-    assert largest < 1e-4
+    assert largest < 1e-6

@@ -211,12 +211,10 @@ def store_of(out: Path, checkpointing: Checkpointing) -> Store:
     """Where the checkpoints of the model in `out` lie; opened by the process that reads the job, with its keys, it travels to workers.
     Raises DloptError."""
     if checkpointing.path is None:
-        home = remote_of(out)
-        return (
-            Bucket(Place(home.filesystem, home.address.partition("://")[0] + "://"), home.key(out / CHECKPOINTS))
-            if home
-            else Disk(out / CHECKPOINTS)
-        )
+        home, folder = remote_of(out), out / CHECKPOINTS
+        if home is None:
+            return Disk(folder)
+        return Bucket(Place(home.filesystem, home.address.partition("://")[0] + "://"), home.key(folder))
     place, path = place_of(checkpointing.path)
     if place.is_local:
         return Disk(Path(path).resolve() / out.name)
