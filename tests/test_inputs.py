@@ -517,6 +517,13 @@ def test_what_is_no_time_of_day_among_such_is_said() -> None:
         DateInput(columns=("d", "e")).feature(pa.table({"d": times, "e": ["2026-11-24"] * 3}))
 
 
+def test_a_job_that_is_begun_has_times_of_day_in_an_input_of_their_own(tmp_path: Path) -> None:
+    days = [date(2026, 1, 1) + timedelta(days=row) for row in range(60)]
+    pq.write_table(pa.table({"at": pa.array(TIMES * 15, pa.time64("us")), "day": days, "y": ["a", "b"] * 30}), tmp_path / "rows.parquet")
+    begun = begin.begin(Parquet(path=str(tmp_path / "rows.parquet")), ["y"])
+    assert begun.job["data"]["inputs"] == [{"kind": "date", "columns": ["day"]}, {"kind": "date", "columns": ["at"], "name": "times"}]
+
+
 def test_a_form_with_a_zone_becomes_utc() -> None:
     values, reasons = dates_of(["24.11.2026 08:30 +0200", "1.3.2026 00:30 +0100"], form="%d.%m.%Y %H:%M %z", parts=("month", "day", "hour"))
     assert reasons == {} and values.tolist() == [[11, 24, 6], [2, 28, 23]]
