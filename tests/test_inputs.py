@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -38,6 +40,8 @@ from dlopt.data.kinds.base import Bound
 from dlopt.data.kinds.category import hashed
 from dlopt.data.kinds.number import KNOTS, Frequent, GroupMedian
 from dlopt.data.section import Data
+from dlopt.data.sources import Parquet
+from dlopt.data.stats import begin
 from dlopt.data.table.split import GivenSplit, TimeSplit
 from dlopt.data.types.columns import Columns
 from dlopt.data.types.tensors import array_of, piece_column
