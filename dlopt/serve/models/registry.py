@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,7 +51,7 @@ class Models:
     async def follow(self) -> None:
         """Take over what another replica has changed; and a canary back that fails. Raises nothing: what serves goes on."""
         try:
-            if (state := self.board.read(self.state.revision)) is not None:
+            if (state := await asyncio.to_thread(self.board.read, self.state.revision)) is not None:
                 self._take(state, await asyncio.to_thread(self._loaded, state))
             for model in self:
                 model.tell_drift()
@@ -65,9 +66,9 @@ class Models:
 
     async def change(self, how: Callable[[State], State], who: str, what: str, **about: Any) -> State:
         """Change what is served, here at once and elsewhere soon. What cannot be loaded changes nothing. Raises DloptError or Refusal."""
-        tried = how(self.board.now())
+        tried = how(await asyncio.to_thread(self.board.now))
         found = await asyncio.to_thread(self._loaded, tried)
-        state = self.board.change(how, who, what, **about)
+        state = await asyncio.to_thread(partial(self.board.change, how, who, what, **about))
         self._take(state, found if state.models == tried.models else await asyncio.to_thread(self._loaded, state))
         return state
 

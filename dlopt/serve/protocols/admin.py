@@ -94,7 +94,7 @@ def _told(call: Call, state: State, name: str) -> Json:
 
 
 async def _log(call: Call) -> Reply:
-    return json_reply({"log": call.models.board.lines()})
+    return json_reply({"log": await asyncio.to_thread(call.models.board.lines)})
 
 
 async def _deploy(call: Call) -> Reply:
