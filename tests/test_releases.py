@@ -325,6 +325,34 @@ def test_versions_are_kept_as_long_as_something_stands_for_them(home: Path) -> N
         rolled_back(state, "x")
 
 
+def test_replicas_that_see_the_same_take_a_canary_back_once(home: Path, tmp_path: Path) -> None:
+    apps = [application(home, tmp_path / "board") for _ in range(2)]
+    deploy(apps[0], home, "larger")
+    deploy(apps[0], home, "largest", canary=50, limits={"requests": 5})
+    asyncio.run(apps[1].models.follow())
+    for app in apps:
+        canary = app.models.find("digits", "3")
+        canary.predictor = fails(canary)  # type: ignore[assignment]
+        task_free(app)
+    for app in apps:
+        asyncio.run(app.models.follow())
+    asyncio.run(apps[0].models.follow())
+    assert [roles(app)["default"] for app in apps] == ["2", "2"] and roles(apps[0])["canary"] is None
+    lines = [json.loads(line)["what"] for line in (tmp_path / "board" / "log.jsonl").read_text().splitlines()]
+    assert lines.count("rollback") == 1
+
+
+def task_free(app: Application) -> None:
+    """Twenty requests, before the app has looked at what came of them."""
+    follow, app.models.follow = app.models.follow, _nothing  # type: ignore[method-assign]
+    answered(app, 20)
+    app.models.follow = follow  # type: ignore[method-assign]
+
+
+async def _nothing() -> None:
+    pass
+
+
 def test_a_rate_holds_over_all_replicas(tmp_path: Path) -> None:
     key = Key(digest("a-key-with-a-rate"), rate=5.0)
     guards = [Guard((key, Key.of("another-key")), rate=2.0, shared=tmp_path / "rates") for _ in range(2)]

@@ -68,8 +68,10 @@ class FileBoard(Board):
         if stamp == self.stamp:
             return None
         state = self._stored()
-        self.stamp = stamp
-        return state if state is not None and state.revision != seen else None
+        if state is not None and state.revision == seen:
+            self.stamp = stamp  # who asks has it; who could not take it over asks for it again
+            return None
+        return state
 
     def now(self) -> State:
         """The state as it is."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from dlopt.artifact import Artifact
 from dlopt.part import DloptError, Signature
 from dlopt.serve.exchange import Answer, Call, Refusal, Request
 from dlopt.serve.models.board import Board
-from dlopt.serve.models.lineup import Lineup, State, Version, rolled_back
+from dlopt.serve.models.lineup import Canary, Lineup, State, Version, taken_back
 from dlopt.serve.models.model import Model
 from dlopt.serve.models.trial import Trial, agree
 from dlopt.serve.watch.metrics import Registry
@@ -56,13 +57,19 @@ class Models:
             for model in self:
                 model.tell_drift()
             for name, trial in list(self._trials.items()):
-                if why := trial.verdict():
-                    canary = self.state.models[name].canary
-                    await self.change(lambda state, name=name: rolled_back(state, name), "dlopt", "rollback", model=name, why=why)  # type: ignore[misc]
-                    self.counts.rollbacks.labels(name, canary.version if canary else "", why.partition(":")[0]).inc()
-                    logger.warning("%s: its canary was taken back: %s", name, why)
+                canary = self.state.models[name].canary
+                if canary is not None and (why := trial.verdict()):
+                    await self._take_back(name, canary, why)
         except Exception:
             logger.exception("the state of the models could not be followed")
+
+    async def _take_back(self, name: str, canary: Canary, why: str) -> None:
+        with suppress(DloptError):  # another replica has done so
+            await self.change(
+                partial(taken_back, name=name, canary=canary), "dlopt", "rollback", model=name, version=canary.version, why=why
+            )
+            self.counts.rollbacks.labels(name, canary.version, why.partition(":")[0]).inc()
+            logger.warning("%s: its canary was taken back: %s", name, why)
 
     async def change(self, how: Callable[[State], State], who: str, what: str, **about: Any) -> State:
         """Change what is served, here at once and elsewhere soon. What cannot be loaded changes nothing. Raises DloptError or Refusal."""
