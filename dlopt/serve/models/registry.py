@@ -53,7 +53,9 @@ class Models:
         """Take over what another replica has changed; and a canary back that fails. Raises nothing: what serves goes on."""
         try:
             if (state := await asyncio.to_thread(self.board.read, self.state.revision)) is not None:
-                self._take(state, await asyncio.to_thread(self._loaded, state))
+                found = await asyncio.to_thread(self._loaded, state)
+                if state.revision > self.state.revision:  # nobody has changed more meanwhile
+                    self._take(state, found)
             for model in self:
                 model.tell_drift()
             for name, trial in list(self._trials.items()):
