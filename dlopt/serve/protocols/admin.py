@@ -67,8 +67,8 @@ def route(method: str, path: str) -> Handler | None:
 
 
 async def _models(call: Call) -> Reply:
-    """Every version, what it is there for, and how a trial stands."""
-    state = call.models.state
+    """Every version, what it is there for, and how a trial stands, which this replica may be yet to begin."""
+    state = await asyncio.to_thread(call.models.board.now)
     return json_reply({"revision": state.revision, "models": {name: _told(call, state, name) for name in state.models}})
 
 
