@@ -135,7 +135,7 @@ class Work:
         decided = decisions(target, outputs)
         sums = compare(self.target, target, said, outputs, decided, good) if self.compares else {}
         columns = {name: raw[name] for name in self.keep} | _predictions(self.signature, outputs, decided, good)
-        columns["error"] = pa.array([why.get(row) for row in range(len(raw))], pa.string())
+        columns["error"] = pa.array([why.get(row) for row in range(len(raw))], pa.string()) if why else pa.nulls(len(raw), pa.string())
         return pa.table(columns), sums, len(why)
 
     def write(self, raw: pa.Table, path: Path) -> None:

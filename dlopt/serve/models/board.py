@@ -23,6 +23,9 @@ MOST_LINES = 1000
 class Board:
     """In memory."""
 
+    far = False
+    """Whether asking it takes so long that nobody should wait for it on the event loop."""
+
     def __init__(self, state: State) -> None:
         self.state = state
         self.log: list[Line] = [_line("dlopt", "start", {"models": list(state.models)})]

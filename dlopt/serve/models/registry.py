@@ -52,7 +52,7 @@ class Models:
     async def follow(self) -> None:
         """Take over what another replica has changed; and a canary back that fails. Raises nothing: what serves goes on."""
         try:
-            if (state := await asyncio.to_thread(self.board.read, self.state.revision)) is not None:
+            if (state := await self.ask_board(self.board.read, self.state.revision)) is not None:
                 found = await asyncio.to_thread(self._loaded, state)
                 if state.revision > self.state.revision:  # nobody has changed more meanwhile
                     self._take(state, found)
@@ -75,11 +75,15 @@ class Models:
 
     async def change(self, how: Callable[[State], State], who: str, what: str, **about: Any) -> State:
         """Change what is served, here at once and elsewhere soon. What cannot be loaded changes nothing. Raises DloptError or Refusal."""
-        tried = how(await asyncio.to_thread(self.board.now))
+        tried = how(await self.ask_board(self.board.now))
         found = await asyncio.to_thread(self._loaded, tried)
-        state = await asyncio.to_thread(partial(self.board.change, how, who, what, **about))
+        state = await self.ask_board(partial(self.board.change, how, who, what, **about))
         self._take(state, found if state.models == tried.models else await asyncio.to_thread(self._loaded, state))
         return state
+
+    async def ask_board(self, function: Callable[..., Any], *words: Any) -> Any:
+        """One of the board's methods, in a thread where that takes long."""
+        return await asyncio.to_thread(function, *words) if self.board.far else function(*words)
 
     def _loaded(self, state: State) -> dict[Key, tuple[Version, Model]]:
         """The models that a state needs and that are not here. Raises DloptError."""

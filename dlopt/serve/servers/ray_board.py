@@ -18,6 +18,8 @@ class RayBoard(Board):
     """In an actor, which lives as long as its cluster, or until `close`; when its machine is lost, whoever asks next starts another with
     what it knows."""
 
+    far = True
+
     def __init__(self, name: str, state: State) -> None:
         """name: of the application, of which a cluster has one."""
         self.name, self.last = f"board of {name}", state
