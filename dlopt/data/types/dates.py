@@ -27,11 +27,11 @@ def dates(column: pa.ChunkedArray | pa.Array, form: str) -> tuple[pa.Array, Reas
     form: how dates are written, as strptime has it; "" for ISO 8601.
     """
     array = without_empty(plain(column))
-    codes = array.dictionary_encode()  # so that each value is looked at once
     try:
-        return parse_dates(codes.dictionary, form).take(codes.indices), {}
+        return parse_dates(array, form), {}
     except DloptError:
         pass
+    codes = array.dictionary_encode()
     found: list[object] = []
     wrong: dict[int, str] = {}
     for index in range(len(codes.dictionary)):
