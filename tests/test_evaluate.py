@@ -14,10 +14,10 @@ import torch
 
 from dlopt.artifact import Artifact
 from dlopt.data.prepared import Split
-from dlopt.export.onnx import trained_network
 from dlopt.models import Mlp, Network
 from dlopt.part import Target
 from dlopt.train.measure.evaluate import evaluate, predict, write_predictions
+from dlopt.train.start import trained_network
 from tests.processes import together
 from tests.sets import CATEGORIES, HASHED, LABELS, NUMBER, NUMBERS, PAIR, TEXT, THREE, TWO, prepared, signature, trained
 

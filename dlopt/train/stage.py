@@ -99,7 +99,7 @@ def fit(section: Fit, out: Path, data: Artifact, *, resources: Resources, progre
         "threads": max(1, int(resources.cpus_per_worker)) if need.most else None,
     }
     run = _Run(_work(section, store), config, out.resolve(), need, resources, store, progress)
-    with followed(out, section, train, resources, progress, run.waiting), _interruptible(), _told_by_sigterm(out):
+    with followed(out, section, train, resources, progress, run.waiting), _interruptible(), told_by_sigterm(out):
         info = run.to_the_end()
     if resources.profile:
         say(out, progress)
@@ -264,7 +264,7 @@ class _Run:
 
 
 @contextmanager
-def _told_by_sigterm(out: Path) -> Iterator[None]:
+def told_by_sigterm(out: Path) -> Iterator[None]:
     """Within it, SIGTERM asks the workers to save and to end; a second one, or STOP_SECONDS, ends the run at once. Raises Stopped then."""
     if threading.current_thread() is not threading.main_thread():
         yield

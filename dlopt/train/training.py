@@ -39,6 +39,7 @@ from dlopt.train.parallel.base import Parallel
 from dlopt.train.parallel.drift import refuse_drift
 from dlopt.train.parallel.local_sgd import LocalSGDParallel
 from dlopt.train.start import first_batches, objective_of, read_statistics
+from dlopt.train.tuning import Held, Tuning
 from dlopt.train.watch.observer import Diary, Diverged, Observer, Taken
 from dlopt.train.watch.profile import Profile, Unprofiled
 from dlopt.train.watch.speed import Pace
@@ -67,6 +68,7 @@ class Training:
     device: torch.device
     diary: Diary | None = None
     watchdog: Watchdog | None = None
+    tuning: Tuning = field(default_factory=Tuning)
     feed: Feed | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -79,8 +81,11 @@ class Training:
         self.taken_apart: list[Taken] = []
         self.due = False
         objective = objective_of(self.fit, self.data, self.network, self.device, self.parallel.copies)
+        if self.tuning.teacher:
+            objective = self.tuning.teacher.teach(objective, self.split.signature.target, self.device)
+        self.held = self._hold()
         stepped = self.state.optimizer, self.parallel, self.fit.seed
-        self.pipeline = Pipeline(train, objective, *stepped, self.profile, self.pace.timed)
+        self.pipeline = Pipeline(train, objective, *stepped, self.profile, self.pace.timed, self._after_step if self.held else None)
         self.scale = self.pipeline.scale
         self.observer = Observer(train, self.state, self.world, self.scale, self.diary)
         self.agreement = Agreement(self.rank, self.world, self.device, self.state.record.step)
@@ -168,7 +173,7 @@ class Training:
             self._refuse_not_finite()
             found = self._validated() if len(self.validation) else None
             record.epoch, record.batch, record.sums = epoch, 0, []
-            judge(self.state, train, found)
+            judge(self.state, train, found if not self.held or self.held.settled(record.epoch / train.epochs) else None)
         if self.diary:
             self.diary.log.write(
                 epoch=epoch,
@@ -272,13 +277,26 @@ class Training:
         found.load(self.state)
         record = self.state.record
         record.rollbacks, record.diverging = rollbacks, {}
-        self.feed, self.taken_apart, self.due = None, [], False
+        self.feed, self.taken_apart, self.due, self.held = None, [], False, self._hold()
         self.observer.begin_anew()
         rate = record.peak * train.divergence.factor**rollbacks
         if self.diary:
             self.diary.undo(record.epoch, record.step)
             self.observer.write_health(record.epoch, {"step": record.step, "rollback": why, "rate": rate})
         self.save()
+
+    def _hold(self) -> Held | None:
+        """What weights are held to, of them as they are now."""
+        return self.tuning.hold.begin(self.network) if self.tuning.hold else None
+
+    def _after_step(self) -> None:
+        if self.held:
+            self.held.after(self._done)
+
+    @property
+    def _done(self) -> float:
+        """The share of all steps that are taken, the one under way included."""
+        return (self.state.record.epoch + (self.state.record.batch + 1) / self.share.order.batches) / self.fit.train.epochs
 
     def _share(self) -> Share:
         train = self.fit.train

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import nn
 
@@ -39,8 +40,19 @@ from dlopt.train.measure.thresholds import signed
 from dlopt.train.parallel.agreement import patiently
 from dlopt.train.parallel.base import Parallel
 from dlopt.train.parallel.strategies import parallel_of
-from dlopt.train.start import first_batches, first_rows, load_network, objective_of, optimizer_of, peak_of, scaled_by_data, swept
+from dlopt.train.start import (
+    first_batches,
+    first_rows,
+    load_network,
+    network_with,
+    objective_of,
+    optimizer_of,
+    peak_of,
+    scaled_by_data,
+    swept,
+)
 from dlopt.train.training import Training
+from dlopt.train.tuning import Tuning
 from dlopt.train.watch.health import Watch
 from dlopt.train.watch.metrics_log import HEALTH, LAYERS, NAME, RANGE, STARTS, MetricsWriter
 from dlopt.train.watch.observer import Diary
@@ -59,6 +71,8 @@ class Assignment(Part):
     feed: str
     threads: int | None = None
     resources: Resources = Resources()
+    tuning: Tuning = Tuning()
+    """What is special about where training begins, and what weights are held to."""
 
 
 def train_worker(
@@ -115,7 +129,7 @@ class Worker:
         if self.rank != 0:
             return None
         trained, record = time.monotonic(), state.record
-        network = state.parallel.alone(lambda: load_network(self.assignment.fit, data).to(self.device))
+        network = state.parallel.alone(lambda: self._network(data))
         assert isinstance(network, Network)
         network.load_state_dict(best)
         info = self._finish(network, data, record)
@@ -145,7 +159,7 @@ class Worker:
         """Ready for the next step."""
         given = self.assignment
         workers = (self.rank, self.world, self.device)
-        return Training(given.fit, given.resources, data, given.out, self.store, given.feed, state, *workers, diary, watchdog)
+        return Training(given.fit, given.resources, data, given.out, self.store, given.feed, state, *workers, diary, watchdog, given.tuning)
 
     @contextmanager
     def _watched(self) -> Iterator[Watchdog]:
@@ -167,7 +181,7 @@ class Worker:
         host of each worker."""
         fit = self.assignment.fit
         found, damaged = newest_of_all(self.store, self.rank, self.world, self.device, self._writes)
-        network, split = load_network(fit, data).to(self.device), Split.open(data, "train")
+        network, split = self._network(data), Split.open(data, "train")
         record = found.record if found else self._beginning(network, split, data)
         watch: Watch | None = None
         warnings = self._said_of_own(network, split)
@@ -191,6 +205,13 @@ class Worker:
             warnings += filter(None, (why, approximated(split.signature.target, rows)))
             self._note_start(state.record, hosts, damaged, warnings)
         return state, hosts
+
+    def _network(self, data: Artifact) -> Network:
+        """As it is before the first step."""
+        fit, begins = self.assignment.fit, self.assignment.tuning.model
+        if begins is None:
+            return load_network(fit, data).to(self.device)
+        return network_with(fit, data, load_file(begins)).train().to(self.device)
 
     def _said_of_own(self, network: Network, split: Split) -> list[str]:
         """A line where the result of a user's network depends on how many workers there are."""
@@ -235,7 +256,8 @@ class Worker:
     def _beginning(self, network: Network, split: Split, data: Artifact) -> Record:
         """Before the first step: weights scaled by data and a rate found by trying, where they are asked for; a look at the layers."""
         fit, out = self.assignment.fit, self.assignment.out
-        scaled_by_data(network, fit, split, self.device)
+        if self.assignment.tuning.model is None:
+            scaled_by_data(network, fit, split, self.device)
         layers = spread(network, first_rows(split, self.device))
         peak, found = peak_of(fit, len(split)), None
         if peak is None:
