@@ -226,9 +226,7 @@ def test_static_whole_numbers_cost_little_of_the_metric(tmp_path: Path, method: 
     export = once(EXPORT, Onnx(), tmp_path, found, data)
     kinds = [node.op_type for node in graph(export).graph.node]
     assert kinds.count("QuantizeLinear") >= 4 and export.info["largest_difference"] <= 1e-5
-    with pytest.raises(
-        DloptError, match=r"^export: torch_export: the model is quantized in ONNX alone: export it as onnx, pick"
-    ):
+    with pytest.raises(DloptError, match=r"^export: torch_export: the model is quantized in ONNX alone: export it as onnx, pick"):
         once(EXPORT, TorchExport(), tmp_path, found, data)
     with pytest.raises(DloptError, match=r"^compress: quantize: 8 training rows tell no ranges: at least 16 are needed$"):
         small(tmp_path, model, data, Quantize(mode="static", rows=8))

@@ -72,10 +72,11 @@ class Run(runs.Outcome):
 
     @cached_property
     def model(self) -> Network:
-        """The trained network in torch, in eval mode: {name: tensor} as prepared data have them, to logits or numbers."""
+        """The trained network in torch, compressed where it was, in eval mode: {name: tensor} as prepared data have them, to logits or numbers."""
         from dlopt.train.start import trained_network
 
-        return trained_network(self._artifact("model"), self._artifact("data"))
+        small = "compress" in runs.read(self.folder)["artifacts"]
+        return trained_network(self._artifact("compress" if small else "model"), self._artifact("data"))
 
     def export(self, path: str | Path | None = None, kind: str = "onnx", **fields: Any) -> Path:
         """The model in a format, made now if the run does not have it yet: copied to a file, or with its signature into a folder that is
