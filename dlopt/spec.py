@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from dlopt.compress import Compression
 from dlopt.data.augment import Augmentation, fill_of
@@ -109,6 +109,13 @@ class Job(Part):
             if part.tensor in (PROBABILITIES, VALUES):
                 raise ValueError(f"data.inputs: {part.tensor!r} is the name of the model's output: call the input something else")
         return self
+
+    @field_validator("compress", mode="before")
+    @classmethod
+    def a_budget_is_short_for_a_chain(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and set(given) == {"budget"} and isinstance(given["budget"], Mapping):
+            return [{"kind": "budget"} | dict(given["budget"])]
+        return given
 
     @model_validator(mode="after")
     def weights_are_kept_last(self) -> Self:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from dlopt.api.exporting import copied, format_of
+from dlopt.api.verifying import differing
 from dlopt.artifact import Artifact, Stage, once
 from dlopt.data.kinds import encode_rows
 from dlopt.export import Joblib, Onnx, Pickle, Safetensors, TorchExport, TorchScript
@@ -35,11 +36,11 @@ from tests.test_models import image
 IMAGES = Signature(inputs=(image(12, 10, 3),), target=THREE)
 TABLE = Signature(inputs=(NUMBERS, CATEGORIES, ONE), target=TWO)
 CASES = [
-    pytest.param(IMAGES, Mlp(hidden=(32,)), id="mlp"),
-    pytest.param(IMAGES, Cnn(channels=(4, 8), hidden=16, norm="batch"), id="cnn"),
-    pytest.param(TABLE, Mlp(hidden=(16,)), id="table"),
-    pytest.param(Signature(inputs=(TEXT,), target=TWO), TextBag(embedding=8), id="text"),
     pytest.param(Signature(inputs=EVERYTHING, target=PAIR), Mlp(hidden=(8,)), id="everything"),
+    pytest.param(IMAGES, Cnn(channels=(4, 8), hidden=16, norm="batch"), id="cnn"),
+    pytest.param(IMAGES, Mlp(hidden=(32,)), id="mlp", marks=pytest.mark.slow),
+    pytest.param(TABLE, Mlp(hidden=(16,)), id="table", marks=pytest.mark.slow),
+    pytest.param(Signature(inputs=(TEXT,), target=TWO), TextBag(embedding=8), id="text", marks=pytest.mark.slow),
 ]
 FORMATS = [TorchExport(), TorchScript(), Safetensors(), Pickle(), Joblib()]
 
@@ -337,3 +338,11 @@ def test_files_are_copied_whole_under_the_name_that_was_asked_for(tmp_path: Path
     assert (tmp_path / "digits.pkl.sha256").is_file()
     with pytest.raises(DloptError, match=r"safetensors is several files \(model.safetensors, config.json\): give a folder that is there$"):
         copied(many, Safetensors(), tmp_path / "weights.safetensors")
+
+
+def test_metrics_that_are_others_are_named() -> None:
+    assert list(differing({"loss": 0.5, "accuracy": 0.9}, {"loss": 0.5 + 1e-8, "accuracy": 0.9})) == []
+    assert list(differing({"loss": 0.5, "roc_auc": None}, {"loss": 0.6, "roc_auc": 1.0})) == [
+        "loss is 0.6, and was 0.5",
+        "roc_auc is 1.0, and was None",
+    ]

@@ -72,7 +72,8 @@ class Run(runs.Outcome):
 
     @cached_property
     def model(self) -> Network:
-        """The trained network in torch, compressed where it was, in eval mode: {name: tensor} as prepared data have them, to logits or numbers."""
+        """The trained network in torch, compressed where it was, in eval mode: {name: tensor} as prepared data have them, to logits or
+        numbers."""
         from dlopt.train.start import trained_network
 
         small = "compress" in runs.read(self.folder)["artifacts"]

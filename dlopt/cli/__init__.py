@@ -14,10 +14,27 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from dlopt.cli import batch, check, compare, completion, compress, docs, explain, export, init, profile, run, runs, schedule, serve, submit
+from dlopt.cli import (
+    batch,
+    check,
+    compare,
+    completion,
+    compress,
+    docs,
+    explain,
+    export,
+    init,
+    profile,
+    run,
+    runs,
+    schedule,
+    serve,
+    submit,
+    verify,
+)
 from dlopt.cli.options import Mistake, Parser, close_to
 
-COMMANDS = (init, run, check, explain, profile, schedule, batch, compress, export, serve, submit, compare, runs, docs, completion)
+COMMANDS = (init, run, check, explain, profile, schedule, batch, compress, export, verify, serve, submit, compare, runs, docs, completion)
 EPILOG = """the first steps:
   dlopt init data.csv --target late -o job.yaml   write a job
   dlopt run job.yaml                              train, export, report

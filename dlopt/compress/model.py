@@ -23,6 +23,7 @@ from dlopt.models import Network
 from dlopt.optim.schedules import Cosine
 from dlopt.part import Signature
 from dlopt.progress import Progress, silent
+from dlopt.train.checkpoint.stores import CHECKPOINTS
 from dlopt.train.cluster import stopping
 from dlopt.train.cluster.stopping import STOP, Stopped
 from dlopt.train.job import Fit, Resources
@@ -76,6 +77,12 @@ class Model:
         named = dict(self.network.named_parameters())
         for name, code in self.coding.items():
             named[name].copy_(torch.from_numpy(np.ascontiguousarray(code.values())).view_as(named[name]))
+
+    def scratch(self, name: str) -> Path:
+        """A folder for training of which nothing is to stay."""
+        folder = self.out / CHECKPOINTS / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def tune(self, part: Tuned, hold: Hold | None) -> None:
         """Train on, from the weights as they are. Raises DloptError, and Stopped when told to end: the same command goes on from there."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dlopt.compress.base import Compressor
+from dlopt.compress.base import Tuned
 from dlopt.part import DloptError
 
 if TYPE_CHECKING:
@@ -28,8 +28,9 @@ BODY = "/body/"
 """What the names of the network's own nodes begin with in the graph: preprocessing stays float32."""
 
 
-class Quantize(Compressor):
-    """Whole numbers of 8 or 4 bits for weights, and, with static and dynamic, for what is between the layers."""
+class Quantize(Tuned):
+    """Whole numbers of 8 or 4 bits for weights, and, with static and dynamic, for what is between the layers. With epochs, weights are
+    trained on while layers compute as they will (quantization-aware training)."""
 
     keeps = fills = True
 
@@ -63,9 +64,12 @@ class Quantize(Compressor):
 
     def apply(self, model: Model) -> None:
         from dlopt.export.coding import Whole
+        from dlopt.train.tuning import Rounded
 
+        if self.epochs:
+            model.tune(self, Rounded(bits=self.bits, inputs=self.mode != "weights", leave=self.leave))
         if self.mode == "weights":
-            model.keep(partial(Whole.of, bits=self.bits), self.leave, matrices=True)
+            model.keep(partial(Whole.of, bits=self.bits, whole=self.epochs > 0), self.leave, matrices=True)
             return
         model.graph = self._graph(model)
 

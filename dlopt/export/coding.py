@@ -46,11 +46,12 @@ class Whole(Code):
     bits: int = 8
 
     @classmethod
-    def of(cls, weight: np.ndarray, bits: int) -> Whole:
-        """The nearest, symmetric around 0, with the scale of each unit, of which the error is least among some that cut off its ends."""
+    def of(cls, weight: np.ndarray, bits: int, whole: bool = False) -> Whole:
+        """The nearest, symmetric around 0, with a scale for each unit: that of its largest number, or of few bits the one of least error
+        among some that cut off the ends. whole: the ends stay in any case."""
         most, flat = 2 ** (bits - 1) - 1, weight.reshape(len(weight), -1)
         largest = np.abs(flat).max(axis=1, keepdims=True)
-        shares = (1.0,) if bits == 8 else np.linspace(0.5, 1.0, 21)
+        shares = (1.0,) if bits == 8 or whole else np.linspace(0.5, 1.0, 21)
         best, error = np.ones((len(flat), 1), np.float32), np.full((len(flat), 1), np.inf)
         for share in shares:
             scale = (np.where(largest > 0, largest, 1.0) * share / most).astype(np.float32)

@@ -277,6 +277,8 @@ class Training:
         found.load(self.state)
         record = self.state.record
         record.rollbacks, record.diverging = rollbacks, {}
+        if self.held:
+            self.held.release()
         self.feed, self.taken_apart, self.due, self.held = None, [], False, self._hold()
         self.observer.begin_anew()
         rate = record.peak * train.divergence.factor**rollbacks

@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from dlopt.artifact import Artifact
 from dlopt.data.feed.batches import Batch
@@ -56,6 +57,9 @@ class Held(ABC):
     def settled(self, done: float) -> bool:
         """Whether the weights have the form that they are to have in the end."""
         return True
+
+    def release(self) -> None:  # noqa: B027  # most have nothing to let go of
+        """Nothing of a network is held any more."""
 
 
 class Sparse(Hold):
@@ -146,6 +150,66 @@ class Groups(Held):
             weight.copy_(torch.where(zero, 0.0, sums / counts)[members].view_as(weight))
 
 
+class Rounded(Hold):
+    """Layers compute with weights, and with what they are given, as whole numbers will have them, and gradients go through as if nothing
+    were rounded (Jacob et al. 2018; Bengio et al. 2013): weights learn to bear it."""
+
+    kind: Literal["rounded"] = "rounded"
+    bits: int = Field(8, ge=2, le=8)
+    """Of weights, with a scale for each unit."""
+    inputs: bool = False
+    """Whether what layers are given is rounded to 8 bits as well, between the least and the greatest of a batch."""
+
+    def begin(self, network: nn.Module) -> Roundings:
+        return Roundings(self, network)
+
+
+class Roundings(Held):
+    """Hooks of the layers: a weight is another one while its layer computes."""
+
+    def __init__(self, section: Rounded, network: nn.Module) -> None:
+        self.section, self.hooks = section, list[RemovableHandle]()
+        for name in weights_of(network, section.leave):
+            layer = network.get_submodule(name.rpartition(".")[0])
+            if name.endswith(".weight") and isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+                weight = layer.weight
+                self.hooks += [
+                    layer.register_forward_pre_hook(self.enter),
+                    layer.register_forward_hook(lambda layer, _inputs, _outputs, weight=weight: layer._parameters.update(weight=weight)),
+                ]
+
+    def enter(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        layer._parameters["weight"] = passed(layer.weight, nearest(layer.weight.detach(), self.section.bits))  # type: ignore[assignment, arg-type, operator]
+        return tuple(passed(values, between(values.detach())) for values in inputs) if self.section.inputs else inputs
+
+    def after(self, done: float) -> None:
+        pass
+
+    def release(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def passed(values: Tensor, rounded: Tensor) -> Tensor:
+    """The rounded ones, whose gradient is that of the values."""
+    return values + (rounded - values).detach()
+
+
+def nearest(weight: Tensor, bits: int) -> Tensor:
+    """Each unit as whole numbers times a scale."""
+    most = 2 ** (bits - 1) - 1
+    largest = weight.flatten(1).abs().amax(dim=1).view(-1, *[1] * (weight.dim() - 1))
+    scale = torch.where(largest > 0, largest, 1.0) / most
+    return (weight / scale).round() * scale
+
+
+def between(values: Tensor) -> Tensor:
+    """Numbers as one of 256 from the least to the greatest, of which 0 is one."""
+    low, high = values.amin().clamp_max(0), values.amax().clamp_min(0)
+    scale = ((high - low) / 255).clamp_min(torch.finfo(values.dtype).tiny)
+    return ((values / scale).round().clamp((low / scale).round(), (high / scale).round())) * scale
+
+
 class Teacher(Part):
     """Another trained network, whose outputs are learned (Hinton et al. 2015)."""
 
@@ -214,5 +278,5 @@ class Tuning(Part):
 
     model: Path | None = None
     """The file of the weights that it begins with; without it, it begins as the job does."""
-    hold: Annotated[Sparse | Tied, Field(discriminator="kind")] | None = None
+    hold: Annotated[Sparse | Tied | Rounded, Field(discriminator="kind")] | None = None
     teacher: Teacher | None = None
