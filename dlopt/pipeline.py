@@ -257,19 +257,24 @@ def as_yaml(job: Job) -> str:
 def _write_run(folder: Path, job: Job, artifacts: dict[str, Artifact], folds: list[Artifact], made: dict[str, float]) -> None:
     """job.yaml, report.html and run.json, which makes it a run, last."""
     from dlopt.report import page
+    from dlopt.report.card import CARD, card
     from dlopt.report.importance import importance
     from dlopt.report.samples import samples
 
     folder.mkdir(parents=True, exist_ok=True)
     text = as_yaml(job)
     write_atomically(folder / JOB, text)
+    exports = {name.removeprefix("export."): found for name, found in artifacts.items() if name.startswith("export.")}
+    about = card(job.name, job.license, artifacts["data"], artifacts["model"], exports, artifacts.get("compress"))
+    write_atomically(folder / CARD, about)
     page.write(
         folder / REPORT,
         name=job.name,
         job_yaml=text,
         data=artifacts["data"],
         model=artifacts["model"],
-        exports={name.removeprefix("export."): found for name, found in artifacts.items() if name.startswith("export.")},
+        exports=exports,
+        card=about,
         compress=artifacts.get("compress"),
         samples=samples(artifacts["data"], job.fit),
         importance=importance(artifacts["model"], artifacts["data"]),

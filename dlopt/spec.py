@@ -40,6 +40,8 @@ class Job(Part):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Names the run's folder and the served model."""
+    license: str = ""
+    """Under which the model may be used, for its card: an SPDX identifier such as Apache-2.0, or words."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Initial weights, order of rows, augmentation and dropout follow from it."""
     data: Data

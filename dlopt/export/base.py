@@ -31,6 +31,8 @@ class ExportFormat(Part):
     """Whether it holds an ONNX graph, and so one that was changed since it was traced."""
     strings: ClassVar[bool] = True
     """Whether it looks categories up itself; else it takes their codes, as the vocabularies of signature.json have them."""
+    use: ClassVar[str]
+    """How to run it, in Python."""
     file: ClassVar[str]
     """The name of what it writes: the file to take away, if there is one alone."""
 

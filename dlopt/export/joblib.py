@@ -17,6 +17,10 @@ class Joblib(Pickled):
 
     package: ClassVar[str] = "joblib"
     extra: ClassVar[str] = "sklearn"
+    use: ClassVar[str] = (
+        "import joblib  # executes what the file says: compare its digest first (sha256sum -c model.joblib.sha256)\n"
+        'labels = joblib.load("model.joblib").predict(frame)'
+    )
     file: ClassVar[str] = "model.joblib"
 
     kind: Literal["joblib"] = "joblib"

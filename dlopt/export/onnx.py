@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 class Onnx(ExportFormat):
     """One self-contained ONNX file: lookup of categories, preprocessing, model and probabilities in one graph, any number of rows."""
 
+    use: ClassVar[str] = (
+        "import onnxruntime\n"
+        'session = onnxruntime.InferenceSession("model.onnx")\n'
+        "(outputs,) = session.run(None, tensors)  # {name: array} as session.get_inputs() says"
+    )
     file: ClassVar[str] = "model.onnx"
 
     kind: Literal["onnx"] = "onnx"

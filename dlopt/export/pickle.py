@@ -15,6 +15,10 @@ class Pickle(Pickled):
     """An estimator with scikit-learn's predict, predict_proba and classes_, in a pickle that needs numpy and onnxruntime alone where it is
     loaded. Unpickling executes what a file says: load only what you trust, or by dlopt.load_estimator, which compares its digest before."""
 
+    use: ClassVar[str] = (
+        "import pickle  # executes what the file says: compare its digest first (sha256sum -c model.pickle.sha256)\n"
+        'labels = pickle.load(open("model.pickle", "rb")).predict(frame)'
+    )
     file: ClassVar[str] = "model.pickle"
 
     kind: Literal["pickle"] = "pickle"

@@ -19,6 +19,9 @@ class Safetensors(ExportFormat):
 
     of_onnx: ClassVar[bool] = False
     strings: ClassVar[bool] = False
+    use: ClassVar[str] = (
+        'from safetensors.torch import load_file\nweights = load_file("model.safetensors")  # of the network that config.json describes'
+    )
     file: ClassVar[str] = "model.safetensors"
 
     kind: Literal["safetensors"] = "safetensors"

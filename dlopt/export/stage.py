@@ -41,7 +41,10 @@ def export(section: ExportFormat, out: Path, model: Artifact, data: Artifact, *,
         found = compare(compute, trained.signature, trained.split, trained.outputs, *unit)
         info |= facts(trained, found) | (_coarser(section, trained, found) if section.rounds else _equal(section, trained, found))
         refuse_mixing(compute, trained.signature, trained.split, max(section.tolerance, found.largest if section.rounds else 0), *unit)
-        return info | {"bytes": sum(file.stat().st_size for file in out.rglob("*") if file.is_file() and file.name != "signature.json")}
+        return info | {
+            "use": section.use,
+            "bytes": sum(file.stat().st_size for file in out.rglob("*") if file.is_file() and file.name != "signature.json"),
+        }
 
 
 EXPORT = Stage("export", export)

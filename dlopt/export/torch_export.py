@@ -19,6 +19,7 @@ class TorchExport(ExportFormat):
 
     of_onnx: ClassVar[bool] = False
     strings: ClassVar[bool] = False
+    use: ClassVar[str] = 'import torch\noutputs = torch.export.load("model.pt2").module()(*tensors)  # in the order of signature.json'
     file: ClassVar[str] = "model.pt2"
 
     kind: Literal["torch_export"] = "torch_export"

@@ -20,6 +20,7 @@ class TorchScript(ExportFormat):
 
     of_onnx: ClassVar[bool] = False
     strings: ClassVar[bool] = False
+    use: ClassVar[str] = 'import torch\noutputs = torch.jit.load("model.torchscript.pt")(*tensors)  # in the order of signature.json'
     file: ClassVar[str] = "model.torchscript.pt"
 
     kind: Literal["torchscript"] = "torchscript"
