@@ -40,6 +40,10 @@ class ExportFormat(Part):
     """The export is refused when an output differs by more than this from torch's on any row of the test split: a probability, or a
     number in standard deviations of the training rows (beyond what the rounding of float32 is)."""
 
+    drop: float = Field(0.005, ge=0)
+    """Of a lower precision, and of weights that are whole numbers, which runtimes multiply with what they round as well: how much of
+    accuracy (or micro F1, or relatively of RMSE) on the test split it may cost beside torch."""
+
     @property
     def name(self) -> str:
         """Tells it from other exports of a run."""

@@ -13,7 +13,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper, version_converter
 
 FILE = "coding.safetensors"
-OPSET_OF_INT4 = 21
+OPSET_OF_WHOLE = 21
+"""From which on there are 4 bits, and onnxruntime multiplies with whole numbers."""
 
 
 class Code(ABC):
@@ -166,35 +167,40 @@ def read(content: bytes) -> dict[str, Code]:
 def put_in(model: onnx.ModelProto, coding: Coding) -> onnx.ModelProto:
     """Keep weights of a traced graph as the coding says, by the names that they have in it.
 
-    A matrix is kept transposed, and Gemm becomes MatMul and Add: onnxruntime then multiplies with the whole numbers themselves.
+    A matrix of whole numbers is kept transposed, and Gemm becomes MatMul and Sub: onnxruntime then multiplies with the whole numbers
+    themselves. (Of MatMul and Add it makes a Gemm again, and float32 of the matrix each time that it is run.)
     """
-    if any(isinstance(code, Whole) and code.bits == 4 for code in coding.values()):
-        model = version_converter.convert_version(model, OPSET_OF_INT4)
+    if any(isinstance(code, Whole) for code in coding.values()):
+        model = version_converter.convert_version(model, OPSET_OF_WHOLE)
     there = {tensor.name: tensor for tensor in model.graph.initializer}
     names = {name: code for name, code in coding.items() if name in there}
-    nodes: list[onnx.NodeProto] = []
+    tensors: list[onnx.TensorProto] = []
     first: list[onnx.NodeProto] = []
+    rest: list[onnx.NodeProto] = []
     for node in model.graph.node:
-        code = names.get(node.input[1]) if len(node.input) > 1 and node.op_type == "Gemm" else None
-        turned = f"{node.input[1]} turned" if code is not None else ""
-        if code is None or not isinstance(code, Whole) or not _is_linear(node):
-            nodes.append(node)
+        code = names.get(node.input[1]) if node.op_type == "Gemm" else None
+        if not isinstance(code, Whole) or not _is_linear(node):
+            rest.append(node)
             continue
-        product = node.output[0] if len(node.input) < 3 else f"{node.output[0]} product"
-        nodes.append(helper.make_node("MatMul", [node.input[0], turned], [product], name=f"{node.name} MatMul"))
-        if len(node.input) > 2:
-            nodes.append(helper.make_node("Add", [product, node.input[2]], [node.output[0]], name=f"{node.name} Add"))
-        _keep(model, first, turned, code, transposed=True)
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    used = {name for node in model.graph.node for name in node.input}
-    for name, code in names.items():
-        model.graph.initializer.remove(there[name])
-        if name in used:
-            _keep(model, first, name, code, transposed=False)
-    kept = list(model.graph.node)
-    del model.graph.node[:]
-    model.graph.node.extend([*first, *kept])
+        turned, product = f"{node.input[1]} turned", f"{node.output[0]} product"
+        biased = len(node.input) > 2
+        result = product if biased else node.output[0]
+        rest.append(helper.make_node("MatMul", [node.input[0], turned], [result], name=f"{node.name} MatMul"))
+        if biased:
+            negative = numpy_helper.from_array(-numpy_helper.to_array(there[node.input[2]]), f"{node.output[0]} negative bias")
+            rest.append(helper.make_node("Sub", [product, negative.name], [node.output[0]], name=f"{node.name} Sub"))
+            tensors.append(negative)
+        if not any(turned in made.output for made in first):
+            kept, made_by = code.nodes(turned, transposed=True)
+            tensors, first = [*tensors, *kept], [*first, *made_by]
+    used = {name for node in rest for name in node.input}
+    for name in names.keys() & used:
+        kept, made_by = names[name].nodes(name, transposed=False)
+        tensors, first = [*tensors, *kept], [*first, *made_by]
+    stay = [tensor for name, tensor in there.items() if name in used and name not in names]
+    del model.graph.node[:], model.graph.initializer[:]
+    model.graph.node.extend([*first, *rest])
+    model.graph.initializer.extend([*stay, *tensors])
     return model
 
 
@@ -202,11 +208,3 @@ def _is_linear(node: onnx.NodeProto) -> bool:
     """Whether a Gemm is x times the transposed weight, plus a bias or not."""
     given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     return given.get("transB", 0) == 1 and not given.get("transA", 0) and given.get("alpha", 1.0) == given.get("beta", 1.0) == 1.0
-
-
-def _keep(model: onnx.ModelProto, first: list[onnx.NodeProto], name: str, code: Code, transposed: bool) -> None:
-    tensors, nodes = code.nodes(name, transposed)
-    known = {tensor.name for tensor in model.graph.initializer}
-    if not any(tensor.name in known for tensor in tensors):
-        model.graph.initializer.extend(tensors)
-        first.extend(nodes)

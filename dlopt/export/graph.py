@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from dlopt.export.base import Compute
-from dlopt.export.coding import FILE, Coding, put_in, read
+from dlopt.export.coding import Coding, put_in
 from dlopt.export.trained import Graph, Trained, examples, unsaid
 from dlopt.models import Network
 from dlopt.part import DloptError, Feature, Signature
@@ -30,13 +30,12 @@ LARGEST = 2**31 - 1
 
 def written(trained: Trained, precision: str = "float32") -> bytes:
     """A trained model as an ONNX file, its weights kept as compression has left them. Raises DloptError."""
-    kept = trained.model.manifest.files
-    if "model.onnx" in kept and precision == "float32":
+    quantized = "model.onnx" in trained.model.manifest.files
+    if quantized and precision == "float32":
         return trained.model.read("model.onnx")
-    if precision != "float32" and (FILE in kept or "model.onnx" in kept):
+    if precision != "float32" and (trained.coding or quantized):
         raise DloptError(f"export: precision {precision}: the model is compressed: take compress out, or use precision: float32")
-    coding = read(trained.model.read(FILE)) if FILE in kept else None
-    return onnx_file(trained.network, trained.signature, trained.model.manifest.digest, precision, coding)
+    return onnx_file(trained.network, trained.signature, trained.model.manifest.digest, precision, trained.coding)
 
 
 def opset_of(content: bytes) -> int:
@@ -84,10 +83,13 @@ def _traced(graph: Graph, signature: Signature) -> bytes:
     return file.getvalue()
 
 
-def session_of(content: bytes, signature: Signature, threads: int = 0) -> Compute:
-    """A file in onnxruntime. threads: 0 for as many as there are cores. Raises DloptError when it does not take the file."""
+def session_of(content: bytes, signature: Signature, threads: int = 0, exact: bool = False) -> Compute:
+    """A file in onnxruntime. threads: 0 for as many as there are cores. exact: what is multiplied with matrices of whole numbers stays
+    float32, which onnxruntime rounds to 8 bits otherwise. Raises DloptError when it does not take the file."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    if exact:
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     try:
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
-
 from dlopt.artifact import write_atomically
 from dlopt.export.base import Compute, ExportFormat
 
@@ -29,8 +27,6 @@ class Onnx(ExportFormat):
     """Numbers that the model's layers have, in half of the bytes; preprocessing and what comes out stay float32. float16 is what layers
     compute in as well, where the processor can (onnxruntime on CPUs mostly cannot, and computes in float32 between); bfloat16, which
     onnxruntime has no layers of on CPUs, is what weights are kept in, and float32 what is computed."""
-    drop: float = Field(0.005, ge=0)
-    """Of a lower precision: how much of accuracy (or micro F1, or relatively of RMSE) on the test split it may cost."""
 
     @property
     def name(self) -> str:

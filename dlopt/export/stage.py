@@ -15,9 +15,6 @@ from dlopt.export.trained import Trained
 from dlopt.part import DloptError
 from dlopt.progress import Progress, silent
 
-LOOSE = 100.0
-"""So many times the largest difference from torch may a coarser precision change a row's answer by the rows beside it."""
-
 
 def export(section: ExportFormat, out: Path, model: Artifact, data: Artifact, *, progress: Progress = silent) -> dict[str, Any]:
     """Write the format's files and signature.json; returns what was measured: among it the largest difference from torch, of a probability
@@ -39,8 +36,11 @@ def export(section: ExportFormat, out: Path, model: Artifact, data: Artifact, *,
         compute = section.load(out, trained)
         unit = (trained.unit, section.strings)
         found = compare(compute, trained.signature, trained.split, trained.outputs, *unit)
-        info |= facts(trained, found) | (_coarser(section, trained, found) if section.rounds else _equal(section, trained, found))
-        refuse_mixing(compute, trained.signature, trained.split, max(section.tolerance, found.largest if section.rounds else 0), *unit)
+        coarse = section.rounds or (section.of_onnx and trained.whole)
+        info |= facts(trained, found) | (_coarser(section, trained, found) if coarse else _equal(section, trained, found))
+        if section.of_onnx and trained.whole:
+            info |= {"exact_difference": _exact(section, trained)}
+        refuse_mixing(compute, trained.signature, trained.split, max(section.tolerance, found.largest if coarse else 0), *unit)
         return info | {
             "use": section.use,
             "bytes": sum(file.stat().st_size for file in out.rglob("*") if file.is_file() and file.name != "signature.json"),
@@ -62,9 +62,19 @@ def _equal(section: ExportFormat, trained: Trained, found: Comparison) -> dict[s
     return {}
 
 
+def _exact(section: ExportFormat, trained: Trained) -> float:
+    """The difference of a graph of whole numbers that is computed as it stands, which is refused as any is."""
+    from dlopt.export.graph import session_of, written
+
+    compute = session_of(written(trained), trained.signature, exact=True)
+    found = compare(compute, trained.signature, trained.split, trained.outputs, trained.unit)
+    _equal(section, trained, found)
+    return found.largest
+
+
 def _coarser(section: ExportFormat, trained: Trained, found: Comparison) -> dict[str, Any]:
     """Refuse what costs too much of the metric, and tell what it costs."""
-    target, most = trained.signature.target, getattr(section, "drop", 0.0)
+    target, most = trained.signature.target, section.drop
     name = DECISIVE[target.kind]
     before, after = (metrics_of(trained, outputs)[name] for outputs in (trained.outputs, found.outputs))
     lost = loss_of_metric(name, before, after)

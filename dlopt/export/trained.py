@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dlopt.artifact import Artifact
 from dlopt.data.prepared import Rows, Split
 from dlopt.export.base import Compute
+from dlopt.export.coding import FILE, Coding, Whole, read
 from dlopt.models import Model, Network, Units, build_network
 from dlopt.part import DloptError, Feature, Signature, Statistics, Target
 from dlopt.train.job import Fit
@@ -53,6 +54,16 @@ class Trained:
     def fit(self) -> Fit:
         """The section that it was fitted by."""
         return fit_of(self.model)
+
+    @cached_property
+    def whole(self) -> bool:
+        """Whether an ONNX graph of it has weights that are whole numbers, which onnxruntime computes with in its own way."""
+        return any(isinstance(code, Whole) for code in self.coding.values())
+
+    @cached_property
+    def coding(self) -> Coding:
+        """How its weights are kept, by name."""
+        return read(self.model.read(FILE)) if FILE in self.model.manifest.files else {}
 
     @cached_property
     def unit(self) -> np.ndarray | float:
