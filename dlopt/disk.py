@@ -13,7 +13,7 @@ from dlopt.artifact import MANIFEST, discard, is_locked
 from dlopt.part import DloptError
 from dlopt.runs import RUN, find, listing, read
 
-STAGES = ("data", "model", "compress", "export")
+STAGES = ("rows", "data", "model", "compress", "export")
 """The folders of a home that hold artifacts."""
 HELD = "sources"
 """The folder of tables that Python programs have handed over."""

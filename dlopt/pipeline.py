@@ -19,6 +19,7 @@ from pydantic import BaseModel
 
 from dlopt.artifact import Artifact, Stage, digest_of, discard, is_sealed, once, place, write_atomically
 from dlopt.compress.base import Compressor
+from dlopt.data.section import Data
 from dlopt.data.table.split import Fold
 from dlopt.export.base import ExportFormat
 from dlopt.part import DloptError
@@ -41,7 +42,7 @@ RESULTS = (
 
 def check(job: Job) -> None:
     """What can be said of a job without Ray: its files and columns are there, the model can be built, and trackers are installed."""
-    from dlopt.data.prepare import peek
+    from dlopt.data.rows import peek
 
     for tracker in job.resources.track:
         tracker.check()
@@ -70,9 +71,9 @@ def run(job: Job, home: Path, address: str | None = None, progress: Progress = s
     began = time.monotonic()
     home = home.resolve()
     with _steps(job, home, address, progress) as steps:
-        data = _prepared(job, steps, None)
+        data, *parts = _all_prepared(job, steps)
         model = _fitted(job, steps, data, fresh)
-        folds = [_fold(job, steps, index, fresh) for index in range(job.train.folds)]
+        folds = [_fitted(job, _of_fold(job, steps, index), part, fresh) for index, part in enumerate(parts)]
     return _finished(job, steps, data, model, folds, began)
 
 
@@ -181,10 +182,31 @@ def _steps(job: Job, home: Path, address: str | None, progress: Progress) -> Ite
         yield _Steps(home, progress, need_ray, joins=bool(address_of(address)))
 
 
-def _prepared(job: Job, steps: _Steps, fold: Fold | None) -> Artifact:
+def _prepared(job: Job, steps: _Steps, fold: Fold | None, rows: Artifact | None = None) -> Artifact:
     from dlopt.data.prepare import PREPARE
 
-    return steps.ray(PREPARE, job.data.model_copy(update={"fold": fold or job.data.fold}), found=_found(job))
+    return steps.ray(PREPARE, _section(job, fold), found=_found(job), rows=rows)
+
+
+def _section(job: Job, fold: Fold | None) -> Data:
+    return job.data.model_copy(update={"fold": fold or job.data.fold})
+
+
+def _all_prepared(job: Job, steps: _Steps) -> list[Artifact]:
+    """The job's own split, then each fold of a cross-validation; the sources are read once for all of them."""
+    from dlopt.data.prepare import PREPARE
+    from dlopt.data.rows import ROWS
+
+    if not job.train.folds:
+        return [_prepared(job, steps, None)]
+    folds = [None, *(Fold(index=index, of=job.train.folds) for index in range(job.train.folds))]
+    found = _found(job)
+    if all(is_sealed(place(PREPARE, _section(job, fold), steps.home, (), found)) for fold in folds):
+        return [_prepared(job, steps, fold) for fold in folds]
+    rows = steps.ray(ROWS, job.data, found=found)
+    prepared = [_prepared(job, steps if fold is None else _of_fold(job, steps, fold.index), fold, rows) for fold in folds]
+    discard(rows.path)
+    return prepared
 
 
 def _fitted(job: Job, steps: _Steps, data: Artifact, fresh: bool) -> Artifact:
@@ -201,11 +223,10 @@ def _fitted(job: Job, steps: _Steps, data: Artifact, fresh: bool) -> Artifact:
     return run(FIT, job.fit, data, resources=job.resources)
 
 
-def _fold(job: Job, steps: _Steps, index: int, fresh: bool) -> Artifact:
-    """The model that is validated on one of the folds."""
+def _of_fold(job: Job, steps: _Steps, index: int) -> _Steps:
+    """What runs the stages of one of the folds, and says so."""
     said = f"fold {index + 1} of {job.train.folds}"
-    within = replace(steps, progress=lambda stage, share, text: steps.progress(stage, share, f"{said}: {text}"), suffix=f".{said}")
-    return _fitted(job, within, _prepared(job, within, Fold(index=index, of=job.train.folds)), fresh)
+    return replace(steps, progress=lambda stage, share, text: steps.progress(stage, share, f"{said}: {text}"), suffix=f".{said}")
 
 
 @dataclass
@@ -225,7 +246,7 @@ class _Steps:
     def ray(self, stage: Stage, section: BaseModel, *parents: Artifact, found: Any = None, **context: Any) -> Artifact:
         """A stage that computes on Ray, which is started now if there is something to compute."""
         if not is_sealed(place(stage, section, self.home, parents, found)):
-            self.need_ray(stage.name == "data")
+            self.need_ray(stage.name in ("rows", "data"))
         return self.local(stage, section, *parents, found=found, **context)
 
     def local(self, stage: Stage, section: BaseModel, *parents: Artifact, found: Any = None, **context: Any) -> Artifact:
@@ -239,7 +260,7 @@ class _Steps:
 
 def _found(job: Job) -> Any:
     """What the data stage depends on beside its section: the state of the source's files."""
-    from dlopt.data.prepare import sources
+    from dlopt.data.rows import sources
 
     return {name: source.found() for name, source in sources(job.data).items()}
 

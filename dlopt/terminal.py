@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Self
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
@@ -18,6 +19,7 @@ from dlopt.artifact import Artifact
 from dlopt.progress import BLOCK, WARNING
 from dlopt.runs import REPORT, Outcome
 
+SPLITS = ("validation", "test")
 UNFOLDED = 10_000
 """Columns of an output that is not a terminal: a path stays in one piece for whoever reads it."""
 EVERY, SHARE, LONGEST = 5.0, 0.02, 60.0
@@ -150,30 +152,45 @@ def _headline(metrics: Mapping[str, float | None]) -> str:
 
 def print_runs(records: list[dict[str, Any]]) -> None:
     """A table on stdout."""
+    rows = [
+        (str(one.get("name")), str(one.get("created")), *(_headline(one.get("metrics", {}).get(split, {})) for split in SPLITS), one["run"])
+        for one in records
+    ]
+    _print_table(_stdout(), ("name", "created", *SPLITS, "run"), rows)
+
+
+def _stdout() -> Console:
+    """As wide as the window; what is piped is not folded."""
+    return Console(width=None if sys.stdout.isatty() else UNFOLDED, highlight=False)
+
+
+def _print_table(console: Console, titles: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> None:
+    """With a line for each row; where the window is too narrow for that, with a line for each cell. No cell is cut or folded by us."""
     table = Table(box=None, pad_edge=False)
-    for title in ("name", "created", "validation", "test", "run"):
-        table.add_column(title, no_wrap=title != "run", overflow="fold")
-    for record in records:
-        cells = [_headline(record.get("metrics", {}).get(split, {})) for split in ("validation", "test")]
-        table.add_row(str(record.get("name")), str(record.get("created")), *cells, str(record["run"]))
-    Console(width=None if sys.stdout.isatty() else UNFOLDED).print(table)
+    for index, title in enumerate(titles):
+        table.add_column(title, no_wrap=True, justify="right" if index in right else "left")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    if Measurement.get(console, console.options.update(max_width=UNFOLDED), table).maximum <= console.width:
+        console.print(table)
+        return
+    width = max(map(len, titles[1:]))
+    for first, *cells in rows:
+        console.print(escape(first), soft_wrap=True)
+        for title, cell in zip(titles[1:], cells, strict=True):
+            console.print(f"  [bold]{title:{width}}[/]  {escape(cell)}", soft_wrap=True)
 
 
 def print_profile(profile: dict[str, Any], job: str) -> None:
     """A table of the columns, what is suspicious about them, and how a job could begin, on stdout."""
     from dlopt.report.profile import NOTHING, rows
 
-    console = Console(width=None if sys.stdout.isatty() else UNFOLDED, highlight=False)
-    found = rows(profile)
+    console, found = _stdout(), rows(profile)
     titles = ("column", "kind", "missing", "different", "typical", "range", "alone predicts")
     shown = [index for index in range(len(titles)) if index < 2 or any(row[index] != NOTHING for row in found)]
-    table = Table(box=None, pad_edge=False)
-    for index in shown:
-        table.add_column(titles[index], overflow="fold", justify="left" if index < 2 else "right")
-    for row in found:
-        table.add_row(*(escape(row[index]) for index in shown))
     console.print(f"{sum(profile['rows'].values()):,} rows, {len(found)} columns")
-    console.print(table)
+    cells = [[row[index] for index in shown] for row in found]
+    _print_table(console, [titles[index] for index in shown], cells, right=[place for place, index in enumerate(shown) if index >= 2])
     for line in profile["warnings"]:
         console.print(f"[yellow]![/] {escape(line)}", soft_wrap=True)
     console.print(f"\nA job could begin like this:\n{escape(job)}", end="", soft_wrap=True)

@@ -16,10 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from dlopt.artifact import Artifact, Stage, once
-from dlopt.data import prepare
+from dlopt.data import rows as reading
 from dlopt.data.kinds import AnyTarget, CategoryTarget
-from dlopt.data.prepare import SPILL, arrange
+from dlopt.data.prepare import arrange
 from dlopt.data.prepared import Split
+from dlopt.data.rows import SPILL, sort_pieces
 from dlopt.data.section import Data
 from dlopt.data.sources import Parquet
 from dlopt.data.sources.reading import LOOK_ROWS
@@ -62,14 +63,14 @@ def arranged(
         spill = Spill(section, features, whole, str(out / SPILL), meaning)
         try:
             read = {name: Read.of(_pieces(spill, some, blocks)) for name, some in tables.items()}
-            return arrange(section, features, read, out, run=anywhere)
+            return arrange(sort_pieces(section, features, read, out, anywhere), read, out, run=anywhere)
         finally:
             shutil.rmtree(out / SPILL)
 
     row_bytes = sum(feature.size * np.dtype(feature.stored).itemsize for feature in features) + 8
     rows = sum(len(table) for some in tables.values() for table in some)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "PART_BYTES", 2**40 if ranges == 1 else max(1, rows * row_bytes * 3 // 4 // (ranges // 2)))
+        patch.setattr(reading, "PART_BYTES", 2**40 if ranges == 1 else max(1, rows * row_bytes * 3 // 4 // (ranges // 2)))
         return once(Stage("data", make), section, home)
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import Any
 
 import pytest
+
+
+def few(count: int, values: Iterable[Any]) -> list[Any]:
+    """So many of the values by default; the others are slow."""
+    return [pytest.param(value, marks=() if place < count else pytest.mark.slow) for place, value in enumerate(values)]
 
 
 def crossed(*axes: Sequence[Any], ids: Sequence[Sequence[str]] | None = None) -> list[Any]:

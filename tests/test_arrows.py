@@ -32,7 +32,7 @@ LAYERS = [
 ]
 """From the top down. A module imports what is below it; those in one layer do not import each other."""
 RAY = {
-    "dlopt.data.prepare",
+    "dlopt.data.table.over",
     "dlopt.data.feed.batches",
     "dlopt.data.feed.dealer",
     "dlopt.data.sources.reading",

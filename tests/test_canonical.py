@@ -18,7 +18,8 @@ import yaml
 from dlopt.artifact import Artifact, once
 from dlopt.data.kinds import CategoryInput, CategoryTarget, DateInput, Input, NumberInput, TextInput, encode_rows
 from dlopt.data.kinds.number import GroupMedian
-from dlopt.data.prepare import PREPARE, _look, meanings, peek
+from dlopt.data.prepare import PREPARE
+from dlopt.data.rows import look, meanings, peek
 from dlopt.data.section import Data
 from dlopt.data.sources import Arrow, Csv, JsonLines, Parquet, from_data
 from dlopt.data.sources.lines import Lines
@@ -99,7 +100,7 @@ def read(source: Any, columns: tuple[str, ...]) -> pa.Table:
 
 
 def fitted(section: Data, raw: pa.Table) -> Signature:
-    features, found = _look(section, list(meanings(section)))[0], dict[str, Feature]()
+    features, found = look(section, list(meanings(section)))[0], dict[str, Feature]()
     for part, feature in sorted(zip(section.inputs, features, strict=True), key=lambda pair: pair[0].kind != "category"):
         rows = pa.table(columns_of(section, features, raw))
         if isinstance(part, TextInput):
@@ -277,7 +278,7 @@ def test_labels_that_are_codes_are_as_many_classes_as_there_are_texts(tmp_path: 
     (tmp_path / "x.csv").write_text("a,label\n" + "".join(f"{n},{label}\n" for n, label in enumerate(rows)))
     section = Data(source=Csv(path=f"{tmp_path}/x.csv"), inputs=(NumberInput(columns=("a",)),), target=CategoryTarget())
     raw = next(meanings(section)).canonical(read(section.source, section.columns), section.compared)
-    labels, reasons = section.target.read(raw, _look(section, list(meanings(section)))[1])
+    labels, reasons = section.target.read(raw, look(section, list(meanings(section)))[1])
     assert labels.to_pylist() == rows and reasons == {}
     labels, reasons = section.target.read(raw, True)  # where only a later row shows it, it is no other class in silence
     assert labels.to_pylist()[:3] == [1234, None, 99]
@@ -317,7 +318,7 @@ def test_what_says_that_a_value_is_missing_is_one_setting_for_all(tmp_path: Path
         assert said["c"].is_null().to_pylist() == said["a"].is_null().to_pylist() == gone
         _, reasons = section.target.read(said, False)
         assert sorted(reasons) == [row for row, is_gone in enumerate(gone) if is_gone]
-        (feature,), _ = _look(section, list(meanings(section)))
+        (feature,), _ = look(section, list(meanings(section)))
         signature = Signature(inputs=(feature,), target=Target(name="label", labels=(0, 1)))
         texts = encode_rows(signature, [{"c": text} for text in [*MISSING, "?", "x", "-", "1"]])["categories"][:, 0].tolist()
         assert [text == "" for text in texts] == gone

@@ -16,7 +16,9 @@ import yaml
 
 from dlopt import pipeline, spec
 from dlopt.artifact import Artifact
+from dlopt.data import rows as rows_of
 from dlopt.data.prepared import Split
+from dlopt.progress import silent
 from dlopt.report import words
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -85,6 +87,20 @@ def test_each_row_that_is_not_for_testing_is_validated_once(job: Path, tmp_path:
     assert len(set.union(*held_out)) == sum(map(len, held_out)) == 360
     assert len({frozenset(rows(data, "test")) for data in datas}) == 1
     assert all(not found & rows(data, "train") for found, data in zip(held_out, datas, strict=True))
+
+
+def test_folds_read_the_sources_once(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And each is what it would be by itself: the same files under the same name."""
+    read = []
+    whole = rows_of.read_sources
+    monkeypatch.setattr(rows_of, "read_sources", lambda *given: read.append(1) or whole(*given))
+    section = spec.load(job, ["train.folds=3"])
+    with pipeline._steps(section, tmp_path / "folds", None, silent) as steps:
+        together = pipeline._all_prepared(section, steps)
+        assert len(read) == 1 and len(together) == 4 and not list((tmp_path / "folds" / "rows").glob("[!.]*"))
+        assert pipeline._all_prepared(section, steps) == together and len(read) == 1
+    alone = pipeline.prepare(spec.load(job, ["data.fold.index=1", "data.fold.of=3"]), tmp_path / "alone")
+    assert alone.manifest.digest == together[2].manifest.digest and alone.manifest.files == together[2].manifest.files
 
 
 def test_prepare_stops_after_the_first_stage(job: Path, tmp_path: Path) -> None:

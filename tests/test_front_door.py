@@ -10,15 +10,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import yaml
 
 from dlopt import cli, disk, fields
 from dlopt.cli import completion
+from dlopt.data.stats import guard
+from dlopt.data.stats.describe import describe
+from dlopt.data.stats.summary import summarise
 from dlopt.part import DloptError
 from dlopt.runs import Outcome
 from dlopt.spec import Job
-from dlopt.terminal import Terminal
+from dlopt.terminal import Terminal, print_profile, print_runs
 from tests.commands import dlopt, environment, here, refused_here, start
 from tests.test_cli import csv_job, table
 
@@ -99,6 +103,26 @@ def test_nothing_is_torn_in_a_narrow_window(columns: int, monkeypatch: pytest.Mo
     for piece in ("tiny: done in 3.2 s", "validation accuracy 0.9745, roc_auc 0.9900", f"try it: dlopt serve {folder}"):
         assert sum(piece in line for line in lines) == 1
     assert all(len(line) <= columns for line in lines)
+
+
+@pytest.mark.parametrize("columns", [72, 120, 200])
+def test_no_cell_of_a_table_is_cut_or_folded(columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What does not fit in one line a row has a line for each cell."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    name, folder = "digits-of-a-long-name", "/a/place/of/some/length/runs/digits-of-a-long-name-77b72eee"
+    figures = {split: {"accuracy": 0.97451234, "roc_auc": 0.99} for split in ("validation", "test")}
+    print_runs([{"name": name, "created": "2026-11-30T22:00:00+00:00", "metrics": figures, "run": folder}])
+    said = capsys.readouterr().out
+    for piece in (name, folder, "2026-11-30T22:00:00+00:00"):
+        assert piece in said
+    assert said.count("accuracy 0.9745, roc_auc 0.9900") == 2 and len(said.splitlines()) == (2 if columns == 200 else 5)
+    wide = {f"a_column_of_a_long_name_{number}": pa.array([f"value {place % 3} of three" for place in range(30)]) for number in range(2)}
+    rows = pa.table(wide | {"x": pa.array([10.0**number for number in range(30)])})
+    kinds = {column: "category" if column.startswith("a") else "number" for column in rows.column_names}
+    print_profile(describe({guard.WHOLE: summarise(dict(zip(rows.column_names, rows.columns, strict=True)), kinds, ())}, ()), "name: x\n")
+    lines = capsys.readouterr().out.splitlines()
+    assert all(any(column in line.split() for line in lines) for column in rows.column_names)
 
 
 def test_a_reader_that_goes_early_is_no_mistake() -> None:

@@ -24,6 +24,7 @@ from dlopt.train.watch.findings import vanishing
 from dlopt.train.watch.health import EARLY, Watch
 from dlopt.train.watch.layers import Finding, Health, Layer, Look, rounded
 from dlopt.train.watch.spikes import Spikes, spiking
+from tests.cases import crossed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -228,20 +229,19 @@ def test_layers_whose_gradient_is_not_finite_are_named() -> None:
     assert line["loss"] is None
 
 
-@pytest.mark.parametrize("optimizer", list(Rates))
-@pytest.mark.parametrize(
-    ("model", "rows", "steps"),
-    [
-        (Mlp(), 128, 100),
-        (Mlp(hidden=(256, 128, 64), init="kaiming_normal", dropout=0.0), 64, 100),
-        (Mlp(hidden=(64, 64), activation="tanh"), 32, 100),
-        (Mlp(hidden=(64, 64), activation="sigmoid"), 32, 100),
-        (Cnn(channels=(8, 16), hidden=64), 64, 100),
-    ],
-    ids=["mlp", "mlp-of-three", "mlp-tanh", "mlp-sigmoid", "cnn"],
-)
+HEALTHY = {
+    "mlp": (Mlp(), 128),
+    "mlp-of-three": (Mlp(hidden=(256, 128, 64), init="kaiming_normal", dropout=0.0), 64),
+    "mlp-tanh": (Mlp(hidden=(64, 64), activation="tanh"), 32),
+    "mlp-sigmoid": (Mlp(hidden=(64, 64), activation="sigmoid"), 32),
+    "cnn": (Cnn(channels=(8, 16), hidden=64), 64),
+}
+
+
+@pytest.mark.parametrize(("named", "optimizer"), crossed(list(HEALTHY), list(Rates), ids=[list(HEALTHY), list(Rates)]))
 @pytest.mark.usefixtures("mnist")
-def test_nothing_is_found_in_healthy_training(optimizer: str, model: Model, rows: int, steps: int) -> None:
+def test_nothing_is_found_in_healthy_training(named: str, optimizer: str) -> None:
+    (model, rows), steps = HEALTHY[named], 100
     network = build_network(model, DIGITS, STATISTICS, seed=7)
     looks = train(network, digits(rows), steps, Health(every=10), Rates[optimizer](network.parameters()))
     assert [look.step for look in looks] == sorted({*EARLY} | set(range(10, steps + 1, 10)))
@@ -458,9 +458,7 @@ OPTIMIZERS: dict[str, Callable[[Any, float], torch.optim.Optimizer]] = {
 }
 
 
-@pytest.mark.parametrize("numbers", [False, True], ids=["classes", "numbers"])
-@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
-@pytest.mark.parametrize("layers", [3, 6])
+@pytest.mark.parametrize(("numbers", "optimizer", "layers"), crossed([False, True], list(OPTIMIZERS), [3, 6]))
 def test_a_rate_a_thousand_times_too_high_diverges_and_the_usual_one_does_not(optimizer: str, numbers: bool, layers: int) -> None:
     network, rows = fitted(numbers, layers)
     assert diverges(network, OPTIMIZERS[optimizer](network.parameters(), 1.0), rows) is None

@@ -29,7 +29,12 @@ from tests.packages import package
 MADE = {"csv": (csv_file, 60), "json": (json_file, 50), "parquet": (parquet_file, 50), "arrow": (arrow_file, 40)}
 
 
-@pytest.mark.parametrize(("kind", "seed"), [(kind, seed) for kind, (_, count) in MADE.items() for seed in range(count)])
+CASES = [(kind, seed) for kind, (_, count) in MADE.items() for seed in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "seed"), [pytest.param(*case, marks=() if place % 3 == 0 else pytest.mark.slow) for place, case in enumerate(CASES)]
+)
 def test_a_hostile_file_is_read_as_others_do_or_refused_in_a_line(kind: str, seed: int, tmp_path: Path) -> None:
     case = MADE[kind][0](seed, tmp_path)
     try:

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping
-from datetime import UTC, date, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from functools import reduce
 from typing import Any
@@ -478,6 +478,43 @@ def test_parts_of_days_are_pythons(column: Any, options: dict[str, Any]) -> None
     midnight = [None if day is None else datetime(day.year, day.month, day.day) for day in DAYS]
     assert reasons == {}
     assert np.array_equal(values, np.array([parts_of(moment) for moment in midnight], np.float32), equal_nan=True)
+
+
+TIMES = [time(8, 30), time(23, 59, 59, 123456), None, time(0, 0, 7)]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        ["08:30", "23:59:59.123456789", "", "00:00:07"],
+        *(pa.array(TIMES, pa.time64(unit)) for unit in ("us", "ns")),
+        *(pa.array([one and one.replace(microsecond=0) for one in TIMES], pa.time32(unit)) for unit in ("s", "ms")),
+    ],
+)
+def test_parts_of_times_of_day_are_pythons(column: Any) -> None:
+    """In training and in requests; without parts being named, hours and minutes."""
+    table = Columns().canonical(pa.table({"d": column}))
+    part = DateInput(columns=("d",), parts=("hour", "minute", "second"))
+    rows, feature, reasons = read(part, table)
+    expected = np.array([[np.nan] * 3 if one is None else [one.hour, one.minute, one.second] for one in TIMES], np.float32)
+    assert reasons == {} and np.array_equal(part.finish(rows, feature), expected, equal_nan=True)
+    assert DateInput(columns=("d",)).feature(table).parts == ("hour", "minute")
+    sent = [value.isoformat() if isinstance(value, time) else value for value in table["d"].to_pylist()]
+    for given in (sent, table["d"].to_pylist()):
+        assert np.array_equal(DateInput.encode(feature, {"d": given}), expected, equal_nan=True)
+
+
+def test_what_is_no_time_of_day_among_such_is_said() -> None:
+    times = ["08:30"] * 3
+    _, feature, reasons = read(DateInput(columns=("d",)), pa.table({"d": times}))
+    assert reasons == {}
+    assert DateInput(columns=("d",)).read(pa.table({"d": ["24:00", "2026-11-24", "7:05"]}), feature)[1] == {
+        row: f"d: {text!r} is not a time such as 08:30 or 08:30:00" for row, text in enumerate(["24:00", "2026-11-24", "7:05"])
+    }
+    with pytest.raises(DloptError, match="'d' holds times of day, which have no year: parts may be hour, minute, second"):
+        DateInput(columns=("d",), parts=("year", "hour")).feature(pa.table({"d": times}))
+    with pytest.raises(DloptError, match="'d' holds times of day and 'e' dates: make two inputs of them"):
+        DateInput(columns=("d", "e")).feature(pa.table({"d": times, "e": ["2026-11-24"] * 3}))
 
 
 def test_a_form_with_a_zone_becomes_utc() -> None:

@@ -26,8 +26,9 @@ from PIL import Image
 
 from dlopt.artifact import Artifact, Stage, once
 from dlopt.data.kinds import CategoryInput, DateInput, ImageInput, NumberInput, TextInput, VectorInput, encode_columns, encode_rows, kinds
-from dlopt.data.prepare import SPILL, arrange
+from dlopt.data.prepare import arrange
 from dlopt.data.prepared import Split
+from dlopt.data.rows import SPILL, sort_pieces
 from dlopt.data.section import Data
 from dlopt.data.sources import Csv, ImageTable, JsonLines, Parquet, Source, infer_kind
 from dlopt.data.stats.begin import job_of
@@ -283,9 +284,9 @@ def prepared(source: Source, home: Path) -> Artifact:
 
     def make(section: Data, out: Path) -> dict[str, Any]:
         spill = Spill(section, features, section.target.whole(first), str(out / SPILL), meaning)
-        read = Read.of(from_json(text) for piece in spill(pa.concat_tables(source.tables())) for text in piece["piece"])
+        read = {"source": Read.of(from_json(text) for piece in spill(pa.concat_tables(source.tables())) for text in piece["piece"])}
         try:
-            return arrange(section, features, {"source": read}, out, run=anywhere)
+            return arrange(sort_pieces(section, features, read, out, anywhere), read, out, run=anywhere)
         finally:
             shutil.rmtree(out / SPILL)
 

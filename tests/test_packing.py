@@ -15,6 +15,7 @@ from dlopt.optim.groups import Group, Parameters
 from dlopt.optim.optimizers import Adam
 from dlopt.optim.wrappers import Lookahead
 from dlopt.train.checkpoint.packing import optimizer_state, pack, pieces, restore_optimizer, unpack
+from tests.cases import crossed
 from tests.driven import PARTS, Small, advance, batches, named, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,8 +86,9 @@ def assert_goes_on(part: Any, dtype: torch.dtype, before: int, ahead: Lookahead 
     assert not same(values, weights(network))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("part", PARTS, ids=named)
+@pytest.mark.parametrize(
+    ("part", "dtype"), crossed(PARTS, [torch.float32, torch.float64], ids=[list(map(named, PARTS)), ["float32", "float64"]])
+)
 def test_training_goes_on_to_the_last_bit(part: Any, dtype: torch.dtype) -> None:
     assert_goes_on(part, dtype, 5)
 

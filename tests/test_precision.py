@@ -37,6 +37,7 @@ from dlopt.train.start import load_network
 from dlopt.train.watch import metrics_log
 from dlopt.train.watch.metrics_log import HEALTH
 from tests import sets
+from tests.cases import crossed
 from tests.processes import together
 from tests.test_models import image
 from tests.test_worker import CPU, work
@@ -281,12 +282,16 @@ def test_a_resumed_run_has_the_scale_and_the_bits_of_one_that_was_not_interrupte
     assert ends[0] and ends[1] and ends[0].record.loss_scale == ends[1].record.loss_scale != at_kill.record.loss_scale
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-@pytest.mark.parametrize(
-    "train",
-    [{"micro_batch_size": 10}, {"sharpness": Sharpness()}, {"optimizer": Sophia(lr=0.03)}, {"clip": ClipNorm(), "l2": 1e-4}],
-    ids=["micro batches", "sharpness", "sophia", "clip and penalty"],
-)
+PARTS_OF_GRADIENTS = {
+    "micro batches": {"micro_batch_size": 10},
+    "sharpness": {"sharpness": Sharpness()},
+    "sophia": {"optimizer": Sophia(lr=0.03)},
+    "clip and penalty": {"clip": ClipNorm(), "l2": 1e-4},
+}
+HALVES = ("bfloat16", "float16")
+
+
+@pytest.mark.parametrize(("train", "precision"), crossed(list(PARTS_OF_GRADIENTS.values()), HALVES, ids=[list(PARTS_OF_GRADIENTS), HALVES]))
 def test_half_precision_goes_with_what_gradients_are_made_of(train: dict[str, Any], precision: Precision, tmp_path: Path) -> None:
     data = sets.prepared(tmp_path, sets.signature(sets.NUMBERS), train=600, test=500)
     found = {}

@@ -26,6 +26,7 @@ from dlopt.train.loop.pipeline import Pipeline
 from dlopt.train.loop.range_test import HIGH, LOW, Build, Sweep, range_test, sweep
 from dlopt.train.loop.steps import peaked
 from dlopt.train.parallel.base import Parallel
+from tests.cases import few
 from tests.driven import KINDS, Small, batches
 from tests.sets import THREE
 
@@ -219,7 +220,7 @@ def test_a_group_with_a_rate_of_its_own_keeps_it_all_along() -> None:
 
 @pytest.mark.parametrize(
     "kind",  # prodigy finds its own rate
-    [*sorted(set(KINDS) - {"prodigy", "lbfgs"}), pytest.param("lbfgs", marks=pytest.mark.slow)],
+    few(7, [*sorted(set(KINDS) - {"prodigy", "lbfgs"}), "lbfgs"]),
 )
 def test_every_optimizer_has_a_rate_that_is_suggested(kind: str) -> None:
     model, source = Small(), batches(rows=64)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dlopt.data import prepare
+from dlopt.data import rows as reading
 from dlopt.data.count import most_rows
 from dlopt.data.kinds import CategoryTarget, NumberInput
 from dlopt.data.section import Data
@@ -116,7 +116,7 @@ def test_a_hopeless_source_is_not_read_to_its_end(kind: str, blocks: int, tmp_pa
     features = tuple(part.feature(tables[0]) for part in section.inputs)
     spill = Spill(section, features, False, str(tmp_path / "spill"), section.source.meaning())
     with pytest.raises(DloptError) as error:
-        prepare._read(section, {"source": spill}, tmp_path / "quarantine", silent)
+        reading.read_sources(section, {"source": spill}, tmp_path / "quarantine", silent)
     assert len(taken) == blocks
     assert f"{49 if blocks == 1 else 99} of the first {50 * blocks} rows" in str(error.value) and "data.most_bad allows 1.0%" in str(
         error.value

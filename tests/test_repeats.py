@@ -16,8 +16,10 @@ from sklearn.preprocessing import OrdinalEncoder
 from sklearn.tree import DecisionTreeClassifier
 
 from dlopt.data.kinds import CategoryInput, CategoryTarget, NumberInput, TextInput
-from dlopt.data.prepare import _edges, _in_ranges, _one_by_one, _plan, _Ranges
+from dlopt.data.prepare import _edges
+from dlopt.data.rows import first_plan, in_files
 from dlopt.data.section import Data
+from dlopt.data.table.over import Ranges, one_by_one
 from dlopt.data.table.plan import Plan
 from dlopt.data.table.spill import TARGET, Read, Spill, from_json
 from dlopt.data.table.split import Fold, RandomSplit, StratifiedSplit
@@ -71,13 +73,13 @@ def spilled(table: pa.Table, data: Data, folder: Path) -> Plan:
     features = tuple(part.feature(table) for part in data.inputs)
     spill = Spill(data, features, data.target.whole(table), str(folder))
     read = {"source": Read.of(from_json(row) for found in spill(table) for row in found["piece"])}
-    return _in_ranges(_plan(data, features, read), read, folder, _Ranges(0, _one_by_one, silent))
+    return in_files(first_plan(data, features, read), read, folder, Ranges(0, one_by_one, silent))
 
 
 def cut(plan: Plan, split: Any, **more: Any) -> dict[str, pa.Table]:
     """The rows of each split, as the first pass has read them."""
     plan = replace(plan, section=plan.section.model_copy(update={"split": split, **more}))
-    plan = replace(plan, edges=_edges(plan, _Ranges(0, _one_by_one, silent)))
+    plan = replace(plan, edges=_edges(plan, Ranges(0, one_by_one, silent)))
     found = plan.select(0, [*(piece_column(feature.name, column) for feature in plan.features for column in feature.columns), TARGET])
     return {name: found.of(index) for index, name in enumerate(SPLITS)}
 

@@ -22,7 +22,7 @@ from PIL import Image
 from pydantic import TypeAdapter
 
 from dlopt.data.kinds import CategoryTarget, ImageInput, NumberInput
-from dlopt.data.prepare import peek
+from dlopt.data.rows import peek
 from dlopt.data.section import Data
 from dlopt.data.sources import (
     Csv,

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dlopt.data.kinds import CategoryTarget, NumberInput
-from dlopt.data.prepare import _look, meanings
+from dlopt.data.rows import look, meanings
 from dlopt.data.section import Data
 from dlopt.data.sources import Arrow, Csv, Images, JsonLines, Parquet, Texts
 from dlopt.data.sources.places import Disk
@@ -170,7 +170,7 @@ def test_what_is_left_out_is_said_when_data_are_prepared(tmp_path: Path) -> None
     write(tmp_path, "a.parquet", "_b.parquet", a=[1, 2], label=["x", "y"])
     section = Data(source=Parquet(path=str(tmp_path)), inputs=(NumberInput(columns=("a",)),), target=CategoryTarget(column="label"))
     said: list[tuple[str, float | None, str]] = []
-    _look(section, list(meanings(section)), lambda *words: said.append(words))
+    look(section, list(meanings(section)), lambda *words: said.append(words))
     assert said == [("prepare", None, f"{BLOCK}data.source: files left out: 1 hidden, by names that begin with . or _ (_b.parquet)")]
 
 

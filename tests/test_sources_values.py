@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dlopt.data import prepare
+from dlopt.data import rows as reading
 from dlopt.data.kinds import TextInput
 from dlopt.data.sources import Arrow, JsonLines, Parquet, from_data, infer_kind
 from dlopt.data.sources.lines import _of_array
@@ -22,6 +22,7 @@ from dlopt.data.stats.column import string_hashes
 from dlopt.data.stats.describe import describe
 from dlopt.data.stats.summary import summarise
 from dlopt.data.table import spill
+from dlopt.data.table.over import Ranges
 from dlopt.data.table.spill import Read, Spill
 from dlopt.part import DloptError
 from dlopt.progress import silent
@@ -201,7 +202,7 @@ def test_ranges_of_rows_are_cut_by_the_bytes_of_their_texts(tmp_path: Path, monk
     section = section_of(TextInput(column="text", max_length=8))
     table = pa.table({"text": [f"word{number % 9} {number} " + "x" * 20_000 for number in range(400)], "label": ["a", "b"] * 200})
     monkeypatch.setattr(spill, "PIECE_BYTES", 2**20)
-    monkeypatch.setattr(prepare, "PART_BYTES", 2**20)
+    monkeypatch.setattr(reading, "PART_BYTES", 2**20)
     features = tuple(part.feature(table) for part in section.inputs)
     powers, sizes = [], []
     for blocks in (1, 7):
@@ -209,8 +210,8 @@ def test_ranges_of_rows_are_cut_by_the_bytes_of_their_texts(tmp_path: Path, monk
         pieces = list(_pieces(first_pass, [table], blocks))
         assert max(Path(piece.path).stat().st_size for piece in pieces) < 2.5 * 2**20
         read = {"source": Read.of(pieces)}
-        plan = prepare._plan(section, features, read)
-        plan = prepare._in_ranges(plan, read, tmp_path, prepare._Ranges(plan.power, anywhere, silent))
+        plan = reading.first_plan(section, features, read)
+        plan = reading.in_files(plan, read, tmp_path, Ranges(plan.power, anywhere, silent))
         powers.append(plan.power)
         sizes.append(max(len(plan.select(number, ["text"]).table) for number in range(2**plan.power)))
     assert powers == [3, 3] and sizes[0] == sizes[1] < 120

@@ -32,6 +32,7 @@ from dlopt.train.measure.metrics import tally
 from dlopt.train.measure.thresholds import Threshold, Tuned, best, fixed, signed, tuned
 from dlopt.train.start import trained_network
 from dlopt.train.worker import Assignment, Worker
+from tests.cases import crossed
 from tests.graphs import compared
 from tests.sets import LABELS, NUMBERS, TWO, prepared, signature
 from tests.test_protocols import PREDICT, ask
@@ -47,9 +48,7 @@ def value_of(metric: str, truths: np.ndarray, given: np.ndarray) -> float:
     return sum(recalls) / 2 if metric == "balanced_accuracy" else sum(recalls) - 1
 
 
-@pytest.mark.parametrize("metric", ["f1", "balanced_accuracy", "youden"])
-@pytest.mark.parametrize("levels", [3, 20, 10**9])
-@pytest.mark.parametrize("share", [0.04, 0.5, 0.9])
+@pytest.mark.parametrize(("metric", "levels", "share"), crossed(["f1", "balanced_accuracy", "youden"], [3, 20, 10**9], [0.04, 0.5, 0.9]))
 def test_no_other_threshold_is_better_than_the_best_one(metric: str, levels: int, share: float) -> None:
     generator = torch.manual_seed(levels + int(100 * share))
     truths = torch.rand(300, generator=generator) < share

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from typing import Any, Literal
 
 import numpy as np
@@ -17,13 +17,15 @@ from dlopt.data.stats import column as profile
 from dlopt.data.stats import moments
 from dlopt.data.stats.moments import Moments
 from dlopt.data.types.arrow import pa
-from dlopt.data.types.dates import date_parts, dates, known_form, parse_dates
+from dlopt.data.types.dates import TIME, are_times, date_parts, dates, known_form, parse_dates
 from dlopt.data.types.exact import exact_column, values_of
 from dlopt.data.types.tensors import part_column
 from dlopt.data.types.values import Reasons, plain
 from dlopt.part import DloptError, Feature, Statistics
 
 DatePart = Literal["year", "quarter", "month", "week", "day", "day_of_year", "weekday", "hour", "minute", "second", "days"]
+OF_TIMES: tuple[DatePart, ...] = ("hour", "minute", "second")
+"""What there is of a time of day."""
 WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
 
@@ -35,13 +37,16 @@ class DateInput(Matrix):
 
     kind: Literal["date"] = "date"
     columns: tuple[str, ...] = Field(min_length=1)
-    """The columns: dates, timestamps, or texts such as 2026-11-24 or 2026-11-24T08:30:00Z; times with a zone become UTC."""
+    """The columns: dates, timestamps, or texts such as 2026-11-24 or 2026-11-24T08:30:00Z; times with a zone become UTC. Or times of day,
+    such as 08:30, in all of them."""
     name: str = "dates"
     """The name of the model's input."""
     parts: tuple[DatePart, ...] = Field(("year", "month", "day", "weekday"), min_length=1)
-    """What the model sees of each date; weekday is 0 on Mondays, days are those since 1970, with fractions."""
+    """What the model sees of each date; weekday is 0 on Mondays, days are those since 1970, with fractions. Of times of day hour and
+    minute, if nothing else is said."""
     form: str = ""
-    """How dates are written, for other texts than ISO 8601, as strptime has it (%d.%m.%Y)."""
+    """How dates are written, for other texts than ISO 8601, as strptime has it (%d.%m.%Y); `time` for times of day (08:30 or 08:30:15),
+    which is seen in the first rows, too."""
     normalize: Literal["min_max", "symmetric", "standard", "max_abs", "none"] = "standard"
     """How the model scales each part, by statistics of the training split."""
 
@@ -64,8 +69,19 @@ class DateInput(Matrix):
         return ((column, part, part_column(column, part)) for column in self.columns for part in self.parts)
 
     def feature(self, table: pa.Table) -> Feature:
-        shape = (len(self.columns) * len(self.parts),)
-        return Feature(name=self.name, kind="date", dtype="float32", shape=shape, columns=self.columns, parts=self.parts, form=self.form)
+        form, parts = self.form, self.parts
+        if times := [column for column in self.columns if not form and column in table.column_names and are_times(table[column])]:
+            form = TIME
+            if others := [column for column in self.columns if column not in times and plain(table[column]).null_count < len(table)]:
+                raise DloptError(f"inputs: {times[0]!r} holds times of day and {others[0]!r} dates: make two inputs of them")
+        if form == TIME and "parts" not in self.model_fields_set:
+            parts = OF_TIMES[:2]
+        if form == TIME and (foreign := [part for part in parts if part not in OF_TIMES]):
+            raise DloptError(
+                f"inputs: {self.columns[0]!r} holds times of day, which have no {foreign[0]}: parts may be {', '.join(OF_TIMES)}"
+            )
+        shape = (len(self.columns) * len(parts),)
+        return Feature(name=self.name, kind="date", dtype="float32", shape=shape, columns=self.columns, parts=parts, form=form)
 
     def read(self, table: pa.Table, feature: Feature) -> tuple[dict[str, pa.Array], Reasons]:
         """The parts as a matrix, and the reason for every row with something else than a date."""
@@ -96,6 +112,8 @@ class DateInput(Matrix):
     @staticmethod
     def example(feature: Feature, place: int) -> Any:
         moment = datetime(2026, 11, 30, 8, 30, tzinfo=UTC)
+        if feature.form == TIME:
+            return f"{moment:%H:%M}"
         return moment.strftime(feature.form) if feature.form else moment.date().isoformat()
 
     @staticmethod
@@ -116,7 +134,10 @@ class DateInput(Matrix):
     @staticmethod
     def widgets(feature: Feature) -> list[dict[str, Any]]:
         if feature.form:
-            return [{"column": column, "widget": "line", "hint": feature.form} for column in feature.columns]
+            return [
+                {"column": column, "widget": "line", "hint": "08:30" if feature.form == TIME else feature.form}
+                for column in feature.columns
+            ]
         timed = not {"hour", "minute", "second"}.isdisjoint(feature.parts)
         return [{"column": column, "widget": "date", "timed": timed} for column in feature.columns]
 
@@ -135,7 +156,7 @@ class DateInput(Matrix):
 
 
 def _encoded(feature: Feature, name: str, values: list[Any]) -> np.ndarray:
-    if any(isinstance(value, date) for value in values):
+    if any(isinstance(value, (date, time)) for value in values):
         return _parts(feature, name, pa.array(values))
     for index, value in enumerate(values):
         if value is not None and not isinstance(value, str):

@@ -98,6 +98,16 @@ class Read:
             getattr(self, name).update(getattr(piece, name))
         self.reasons = fewer(self.reasons)
 
+    def as_json(self) -> dict[str, Any]:
+        """Without where the pieces were."""
+        counts = {name: list(getattr(self, name).items()) for name in ("reasons", "dropped", "digits", "labels")}
+        return counts | {name: getattr(self, name) for name in ("rows", "read", "text_bytes")}
+
+    @classmethod
+    def from_json(cls, known: dict[str, Any]) -> Read:
+        counts = {name: Counter(dict(known[name])) for name in ("reasons", "dropped", "digits", "labels")}
+        return cls(**(known | counts))
+
 
 def fewer(reasons: Counter[str]) -> Counter[str]:
     """The same, or the most frequent ones and how many others there are: each bad value makes a reason of its own, and each row has its

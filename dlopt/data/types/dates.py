@@ -16,6 +16,9 @@ ZONED = r"\d(Z|[+-]\d\d:?\d\d)$|:\d\d(\.\d+)?[+-]\d\d$"
 """A date and time in ISO 8601 that says its zone: Z, +05:30, +0530, +05."""
 FINE = r"(:\d\d\.\d{6})\d+(Z|[+-][\d:]+)?$"
 """One of more than microseconds, which the rest is cut from."""
+TIME = "time"
+"""The form of times of day in ISO 8601, 08:30 or 08:30:15.25, which become moments of the first day of 1970."""
+OF_DAY = r"^\d\d:\d\d(:\d\d(\.\d+)?)?$"
 
 
 def dates(column: pa.ChunkedArray | pa.Array, form: str) -> tuple[pa.Array, Reasons]:
@@ -44,18 +47,22 @@ def dates(column: pa.ChunkedArray | pa.Array, form: str) -> tuple[pa.Array, Reas
 
 
 def parse_dates(values: pa.Array, form: str) -> pa.Array:
-    """Dates, timestamps or texts as timestamps of microseconds in UTC. Raises DloptError naming the first value that is none.
+    """Dates, times of day, timestamps or texts as timestamps of microseconds in UTC. Raises DloptError naming the first value that is none.
 
-    form: how texts are written, as strptime has it; "" for ISO 8601, with or without a time and a zone.
+    form: how texts are written, as strptime has it; "" for ISO 8601, with or without a time and a zone; TIME for times of day.
     """
     kind = values.type
     if pa.types.is_null(kind):
         return values.cast(pa.timestamp("us"))
     if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
         return in_micros(values)
+    if pa.types.is_time(kind):
+        return pc.cast(values, pa.time64("us"), safe=False).cast(pa.int64()).cast(pa.timestamp("us"))
     if not is_text(kind):
         raise DloptError(f"{kind} is not a date")
     try:
+        if form == TIME:
+            return _of_day(values)
         if form:
             return _of_form(values, form)
         zoned = pc.match_substring_regex(values, ZONED)
@@ -68,8 +75,23 @@ def parse_dates(values: pa.Array, form: str) -> pa.Array:
         return local.cast(pa.timestamp("us", "UTC")).cast(pa.timestamp("us"))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         first = next((value for value in values.to_pylist() if value is not None), "")
-        like = f"such as {form}" if form else "such as 2026-11-24 or 2026-11-24T08:30:00Z"
-        raise DloptError(f"{first!r:.40} is not a date {like}") from None
+        like = f"date such as {form}" if form else "date such as 2026-11-24 or 2026-11-24T08:30:00Z"
+        raise DloptError(f"{first!r:.40} is not a {'time such as 08:30 or 08:30:00' if form == TIME else like}") from None
+
+
+def are_times(column: pa.ChunkedArray | pa.Array) -> bool:
+    """Whether all values that are there are times of day."""
+    values = without_empty(plain(column))
+    if not is_text(values.type):
+        return bool(pa.types.is_time(values.type))
+    return values.null_count < len(values) and bool(pc.all(pc.match_substring_regex(values, OF_DAY)).as_py())
+
+
+def _of_day(values: pa.Array) -> pa.Array:
+    """Raises pyarrow.ArrowInvalid."""
+    if not pc.all(pc.match_substring_regex(values, OF_DAY)).as_py():
+        raise pa.ArrowInvalid("not a time")
+    return pc.binary_join_element_wise("1970-01-01T", pc.replace_substring_regex(values, FINE, r"\1\2"), "").cast(pa.timestamp("us"))
 
 
 def _of_form(values: pa.Array, form: str) -> pa.Array:
