@@ -9,7 +9,7 @@ from dlopt.cli.options import add_home, command
 
 EXAMPLES = """
   dlopt compress mnist quantize
-  dlopt compress mnist '{kind: prune, sparsity: 0.95, epochs: 10}' '{kind: share, bits: 4, epochs: 2}'
+  dlopt compress mnist '{kind: prune, sparsity: 0.9, epochs: 5}' share
   dlopt compress runs/mnist-77b72eee '{kind: quantize, mode: static}' --json
 """
 
