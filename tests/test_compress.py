@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from torch import nn
 
 from dlopt.artifact import Artifact, once
-from dlopt.compress import Compressor, Distil, Float16, LowRank, Prune, Quantize, Share, measure
+from dlopt.compress import Budget, Compressor, Distil, Float16, LowRank, Prune, Quantize, Share, measure
 from dlopt.compress.share import clustered
 from dlopt.compress.stage import COMPRESS, Compress
 from dlopt.export import Onnx, Pickle, Safetensors, TorchExport
@@ -23,9 +25,10 @@ from dlopt.models.shape import in_two, shaped_like
 from dlopt.optim.optimizers import Adam
 from dlopt.part import DloptError, Signature
 from dlopt.spec import validated
+from dlopt.train.checkpoint.stores import Checkpointing, Every
 from dlopt.train.job import Fit, Resources, Train
 from dlopt.train.start import trained_network
-from dlopt.train.tuning import Sparse, Tied, weights_of
+from dlopt.train.tuning import Rounded, Sparse, Tied, Zeros, weights_of
 from tests import sets
 from tests.sets import CATEGORIES, NUMBER, NUMBERS, TEXT, THREE, TWO
 from tests.test_models import image
@@ -306,3 +309,54 @@ def test_a_student_of_another_signature_is_refused_by_name(tmp_path: Path) -> No
         refuse_other(Signature(inputs=IMAGES.inputs, target=TWO), IMAGES)
     with pytest.raises(DloptError, match=r"^nowhere"):
         Distil(teacher="nowhere").found()
+
+
+def test_training_on_that_is_struck_goes_on_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = fitted(tmp_path, Signature(inputs=(NUMBERS,), target=TWO), Mlp(hidden=(16,)), epochs=1)
+    section = Compress(fit=Fit.model_validate(model.manifest.section), part=Prune(sparsity=0.8, epochs=3))
+    given = {"original": model, "resources": Resources(checkpoint=Checkpointing(every=Every(steps=5)))}
+    whole = once(COMPRESS, section, tmp_path / "whole", model, data, **given)
+    real, steps = Zeros.after, iter(range(100))
+
+    def after(self: Zeros, done: float) -> None:
+        real(self, done)
+        if next(steps) == 32:
+            raise RuntimeError("struck")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Zeros, "after", after)
+        with pytest.raises(DloptError, match=r"RuntimeError: struck$"):
+            once(COMPRESS, section, tmp_path / "struck", model, data, **given)
+    again = once(COMPRESS, section, tmp_path / "struck", model, data, **given)
+    assert again.read("weights.safetensors") == whole.read("weights.safetensors")
+    lines = [json.loads(line) for line in (again.path / "starts.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and 0 < lines[1]["step"] <= 30
+
+
+def test_layers_compute_with_what_is_rounded_and_gradients_go_through() -> None:
+    layer = nn.Linear(8, 3)
+    weight, values = layer.weight, torch.randn(5, 8)
+    held = Rounded(bits=4, inputs=True).begin(nn.Sequential(layer))
+    outputs = layer(values)
+    assert layer.weight is weight
+    most = weight.detach().abs().amax(dim=1, keepdim=True) / 7
+    rounded = (weight.detach() / most).round() * most
+    step = (values.amax().clamp_min(0) - values.amin().clamp_max(0)) / 255
+    torch.testing.assert_close(outputs, (values / step).round() * step @ rounded.T + layer.bias)
+    outputs.sum().backward()
+    assert weight.grad is not None and weight.grad.abs().min() > 0
+    held.release()
+    torch.testing.assert_close(layer(values), values @ weight.T + layer.bias)
+
+
+def test_a_budget_takes_the_cheapest_chain_that_stays_within_it_and_names_the_nearest_where_none_does(tmp_path: Path) -> None:
+    model, data = fitted(tmp_path, Signature(inputs=(NUMBERS,), target=TWO), Mlp(hidden=(128, 128), dropout=0.0))
+    found = small(tmp_path, model, data, Budget(drop=0.02, size=0.4))
+    kinds = {type(code) for code in read(found.read(FILE)).values()}
+    assert kinds == {Whole}
+    before, after = found.info["table"]
+    assert after["zlib"] <= 0.4 * before["zlib"] and before["value"] - after["value"] < 0.05
+    with pytest.raises(DloptError, match=r"^compress: budget: .* within size 0.001 and drop 0; the nearest is .kind: ") as error:
+        small(tmp_path, model, data, Budget(drop=0, size=0.001, epochs=0))
+    assert re.search(r": 0\.\d+ of the bytes, -?\d\.\d+ lost$", str(error.value))
+    assert validated(job_with() | {"compress": {"budget": {"drop": 0.01, "size": 0.1}}}).compress == (Budget(drop=0.01, size=0.1),)
