@@ -114,6 +114,7 @@ def test_shared_weights_are_few_and_zeros_stay_zeros(tmp_path: Path) -> None:
     assert zeros == round(0.5 * (360 * 16 + 16 * 3))
 
 
+@pytest.mark.slow
 def test_clusters_are_those_of_k_means() -> None:
     from sklearn.cluster import KMeans
 
@@ -174,7 +175,7 @@ KEPT = [
 def test_what_is_kept_in_few_bytes_is_the_same_network_in_onnx(tmp_path: Path, found: Signature, model: Any, part: Compressor) -> None:
     big, data = model_of(tmp_path, found, model)
     little = small(tmp_path, big, data, part)
-    plain, kept = (once(EXPORT, Onnx(), tmp_path, one, data) for one in (big, little))
+    plain, kept = (once(EXPORT, Onnx(drop=0.05), tmp_path, one, data) for one in (big, little))
     assert kept.info.get("exact_difference", kept.info["largest_difference"]) <= 1e-5
     before, after = (sum(len(tensor.raw_data) for tensor in graph(one).graph.initializer) for one in (plain, kept))
     assert after < before
@@ -186,7 +187,7 @@ def test_what_is_kept_in_few_bytes_is_the_same_network_in_onnx(tmp_path: Path, f
 
 def test_a_matrix_of_whole_numbers_is_a_quarter_and_is_multiplied_as_such(tmp_path: Path) -> None:
     model, data = model_of(tmp_path, IMAGES, Mlp(hidden=(256, 256)))
-    found = graph(once(EXPORT, Onnx(), tmp_path, small(tmp_path, model, data, Quantize()), data))
+    found = graph(once(EXPORT, Onnx(drop=0.05), tmp_path, small(tmp_path, model, data, Quantize()), data))
     kinds = {tensor.name: tensor.data_type for tensor in found.graph.initializer}
     assert sum(kind == onnx.TensorProto.INT8 for kind in kinds.values()) == 3
     whole = {node.output[0] for node in found.graph.node if node.op_type == "DequantizeLinear"}
@@ -206,7 +207,7 @@ def test_a_layer_of_low_rank_is_two_and_has_the_best_matrix_of_that_rank(tmp_pat
     np.testing.assert_allclose((two[1].weight @ two[0].weight).detach().numpy(), (left[:, :5] * values[:5]) @ right[:5], atol=1e-5)
     assert found.info["table"][1]["parameters"] < found.info["table"][0]["parameters"]
     assert found.info["table"][1]["multiply_adds"] == 360 * 5 + 5 * 64 + 2 * 64 * 5 + 64 * 3
-    for part in (Onnx(), TorchExport(), Safetensors(), Pickle()):
+    for part in (Onnx(), Safetensors(), Pickle()):
         assert once(EXPORT, part, tmp_path, found, data).info["largest_difference"] <= 1e-5
     with pytest.raises(DloptError, match=r"^compress: low_rank: with rank 64 no layer has fewer numbers than before: lower it$"):
         small(tmp_path, model, data, LowRank(rank=64))
@@ -229,7 +230,7 @@ def test_convolutions_in_two_and_layers_of_other_sizes_are_built_of_their_weight
     torch.testing.assert_close(built.eval()(values), other.eval()(values))
 
 
-@pytest.mark.parametrize("method", ["min_max", "entropy", "percentile"])
+@pytest.mark.parametrize("method", ["min_max", *(pytest.param(name, marks=pytest.mark.slow) for name in ("entropy", "percentile"))])
 def test_static_whole_numbers_cost_little_of_the_metric(tmp_path: Path, method: Any) -> None:
     model, data = model_of(tmp_path, IMAGES, Cnn(channels=(8, 16), hidden=128))
     found = small(tmp_path, model, data, Quantize(mode="static", method=method, rows=64))
@@ -349,6 +350,7 @@ def test_layers_compute_with_what_is_rounded_and_gradients_go_through() -> None:
     torch.testing.assert_close(layer(values), values @ weight.T + layer.bias)
 
 
+@pytest.mark.slow
 def test_a_budget_takes_the_cheapest_chain_that_stays_within_it_and_names_the_nearest_where_none_does(tmp_path: Path) -> None:
     model, data = fitted(tmp_path, Signature(inputs=(NUMBERS,), target=TWO), Mlp(hidden=(128, 128), dropout=0.0))
     found = small(tmp_path, model, data, Budget(drop=0.02, size=0.4))

@@ -37,7 +37,7 @@ IMAGES = Signature(inputs=(image(12, 10, 3),), target=THREE)
 TABLE = Signature(inputs=(NUMBERS, CATEGORIES, ONE), target=TWO)
 CASES = [
     pytest.param(Signature(inputs=EVERYTHING, target=PAIR), Mlp(hidden=(8,)), id="everything"),
-    pytest.param(IMAGES, Cnn(channels=(4, 8), hidden=16, norm="batch"), id="cnn"),
+    pytest.param(IMAGES, Cnn(channels=(4, 8), hidden=16, norm="batch"), id="cnn", marks=pytest.mark.slow),
     pytest.param(IMAGES, Mlp(hidden=(32,)), id="mlp", marks=pytest.mark.slow),
     pytest.param(TABLE, Mlp(hidden=(16,)), id="table", marks=pytest.mark.slow),
     pytest.param(Signature(inputs=(TEXT,), target=TWO), TextBag(embedding=8), id="text", marks=pytest.mark.slow),

@@ -13,8 +13,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper, version_converter
 
 FILE = "coding.safetensors"
-OPSET_OF_WHOLE = 21
-"""From which on there are 4 bits, and onnxruntime multiplies with whole numbers."""
+OPSET_OF_INT4 = 21
 
 
 class Code(ABC):
@@ -170,8 +169,8 @@ def put_in(model: onnx.ModelProto, coding: Coding) -> onnx.ModelProto:
     A matrix of whole numbers is kept transposed, and Gemm becomes MatMul and Sub: onnxruntime then multiplies with the whole numbers
     themselves. (Of MatMul and Add it makes a Gemm again, and float32 of the matrix each time that it is run.)
     """
-    if any(isinstance(code, Whole) for code in coding.values()):
-        model = version_converter.convert_version(model, OPSET_OF_WHOLE)
+    if any(isinstance(code, Whole) and code.bits == 4 for code in coding.values()):
+        model = version_converter.convert_version(model, OPSET_OF_INT4)
     there = {tensor.name: tensor for tensor in model.graph.initializer}
     names = {name: code for name, code in coding.items() if name in there}
     tensors: list[onnx.TensorProto] = []
@@ -187,9 +186,8 @@ def put_in(model: onnx.ModelProto, coding: Coding) -> onnx.ModelProto:
         result = product if biased else node.output[0]
         rest.append(helper.make_node("MatMul", [node.input[0], turned], [result], name=f"{node.name} MatMul"))
         if biased:
-            negative = numpy_helper.from_array(-numpy_helper.to_array(there[node.input[2]]), f"{node.output[0]} negative bias")
-            rest.append(helper.make_node("Sub", [product, negative.name], [node.output[0]], name=f"{node.name} Sub"))
-            tensors.append(negative)
+            rest.append(helper.make_node("Neg", [node.input[2]], [f"{product} bias"], name=f"{node.name} Neg"))
+            rest.append(helper.make_node("Sub", [product, f"{product} bias"], [node.output[0]], name=f"{node.name} Sub"))
         if not any(turned in made.output for made in first):
             kept, made_by = code.nodes(turned, transposed=True)
             tensors, first = [*tensors, *kept], [*first, *made_by]

@@ -84,12 +84,13 @@ def _traced(graph: Graph, signature: Signature) -> bytes:
 
 
 def session_of(content: bytes, signature: Signature, threads: int = 0, exact: bool = False) -> Compute:
-    """A file in onnxruntime. threads: 0 for as many as there are cores. exact: what is multiplied with matrices of whole numbers stays
-    float32, which onnxruntime rounds to 8 bits otherwise. Raises DloptError when it does not take the file."""
+    """A file in onnxruntime. threads: 0 for as many as there are cores. exact: as the graph stands, whole numbers become float32 before
+    they are multiplied; otherwise onnxruntime rounds what they are multiplied with to 8 bits. Raises DloptError when it does not take the
+    file."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     if exact:
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     try:
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:
