@@ -78,7 +78,7 @@ def _coarser(section: ExportFormat, trained: Trained, found: Comparison) -> dict
     name = DECISIVE[target.kind]
     before, after = (metrics_of(trained, outputs)[name] for outputs in (trained.outputs, found.outputs))
     lost = loss_of_metric(name, before, after)
-    if not lost <= most or not found.largest < float("inf"):
+    if not lost <= most + 1e-9 or not found.largest < float("inf"):
         raise RuntimeError(
             f"export refused: on the {trained.split_name} split the {section.name} file has {name} {after}, where torch has {before}, "
             f"and export.drop allows {most:g}"
