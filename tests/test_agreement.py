@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dlopt.models.clock import Clock
 from dlopt.models.norms import BatchNorm
 from dlopt.train.checkpoint.state import Record
 from dlopt.train.loop.objectives import Losses
@@ -92,6 +93,34 @@ def test_a_worker_that_is_slow_again_and_again_is_named_with_its_host() -> None:
     assert slowest.lap((1.0, 1.0, 3.5)) is None
     assert [slowest.lap((5.0, 1.0, 1.0)) for _ in range(4)] == [None] * 3 + [{"rank": 0, "host": "a", "times": 5.0}]
     assert Slowest(["a"]).lap((1.0,)) is None
+
+
+class Event:
+    """Of an accelerator whose work goes on for two seconds after it was begun."""
+
+    waited = 0
+
+    def __init__(self, device: torch.device, enable_timing: bool) -> None:
+        assert device.type == "meta" and enable_timing
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None:
+        Event.waited += 1
+
+    def elapsed_time(self, other: Event) -> float:
+        return 2000.0
+
+
+def test_an_accelerator_notes_what_it_does_and_is_waited_for_when_somebody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "Event", Event)
+    monkeypatch.setattr(Event, "waited", 0)
+    clock = Clock()
+    for _ in range(3):
+        with clock.running(torch.device("meta")):
+            pass
+    assert Event.waited == 0
+    assert (clock.seconds, clock.seconds, Event.waited) == (6.0, 6.0, 3)
 
 
 def test_waiting_for_batches_and_computing_are_told_apart() -> None:

@@ -26,12 +26,13 @@ LAYERS = [
     {"models", "optim"},
     {"disk"},
     {"runs"},
-    {"artifact", "session"},
+    {"artifact", "session", "client"},
     {"part", "progress"},
     {"mistakes"},
 ]
 """From the top down. A module imports what is below it; those in one layer do not import each other."""
 RAY = {
+    "dlopt.api.scoring",
     "dlopt.data.table.over",
     "dlopt.data.feed.batches",
     "dlopt.data.feed.dealer",
@@ -40,7 +41,7 @@ RAY = {
     "dlopt.train.cluster.group",
     "dlopt.train.cluster.room",
     "dlopt.train.cluster.ray_internals",
-    "dlopt.serve.cluster",
+    "dlopt.serve.servers.cluster",
     "dlopt.session",
     "dlopt.submit",
 }
@@ -124,7 +125,7 @@ def test_torch_stays_out_of_the_nouns_and_out_of_what_a_replica_imports() -> Non
     heavy = {"torch", "ray"}
     for name in ("dlopt.part", "dlopt.artifact", "dlopt.session", "dlopt.runs", "dlopt.progress"):
         assert "torch" not in roots(name)
-    seen, todo = set(), ["dlopt.serve.application"]
+    seen, todo = set(), ["dlopt.serve.front.application"]
     while todo:
         name = todo.pop()
         if name in MODULES and name not in seen:
@@ -153,7 +154,7 @@ def loaded(module: str) -> set[str]:
 
 
 def test_a_replica_starts_without_torch_and_ray() -> None:
-    assert not {"torch", "ray", "onnx", "pyarrow"} & loaded("dlopt.serve.application")
+    assert not {"torch", "ray", "onnx", "pyarrow"} & loaded("dlopt.serve.front.application")
 
 
 def test_the_command_line_answers_without_anything_heavy() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,9 +57,9 @@ def test_an_exponential_average_follows_its_formula(warmup: bool) -> None:
         decay = min(0.9, (1 + update) / (10 + update)) if warmup else 0.9
         expected = {name: decay * mean + (1 - decay) * state[name] for name, mean in expected.items()}
         expected["1.num_batches_tracked"] = state["1.num_batches_tracked"]
-        near(average.tensors(), expected)
+        near(average.state_dict(), expected)
     assert Ema(decay=0.9, warmup=True).decay_after(10_000) == 0.9
-    assert average.tensors()["updates"].item() == 40
+    assert average.state_dict()["updates"] == 40
 
 
 def test_a_stochastic_average_is_the_mean_at_its_moments() -> None:
@@ -66,10 +67,10 @@ def test_a_stochastic_average_is_the_mean_at_its_moments() -> None:
     average = Swa(start=Span(share=0.5), every=Span(steps=15)).build(net, COURSE)
     states = dict(enumerate(trained(net, average, 100), start=1))
     moments = [50, 65, 80, 95]
-    near(average.tensors(), {name: torch.stack([states[step][name] for step in moments]).mean(dim=0) for name in ("0.weight", "3.bias")})
-    near(average.tensors(), {"1.running_var": torch.stack([states[step]["1.running_var"] for step in moments]).mean(dim=0)})
-    assert average.tensors()["1.num_batches_tracked"].item() == 95
-    assert average.tensors()["updates"].item() == 4
+    near(average.state_dict(), {name: torch.stack([states[step][name] for step in moments]).mean(dim=0) for name in ("0.weight", "3.bias")})
+    near(average.state_dict(), {"1.running_var": torch.stack([states[step]["1.running_var"] for step in moments]).mean(dim=0)})
+    assert average.state_dict()["1.num_batches_tracked"].item() == 95
+    assert average.state_dict()["updates"] == 4
 
 
 @pytest.mark.parametrize(
@@ -101,12 +102,12 @@ def test_an_average_that_is_saved_and_loaded_goes_on_to_the_same_bits(part: Any)
     whole, first = part.build(net, COURSE), part.build(other, COURSE)
     list(trained(net, whole, 60))
     list(trained(other, first, 31))
-    saved = {name: value.clone() for name, value in first.tensors().items()}
+    saved = copy.deepcopy(first.state_dict())
     again = part.build(other, COURSE)
-    again.load(saved)
+    again.load_state_dict(saved)
     list(trained(other, again, 29, first=32))
-    assert whole.tensors().keys() == again.tensors().keys()
-    assert all(torch.equal(value, again.tensors()[name]) for name, value in whole.tensors().items())
+    assert whole.state_dict().keys() == again.state_dict().keys()
+    assert all(torch.equal(torch.as_tensor(value), torch.as_tensor(again.state_dict()[name])) for name, value in whole.state_dict().items())
 
 
 @pytest.mark.parametrize("part", [Ema(decay=0.9), Swa(start=Span(share=0.2), every=Span(steps=7))], ids=["ema", "swa"])
@@ -115,7 +116,7 @@ def test_the_network_holds_the_average_for_a_while_and_then_what_it_held(part: A
     average = part.build(net, COURSE)
     *_, last = trained(net, average, 40)
     inside = held(average, net)
-    assert all(torch.equal(value, average.tensors()[name]) for name, value in inside.items())
+    assert all(torch.equal(value, average.state_dict()[name]) for name, value in inside.items())
     assert not torch.equal(inside["0.weight"], last["0.weight"])
     assert not torch.equal(inside["1.running_mean"], last["1.running_mean"])
     with pytest.raises(RuntimeError, match="in between"), average.swapped():
@@ -138,14 +139,14 @@ def test_what_does_not_change_stays_to_the_bit() -> None:
         average = part.build(net, COURSE)
         for step in range(1, 60):
             average.update(step)
-        assert all(torch.equal(average.tensors()[name], value) for name, value in net.state_dict().items())
+        assert all(torch.equal(average.state_dict()[name], value) for name, value in net.state_dict().items())
 
 
 def test_the_memory_format_of_a_weight_stays() -> None:
     net = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     average = Ema().build(net, COURSE)
     average.update(1)
-    assert average.tensors()["weight"].is_contiguous(memory_format=torch.channels_last)
+    assert average.state_dict()["weight"].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_averages_are_chosen_by_kind() -> None:

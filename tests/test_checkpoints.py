@@ -22,7 +22,7 @@ from dlopt.data.sources.places import Place
 from dlopt.models import Mlp
 from dlopt.optim.optimizers import Adam, AdamW, Sgd
 from dlopt.part import DloptError
-from dlopt.train.checkpoint.checkpoints import glance, newest, read
+from dlopt.train.checkpoint.checkpoints import Wanted, glance, newest, read
 from dlopt.train.checkpoint.state import Record, TrainingState
 from dlopt.train.checkpoint.stores import OWNER, RECORD, Bucket, Checkpointing, Disk, Every, Store, ends_epoch, said, store_of
 from dlopt.train.checkpoint.writer import Writer
@@ -58,7 +58,7 @@ def advance(state: TrainingState, steps: int, rate: float = 0.01) -> None:
 
 
 def save(state: TrainingState, writer: Writer) -> None:
-    writer.write(state, *state.packed())
+    writer.write(state.packed())
     writer.wait()
 
 
@@ -109,9 +109,11 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 
 def assert_same(one: TrainingState, other: TrainingState) -> None:
-    (tensors, rest), (theirs, their_rest) = one.packed(), other.packed()
-    assert_equal(tensors, theirs)
-    assert rest == their_rest
+    mine, theirs = one.packed(), other.packed()
+    assert mine.tensors.keys() == theirs.tensors.keys()
+    for part, tensors in mine.tensors.items():
+        assert_equal(tensors, theirs.tensors[part])
+    assert (mine.record, mine.rest) == (theirs.record, theirs.rest)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -158,8 +160,8 @@ def test_a_checkpoint_is_of_the_step_at_which_it_was_asked_for_whatever_comes_wh
 
     state, writer = fresh(), Writer(Slow(tmp_path), 2, "me")
     advance(state, 3)
-    expected, (tensors, rest) = weights(state), state.packed()
-    writer.write(state, tensors, rest)
+    expected = weights(state)
+    writer.write(state.packed())
     assert started.wait(10)
     advance(state, 4)
     go.set()
@@ -237,7 +239,7 @@ def test_training_does_not_wait_for_a_slow_store_and_ends_of_epochs_are_not_lost
     assert writer.ready()
     for epoch in range(3):
         state.record.epoch = epoch
-        writer.write(state, *state.packed())
+        writer.write(state.packed())
         assert not writer.ready()
     assert writer.as_json()["skipped_checkpoints"] == 4  # three times not ready, and the end of the first epoch
     go.set()
@@ -267,8 +269,8 @@ def test_where_training_goes_on_is_told_without_reading_weights(tmp_path: Path) 
 
 def test_others_than_worker_0_read_no_best_weights(tmp_path: Path) -> None:
     checkpoint(Disk(tmp_path), 1)
-    whole, few = (read(Disk(tmp_path), name(1, 1), best) for best in (True, False))
-    assert set(whole.tensors) - set(few.tensors) == {key for key in whole.tensors if key.startswith("best.")} != set()
+    whole, few = (read(Disk(tmp_path), name(1, 1), Wanted(best=best)) for best in (True, False))
+    assert whole.tensors["best"] and set(whole.tensors) - set(few.tensors) == {"best"}
 
 
 def test_what_is_cleared_is_gone(store: Store) -> None:
@@ -282,7 +284,7 @@ def test_who_lost_the_store_to_another_writes_no_more(store: Store) -> None:
     state, writer = checkpoint(store, 1)
     other = Writer(store, 2, "another")
     state.record.epoch = 2
-    writer.write(state, *state.packed())
+    writer.write(state.packed())
     with pytest.raises(DloptError, match="another run of this job goes on from here"):
         writer.close()
     assert store.names() == [name(1, 1)]
@@ -302,7 +304,7 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_nothing_half(tmp_path: Path)
     state, _ = checkpoint(Disk(tmp_path), 1)
     writer = Writer(Full(tmp_path), 2, "me")
     state.record.epoch = 2
-    writer.write(state, *state.packed())
+    writer.write(state.packed())
     with pytest.raises(DloptError, match=f"^{tmp_path}/?: the checkpoint cannot be written: no space is left: make room .* same command"):
         writer.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == [name(1, 1), OWNER]

@@ -97,6 +97,71 @@ def test_a_client_that_has_said_all_and_closes_its_half_gets_its_answer(server: 
     assert reply.startswith(b"HTTP/1.1 200 "), reply
 
 
+def answers(reply: bytes) -> list[tuple[int, bytes]]:
+    """Status and body of each of them."""
+    found = []
+    while reply:
+        top, _, reply = reply.partition(b"\r\n\r\n")
+        length = int(top.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
+        found.append((int(top[9:12]), reply[:length]))
+        reply = reply[length:]
+    return found
+
+
+def test_requests_in_a_row_are_answered_in_their_order(server: Server) -> None:
+    rows = [np.full((28, 28), shade, np.uint8).tolist() for shade in (0, 90, 255)]
+    bodies = [json.dumps({"instances": [row]}).encode() for row in rows]
+    whole = [head(f"Content-Length: {len(body)}") + body for body in bodies]
+    last = head("Content-Length: 2", "Connection: close") + b"{}"
+    alone = [CLIENT.post(server.url + PREDICT, content=body).content for body in bodies]
+    assert answers(raw(server, b"".join(whole) + last))[:3] == [(200, one) for one in alone]
+    text = b"".join(whole)
+    assert answers(raw(server, *(text[at : at + 700] for at in range(0, len(text), 700)), last))[:3] == [(200, one) for one in alone]
+    assert answers(raw(server, whole[0] + b"\0\1nonsense\r\n\r\n"))[0] == (200, alone[0])
+
+
+def test_a_body_may_come_in_pieces_and_on_demand(server: Server) -> None:
+    body = json.dumps(BLACK).encode()
+    alone = CLIENT.post(server.url + PREDICT, content=body).content
+    pieces = b"".join(b"%x\r\n%s\r\n" % (len(body[at : at + 99]), body[at : at + 99]) for at in range(0, len(body), 99))
+    closing = "Connection: close"
+    for trailer in (b"0\r\n\r\n", b"0\r\nContent-Encoding: gzip\r\n\r\n"):
+        assert answers(raw(server, head("Transfer-Encoding: chunked", closing), pieces, trailer)) == [(200, alone)]
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        connection.sendall(head(f"Content-Length: {len(body)}", "Expect: 100-continue", closing))
+        assert connection.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(body)
+        reply = b""
+        while piece := connection.recv(65536):
+            reply += piece
+    assert answers(reply) == [(200, alone)]
+    refused = raw(server, head("Content-Length: 9000000", "Expect: 100-continue"))
+    assert refused.startswith(b"HTTP/1.1 413 ") and b"connection: close" in refused
+    switched = raw(server, b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n")
+    assert answers(switched) == [(200, b'{"status": "alive"}')]
+
+
+def test_head_says_how_long_the_body_would_be(server: Server) -> None:
+    reply = CLIENT.head(f"{server.url}/docs")
+    assert (reply.status_code, reply.content) == (200, b"") and int(reply.headers["content-length"]) > 500
+
+
+def test_a_client_that_reads_nothing_holds_up_nobody_and_gets_all_in_the_end(server: Server) -> None:
+    count = 300
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        ask = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
+        last = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        sender = threading.Thread(target=connection.sendall, args=(ask * (count - 1) + last,))
+        sender.start()
+        time.sleep(0.3)
+        assert CLIENT.get(f"{server.url}/healthz").status_code == 200
+        reply = b""
+        while piece := connection.recv(1 << 20):
+            reply += piece
+        sender.join()
+    assert [status for status, _ in answers(reply)] == [200] * count
+
+
 def test_a_second_server_on_its_port_is_one_line(server: Server, export: Artifact) -> None:
     second = Server(export, port=server.port, ray=False)
     said, _ = second.process.communicate(timeout=60)

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from dlopt.data.kinds import CategoryInput, CategoryTarget, DateInput, ImageInput, NumberInput, TextInput, encode_rows
+from dlopt.data.kinds import pixels as decoding
 from dlopt.data.kinds.pixels import decode_image, encode_png
 from dlopt.data.types.columns import Columns
 from dlopt.part import DloptError, Feature, Signature, Target
@@ -64,6 +65,45 @@ def test_images_that_training_resized_are_resized_in_serving_too(kind: str) -> N
 def test_lossless_images_keep_every_pixel() -> None:
     for channels, pixels in PIXELS.items():
         assert (decode_image(file_of(pixels), channels) == pixels).all()
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (5, 3, 3), (1, 1), (200, 300, 3)])
+def test_a_plain_png_takes_the_short_way_to_the_same_pixels(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that is anything else, or damaged, the long one."""
+    wavy = (np.add.outer(np.arange(shape[0]), np.arange(shape[1])) * 3 % 256).astype(np.uint8)
+    noise = np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
+    channels = 1 if len(shape) == 2 else 3
+    for image in (noise, np.broadcast_to(wavy.reshape(*shape[:2], *[1] * (len(shape) - 2)), shape)):
+        data = file_of(Image.fromarray(np.ascontiguousarray(image)))
+        quick = decoding._plain_png(data, channels, shape[:2])
+        assert quick is not None and (quick == image.reshape(*shape[:2], channels)).all()
+    monkeypatch.setattr(decoding, "_opened", None)  # which would be the long way
+    assert (decode_image(data, channels, only=shape[:2]) == quick).all()
+
+
+def test_a_png_that_is_not_plain_takes_the_long_way() -> None:
+    image = np.random.default_rng(1).integers(0, 256, (9, 7), dtype=np.uint8)
+    data = file_of(Image.fromarray(image))
+    middle = data.index(b"IDAT") + 20
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    others = [
+        data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :],
+        data[:-12],
+        data[:-30],
+        data[:40],
+        file_of(Image.fromarray(image), "PNG", exif=turned),
+        file_of(Image.fromarray(image), "PNG", transparency=3),
+        file_of(Image.fromarray(image).convert("P")),
+        file_of(Image.fromarray(image.astype(np.uint16) * 257)),
+        file_of(Image.fromarray(image).convert("RGBA")),
+        file_of(Image.fromarray(image).convert("RGB")),
+    ]
+    assert [decoding._plain_png(one, 1, (9, 7)) for one in others] == [None] * len(others)
+    assert decoding._plain_png(data, 1, (7, 9)) is None and decoding._plain_png(data, 3, (9, 7)) is None
+    for damaged in others[2:4]:
+        with pytest.raises(DloptError, match="not an image"):
+            decode_image(damaged, 1, only=(9, 7))
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])

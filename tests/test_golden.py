@@ -38,7 +38,7 @@ def first_steps(job: Job, home: Path) -> dict[str, list[float]]:
     worker.assignment.out.mkdir(parents=True)
     training = worker.training(data, worker.state(data)[0])
     found = [step for step, _ in itertools.islice(training.steps(1), STEPS.get(job.name, 10))]
-    return {"loss": [step.loss.item() for step in found], "gradient_norm": [step.gradient_norm for step in found]}
+    return {"loss": [step.loss.item() for step in found], "gradient_norm": [step.norm.item() for step in found]}
 
 
 def test_every_job_has_its_golden_losses_and_no_other_has() -> None:

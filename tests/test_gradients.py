@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from dlopt.data.feed.batches import Batch, Mixed
 from dlopt.optim.optimizers import Adam
@@ -18,6 +17,8 @@ from dlopt.optim.wrappers import Lookahead
 from dlopt.part import Target
 from dlopt.train.loop.gradients import Gradient, accumulated, curved, plain, sharpness_aware, split
 from dlopt.train.loop.objectives import Loss, Losses, Objective, supervised
+from dlopt.train.parallel.base import Parallel
+from dlopt.train.parallel.ddp import DDP
 from tests.driven import Small, batches, cross_entropy, weights
 from tests.processes import together
 
@@ -61,7 +62,7 @@ def assert_near(found: list[Tensor], expected: list[Tensor], most: float = 1e-12
 @pytest.mark.parametrize("mixes", [False, True], ids=["plain", "mixed"])
 def test_accumulated_gradients_are_those_of_the_batch(rows: int, mixes: bool) -> None:
     one, other = network(), network()
-    expected, found = plain(1)(objective(), one, whole(mixes)), accumulated(1, rows)(objective(), other, whole(mixes))
+    expected, found = plain(objective(), one, whole(mixes)), accumulated(rows)(objective(), other, whole(mixes))
     assert_near(gradients(other), gradients(one))
     torch.testing.assert_close(found.loss, expected.loss.detach(), rtol=0, atol=1e-12)
     assert expected.correct is not None and found.correct is not None
@@ -72,7 +73,7 @@ def test_no_part_has_more_rows_than_asked_for() -> None:
     seen: list[int] = []
     model = network()
     model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0]["x"])))
-    accumulated(1, 4)(objective(), model, whole())
+    accumulated(4)(objective(), model, whole())
     assert seen == [4, 4, 3]
 
 
@@ -102,7 +103,7 @@ def by_hand(adaptive: bool, rho: float) -> tuple[list[Tensor], Tensor]:
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
-@pytest.mark.parametrize("inner", [plain(1), accumulated(1, 4)], ids=["plain", "accumulated"])
+@pytest.mark.parametrize("inner", [plain, accumulated(4)], ids=["plain", "accumulated"])
 def test_sharpness_aware_gradients_follow_their_formula(inner: Gradient, adaptive: bool) -> None:
     model = network()
     before = weights(model)
@@ -112,7 +113,7 @@ def test_sharpness_aware_gradients_follow_their_formula(inner: Gradient, adaptiv
     torch.testing.assert_close(found.loss.detach(), expected_loss)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     plainly = network()
-    plain(1)(cross_entropy, plainly, whole())
+    plain(cross_entropy, plainly, whole())
     assert max((one - other).abs().max().item() for one, other in zip(gradients(plainly), expected, strict=True)) > 1e-3
 
 
@@ -123,8 +124,8 @@ def test_batch_norms_averages_see_the_weights_as_they_are_and_once() -> None:
     def flat(model: nn.Module, batch: Batch) -> Losses:
         return Losses(loss(model(batch.inputs["x"].flatten(1).float()), batch.target, "sum") / batch.total, None)
 
-    plain(1)(flat, models[0], whole())
-    sharpness_aware(plain(1), 0.5)(flat, models[1], whole())
+    plain(flat, models[0], whole())
+    sharpness_aware(plain, 0.5)(flat, models[1], whole())
     for one, other in zip(models[0].buffers(), models[1].buffers(), strict=True):
         assert torch.equal(one, other)
     assert int(models[0][1].num_batches_tracked) == 1  # type: ignore[arg-type]
@@ -138,7 +139,7 @@ def test_weights_come_back_from_a_gradient_that_is_not_finite() -> None:
         found = cross_entropy(model, batch)
         return found._replace(loss=found.loss * float("inf"))
 
-    sharpness_aware(plain(1), 0.3)(broken, model, whole())
+    sharpness_aware(plain, 0.3)(broken, model, whole())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(bool(gradient.isfinite().all()) for gradient in gradients(model))
 
@@ -166,7 +167,7 @@ def test_the_curvature_of_independent_weights_is_exact() -> None:
         return Losses((curvature * parameter.square()).sum() / 2, None)
 
     optimizer: Any = Sophia(update_period=1).build([parameter])
-    gradient, found = curved(plain(1), optimizer, 1), []
+    gradient, found = curved(plain, optimizer, 1), []
     for _ in range(400):
         parameter.grad = None
         gradient(quadratic, model, whole())
@@ -180,7 +181,7 @@ def test_the_curvature_of_independent_weights_is_exact() -> None:
 def test_the_estimate_is_a_product_with_the_hessian_and_the_gradient_stays() -> None:
     model, plainly = network(), network()
     optimizer: Any = Sophia().build(model.parameters())
-    (found,) = estimates(model, curved(plain(1), optimizer, 1), optimizer, whole())
+    (found,) = estimates(model, curved(plain, optimizer, 1), optimizer, whole())
     parameters, generator = list(plainly.parameters()), torch.Generator().manual_seed(0x50F1A)
     noise = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
 
@@ -193,14 +194,14 @@ def test_the_estimate_is_a_product_with_the_hessian_and_the_gradient_stays() -> 
 
     products = [(one - other) / 2e-6 for one, other in zip(slopes(1e-6), slopes(-1e-6), strict=True)]
     assert_near(found, [way * product for way, product in zip(noise, products, strict=True)], 1e-7)
-    plain(1)(objective(), plainly, whole())
+    plain(objective(), plainly, whole())
     model.zero_grad()
-    curved(plain(1), optimizer, 1)(objective(), model, whole())
+    curved(plain, optimizer, 1)(objective(), model, whole())
     assert_near(gradients(model), gradients(plainly))
 
 
 def test_only_an_optimizer_that_wants_curvature_gets_it_also_within_slow_weights() -> None:
-    model, gradient = network(), plain(1)
+    model, gradient = network(), plain
     assert curved(gradient, Adam().build(model.parameters()), 1) is gradient
     optimizer: Any = Sophia().build(model.parameters())
     curved(gradient, Lookahead().wrap(optimizer), 1)(objective(), model, whole())
@@ -215,7 +216,7 @@ def test_attention_can_be_looked_at_twice() -> None:
         return Losses(model(rows, rows, rows, need_weights=False)[0].square().sum(), None)
 
     optimizer: Any = Sophia().build(attention.parameters())
-    curved(plain(1), optimizer, 1)(attended, attention, whole())
+    curved(plain, optimizer, 1)(attended, attention, whole())
     assert all(bool(one.isfinite().all()) for one in optimizer.estimate)
     assert optimizer.estimate[0].abs().max() > 0
 
@@ -225,8 +226,9 @@ SHARES = [slice(0, 8), slice(8, ROWS)]
 KINDS = ["plain", "accumulated", "sharp", "sharp and accumulated", "nothing for one"]
 
 
-def made(kind: str, world: int) -> Gradient:
-    inner = accumulated(world, 5) if "accumulated" in kind or kind == "nothing for one" else plain(world)
+def made(kind: str, held: Parallel) -> Gradient:
+    inner = accumulated(5, held.partly) if "accumulated" in kind or kind == "nothing for one" else plain
+    inner = held.gradient(inner)
     return sharpness_aware(inner, 0.3, adaptive=True) if "sharp" in kind else inner
 
 
@@ -238,13 +240,14 @@ def _shared(rank: int, world: int, home: Path) -> None:
         assert batch.mixed is not None
         mixed = Mixed(batch.mixed.target[share], batch.mixed.share[share])
         mine = Batch({"x": batch.inputs["x"][share]}, batch.target[share], ROWS, mixed)
-        model = DistributedDataParallel(network(), gradient_as_bucket_view=True, broadcast_buffers=False)
-        losses = made(kind, 2)(objective(2), model, mine)
+        held = DDP(network(), rank, world)
+        model = held.module()
+        most = max(len(range(ROWS)[one]) for one in SHARES) if share in SHARES else ROWS
+        losses = made(kind, held)(objective(2), model, mine._replace(most=most))
         found[kind] = (gradients(model), losses.loss.detach())
-    inside = network()
-    optimizer: Any = Sophia(update_period=1).build(inside.parameters())
-    model = DistributedDataParallel(inside, gradient_as_bucket_view=True, broadcast_buffers=False)
-    found["curvature"] = estimates(model, curved(plain(2), optimizer, 2), optimizer, mine, steps=2)
+    model = network()
+    optimizer: Any = Sophia(update_period=1).build(model.parameters())
+    found["curvature"] = estimates(model, curved(plain, optimizer, 2), optimizer, mine, steps=2)
     torch.save(found, f"{home}/found-{rank}")
 
 
@@ -254,13 +257,13 @@ def test_two_workers_have_the_gradients_of_one(tmp_path: Path) -> None:
     found = [torch.load(tmp_path / f"found-{rank}") for rank in range(2)]
     for kind in KINDS:
         model = network()
-        losses = made(kind, 1)(objective(), model, whole(mixes=True))
+        losses = made(kind, Parallel(model))(objective(), model, whole(mixes=True))
         for rank in range(2):
             assert_near(found[rank][kind][0], gradients(model))
         torch.testing.assert_close(found[0][kind][1] + found[1][kind][1], losses.loss.detach(), rtol=0, atol=1e-12)
     model = network()
     optimizer: Any = Sophia(update_period=1).build(model.parameters())
-    expected = estimates(model, curved(plain(1), optimizer, 1), optimizer, whole(mixes=True), steps=2)
+    expected = estimates(model, curved(plain, optimizer, 1), optimizer, whole(mixes=True), steps=2)
     assert not torch.equal(expected[0][0], expected[1][0])  # another direction at each step
     for rank in range(2):
         for mine, theirs in zip(found[rank]["curvature"], expected, strict=True):

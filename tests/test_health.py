@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import pairwise
@@ -23,7 +24,7 @@ from dlopt.train.watch.divergence import Divergence, Diverging
 from dlopt.train.watch.findings import vanishing
 from dlopt.train.watch.health import EARLY, Watch
 from dlopt.train.watch.layers import Finding, Health, Layer, Look, rounded
-from dlopt.train.watch.spikes import Spikes, spiking
+from dlopt.train.watch.spikes import CALM, WINDOW, Spikes, bar
 from tests.cases import crossed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -382,6 +383,12 @@ def test_a_line_of_a_look_is_json_with_a_number_for_each_layer() -> None:
     assert rounded(math.inf) is None
 
 
+def spiking(losses: list[float]) -> bool:
+    """Whether the last of the losses of a run is a spike against up to WINDOW before it."""
+    *before, last = losses
+    return bool(before) and last > bar(before[-WINDOW:], statistics.median(before[:CALM]))
+
+
 def test_a_spike_is_far_above_what_was_before_and_above_the_start() -> None:
     generator = np.random.default_rng(0)
     usual = np.linspace(2.3, 0.5, 60) * generator.uniform(0.8, 1.2, 60)
@@ -562,9 +569,9 @@ def test_what_diverging_has_seen_goes_on_from_its_memory() -> None:
         whole, before, after = (Diverging(Divergence(loss_factor=3.0), 1.0) for _ in range(3))
         said = [whole.step(True, loss) for loss in losses]
         first = [before.step(True, loss) for loss in losses[:cut]]
-        after.recall(json.loads(json.dumps(before.memory)))
+        after.load_state_dict(json.loads(json.dumps(before.state_dict())))
         assert first + [after.step(True, loss) for loss in losses[cut:]] == said
-        assert after.memory == whole.memory
+        assert after.state_dict() == whole.state_dict()
         why = whole.epoch(2.0)
         assert why is not None and "blew up to 14" in why
         assert after.epoch(2.0) == why

@@ -27,8 +27,9 @@ from dlopt.data.kinds import ImageInput, encode_columns, encode_rows
 from dlopt.data.kinds.pixels import MOST_SCANS, decode_image, image_shape
 from dlopt.data.sources import infer_kind
 from dlopt.part import DloptError, Signature, Target
-from dlopt.serve import Serve, model
-from dlopt.serve.application import Application, application_of
+from dlopt.serve import Serve
+from dlopt.serve.front.application import Application, application_of
+from dlopt.serve.models import model
 from tests.served import IMAGE, PHOTOS, make_export
 
 RANDOM = np.random.default_rng(7)

@@ -52,7 +52,7 @@ def train(
     model: nn.Module, data: Iterable[Batch], rate: Callable[[int], float] = lambda batch: 0.5, clip_norm: float | None = None
 ) -> list[Step]:
     clip = None if clip_norm is None else ClipNorm(limit=clip_norm)
-    return list(steps(model, sgd(model), data, OBJECTIVE, plain(1), rate, clip))
+    return list(steps(model, sgd(model), data, OBJECTIVE, plain, rate, clip))
 
 
 def gradient(model: nn.Module, batch: Batch) -> Tensor:
@@ -80,14 +80,14 @@ def test_it_learns_what_can_be_told_apart() -> None:
 def test_a_step_tells_the_loss_and_the_right_answers_before_it_and_is_made_at_the_rate_of_its_batch() -> None:
     model, data = Linear(), batches(5)
     rates = [0.1, 0.0, 1.0, 0.3, 0.2]
-    stream = steps(model, sgd(model), data, OBJECTIVE, plain(1), rates.__getitem__)
+    stream = steps(model, sgd(model), data, OBJECTIVE, plain, rates.__getitem__)
     for batch, rate in zip(data, rates, strict=True):
         before, expected = weights(model), gradient(model, batch)
         losses = OBJECTIVE(model, batch)
         step = next(stream)
         torch.testing.assert_close(weights(model), before - rate * expected, rtol=1e-12, atol=1e-15)
         assert (step.factor, step.loss.item(), step.correct) == (rate, losses.loss.item(), losses.correct)
-        assert step.gradient_norm == pytest.approx(expected.norm().item(), rel=1e-12)
+        assert step.norm.item() == pytest.approx(expected.norm().item(), rel=1e-12)
         assert not step.loss.requires_grad
     assert next(stream, None) is None
 
@@ -101,7 +101,7 @@ def test_a_gradient_that_is_too_long_is_scaled_to_the_norm_and_tells_its_own(cli
     moved = before - weights(model)
     torch.testing.assert_close(moved, whole * clip_norm / (whole.norm() + 1e-6), rtol=1e-9, atol=0)  # torch's guard against 0/0
     assert moved.norm() <= clip_norm
-    assert step.gradient_norm == pytest.approx(whole.norm().item(), rel=1e-12)
+    assert step.norm.item() == pytest.approx(whole.norm().item(), rel=1e-12)
 
 
 def test_a_gradient_that_is_short_enough_is_left_as_it_is_to_the_bit() -> None:
@@ -116,7 +116,7 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing_and_the_next_one_do
     model, data = Linear(), batches(3)
     spoilt = [data[0], poison(data[1]), data[2]]
     done = train(model, spoilt, clip_norm=clip_norm)
-    assert [math.isfinite(step.gradient_norm) for step in done] == [step.taken for step in done] == [True, False, True]
+    assert [math.isfinite(step.norm.item()) for step in done] == [step.taken for step in done] == [True, False, True]
     other = Linear()
     train(other, [data[0], data[2]], clip_norm=clip_norm)
     assert torch.equal(weights(model), weights(other))
@@ -127,7 +127,7 @@ def test_each_group_of_parameters_has_its_own_peak() -> None:
     groups = [{"params": [model.linear.weight], "lr": 2.0}, {"params": [model.linear.bias], "lr": 0.5}]
     optimizer = peaked(torch.optim.SGD(groups))
     expected = gradient(model, batch)
-    list(steps(model, optimizer, [batch], OBJECTIVE, plain(1), lambda _: 0.1))
+    list(steps(model, optimizer, [batch], OBJECTIVE, plain, lambda _: 0.1))
     torch.testing.assert_close(model.linear.weight.detach().flatten(), 0.5 - 0.2 * expected[:4])
     torch.testing.assert_close(model.linear.bias.detach(), -0.05 * expected[4:])
 
@@ -135,7 +135,7 @@ def test_each_group_of_parameters_has_its_own_peak() -> None:
 def test_centralized_gradients_have_no_mean_over_a_units_inputs() -> None:
     model, (batch,) = Linear(), batches(1)
     before, whole = weights(model), gradient(model, batch)
-    list(steps(model, sgd(model), [batch], OBJECTIVE, plain(1), lambda _: 1.0, centralized=True))
+    list(steps(model, sgd(model), [batch], OBJECTIVE, plain, lambda _: 1.0, centralized=True))
     weight = whole[:4].reshape(2, 2)
     expected = torch.cat([(weight - weight.mean(dim=1, keepdim=True)).flatten(), whole[4:]])
     torch.testing.assert_close(before - weights(model), expected)
@@ -144,7 +144,7 @@ def test_centralized_gradients_have_no_mean_over_a_units_inputs() -> None:
 def test_lbfgs_searches_along_a_line_and_is_torchs_own_on_the_same_batch() -> None:
     model, other, (batch,) = Linear(), Linear(), batches(1)
     part = Lbfgs(lr=1.0, max_iter=5, line_search_fn="strong_wolfe")
-    done = list(steps(model, peaked(part.build(list(model.parameters()))), [batch] * 3, OBJECTIVE, plain(1), lambda _: 1.0))
+    done = list(steps(model, peaked(part.build(list(model.parameters()))), [batch] * 3, OBJECTIVE, plain, lambda _: 1.0))
     reference = torch.optim.LBFGS(other.parameters(), lr=1.0, max_iter=5, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
@@ -169,7 +169,7 @@ def test_training_is_in_training_mode_and_frozen_parameters_stay() -> None:
         return OBJECTIVE(model, batch)
 
     before = weights(model)
-    list(steps(model, sgd(model), batches(2), objective, plain(1), lambda _: 0.1, ClipNorm(limit=1.0)))
+    list(steps(model, sgd(model), batches(2), objective, plain, lambda _: 0.1, ClipNorm(limit=1.0)))
     assert seen == [True, True]
     assert torch.equal(model.linear.bias, torch.zeros(2, dtype=torch.float64))
     assert not torch.equal(weights(model), before)

@@ -9,40 +9,44 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
-from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from dlopt.train.parallel import base, shared_memory
-from dlopt.train.parallel.base import Parallel
+from dlopt.train.parallel import ddp, shared_memory
+from dlopt.train.parallel.ddp import DDP
+from dlopt.train.parallel.reducer import Bucket, Finish
 from tests.processes import fork, joined, together
 
-WAYS: dict[str, dict[str, Any]] = {
-    "ring": {"exchanged": False},
-    "message": {},
-    "memory": {},
-    "pieces": {"size": 1000},
-}
+WAYS: dict[str, int | None] = {"ring": None, "message": None, "memory": 1 << 20, "pieces": 1000}
 """How gradients are exchanged: by torch itself, in one message of Gloo, through memory, and through memory smaller than they are."""
+
+
+def _ring(bucket: Bucket) -> Finish:
+    work = dist.all_reduce(bucket.flat, async_op=True)
+    assert work is not None
+    return work.wait
 
 
 def _exchanged(rank: int, world: int, folder: Path) -> None:
     found: dict[str, list[Tensor]] = {}
-    for way, given in WAYS.items():
+    for way, size in WAYS.items():
         torch.manual_seed(0)
         network = nn.Sequential(nn.Linear(40, 64), nn.ReLU(), nn.Linear(64, 3))
-        held = Parallel(network, rank, world)
-        held.exchanged = given.get("exchanged", True)
-        other = None if way == "message" else shared_memory.meet(rank, given.get("size", 1 << 20))
-        with mock.patch.object(base, "meet", lambda rank, size, other=other: other):
+        held = DDP(network, rank, world)
+        other = shared_memory.meet(rank, size) if size else None
+        with mock.patch.object(ddp, "meet", lambda rank, size, other=other: other):
             module, gradients = held.module(), list[Tensor]()
-        for step in range(4):  # after the first, gradients lie in other places
+        if way == "ring":
+            held.reducer.exchange = _ring
+        for step in range(4):
             generator = torch.Generator().manual_seed(10 * step + rank)
             network.zero_grad()
             module(torch.randn(rank + 3, 40, generator=generator)).square().sum().backward()
+            held.reducer.finish()
             gradients += [parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None]
         found[way] = gradients
     torch.save(found, folder / f"gradients-{rank}.pt")
@@ -57,22 +61,22 @@ def test_two_workers_have_the_bits_of_a_ring_by_whichever_way_they_swap_gradient
         assert all(map(torch.equal, ring, mine[way])) and all(map(torch.equal, ring, others[way])), way
 
 
-def _averaged(rank: int, world: int, folder: Path) -> None:
+def _added(rank: int, world: int, folder: Path) -> None:
     other = shared_memory.meet(rank, 80)
     assert other
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         numbers = torch.arange(33, dtype=dtype) * (1 + 2 * rank)
-        other.average(numbers)
-        assert torch.equal(numbers, torch.arange(33, dtype=dtype) * 2)
+        other.add(numbers)
+        assert torch.equal(numbers, torch.arange(33, dtype=dtype) * 4)
     assert other.places.shape == (2, 2, 80)
     assert not list(Path(gettempdir()).glob("dlopt-*"))  # nothing to clean up, however they end
 
 
-def test_numbers_of_any_kind_are_averaged_and_nothing_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_of_any_kind_are_added_and_nothing_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shared = Path("/dev/shm")
     with TemporaryDirectory(prefix="n-") as mine:  # of a short name, as a socket must have
         monkeypatch.setenv("TMPDIR", mine)
-        together(2, _averaged, tmp_path)
+        together(2, _added, tmp_path)
     assert not list(shared.glob("*dlopt*"))
 
 
@@ -94,13 +98,13 @@ def _killed(rank: int, world: int, folder: Path) -> None:
     other = shared_memory.meet(rank, 80)
     assert other
     numbers = torch.ones(5)
-    other.average(numbers)
+    other.add(numbers)
     if rank == 1:
         time.sleep(0.5)  # the other one waits by then
         os.kill(os.getpid(), signal.SIGKILL)
     for _ in range(2):
         with pytest.raises(ConnectionError):
-            other.average(numbers)
+            other.add(numbers)
     os._exit(17)  # without waiting for the other one, as the end of a process group does
 
 

@@ -205,9 +205,9 @@ def seen(gradient: Gradient, optimizer: type[torch.optim.Optimizer] = torch.opti
 
 
 def test_all_forward_passes_of_a_step_have_the_same_masks_and_those_of_another_step_others() -> None:
-    one, two = seen(plain(1))
+    one, two = seen(plain)
     assert not torch.equal(one, two)
-    for found in (seen(sharpness_aware(plain(1), 0.05)), seen(accumulated(1, 5), parts=3), seen(plain(1), torch.optim.LBFGS)):
+    for found in (seen(sharpness_aware(plain, 0.05)), seen(accumulated(5), parts=3), seen(plain, torch.optim.LBFGS)):
         half = len(found) // 2
         assert all(torch.equal(mask, one if place < half else two) for place, mask in enumerate(found))
     assert len(found) > 4  # closures of L-BFGS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from dlopt.models import Network, Resnet
 from dlopt.models.norms import EPS, NORMS, BatchNorm, Norm, groups, norm
+from dlopt.train.parallel.ddp import DDP
 from tests.processes import together
 from tests.test_models import image, network
 
@@ -149,26 +151,27 @@ def convolutional() -> Network:
     return network(model, image(6, 6, 3), dtype=torch.float64).train()
 
 
-def stepped(model: nn.Module, parts: list[slice], world: int) -> dict[str, Tensor]:
-    """The state of a network after a step on a worker's rows of every batch, by the gradient that `plain` of the training loop has."""
+def stepped(model: nn.Module, parts: list[slice], finish: Callable[[], None]) -> dict[str, Tensor]:
+    """The state of a network after a step on a worker's rows of every batch. finish: adds gradients up over workers."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for step, part in enumerate(parts):
         draw = torch.manual_seed(step)
         values = torch.randint(0, 256, (7, 6, 6, 3), dtype=torch.uint8, generator=draw)[part]
         wanted = torch.randint(0, 10, (7,), generator=draw)[part]
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model({"image": values}), wanted, reduction="sum") / 7
-        (loss * world).backward()
+        (nn.functional.cross_entropy(model({"image": values}), wanted, reduction="sum") / 7).backward()
+        finish()
         optimizer.step()
-    return {name.removeprefix("module."): value for name, value in model.state_dict().items()}
+    return dict(model.state_dict())
 
 
 def _normalised(rank: int, world: int, home: Path) -> None:
     parts = [slice(0, first) if rank == 0 else slice(first, None) for first, _ in SHARES]
     for dims in SHAPES:
         torch.save(trained(learned(norm("batch", 12, dims)), dims, parts), Path(home) / f"{dims}-{rank}")
-    model = nn.parallel.DistributedDataParallel(convolutional(), gradient_as_bucket_view=True, broadcast_buffers=False, bucket_cap_mb=1)
-    torch.save(stepped(model, [part for part, rows in zip(parts, SHARES, strict=True) if sum(rows) == 7], 2), Path(home) / f"model-{rank}")
+    held = DDP(convolutional(), rank, world)
+    some = [part for part, rows in zip(parts, SHARES, strict=True) if sum(rows) == 7]
+    torch.save(stepped(held.module(), some, held.reducer.finish), Path(home) / f"model-{rank}")
     layer = learned(norm("batch", 12, 2)).eval()
     if rank == 0:
         layer(drawn(3, 12))  # the other one is not asked
@@ -190,7 +193,7 @@ def test_batch_norm_over_two_workers_is_that_of_one_gradients_and_running_statis
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12, msg=f"{dims} {name}")
 
     whole = [slice(0, 7) for rows in SHARES if sum(rows) == 7]
-    alone = stepped(convolutional(), whole, 1)
+    alone = stepped(convolutional(), whole, lambda: None)
     for rank in range(2):
         found = torch.load(tmp_path / f"model-{rank}")
         assert found.keys() == alone.keys()

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from dlopt.data.feed.batches import Batch, Mixed
 from dlopt.models import Cnn, Mlp, Network, Units
 from dlopt.part import Target
-from dlopt.train.loop.gradients import plain
 from dlopt.train.loop.losses import loss_of
 from dlopt.train.loop.objectives import Losses, class_weights, penalty, supervised
 from tests.sets import LABELS, PAIR, THREE, TWO, spread
@@ -84,20 +83,6 @@ def test_the_parts_of_all_workers_add_up_to_the_whole_even_of_one_without_rows(
     assert sum(number(losses.correct) for losses, _ in parts) == number(whole.correct)
     for index, expected in enumerate(gradient):
         torch.testing.assert_close(sum(found[index] for _, found in parts), expected, rtol=1e-10, atol=1e-12)
-
-
-def test_a_gradient_that_is_averaged_over_workers_afterwards_is_the_whole_batchs() -> None:
-    built, some, objective = model(), batch(), supervised(CROSS_ENTROPY, 0.01, 0.02, 2)
-    _, expected = of(built, some, 0.01, 0.02, 1)
-    total = [torch.zeros_like(parameter) for parameter in built.parameters()]
-    for rows in (slice(0, 10), slice(10, 30)):
-        built.zero_grad(set_to_none=True)
-        losses = plain(2)(objective, built, part(some, rows))
-        assert losses.loss.item() == objective(built, part(some, rows)).loss.item()  # what is reported is not scaled
-        for found, parameter in zip(total, built.parameters(), strict=True):
-            found += parameter.grad / 2  # as DistributedDataParallel does
-    for one, other in zip(total, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
 def test_a_penalty_of_one_weight_is_the_elastic_net_and_so_is_its_gradient() -> None:

@@ -23,9 +23,9 @@ from websockets.sync.client import ClientConnection, connect
 from dlopt.artifact import Artifact
 from dlopt.part import Feature, Signature
 from dlopt.serve import Serve
-from dlopt.serve.application import Replica
-from dlopt.serve.auth import Key
-from dlopt.serve.registry import Entry
+from dlopt.serve.front.application import Replica
+from dlopt.serve.front.auth import Key
+from dlopt.serve.models.lineup import Entry
 from tests.conftest import program
 from tests.served import FLIGHTS, IMAGE, NUMBERS, PHOTOS, SAID, free_port, make_export, messages
 

@@ -27,8 +27,11 @@ from dlopt.optim.wrappers import Lookahead
 from dlopt.part import DloptError, Signature
 from dlopt.spec import Job
 from dlopt.train import worker
+from dlopt.train.checkpoint.checkpoints import Wanted, newest_of_all
+from dlopt.train.checkpoint.stores import CHECKPOINTS, Disk
 from dlopt.train.job import Fit, Resources, Train
 from dlopt.train.loop.gradients import Sharpness, curved, plain
+from dlopt.train.loop.largest_batch import _tidy
 from dlopt.train.loop.steps import peaked, steps
 from dlopt.train.parallel.base import Parallel
 from dlopt.train.parallel.fsdp import FSDP
@@ -199,8 +202,8 @@ def killed_after(step: int | None) -> Iterator[None]:
     """Within it, training ends after so many steps in all, as if its processes were killed; a checkpoint has been written after each."""
 
     def between_steps(self: Training) -> None:
-        if self.diary:
-            self.diary.writer.wait()
+        if self.writer:
+            self.writer.wait()
         if self.state.record.step == step:
             raise Killed
         original(self)
@@ -248,7 +251,7 @@ def losses_of(part: Any, parallel: Parallel, rank: int, world: int) -> list[floa
     network = parallel.network
     groups = parallel.groups(Parameters().of(network, part))
     optimizer = peaked(parallel.optimizer(part.build(groups)))
-    gradient = curved(parallel.gradient(plain(parallel.factor)), optimizer, world)
+    gradient = curved(parallel.gradient(plain), optimizer, world)
     found = []
     feed = batches(torch.float64)
     mine = (_share(next(feed), rank, world) for _ in range(12))
@@ -393,22 +396,90 @@ def _called(rank: int, world: int, folder: Path) -> None:
     expected = network(inputs)
     parallel = parallel_of("fsdp", network, rank, world)
     assert isinstance(parallel, FSDP)
-    with parallel.gathered(), torch.no_grad():
-        found = [network(inputs) for _ in range(rank * 2)]  # worker 0 not once
+    with parallel.measuring(), torch.no_grad():
+        found = [network(inputs) for _ in range(2)]
     assert all(torch.allclose(one, expected, rtol=0, atol=1e-12) for one in found)
     assert sum(parameter.to_local().numel() for parameter in network.parameters()) < 0.5 * 200
     losses = losses_of(Adam(), parallel, rank, world)
-    with parallel.gathered(), torch.no_grad():
-        after = [network(inputs) for _ in range(3 - rank)]
+    with parallel.measuring(), torch.no_grad():
+        after = network(inputs)
     assert losses == pytest.approx(losses_of(Adam(), Parallel(Small(torch.float64)), 0, 1), rel=1e-9)
-    assert after and not torch.allclose(after[0], expected, atol=1e-3)
+    assert not torch.allclose(after, expected, atol=1e-3)
     (folder / f"done-{rank}").touch()
 
 
 @pytest.mark.slow
-def test_weights_that_are_shared_out_can_be_gathered_so_that_each_worker_calls_the_network_as_often_as_it_likes(tmp_path: Path) -> None:
+def test_a_network_whose_weights_are_shared_out_can_be_called_by_all_workers_at_once(tmp_path: Path) -> None:
     together(3, _called, tmp_path)
     assert len(list(tmp_path.glob("done-*"))) == 3
+
+
+def _resident() -> float:
+    """MiB of this process that are its own; what was freed is given back first."""
+    _tidy()
+    smaps = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in smaps if line.startswith(("Private_Clean", "Private_Dirty"))) / 1024
+
+
+def _large(rank: int, world: int, folder: Path, data: Path) -> None:
+    """MiB of a worker with a network of 180 MiB: at the start, once it holds its share, and the most while validation computes."""
+    model = Mlp(hidden=(1984,) * 13, norm="none")
+    fit = Fit(seed=1, model=model, augment=(), train=Train(batch_size=30, epochs=1, optimizer=Sgd(), health=Health(every=0)))
+    given = worker.Assignment(fit=fit, data=data, out=folder, feed="resident", resources=Resources(parallelism="fsdp"))
+    nn.Linear(1984, 1984)(torch.zeros(256, 1984)).sum().backward()  # what the library of matrices keeps for itself
+    made, found = worker.Worker(given, rank, world, CPU), {"before": _resident()}
+    state = made.state(Artifact.open(data))[0]
+    found["held"] = _resident() - found["before"]
+    training, seen = made.training(Artifact.open(data), state), [0.0]
+    next(training.steps(1))
+    found["stepped"] = _resident() - found["before"]
+    last = [layer for layer in state.model.modules() if isinstance(layer, nn.Linear)][-2]
+    last.register_forward_hook(lambda *_: seen.append(_resident() - found["before"]))
+    with training.measured():
+        training._validated()
+    found["validated"] = max(seen)
+    (folder / f"mib-{rank}.json").write_text(json.dumps(found))
+
+
+@pytest.mark.slow
+def test_no_worker_of_four_ever_holds_a_large_network_whole(
+    data: dict[str, Artifact], tmp_path: Path, record_property: Callable[[str, Any], None]
+) -> None:
+    together(4, _large, tmp_path, data["clipped"].path, seconds=240)
+    found = [json.loads((tmp_path / f"mib-{rank}.json").read_text()) for rank in range(4)]
+    record_property("MiB of 180 that each of 4 workers has", found)
+    share = 180 / 4
+    assert max(one["held"] for one in found[1:]) < 1.3 * share
+    assert found[0]["held"] < 1.5 * share  # with what the library of matrices keeps of a look at the layers
+    assert max(one["stepped"] for one in found) < 2 * share + 4 * 15  # gradients too, and what fully_shard keeps of the last block of 15
+    assert max(one["validated"] - one["stepped"] for one in found) < 2 * 15
+
+
+def _resumed(rank: int, world: int, folder: Path, data: Path) -> None:
+    """Which files each worker reads of a checkpoint that as many have written."""
+    train(section("texts"), data, folder / "out", rank, world, parallelism="fsdp", checkpoint={"every": {"steps": 4}})
+    read: list[str] = []
+
+    class Noted(Disk):
+        def read(self, name: str, file: str) -> bytes:
+            read.append(file)
+            return super().read(name, file)
+
+    dist.barrier()
+    found, damaged = newest_of_all(Noted(folder / "out" / CHECKPOINTS), Wanted(rank, world, rows=True), CPU)
+    assert found and found.mine and not damaged
+    (folder / f"read-{rank}.json").write_text(json.dumps(read))
+
+
+@pytest.mark.slow
+def test_workers_write_their_rows_and_read_them_again_once(data: dict[str, Artifact], tmp_path: Path) -> None:
+    together(3, _resumed, tmp_path, data["texts"].path)
+    for rank in range(3):
+        read = json.loads((tmp_path / f"read-{rank}.json").read_text())
+        assert len(read) == len(set(read))
+        assert {name for name in read if "." in name.removesuffix(".safetensors") and name != "state.json"} == {
+            f"{part}.{rank:05d}.safetensors" for part in ("model", "best", "optimizer")
+        }
 
 
 @pytest.mark.slow

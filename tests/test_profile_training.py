@@ -73,7 +73,7 @@ def trained(
 
     def gradient(*given: Any) -> Losses:
         backward()
-        return plain(world)(*given)
+        return plain(*given)
 
     found: Gradient = profile.timed("backward", profile.reduced(gradient))
     return list(steps(model, optimizer, profile.batches(feed), profile.timed("forward", objective), found, lambda _: 1.0))
@@ -142,7 +142,7 @@ def test_a_short_training_is_traced_and_what_is_left_is_measured(count: int, tmp
 
 def test_nothing_is_put_around_what_is_not_profiled() -> None:
     idle, feed = Unprofiled(), batches(1)
-    gradient = plain(1)
+    gradient = plain
     assert idle.timed("forward", OBJECTIVE) is OBJECTIVE and idle.batches(feed) is feed and idle.reduced(gradient) is gradient
 
 

@@ -30,14 +30,14 @@ from dlopt.export.stage import EXPORT
 from dlopt.models import Mlp
 from dlopt.part import DloptError, Feature, Signature, Target
 from dlopt.serve import Replicas, Serve
-from dlopt.serve import model as serving
-from dlopt.serve.application import Application, application_of
-from dlopt.serve.auth import Guard, Key, digest, make_key, read_keys
-from dlopt.serve.batcher import Batcher
 from dlopt.serve.exchange import THRESHOLD, Answer, Refusal, decisions
-from dlopt.serve.metrics import DIRECTORY
-from dlopt.serve.model import FLUSH_SECONDS, FRESH_SECONDS, Model, Predictor
+from dlopt.serve.front.application import Application, application_of
+from dlopt.serve.front.auth import Guard, Key, digest, make_key, read_keys
+from dlopt.serve.models import model as serving
+from dlopt.serve.models.batcher import Batcher
+from dlopt.serve.models.model import FLUSH_SECONDS, FRESH_SECONDS, Model, Predictor
 from dlopt.serve.protocols.tensorflow import parse, predictions
+from dlopt.serve.watch.metrics import DIRECTORY
 from dlopt.train.start import trained_network
 from tests import sets
 from tests.served import FLIGHTS, IMAGE, NUMBERS, PHOTOS, SAID, make_export, messages
@@ -581,7 +581,7 @@ def test_labels_are_counted_one_by_one_and_numbers_summed_up(home: Path) -> None
 
 COUNT = """
 import sys
-from dlopt.serve.metrics import Metrics, Registry
+from dlopt.serve.watch.metrics import Metrics, Registry
 from dlopt.part import Target
 registry = Registry()
 metrics = Metrics(registry, "m", "1", "d", Target(name="t", labels=("a", "b")))
@@ -700,8 +700,8 @@ def test_a_replica_imports_neither_torch_nor_ray(home: Path) -> None:
 import sys
 from pathlib import Path
 from dlopt.serve import Serve
-from dlopt.serve.application import Replica
-from dlopt.serve.registry import Entry
+from dlopt.serve.front.application import Replica
+from dlopt.serve.models.lineup import Entry
 Replica((Entry(Path(sys.argv[1]), "m", Serve()),), Serve(), ())
 print([name for name in ("torch", "ray", "pandas") if name in sys.modules])
 """

@@ -201,16 +201,15 @@ def worker(rank: int, world: int, folder: Path, parallelism: Parallelism) -> Non
         parallel = parallel_of(parallelism, network, rank, 2)
         model, optimizer = parallel.module(), torch.optim.SGD(parallel.held.parameters(), lr=0.05)
         objective = supervised(loss_of(None, sets.THREE, nn.Identity()), 0, 0, 2)
-        gradient = parallel.gradient(accumulated(2, 10, parallel.factor))
+        gradient = parallel.gradient(accumulated(10, parallel.partly))
         for step in range(3):
             inputs = {name: values[rank::2] if step < 2 else values[: 48 * (1 - rank)] for name, values in inputs_of("mlp").items()}
             target = torch.arange(len(next(iter(inputs.values())))) % 3
             torch.manual_seed(10 * step + rank)
             optimizer.zero_grad()
-            gradient(objective, model, Batch(inputs, target, 48))
+            gradient(objective, model, Batch(inputs, target, 48, most=24 if step < 2 else 48))
             optimizer.step()
-        with parallel.gathered():
-            found.append({name: value.flatten().tolist() for name, value in parallel.whole(parallel.held.state_dict()).items()})
+        found.append({name: value.flatten().tolist() for name, value in parallel.gather(parallel.held.state_dict()).items()})
     Path(folder, str(rank)).write_text(json.dumps(found))
 
 

@@ -26,8 +26,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from dlopt.artifact import Artifact, Stage, once
 from dlopt.part import DloptError
-from dlopt.serve import Serve, cluster, start
-from dlopt.serve.registry import Entry
+from dlopt.serve import Serve
+from dlopt.serve.models.lineup import Entry
+from dlopt.serve.servers import cluster, start
 from tests.conftest import missing, program
 from tests.served import IMAGE, Made, Server, alive, descendants, free_port, listening, make_export
 
@@ -453,7 +454,7 @@ def test_a_stop_during_the_start_leaves_nothing_either(export: Artifact) -> None
 
 ORPHAN = """
 import subprocess, sys
-from dlopt.serve import stopping
+from dlopt.serve.servers import stopping
 sleeping = "import os, time; print(os.getpid(), flush=True); time.sleep(300)"
 leaving = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {sleeping!r}], start_new_session=True)"
 stopping.LINGER_SECONDS = 0.3

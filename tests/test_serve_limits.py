@@ -23,12 +23,14 @@ import pytest
 from PIL import Image
 
 from dlopt.part import DloptError
-from dlopt.serve import Serve, auth, batcher
-from dlopt.serve.application import DRAINING, Application, application_of
-from dlopt.serve.auth import Guard, Key, digest, read_keys
-from dlopt.serve.batcher import Batcher
-from dlopt.serve.example import example_row
+from dlopt.serve import Serve
 from dlopt.serve.exchange import Refusal
+from dlopt.serve.front import auth
+from dlopt.serve.front.application import DRAINING, Application, application_of
+from dlopt.serve.front.auth import Guard, Key, digest, read_keys
+from dlopt.serve.models import batcher
+from dlopt.serve.models.batcher import Batcher
+from dlopt.serve.protocols.example import example_row
 from tests.served import FLIGHTS, IMAGE, NUMBERS, PHOTOS, make_export, messages
 from tests.test_protocols import BLACK, KEY, PREDICT, application, ask, error_of, model_of
 

@@ -16,8 +16,8 @@ import pytest
 from dlopt.artifact import Artifact
 from dlopt.part import DloptError
 from dlopt.serve import Serve
-from dlopt.serve.application import Application, application_for
-from dlopt.serve.plan import entries_of
+from dlopt.serve.front.application import Application, application_for
+from dlopt.serve.models.plan import entries_of
 from tests.served import NUMBERS, make_export
 from tests.test_protocols import BLACK, ask, error_of
 
@@ -125,6 +125,7 @@ def test_a_switch_drops_no_request(home: Path, monkeypatch: pytest.MonkeyPatch) 
     [
         ("models: []", "models: "),
         ("modles: [{run: digits}]", "modles: unknown key; did you mean 'models'?"),
+        ("models: [{runs: digits}]", "models.0.runs: unknown key; did you mean 'run'?"),
         ("models: [{run: digits, version: 0}]", "models.0.version: must be greater than or equal to 1, not 0"),
         ("models: [{run: digits, name: a/b}]", "models.0.name: "),
         ("models: [{run: digits}]\nserve: {max_row: 3}", "serve.max_row: unknown key; did you mean 'max_rows'?"),

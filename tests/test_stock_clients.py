@@ -27,7 +27,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 @pytest.fixture(scope="module")
 def server(export: Artifact) -> Iterator[Server]:
-    made = Server(export, '{"drain_seconds": 0}', host="", ray=False)
+    made = Server(export, '{"drain_seconds": 0}', host="", ray=False, rpc=True)
     try:
         yield made.wait()
     finally:
@@ -42,7 +42,7 @@ def said(package: str, script: str, server: Server, folder: Path) -> dict[str, o
     if installed.returncode:
         missing(f"{package} cannot be installed: {installed.stderr[-300:]}")
     np.save(folder / "images.npy", IMAGES)
-    arguments = [python, "-c", script, str(server.port), str(folder / "images.npy")]
+    arguments = [python, "-c", script, str(server.rpc_port if package.endswith("[grpc]") else server.port), str(folder / "images.npy")]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -103,6 +103,61 @@ def test_tritonclient(server: Server, export: Artifact, tmp_path: Path) -> None:
         "Servable not found for request: Latest(none)",
     ]
     assert told["index"] == [{"name": "digits", "version": "1", "state": "READY", "reason": ""}]
+
+
+TRITON_GRPC = """
+import json, sys
+import numpy as np
+import tritonclient.grpc as triton
+from tritonclient.utils import InferenceServerException
+
+client, images = triton.InferenceServerClient(f"127.0.0.1:{sys.argv[1]}"), np.load(sys.argv[2])
+assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("digits") and not client.is_model_ready("none")
+assert client.is_model_ready("digits", "1") and client.get_server_metadata().name == "dlopt"
+metadata = client.get_model_metadata("digits", as_json=True)
+found = []
+for packed in (None, "gzip", "deflate"):
+    tensor = triton.InferInput("image", list(images.shape), "UINT8")
+    tensor.set_data_from_numpy(images)
+    outputs = [triton.InferRequestedOutput(name) for name in ("probabilities", "label")]
+    reply = client.infer("digits", [tensor], outputs=outputs, request_id="7", compression_algorithm=packed)
+    assert reply.get_response().id == "7"
+    found.append([reply.as_numpy("probabilities").tolist(), reply.as_numpy("label").tolist()])
+answers = []
+client.async_infer("digits", [tensor], lambda result, error: answers.append(error or result), model_version="1")
+while not answers:
+    pass
+found.append([answers[0].as_numpy("probabilities").tolist(), answers[0].as_numpy("label").tolist()])
+errors = []
+for name, shape in (("digits", [5, 28, 27, 1]), ("none", list(images.shape))):
+    tensor = triton.InferInput("image", shape, "UINT8")
+    tensor.set_data_from_numpy(np.zeros(shape, np.uint8))
+    try:
+        client.infer(name, [tensor])
+    except InferenceServerException as error:
+        errors.append([error.status(), error.message()])
+client.unload_model("digits")
+assert not client.is_model_ready("digits")
+client.load_model("digits")
+assert client.is_model_ready("digits")
+index = client.get_model_repository_index(as_json=True)
+print(json.dumps({"found": found, "errors": errors, "index": index, "metadata": metadata}))
+"""
+
+
+def test_tritonclient_over_grpc(server: Server, export: Artifact, tmp_path: Path) -> None:
+    told = said("tritonclient[grpc]", TRITON_GRPC, server, tmp_path)
+    wanted = expected(export)
+    assert len(told["found"]) == 4  # type: ignore[arg-type]
+    for probabilities, labels in told["found"]:  # type: ignore[attr-defined]
+        np.testing.assert_allclose(probabilities, wanted, atol=1e-6)
+        assert labels == wanted.argmax(axis=1).tolist()
+    assert told["errors"] == [
+        ["StatusCode.INVALID_ARGUMENT", "image: shape [5, 28, 27, 1] where [5, 28, 28, 1] is needed"],
+        ["StatusCode.NOT_FOUND", "Servable not found for request: Latest(none)"],
+    ]
+    assert told["index"] == {"models": [{"name": "digits", "version": "1", "state": "READY"}]}
+    assert told["metadata"]["inputs"] == [{"name": "image", "datatype": "UINT8", "shape": ["-1", "28", "28", "1"]}]  # type: ignore[index]
 
 
 KSERVE = """

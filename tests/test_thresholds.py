@@ -23,7 +23,7 @@ from dlopt.models import Mlp
 from dlopt.optim.optimizers import Adam
 from dlopt.part import Signature, Target
 from dlopt.serve import Serve
-from dlopt.serve.application import application_of
+from dlopt.serve.front.application import application_of
 from dlopt.train.job import Fit, Train
 from dlopt.train.loop.losses import Binary, CrossEntropy, Focal, loss_of
 from dlopt.train.measure.curves import EXACT, Curve, curve_of

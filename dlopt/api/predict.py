@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import os
 from collections.abc import Callable, Mapping, Sequence
-from datetime import date, datetime, time
-from decimal import Decimal
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 
 from dlopt.artifact import Artifact
+from dlopt.client.values import plain_row, plain_value
 from dlopt.data.kinds import encode_rows
 from dlopt.data.sources.memory import table_of
 from dlopt.data.types.values import doubles
 from dlopt.part import DloptError, Signature
 from dlopt.serve.exchange import Answer, decisions
-from dlopt.serve.model import Predictor
+from dlopt.serve.models.model import Predictor
 
 ROWS = 2048
 """Rows that are decoded at a time."""
@@ -108,7 +104,7 @@ def rows_of(data: Any, signature: Signature) -> Sequence[Any]:
     if isinstance(data, np.ndarray):
         return list(data.tolist())
     if isinstance(data, Sequence):
-        return [_plain_row(row) for row in data]
+        return [plain_row(row) for row in data]
     table = table_of(data)
     known = [column for feature in signature.inputs for column in feature.columns]
     for column in known:
@@ -129,31 +125,4 @@ def _values(kind: str, name: str, column: pa.ChunkedArray) -> list[Any]:
         if wrong:
             raise DloptError(f"predict: row {min(wrong)}: {name}: {column[min(wrong)].as_py()!r:.40} is not a number")
         return list(numbers.tolist())
-    return [_plain(value) for value in column.to_pylist()]
-
-
-def _plain_row(row: Any) -> Any:
-    return {name: _plain(value) for name, value in row.items()} if isinstance(row, Mapping) and set(row) != {"b64"} else _plain(row)
-
-
-def _plain(value: Any) -> Any:
-    """A value of Python, numpy or Pillow as JSON has it."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if isinstance(value, Path):
-        value = value.read_bytes()
-    if hasattr(value, "save") and hasattr(value, "getbands"):
-        content = io.BytesIO()
-        value.save(content, format="png")
-        value = content.getvalue()
-    if isinstance(value, bytes):
-        return {"b64": base64.b64encode(value).decode()}
-    if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
-        return {"b64": base64.b64encode(value["bytes"]).decode()}
-    if isinstance(value, (datetime, date, time)):
-        return value.isoformat()
-    if isinstance(value, Decimal):
-        return int(value) if value == value.to_integral_value() else float(value)
-    return None if isinstance(value, float) and value != value else value
+    return [plain_value(value) for value in column.to_pylist()]

@@ -16,14 +16,17 @@ from typing import Any
 
 from dlopt.cli import (
     batch,
+    bench_serve,
     check,
     compare,
     completion,
     compress,
+    deploy,
     docs,
     explain,
     export,
     init,
+    predict,
     profile,
     run,
     runs,
@@ -34,7 +37,8 @@ from dlopt.cli import (
 )
 from dlopt.cli.options import Mistake, Parser, close_to
 
-COMMANDS = (init, run, check, explain, profile, schedule, batch, compress, export, verify, serve, submit, compare, runs, docs, completion)
+SMALL, SERVING = (compress, export, verify), (predict, serve, bench_serve, deploy)
+COMMANDS = (init, run, check, explain, profile, schedule, batch, *SMALL, *SERVING, submit, compare, runs, docs, completion)
 EPILOG = """the first steps:
   dlopt init data.csv --target late -o job.yaml   write a job
   dlopt run job.yaml                              train, export, report

@@ -20,6 +20,9 @@ class Compressor(Part):
     fills: ClassVar[bool] = False
     """Whether it decides only on weights that nothing before it has decided on."""
 
+    if TYPE_CHECKING:
+        kind: str
+
     leave: tuple[str, ...] = ()
     """Patterns of weights that stay as they are, as `*.head.weight`."""
 

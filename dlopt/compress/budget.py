@@ -118,4 +118,4 @@ def _copy(model: Model) -> Model:
 
 
 def _told(part: Compressor) -> list[tuple[str, object]]:
-    return [("kind", part.kind), *((name, value) for name, value in part.model_dump(exclude_defaults=True).items() if name != "kind")]  # type: ignore[attr-defined]
+    return [("kind", part.kind), *((name, value) for name, value in part.model_dump(exclude_defaults=True).items() if name != "kind")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -48,7 +48,8 @@ class LowRank(Tuned):
             kept = self._kept(values)
             if kept * sum(matrix.shape) >= matrix.numel():
                 continue
-            two, root = in_two(layer, kept), values[:kept].sqrt()
+            two: Any = in_two(layer, kept)
+            root = values[:kept].sqrt()
             with torch.no_grad():
                 two[0].weight.copy_((root[:, None] * right[:kept]).view_as(two[0].weight))
                 two[1].weight.copy_((left[:, :kept] * root).view_as(two[1].weight))

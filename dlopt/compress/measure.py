@@ -102,8 +102,7 @@ def counted(network: Network, signature: Signature) -> dict[str, int]:
     hooks = []
 
     def listen(layer: nn.Module) -> Callable[[nn.Module, Any, Tensor], None]:
-        weight = layer.weight.detach()
-        assert isinstance(weight, Tensor)
+        weight = dict(layer.named_parameters(recurse=False))["weight"].detach()
         share = float((weight != 0).double().mean())
 
         def count(_module: nn.Module, _inputs: Any, outputs: Tensor) -> None:

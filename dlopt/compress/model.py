@@ -108,7 +108,7 @@ class Model:
         train = self.fit.train
         changed: dict[str, Any] = dict.fromkeys(("early_stopping", "synchronization", "compression")) | {"epochs": epochs, "folds": 0}
         if rate is not None:
-            peak = self.original.info.get("rate") or train.optimizer.lr
+            peak = float(self.original.info.get("rate") or train.optimizer.lr)
             changed |= {"optimizer": train.optimizer.model_copy(update={"lr": peak * rate}), "schedule": Cosine(), "scale_lr": None}
             changed |= {"average": None, "lookahead": None}
         section = self.fit.model_copy(update={"train": train.model_copy(update=changed)})

@@ -36,6 +36,9 @@ class ExportFormat(Part):
     file: ClassVar[str]
     """The name of what it writes: the file to take away, if there is one alone."""
 
+    if TYPE_CHECKING:
+        kind: str
+
     tolerance: float = Field(1e-5, gt=0)
     """The export is refused when an output differs by more than this from torch's on any row of the test split: a probability, or a
     number in standard deviations of the training rows (beyond what the rounding of float32 is)."""
@@ -47,7 +50,7 @@ class ExportFormat(Part):
     @property
     def name(self) -> str:
         """Tells it from other exports of a run."""
-        return str(self.kind)  # type: ignore[attr-defined]
+        return self.kind
 
     @property
     def rounds(self) -> bool:
@@ -60,7 +63,7 @@ class ExportFormat(Part):
             if self.package:
                 importlib.import_module(self.package)
         except ImportError:
-            raise DloptError(f"export: {self.kind}: needs the package {self.package}: pip install 'dlopt[{self.extra}]'") from None  # type: ignore[attr-defined]
+            raise DloptError(f"export: {self.kind}: needs the package {self.package}: pip install 'dlopt[{self.extra}]'") from None
 
     def write(self, trained: Trained, out: Path) -> dict[str, Any]:
         """Write the files into a folder; returns what the manifest is to say of them. Raises DloptError for what cannot be said in it."""

@@ -242,7 +242,7 @@ def one_moment(feature: Mapping[str, Any], name: str, row: int, value: Any) -> d
         value = None
     if value is None:
         raise ValueError(f"row {row}: {name}: is not a date")
-    return value.astimezone(UTC).replace(tzinfo=None) if value.tzinfo else value  # type: ignore[no-any-return]
+    return value.astimezone(UTC).replace(tzinfo=None) if value.tzinfo else value
 
 
 def encoded_texts(feature: Mapping[str, Any], columns: Mapping[str, Any]) -> np.ndarray:
@@ -256,7 +256,8 @@ def encoded_texts(feature: Mapping[str, Any], columns: Mapping[str, Any]) -> np.
         for name, kind in zip(feature["columns"], types, strict=True)
     ]  # fmt: skip
     tokenizer, (most,) = Tokenizer.from_str(feature["tokenizer"]), feature["shape"]
-    tokenizer.enable_truncation(most, direction=tokenizer.truncation["direction"])
+    cut = json.loads(feature["tokenizer"])["truncation"]["direction"].lower()
+    tokenizer.enable_truncation(most, direction=cut)
     whole = [" ".join(row).encode("utf-8", "replace").decode() for row in zip(*texts, strict=True)]
     found = [row.ids for row in tokenizer.encode_batch(whole)]
     values = np.zeros((len(found), max(1, *map(len, found))) if found else (0, 1), dtype=np.int32)

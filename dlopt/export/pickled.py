@@ -25,11 +25,11 @@ class Pickled(ExportFormat):
         from dlopt.export import estimator
         from dlopt.export.graph import written
 
-        content = written(trained)
+        graph = written(trained)
         kind = estimator.Regressor if trained.signature.target.kind == "number" else estimator.Classifier
-        written = self.dump(kind(content, trained.signature.model_dump_json(), source()))
-        write_atomically(out / self.file, written)
-        digest = hashlib.sha256(written).hexdigest()
+        content = self.dump(kind(graph, trained.signature.model_dump_json(), source()))
+        write_atomically(out / self.file, content)
+        digest = hashlib.sha256(content).hexdigest()
         write_atomically(out / f"{self.file}.sha256", f"{digest}  {self.file}\n")
         return {"sha256": digest}
 

@@ -26,7 +26,7 @@ def export(section: ExportFormat, out: Path, model: Artifact, data: Artifact, *,
     """
     section.check()
     if "model.onnx" in model.manifest.files and not section.of_onnx:
-        raise DloptError(f"export: {section.kind}: the model is quantized in ONNX alone: export it as onnx, pickle or joblib")  # type: ignore[attr-defined]
+        raise DloptError(f"export: {section.kind}: the model is quantized in ONNX alone: export it as onnx, pickle or joblib")
     progress("export", None, f"writing {section.name}")
     trained = Trained.of(model, data)
     with nothing_half_written(out):

@@ -96,14 +96,14 @@ class Graph(nn.Module):
         super().__init__()
         self.preprocess, self.output = network.preprocess, network.output
         self.body = copy.deepcopy(network.body).to(half) if half else network.body
-        self.inputs, self.target, self.half = signature.inputs, signature.target, half
+        self.inputs, self.target, self.narrow = signature.inputs, signature.target, half
 
     def forward(self, *inputs: Tensor) -> Tensor:
         given = {feature.name: _shifted(values, feature) for feature, values in zip(self.inputs, inputs, strict=True)}
         found = self.preprocess(given)
-        if self.half:
-            found = {name: values.to(self.half) if values.is_floating_point() else values for name, values in found.items()}
-        outputs = activated(self.target, self.output(self.body(found).float() if self.half else self.body(found)))
+        if self.narrow:
+            found = {name: values.to(self.narrow) if values.is_floating_point() else values for name, values in found.items()}
+        outputs = activated(self.target, self.output(self.body(found).float() if self.narrow else self.body(found)))
         return outputs.double() + _double(self.target) if self.target.offsets else outputs
 
 
@@ -114,7 +114,8 @@ def examples(signature: Signature, rows: int = 2) -> tuple[Tensor, ...]:
 
 def traced_type(feature: Feature) -> torch.dtype:
     """The type of an input as a graph takes it before categories are looked up."""
-    return getattr(torch, feature.dtype if feature.offsets else feature.stored)  # type: ignore[no-any-return]
+    found: torch.dtype = getattr(torch, feature.dtype if feature.offsets else feature.stored)
+    return found
 
 
 def _shifted(values: Tensor, feature: Feature) -> Tensor:

@@ -1,4 +1,5 @@
-"""How long things take on a device. A GPU is told to note it, and asked only when somebody wants to know: nothing waits for it before."""
+"""How long things take on a device. An accelerator is told to note it, and asked only when somebody wants to know: else what is timed
+would be how long it takes to begin them."""
 
 from __future__ import annotations
 
@@ -14,16 +15,16 @@ class Clock:
 
     def __init__(self) -> None:
         self._seconds = 0.0
-        self._noted: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._noted: list[tuple[torch.Event, torch.Event]] = []
 
     @contextmanager
     def running(self, device: torch.device) -> Iterator[None]:
-        if device.type != "cuda":
+        if device.type == "cpu":
             start = time.perf_counter()
             yield
             self._seconds += time.perf_counter() - start
             return
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began, ended = (torch.Event(device, enable_timing=True) for _ in range(2))
         began.record()
         yield
         ended.record()

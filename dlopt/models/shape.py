@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -46,11 +46,12 @@ def _resize(module: nn.Module, key: str, given: Tensor) -> None:
 
 def in_two(layer: nn.Linear | nn.Conv2d, rank: int) -> nn.Sequential:
     """Two layers in a row in place of one, with so many units, or channels, between them."""
-    bias, like = layer.bias is not None, {"dtype": layer.weight.dtype, "device": layer.weight.device}
+    bias = layer.bias is not None
+    like: dict[str, Any] = {"dtype": layer.weight.dtype, "device": layer.weight.device}
     if isinstance(layer, nn.Linear):
         return nn.Sequential(nn.Linear(layer.in_features, rank, bias=False, **like), nn.Linear(rank, layer.out_features, bias=bias, **like))
-    size = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
-    first = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, bias=False, **size, **like)  # type: ignore[arg-type]
+    size: dict[str, Any] = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+    first = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, bias=False, **size, **like)
     return nn.Sequential(first, nn.Conv2d(rank, layer.out_channels, 1, bias=bias, **like))
 
 

@@ -1,5 +1,8 @@
 """Averages of the weights over the steps of training, which are measured and kept in the weights' place. To add one: a class with
-`build`, and its name in the union at the end."""
+`build`, and its name in the union at the end.
+
+Not torch.optim.swa_utils: its AveragedModel is a second network, which cannot be of shares of weights, and its update_bn takes the mean of
+batches' variances for the variance, where `reestimate` has that of all rows."""
 
 from __future__ import annotations
 
@@ -86,15 +89,15 @@ class Average:
                 self.mean[name].copy_(self.now[name])
             self.updates += 1
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All that a checkpoint needs, by name; `load` takes it back, to the bit."""
-        return self.mean | {UPDATES: torch.tensor(self.updates)}
+    def state_dict(self) -> dict[str, Any]:
+        """All that a checkpoint needs, by name; `load_state_dict` takes it back, to the bit."""
+        return self.mean | {UPDATES: self.updates}
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Become the average that `tensors` was of."""
-        self.updates = int(tensors[UPDATES])
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Become the average that said this."""
+        self.updates = state[UPDATES]
         for name, mean in self.mean.items():
-            mean.copy_(tensors[name])
+            mean.copy_(state[name])
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -31,6 +31,8 @@ class Serve(Part):
 
     replicas: Annotated[int, Field(ge=1)] | Replicas = 1
     """Copies of the model, each in a process of its own: a number, or {min, max} to scale with the load."""
+    provider: Literal["cpu", "cuda", "tensorrt", "openvino"] = "cpu"
+    """What onnxruntime computes with; where its build has none of it, the CPU does, and the log says so."""
     threads: int = Field(1, ge=1)
     """CPU threads that one replica computes with; on a cluster it reserves as many CPUs."""
     max_batch: int = Field(64, ge=1)
@@ -50,7 +52,8 @@ class Serve(Part):
     drain_seconds: float = Field(5, ge=0)
     """After SIGTERM the server says that it is not ready, and goes on for so long, until whoever sends it requests has noticed."""
     rate: float = Field(0, ge=0)
-    """Requests a second of one key, of each replica; more get status 429. 0 is any; a file of keys may say other for one."""
+    """Requests a second of one key, of all replicas of a machine together; more get status 429. 0 is any; a file of keys may say other for
+    one."""
 
     @property
     def least_replicas(self) -> int:
@@ -68,4 +71,6 @@ def app(arguments: Mapping[str, Any]) -> Any:
 
     arguments: run (a folder, or a job's name), home (the folder of runs), keys (a file of API keys, or none). Raises DloptError.
     """
-    return import_module("dlopt.serve.cluster").built(arguments)  # by its name: a replica imports this module, and must not need Ray
+    return import_module("dlopt.serve.servers.cluster").built(
+        arguments
+    )  # by its name: a replica imports this module, and must not need Ray

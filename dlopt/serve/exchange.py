@@ -16,9 +16,9 @@ from dlopt.data.kinds import RawColumns, kinds
 from dlopt.part import Signature, Target
 
 if TYPE_CHECKING:
-    from dlopt.serve.metrics import Registry
-    from dlopt.serve.model import Model
-    from dlopt.serve.registry import Models
+    from dlopt.serve.models.model import Model
+    from dlopt.serve.models.registry import Models
+    from dlopt.serve.watch.metrics import Registry
 
 THRESHOLD = 0.5
 """A row gets every label of a multi_label target without thresholds that is more probable, in the metrics as in the replies."""
@@ -181,6 +181,10 @@ class Call:
     """Whether it is a request to predict."""
     role: str = "admin"
     """What the client's key allows."""
+    who: str = ""
+    """The client's key by its name, or by the beginning of its digest; "" where none is asked for."""
+    id: bytes = b""
+    """What the request is called in its reply and in the log."""
     cookie: str = ""
     """What lets a browser in whose user has given the key in the address."""
 
@@ -195,7 +199,7 @@ class Call:
 
     def find(self, name: str, version: str | None = None, label: str | None = None) -> Model:
         """The model that is asked for, noted. Raises Refusal."""
-        self.model = self.models.find(name, version, label)
+        self.model = self.models.find(name, version, label, self.counted)
         return self.model
 
     def needs_admin(self) -> None:

@@ -24,7 +24,7 @@ from dlopt.train.loop.precision import HALF, Precision
 from dlopt.train.measure.metric import METRICS, listed, names
 from dlopt.train.measure.thresholds import Threshold, Tuned
 from dlopt.train.parallel.compression import Compression, PowerSGD
-from dlopt.train.parallel.local_sgd import Synchronization
+from dlopt.train.parallel.local_sgd import LocalSGD
 from dlopt.train.parallel.strategies import Parallelism, refuse_communication
 from dlopt.train.progress.track import Track
 from dlopt.train.watch.divergence import Divergence
@@ -55,8 +55,8 @@ class Train(Part):
     batch_size: Annotated[int, Field(ge=1)] | Literal["full"] = 128
     """Rows of a step, of the whole job: shared out over the workers. full: all rows of the training split, a step an epoch."""
     micro_batch_size: int | None = Field(None, ge=1)
-    """Rows whose gradients are computed at a time, of the whole job, where memory is short of a batch: they are added up to the same
-    gradient. Batch normalization sees so many at a time."""
+    """Rows whose gradients are computed at a time by each worker, where its memory is short of its share of a batch: they are added up to
+    the same gradient. Batch normalization sees so many at a time: with it they are of all workers together."""
     optimizer: Optimizer = Adam()
     """What turns gradients into steps. With lr: auto a range test finds the peak rate before training."""
     parameters: Parameters = Parameters()
@@ -111,7 +111,7 @@ class Train(Part):
     step when a gradient is too large for the scale, which is halved then."""
     compression: Compression | None = None
     """What of gradients workers send to each other, if not all: for slow networks."""
-    synchronization: Synchronization | None = None
+    synchronization: LocalSGD | None = None
     """Workers that train a replica each and exchange weights now and then, in place of gradients after every step: for networks that are
     slower still. The number of replicas decides the result."""
     health: Health = Health()
@@ -221,10 +221,12 @@ class Resources(Part):
     feed: Literal["auto", "resident", "stream"] = "auto"
     """Keep the training split in memory, stream it through Ray Data, or choose by its size."""
     resident_bytes: int = Field(2 * 2**30, ge=0)
-    """The largest training split, in bytes of decoded rows, that `feed: auto` keeps in memory."""
+    """The largest training split, in bytes of decoded rows, that `feed: auto` keeps in memory: all of it with each worker, since in each
+    epoch any row can be any worker's."""
     parallelism: Parallelism = "ddp"
     """What of a network each of several workers holds: ddp all of it; zero shares out the optimizer's state; fsdp shares out weights,
-    gradients and state, for networks that are too large for the memory of one, at more communication. A single worker holds it all."""
+    gradients and state, for networks that are too large for the memory of one, at more communication: no worker ever has it whole, but
+    worker 0 in the memory of its host when it draws the first weights and writes the last ones. A single worker holds it all."""
     max_failures: int = Field(3, ge=0)
     """How often workers that were lost, or Ray Train's controller, are replaced before the run fails. Workers that were told to end are
     replaced without limit."""

@@ -133,6 +133,9 @@ def _work(section: Fit, store: Store) -> Work:
 class _Run:
     """Training as one group of workers after another, until one comes to the end.
 
+    Not by Ray Train's own elasticity and FailureConfig (2.60): it ends a group to resize it without asking it to save first, so that steps
+    are redone; it counts parts of a CPU wrong, as a TODO there says; and it starts again after a mistake of the user's, too.
+
     What it takes to notice, on an idle machine: half a second that the process of a worker, or of Ray Train's controller, is gone; what
     Ray's health checks take (20 seconds) that a node is; RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S (60 seconds) that a worker's process does
     not answer; `resources.hang_seconds` that a worker answers but makes no step.

@@ -15,14 +15,16 @@ from torch import Tensor
 
 from dlopt.artifact import Artifact
 from dlopt.data.counter import bits
-from dlopt.data.feed.batches import Feed, Resident, Stream
+from dlopt.data.feed.batches import Feed, Resident, Stream, ahead
 from dlopt.data.feed.share import Share
 from dlopt.data.prepared import Split
 from dlopt.models import Network
+from dlopt.optim.optimizers import Lbfgs
 from dlopt.part import DloptError
-from dlopt.train.checkpoint.checkpoints import newest_of_all
+from dlopt.train.checkpoint.checkpoints import Wanted, newest_of_all
 from dlopt.train.checkpoint.state import TrainingState
 from dlopt.train.checkpoint.stores import Store
+from dlopt.train.checkpoint.writer import Writer
 from dlopt.train.cluster.stopping import Preempted, Reason, Stopped, reason
 from dlopt.train.job import Fit, Resources, course_of
 from dlopt.train.loop.gradients import split
@@ -40,7 +42,7 @@ from dlopt.train.parallel.drift import refuse_drift
 from dlopt.train.parallel.local_sgd import LocalSGDParallel
 from dlopt.train.start import first_batches, objective_of, read_statistics
 from dlopt.train.tuning import Held, Tuning
-from dlopt.train.watch.observer import Diary, Diverged, Observer, Taken
+from dlopt.train.watch.observer import Diary, Diverged, NotFinite, Observer, Taken
 from dlopt.train.watch.profile import Profile, Unprofiled
 from dlopt.train.watch.speed import Pace
 from dlopt.train.watch.watchdog import Watchdog
@@ -54,19 +56,21 @@ REESTIMATED = 100
 
 @dataclass
 class Training:
-    """What one of `world` workers trains with. The diary is worker 0's."""
+    """What one of `world` workers trains with. The diary is worker 0's; a writer has who writes a part of checkpoints."""
 
     fit: Fit
     resources: Resources
     data: Artifact
     out: Path
     store: Store
+    wanted: Wanted
     feed_kind: str
     state: TrainingState
     rank: int
     world: int
     device: torch.device
     diary: Diary | None = None
+    writer: Writer | None = None
     watchdog: Watchdog | None = None
     tuning: Tuning = field(default_factory=Tuning)
     feed: Feed | None = field(init=False, default=None)
@@ -100,6 +104,13 @@ class Training:
         assert isinstance(self.state.model, Network)
         return self.state.model
 
+    @property
+    def sure(self) -> bool:
+        """Whether each step is waited for, to know that its gradient was finite: where that takes no time, is needed for the next one
+        anyway, or is known to happen. All others are taken, and training goes back to a checkpoint if it happens for the first time."""
+        alone = isinstance(self.parallel, LocalSGDParallel) or isinstance(self.fit.train.optimizer, Lbfgs)
+        return self.device.type == "cpu" or self.scale is not None or alone or self.state.record.careful
+
     def run(self) -> None:
         """Train to the last epoch, or until it is stopped early. Raises DloptError when training diverges again and again or a
         checkpoint cannot be written, Stopped and Preempted when it is told to end and has saved where it stands."""
@@ -108,29 +119,33 @@ class Training:
                 self._epoch()
             except Diverged as why:
                 self._roll_back(str(why))
+            except NotFinite:
+                self._take_back()
             else:
                 if self.world > 1:
                     refuse_drift(self.parallel.alike())
                 if self._worth_saving():
-                    self.save()
+                    self.save(needed=not self.parallel.in_step)
         self.profile.close()
 
     def save(self, needed: bool = True) -> None:
         """A checkpoint of where training stands; if it is not needed, none while the one before is still being written. All workers call it
         at the same step."""
-        if not needed:
-            with self._unwatched():
-                ready = agreed(self.diary is None or self.diary.writer.ready(MOMENT), self.world, self.device)
-            if not ready:
+        with self._unwatched():
+            if not needed and not agreed(self.writer is None or self.writer.ready(MOMENT), self.world, self.device):
                 return
+            if needed and self.parallel.in_step:  # all write the same ones
+                self._written()
         record = self.state.record
+        self.observer.settle(record.epoch + 1, self.sure)
         record.seconds, self.marked = record.seconds + time.monotonic() - self.marked, time.monotonic()
-        self.observer.remember()
+        self.observer.totals.settle(record)
         with self.profile.within("checkpoint"):
             packed = self.state.packed()
             if self.diary:
                 self.diary.flush()  # lines of steps that a checkpoint has are never written again
-                self.diary.writer.write(self.state, *packed)
+            if self.writer:
+                self.writer.write(packed)
         self.saved = time.monotonic()
 
     def steps(self, epoch: int) -> Iterator[tuple[Step, int]]:
@@ -140,8 +155,8 @@ class Training:
         schedule, course, history, before, start = train.schedule, self.course, tuple(record.history), record.step, record.batch
         slower, begun = train.divergence.factor**record.rollbacks, (epoch - 1) * order.batches + start
         seeds = bits(np.arange(before, before + order.batches), self.fit.seed, self.rank, PURPOSE) >> np.uint64(1)
-        batches = self.profile.batches(self.pace.waiting(self._feed(epoch).epoch(epoch, start)))
-        found = self.pipeline.steps(batches, lambda index: slower * schedule.factor(begun + index, course, history), before)
+        batches = self.profile.batches(self.pace.waiting(ahead(self._feed(epoch).epoch(epoch, start), self.device)))
+        found = self.pipeline.steps(batches, lambda index: slower * schedule.factor(begun + index, course, history), before, self.sure)
         self.observer.ready()
         for index, (_, rows) in enumerate(self.sizes[start:]):
             _seed(int(seeds[index]), self.device)
@@ -166,8 +181,9 @@ class Training:
             if isinstance(self.parallel, LocalSGDParallel):
                 self._apart(self.parallel, step, rows, epoch)
             else:
-                self.observer.step(step, rows, epoch)
+                self.observer.step(step, rows, epoch, self.sure)
             self._between_steps()
+        self.observer.settle(epoch, self.sure)
         means = self.observer.epoch(epoch, self.share.order.rows)
         with self.measured():
             self._refuse_not_finite()
@@ -195,6 +211,7 @@ class Training:
         if self.agreement.due(record.step):
             due, stop = self._agreed(due)
         if (due and record.batch < self.share.order.batches) or stop:  # after the last batch of an epoch comes a checkpoint anyway
+            self.observer.settle(record.epoch + 1, self.sure)
             self._refuse_not_finite()
             self.save(needed=stop is not None)
         if stop:
@@ -202,11 +219,11 @@ class Training:
 
     def _agreed(self, due: bool) -> tuple[bool, Reason | None]:
         """Whether a checkpoint is due, and whether training is to end, by what all workers know."""
-        seconds = self.resources.checkpoint.every.seconds
-        late = seconds is not None and time.monotonic() - self.saved >= seconds and self.diary is not None and self.diary.writer.ready()
+        seconds, first = self.resources.checkpoint.every.seconds, self.writer if self.rank == 0 else None
+        late = seconds is not None and time.monotonic() - self.saved >= seconds and first is not None and first.ready()
         told = self.agreement.exchange(self.state.record.step, reason(self.out), late, self.pace.lap())
         if self.diary:
-            self.diary.speed.lap(self.state.record, self.pace, told.busy, self.diary.writer.as_json())
+            self.diary.speed.lap(self.state.record, self.pace, told.busy, first.as_json() if first else {})
             self.diary.log.flush()  # about twice a second: who follows it sees training as it is
         return due or told.checkpoint, told.stop
 
@@ -222,7 +239,8 @@ class Training:
     def _validated(self) -> Metrics:
         train, target = self.fit.train, self.validation.signature.target
         given = fixed(train.threshold, target)
-        return evaluate(self.network, self.validation, self.device, self.rank, self.world, loss=train.loss, thresholds=given)
+        where = self.device, self.rank, self.world, self.parallel.in_step
+        return evaluate(self.network, self.validation, *where, loss=train.loss, thresholds=given)
 
     @contextmanager
     def measured(self) -> Iterator[None]:
@@ -262,7 +280,7 @@ class Training:
         if self.scale:
             least = torch.tensor([self.scale.scale, self.scale.good], dtype=torch.float64, device=self.device)
             dist.all_reduce(least, dist.ReduceOp.MIN)
-            self.scale.recall({"scale": least[0].item(), "good": int(least[1])})
+            self.scale.load_state_dict({"scale": least[0].item(), "good": int(least[1])})
 
     def _roll_back(self, why: str) -> None:
         """Go back to the newest checkpoint of an epoch's end, and on at a lower rate. Raises DloptError after too many of them."""
@@ -270,22 +288,38 @@ class Training:
         tried = f"{why}; lower train.optimizer.lr or set train.clip"
         if rollbacks > train.divergence.most:
             raise DloptError(f"train: training diverges even after {rollbacks - 1} roll-backs to a lower rate: {tried}")
+        self._go_back(epoch_ends=True)
+        record = self.state.record
+        record.rollbacks = rollbacks
+        for part in (self.observer.diverging, self.observer.watch):
+            part.load_state_dict({})
+        self.observer.begin()
+        rate = record.peak * train.divergence.factor**rollbacks
+        self.observer.write_health(record.epoch, {"step": record.step, "rollback": why, "rate": rate})
+        self.save()
+
+    def _take_back(self) -> None:
+        """Go back to the newest checkpoint, and on with each step waited for."""
+        self._go_back(epoch_ends=False)
+        self.state.record.careful = True
+        self.observer.begin()
+
+    def _go_back(self, epoch_ends: bool) -> None:
+        """To the newest checkpoint, or the newest one of an epoch's end."""
         with self._unwatched():
-            patiently(self.diary.writer.wait if self.diary else lambda: None, self.world, self.device)
-            found, _ = newest_of_all(self.store, self.rank, self.world, self.device, self.parallel.writes, epoch_ends=True)
+            self._written()
+            found, _ = newest_of_all(self.store, self.wanted, self.device, epoch_ends)
         assert found
         found.load(self.state)
-        record = self.state.record
-        record.rollbacks, record.diverging = rollbacks, {}
         if self.held:
             self.held.release()
         self.feed, self.taken_apart, self.due, self.held = None, [], False, self._hold()
-        self.observer.begin_anew()
-        rate = record.peak * train.divergence.factor**rollbacks
         if self.diary:
-            self.diary.undo(record.epoch, record.step)
-            self.observer.write_health(record.epoch, {"step": record.step, "rollback": why, "rate": rate})
-        self.save()
+            self.diary.undo(self.state.record.epoch, self.state.record.step)
+
+    def _written(self) -> None:
+        """Wait, however long it takes, until all checkpoints are there that were begun."""
+        patiently(self.writer.wait if self.writer else lambda: None, self.world, self.device)
 
     def _hold(self) -> Held | None:
         """What weights are held to, of them as they are now."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Literal
@@ -121,7 +122,7 @@ def _lamp(weight: Tensor) -> Tensor:
     return found.view_as(weight)
 
 
-SCORES = {"global": torch.abs, "layer": torch.abs, "lamp": _lamp}
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {"global": torch.abs, "layer": torch.abs, "lamp": _lamp}
 """How much a weight counts, by what it is compared with: all weights, those of its layer, or those of all layers as shares of theirs."""
 
 

@@ -8,7 +8,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
-from torch import nn
+from torch import Tensor, nn
 
 from dlopt.artifact import Artifact, sweep, write_atomically, writing
 from dlopt.data.prepared import Split
@@ -26,7 +26,7 @@ from dlopt.models.own import Own, draws_by_row, register
 from dlopt.models.recompute import recompute
 from dlopt.models.spread import spread
 from dlopt.part import Part
-from dlopt.train.checkpoint.checkpoints import newest_of_all
+from dlopt.train.checkpoint.checkpoints import Wanted, newest_of_all
 from dlopt.train.checkpoint.state import Record, TrainingState
 from dlopt.train.checkpoint.stores import Store, store_of
 from dlopt.train.checkpoint.writer import Writer
@@ -35,10 +35,11 @@ from dlopt.train.job import Fit, Resources, course_of
 from dlopt.train.loop.compiled import compile_network
 from dlopt.train.loop.precision import mixed
 from dlopt.train.measure.evaluate import evaluate, thresholds_of, write_predictions
-from dlopt.train.measure.metrics import approximated
+from dlopt.train.measure.metrics import Metrics, approximated
 from dlopt.train.measure.thresholds import signed
 from dlopt.train.parallel.agreement import patiently
 from dlopt.train.parallel.base import Parallel
+from dlopt.train.parallel.fsdp import without_weights
 from dlopt.train.parallel.strategies import parallel_of
 from dlopt.train.start import (
     first_batches,
@@ -107,59 +108,74 @@ class Worker:
         started = time.monotonic()
         data = Artifact.open(self.assignment.data)
         _set_numerics(self.device, self.assignment.resources)
-        writer = self._writer() if self.rank == 0 else None
+        writer = self._writer()
         state, hosts = self.state(data, writer)
         record = state.record
-        diary = self._diary(writer, record, hosts) if writer else None
+        diary = self._diary(record, hosts) if self.rank == 0 else None
         loop_started = time.monotonic()
         try:
             if record.epoch < self.assignment.fit.train.epochs and not record.stopped:
                 with self._watched() as watchdog:
-                    self.training(data, state, diary, watchdog).run()
-            self._close_together(diary)
+                    self.training(data, state, diary, writer, watchdog).run()
+            self._close_together(writer)
         except Stopped:
             return {"stopped": "asked", "steps": state.record.step}
         except Preempted:
-            self._close_together(diary)
+            self._close_together(writer)
             raise
         finally:
             if diary:
                 diary.close()
-        best = state.parallel.whole(state.best)
-        if self.rank != 0:
-            return None
+            if writer:
+                writer.close()
         trained, record = time.monotonic(), state.record
-        network = state.parallel.alone(lambda: self._network(data))
-        assert isinstance(network, Network)
-        network.load_state_dict(best)
-        info = self._finish(network, data, record)
+        best = state.parallel.gather(state.best)
+        if self.rank and not state.parallel.in_step:
+            return None
+        info = self._finish(state, best, data)
         seconds = {
             "start": round(loop_started - started, 3),
             "train": round(record.seconds, 3),
             "evaluate": round(time.monotonic() - trained, 3),
         }
         speed = round(record.rows / record.seconds, 1) if record.seconds else None
-        return info | {"seconds": seconds, "rows_per_second": speed, "workers": self.world, "feed": self.assignment.feed}
+        more = {"seconds": seconds, "rows_per_second": speed, "workers": self.world, "feed": self.assignment.feed}
+        return info | more if self.rank == 0 else None
 
-    def _writer(self) -> Writer:
-        """Of checkpoints; whoever has trained here before writes no more, and what it has left half written goes."""
-        found = Writer(self.store, self.assignment.resources.checkpoint.keep, uuid.uuid4().hex)
-        sweep(self.assignment.out)
+    def _writer(self) -> Writer | None:
+        """Of this worker's part of checkpoints, if it has one; whoever has trained here before writes no more, and what it has left half
+        written goes."""
+        keep, together = self.assignment.resources.checkpoint.keep, self._wanted.rows
+        found = Writer(self.store, keep, uuid.uuid4().hex, 0, self.world if together else 1) if self.rank == 0 else None
+        if found:
+            sweep(self.assignment.out)
+        if together:
+            told: list[Any] = [found and (found.owner, found.serial)]
+            dist.broadcast_object_list(told, src=0)
+            found = found or Writer(self.store, keep, told[0][0], self.rank, self.world, told[0][1])
         return found
 
-    def _close_together(self, diary: Diary | None) -> None:
+    def _close_together(self, writer: Writer | None) -> None:
         """Once the last checkpoint is written, however long that takes: Ray Train ends all workers as soon as one of them has."""
-        patiently(diary.close if diary else lambda: None, self.world, self.device)
+        patiently(writer.close if writer else lambda: None, self.world, self.device)
 
     @property
     def store(self) -> Store:
         return self.elsewhere or store_of(self.assignment.out, self.assignment.resources.checkpoint)
 
-    def training(self, data: Artifact, state: TrainingState, diary: Diary | None = None, watchdog: Watchdog | None = None) -> Training:
+    def training(
+        self,
+        data: Artifact,
+        state: TrainingState,
+        diary: Diary | None = None,
+        writer: Writer | None = None,
+        watchdog: Watchdog | None = None,
+    ) -> Training:
         """Ready for the next step."""
         given = self.assignment
         workers = (self.rank, self.world, self.device)
-        return Training(given.fit, given.resources, data, given.out, self.store, given.feed, state, *workers, diary, watchdog, given.tuning)
+        where = given.out, self.store, self._wanted, given.feed
+        return Training(given.fit, given.resources, data, *where, state, *workers, diary, writer, watchdog, given.tuning)
 
     @contextmanager
     def _watched(self) -> Iterator[Watchdog]:
@@ -171,17 +187,21 @@ class Worker:
         finally:
             watchdog.close()
 
-    def _diary(self, writer: Writer, record: Record, hosts: list[str]) -> Diary:
+    def _diary(self, record: Record, hosts: list[str]) -> Diary:
         out = self.assignment.out
         log, health = (MetricsWriter(out, record.epoch, record.step, name) for name in (NAME, HEALTH))
-        return Diary(writer, log, health, SpeedLog(out, record, hosts))
+        return Diary(log, health, SpeedLog(out, record, hosts))
 
     def state(self, data: Artifact, writer: Writer | None = None) -> tuple[TrainingState, list[str]]:
         """Where training goes on: the newest whole checkpoint, the same on all workers, since worker 0 chooses it; or the start. And the
         host of each worker."""
-        fit = self.assignment.fit
-        found, damaged = newest_of_all(self.store, self.rank, self.world, self.device, self._writes)
-        network, split = self._network(data), Split.open(data, "train")
+        fit, shared_out = self.assignment.fit, self._wanted.rows
+        found, damaged = newest_of_all(self.store, self._wanted, self.device)
+        split, custom = Split.open(data, "train"), isinstance(fit.model, Own)
+        with without_weights() if shared_out and not custom and (found or self.rank) else nullcontext():
+            network = self._network(data)
+        if not shared_out:
+            network.to(self.device)
         record = found.record if found else self._beginning(network, split, data)
         watch: Watch | None = None
         warnings = self._said_of_own(network, split)
@@ -198,7 +218,7 @@ class Worker:
         else:
             packed = state.packed()
             if writer:
-                writer.write(state, *packed)
+                writer.write(packed)
         hosts = self._hosts()
         if self.rank == 0:
             rows = {name: len(Split.open(data, name)) for name in ("train", "validation", "test")}
@@ -210,13 +230,14 @@ class Worker:
         """As it is before the first step."""
         fit, begins = self.assignment.fit, self.assignment.tuning.model
         if begins is None:
-            return load_network(fit, data).to(self.device)
-        return network_with(fit, data, load_file(begins)).train().to(self.device)
+            return load_network(fit, data)
+        return network_with(fit, data, load_file(begins)).train()
 
     def _said_of_own(self, network: Network, split: Split) -> list[str]:
         """A line where the result of a user's network depends on how many workers there are."""
         model = self.assignment.fit.model
-        if not isinstance(model, Own) or len(split) < 2 or draws_by_row(network, first_rows(split, self.device)):
+        device = next(network.parameters()).device
+        if self.rank or not isinstance(model, Own) or len(split) < 2 or draws_by_row(network, first_rows(split, device)):
             return []
         return [
             f"model: {model.name} gives rows other outputs when they are computed in two parts, so the result depends on the number of "
@@ -238,13 +259,14 @@ class Worker:
         fit, custom = self.assignment.fit, isinstance(self.assignment.fit.model, Own)
         part = fit.train.synchronization or (fit.train.compression if self.world > 1 else None)
         if part:
-            return part.build(network, self.rank, self.world, custom, fit.seed)
-        return parallel_of(self.assignment.resources.parallelism, network, self.rank, self.world, custom)
+            return part.build(network, self.rank, self.world, fit.seed)
+        return parallel_of(self.assignment.resources.parallelism, network, self.rank, self.world, custom, self.device)
 
     @property
-    def _writes(self) -> bool:
-        """Whether this worker will have a part of the best weights."""
-        return self.rank == 0 or self.assignment.resources.parallelism == "fsdp"
+    def _wanted(self) -> Wanted:
+        """What of a checkpoint this worker needs."""
+        rows = self.world > 1 and self.assignment.resources.parallelism == "fsdp"
+        return Wanted(self.rank, self.world, rows, best=self.rank == 0 or rows)
 
     def _hosts(self) -> list[str]:
         """Of each worker."""
@@ -254,23 +276,24 @@ class Worker:
         return hosts
 
     def _beginning(self, network: Network, split: Split, data: Artifact) -> Record:
-        """Before the first step: weights scaled by data and a rate found by trying, where they are asked for; a look at the layers."""
-        fit, out = self.assignment.fit, self.assignment.out
-        if self.assignment.tuning.model is None:
-            scaled_by_data(network, fit, split, self.device)
-        layers = spread(network, first_rows(split, self.device))
-        peak, found = peak_of(fit, len(split)), None
-        if peak is None:
-            found = swept(fit, network, data, self.device)
-            peak = found.suggested
-        chosen = [peak]
+        """Before the first step. Worker 0's weights are those of all, who wait for it."""
+        chosen = [patiently(lambda: self._begun(network, split, data) if self.rank == 0 else 0.0, self.world, self.device)]
         if self.world > 1:
             dist.broadcast_object_list(chosen, src=0)
-        if self.rank == 0:
-            write_atomically(out / LAYERS, json.dumps(layers))
-            if found:
-                write_atomically(out / RANGE, json.dumps(found._asdict()))
         return Record(peak=chosen[0])
+
+    def _begun(self, network: Network, split: Split, data: Artifact) -> float:
+        """Weights scaled by data and a rate found by trying, where they are asked for; a look at the layers. Returns the peak rate."""
+        fit, out, device = self.assignment.fit, self.assignment.out, next(network.parameters()).device
+        if self.assignment.tuning.model is None:
+            scaled_by_data(network, fit, split, device)
+        write_atomically(out / LAYERS, json.dumps(spread(network, first_rows(split, device))))
+        peak = peak_of(fit, len(split))
+        if peak is None:
+            found = swept(fit, network, data, device)
+            write_atomically(out / RANGE, json.dumps(found._asdict()))
+            peak = found.suggested
+        return peak
 
     def _note_start(self, record: Record, hosts: list[str], damaged: list[str], warnings: list[str]) -> None:
         """One line for each time that a group of workers set out: how restarts and resizes can be told afterwards."""
@@ -279,17 +302,17 @@ class Worker:
         with writing(self.assignment.out / STARTS), open(self.assignment.out / STARTS, "a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def _finish(self, network: Network, data: Artifact, record: Record) -> dict[str, Any]:
-        """Write the artifact's files from the best epoch's weights, and measure them on every split."""
-        out, train = self.assignment.out, self.assignment.fit.train
-        splits = {name: Split.open(data, name) for name in ("train", "validation", "test")}
-        thresholds = thresholds_of(train.threshold, network, splits["validation"], self.device)
-        measured: dict[str, Any] = {"loss": train.loss, "thresholds": thresholds}
-        metrics = {name: evaluate(network, splits[name], self.device, **measured) for name in ("train", "validation") if len(splits[name])}
-        if len(splits["test"]):
-            metrics["test"] = write_predictions(out / PREDICTIONS, network, splits["test"], self.device, **measured)
-        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in network.state_dict().items()}
-        write_atomically(out / "weights.safetensors", save_tensors(tensors))
+    def _finish(self, state: TrainingState, best: dict[str, Tensor], data: Artifact) -> dict[str, Any]:
+        """Measure the best epoch's weights on every split, and on worker 0 write the artifact's files. Of workers that can compute only
+        together all call it."""
+        out, record, network = self.assignment.out, state.record, state.model
+        assert isinstance(network, Network)
+        state.parallel.load(state.best)
+        with state.parallel.measuring():
+            metrics, thresholds = self._measured(network, data, state.parallel.in_step)
+        if self.rank:
+            return {}
+        write_atomically(out / "weights.safetensors", save_tensors({name: value.contiguous() for name, value in best.items()}))
         write_atomically(out / "signature.json", signed(data.read("signature.json"), thresholds))
         write_atomically(out / "statistics.json", data.read("statistics.json"))
         starts = (out / STARTS).read_text().count("\n")
@@ -303,6 +326,20 @@ class Worker:
             "rollbacks": record.rollbacks,
             "restarts": starts - 1,
         }
+
+    def _measured(self, network: Network, data: Artifact, in_step: bool) -> tuple[dict[str, Metrics], tuple[float, ...]]:
+        """Metrics by split, and thresholds."""
+        train, where = self.assignment.fit.train, (self.rank, self.world, True) if in_step else (0, 1, False)
+        splits = {name: Split.open(data, name) for name in ("train", "validation", "test")}
+        thresholds = thresholds_of(train.threshold, network, splits["validation"], self.device)
+        given: dict[str, Any] = {"loss": train.loss, "thresholds": thresholds}
+        metrics = {
+            name: evaluate(network, splits[name], self.device, *where, **given) for name in ("train", "validation") if len(splits[name])
+        }
+        if len(splits["test"]):
+            path = self.assignment.out / PREDICTIONS if self.rank == 0 else None
+            metrics["test"] = write_predictions(path, network, splits["test"], self.device, **given)
+        return metrics, thresholds
 
 
 def _set_numerics(device: torch.device, resources: Resources) -> None:

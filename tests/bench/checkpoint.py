@@ -65,8 +65,8 @@ class Run:
 
         def marked(training: Training) -> None:
             between(training)
-            assert training.diary
-            writing = training.diary.writer.writing
+            assert training.writer
+            writing = training.writer.writing
             busy = writing is not None and not writing.done()
             self.marks.append(Mark(training.state.record.batch, time.perf_counter(), time.process_time(), busy))
 

@@ -30,9 +30,12 @@ import httpx
 import numpy as np
 from PIL import Image
 
+from dlopt.client.load import Ask
+from dlopt.client.load import load as from_here
 from tests.served import Server, free_port, make_export
 
 CONNECTIONS = 16
+ROWS, OWN = 64, "onnxruntime"
 BARE = """
 import json, sys
 import numpy as np, onnxruntime, uvicorn
@@ -58,7 +61,8 @@ async def app(scope, receive, send):
     await send({"type": "http.response.body", "body": reply})
 
 
-uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[2]), log_level="error", access_log=False, lifespan="off")
+if len(sys.argv) > 2:
+    uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[2]), log_level="error", access_log=False, lifespan="off")
 """
 LUA = """
 wrk.method = "POST"
@@ -105,33 +109,14 @@ def with_wrk(asked: Asked, seconds: float, folder: Path) -> Load:
     return Load(int(found[1]) / float(found[2]), float(found[3]), float(found[4]))
 
 
-async def with_asyncio(asked: Asked, seconds: float) -> Load:
-    """Load from this process, with connections that are kept."""
-    host, port, path = re.fullmatch(r"http://([^:/]+):(\d+)(/.*)", asked.url).groups()  # type: ignore[union-attr]
-    headers = "".join(f"{name}: {value}\r\n" for name, value in asked.headers.items())
-    head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\n{headers}Content-Length: {len(asked.body)}\r\n\r\n".encode()
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-
-    async def one() -> None:
-        reader, writer = await asyncio.open_connection(host, int(port))
-        while (start := time.perf_counter()) < end:
-            writer.write(head + asked.body)
-            reply = (await reader.readuntil(b"\r\n\r\n")).lower()
-            if b" 200 " not in reply.split(b"\r\n")[0]:
-                raise RuntimeError(reply.decode())
-            await reader.readexactly(int(re.search(rb"content-length: (\d+)", reply)[1]))  # type: ignore[index]
-            times.append(time.perf_counter() - start)
-        writer.close()
-
-    await asyncio.gather(*(one() for _ in range(asked.connections)))
-    times.sort()
-    return Load(len(times) / seconds, 1e3 * times[len(times) // 2], 1e3 * times[int(len(times) * 0.99)])
-
-
 def load(asked: Asked, seconds: float, folder: Path) -> Load:
-    """The load that this machine can make."""
-    return with_wrk(asked, seconds, folder) if shutil.which("wrk") else asyncio.run(with_asyncio(asked, seconds))
+    """The load that this machine can make. Raises RuntimeError when a request failed."""
+    if shutil.which("wrk"):
+        return with_wrk(asked, seconds, folder)
+    report = asyncio.run(from_here(Ask(asked.url, asked.body, asked.headers), connections=asked.connections, seconds=seconds))
+    if report.errors:
+        raise RuntimeError(str(report.errors))
+    return Load(report.rate, report.percentile(50), report.percentile(99))
 
 
 def answer(asked: Asked) -> httpx.Response:
@@ -161,14 +146,37 @@ def questions(url: str, pixels: np.ndarray) -> dict[str, Asked]:
         "binary": Asked(f"{url}/v2/models/digits/infer", head + pixels.tobytes(), binary),
         "png": Asked(predict, file.getvalue(), {"Content-Type": "image/png"}),
         "json_one_connection": Asked(predict, body, text, 1),
+        "binary_of_64": of_many(f"{url}/v2/models/digits/infer", np.repeat(pixels[None, :, :, None], ROWS, axis=0)),
     }
+
+
+def of_many(url: str, images: np.ndarray) -> Asked:
+    """A batch in one request."""
+    tensor = {"name": "image", "shape": list(images.shape), "datatype": "UINT8", "parameters": {"binary_data_size": images.nbytes}}
+    head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+    headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(head))}
+    return Asked(url, head + images.tobytes(), headers, 4)
+
+
+def own_rate(model: Path, seconds: float) -> float:
+    """Batches a second of onnxruntime in a loop, with one thread."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = 1, 1
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    images, count, start = np.repeat(image()[None, :, :, None], ROWS, axis=0), 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        session.run(None, {"image": images})
+        count += 1
+    return count / (time.perf_counter() - start)
 
 
 def measure(seconds: float, rounds: int, ray: bool) -> dict[str, object]:
     """All servers at once on this machine, loaded in turn."""
     folder = Path(tempfile.mkdtemp(prefix="bench-", dir="/tmp"))
     export = make_export(folder)
-    pixels = np.array([[random.Random(row).randrange(256) for _ in range(28)] for row in range(28)], np.uint8)
+    pixels = image()
     port = free_port()
     bare = subprocess.Popen([sys.executable, "-c", BARE, str(export.check("model.onnx")), str(port)])
     servers = {"embedded": Server(export, '{"drain_seconds": 0}', ray=False)}
@@ -185,7 +193,10 @@ def measure(seconds: float, rounds: int, ray: bool) -> dict[str, object]:
             raise RuntimeError("the servers do not say the same")
         for one in asked.values():
             load(one, min(1.0, seconds), folder)
-        loads = [{name: load(one, seconds, folder) for name, one in asked.items()} for _ in range(rounds)]
+        loads = []
+        for _ in range(rounds):
+            own = Load(own_rate(export.check("model.onnx"), min(1.0, seconds)), 0, 0)
+            loads.append({name: load(one, seconds, folder) for name, one in asked.items()} | {OWN: own})
     finally:
         for server in servers.values():
             if server.process.poll() is None:
@@ -197,8 +208,8 @@ def measure(seconds: float, rounds: int, ray: bool) -> dict[str, object]:
 
 
 def _summary(name: str, loads: list[dict[str, Load]]) -> dict[str, object]:
-    """Medians over the rounds; a ratio to the bare app's JSON over as many connections."""
-    other = "bare json_one_connection" if name.endswith("one_connection") else "bare json"
+    """Medians over the rounds; a ratio to the bare app's JSON over as many connections, of batches to onnxruntime's own rows in a loop."""
+    other = "bare json_one_connection" if name.endswith("one_connection") else OWN if name.endswith("of_64") else "bare json"
     ratios = [one[name].rate / one[other].rate for one in loads]
     return {
         "ratio": round(statistics.median(ratios), 3),
@@ -209,13 +220,37 @@ def _summary(name: str, loads: list[dict[str, Load]]) -> dict[str, object]:
     }
 
 
+def where() -> str:
+    """Where the microseconds of a request go, as a table."""
+    from tests.bench import microseconds
+
+    with tempfile.TemporaryDirectory() as folder:
+        export = make_export(Path(folder))
+        names: dict[str, object] = {"__name__": "bare"}
+        words, sys.argv = sys.argv, ["bare", str(export.check("model.onnx"))]
+        exec(BARE, names)
+        sys.argv = words
+        asked = questions("", image())
+        kinds = {name: (asked[name].url, asked[name].body, asked[name].headers) for name in ("json", "binary", "png")}
+        return microseconds.table(microseconds.where(export, names["app"], kinds))
+
+
+def image() -> np.ndarray:
+    """28x28 pixels, the same in every run."""
+    return np.array([[random.Random(row).randrange(256) for _ in range(28)] for row in range(28)], np.uint8)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--seconds", type=float, default=3, help="of each stretch of load")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ray", action="store_true", help="Ray Serve behind HAProxy as well")
+    parser.add_argument("--where", action="store_true", help="only where the microseconds of a request go, without any socket")
     options = parser.parse_args()
+    if options.where:
+        print(where())
+        return
     found = measure(options.seconds, options.rounds, options.ray)
     print(json.dumps(found) if options.json else "\n".join(f"{name:>28}  {value}" for name, value in found.items()))
 

@@ -157,4 +157,4 @@ def _augment_block(images: Tensor, draw: Draw, parts: Sequence[Augmentation]) ->
 
 def _deviations(statistics: Statistics, values: Tensor) -> Tensor:
     """Standard deviations of the columns, float32 (columns,)."""
-    return torch.tensor(statistics.std, dtype=torch.float32, device=values.device)
+    return torch.tensor(statistics.std, dtype=torch.float32).to(values.device)

@@ -9,6 +9,7 @@ import uuid
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -48,6 +49,8 @@ class Batch(NamedTuple):
     """The share of the worker's rows of the batch that this is, where gradients are accumulated."""
     first: int = 0
     """The place in the whole batch of its first row; the others follow."""
+    most: int = 0
+    """Rows of the worker that has the most of the batch; 0 where that is this one."""
     rows: np.ndarray | None = None
     """Which rows of the split a feed delivered, int64 (rows,): how the order can be told afterwards. The batches of all workers, by rank,
     are the order of the whole batch."""
@@ -61,11 +64,16 @@ class Feed(Protocol):
 
 
 class Resident:
-    """The whole split in memory, gathered by index."""
+    """The whole split in memory, gathered by index. Each worker has all of it, since in every epoch any row can be any worker's: what is
+    too large for that is streamed (`resources.resident_bytes`).
+
+    Texts stay in the memory of the host until they are cut, for which it must know how long they are."""
 
     def __init__(self, share: Share, device: torch.device) -> None:
         self.share, self.device = share, device
-        self.values = {name: torch.from_numpy(values.copy()).to(device) for name, values in share.split.read().items()}
+        texts = {feature.name for feature in share.split.signature.inputs if feature.holds == "tokens"}
+        read = {name: torch.from_numpy(values.copy()) for name, values in share.split.read().items()}
+        self.values = {name: values if name in texts else values.to(device) for name, values in read.items()}
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         order = self.share.order
@@ -76,7 +84,7 @@ class Resident:
             for mine, total in itertools.islice(sizes, order.window - skipped):
                 part = slice(done, done + mine)
                 batch = self._batch(picks[part], None if partners is None else partners[part], epoch, total)
-                yield batch._replace(first=low)
+                yield batch._replace(first=low, most=order.most(total, self.share.world))
                 done += mine
 
     def _batch(self, picks: np.ndarray, partners: np.ndarray | None, epoch: int, total: int) -> Batch:
@@ -85,13 +93,17 @@ class Resident:
         if partners is not None:
             theirs, their_target = self._gather(partners, epoch)
             inputs, share = self.share.mixed(inputs, theirs, picks, epoch)
-            mixed = Mixed(their_target, share.to(self.device))
-        return Batch(shortened(inputs, self.share.split.signature.inputs), target, total, mixed, rows=row_of(picks))
+            mixed = Mixed(their_target, moved(share, self.device))
+        cut = shortened(inputs, self.share.split.signature.inputs)
+        there = {name: moved(values, self.device) for name, values in cut.items()}
+        return Batch(there, target, total, mixed, rows=row_of(picks))
 
     def _gather(self, picks: np.ndarray, epoch: int) -> tuple[dict[str, Tensor], Tensor]:
         """Augmented inputs and the target of some picks."""
-        index = torch.from_numpy(row_of(picks)).to(self.device)
-        values = {name: tensor.index_select(0, index) for name, tensor in self.values.items()}  # ten times as fast as tensor[index]
+        index = torch.from_numpy(row_of(picks))
+        places = {torch.device("cpu"): index, self.device: moved(index, self.device)}
+        # index_select is ten times as fast as tensor[index]
+        values = {name: tensor.index_select(0, places[tensor.device]) for name, tensor in self.values.items()}
         target = values.pop(self.share.split.signature.target.name)
         return self.share.augmented(values, picks, epoch), target
 
@@ -121,7 +133,8 @@ class Stream:
         for _, skipped in order.windows_from(start):
             rows, done = self._window(), skipped * (high - low)
             for mine, total in itertools.islice(sizes, order.window - skipped):
-                yield self._batch(rows, slice(done, done + mine), epoch, total)._replace(first=low)
+                batch = self._batch(rows, slice(done, done + mine), epoch, total)
+                yield batch._replace(first=low, most=order.most(total, self.share.world))
                 done += mine
 
     def _window(self) -> Rows:
@@ -140,19 +153,58 @@ class Stream:
 
     def _batch(self, rows: Rows, part: slice, epoch: int, total: int) -> Batch:
         signature, picks = self.share.split.signature, rows[PICK][part]
-        inputs = {feature.name: self._moved(rows[feature.name][part]) for feature in signature.inputs}
-        target, mixed = rows[signature.target.name], None
+        inputs, target, mixed = self._inputs(rows, part), torch.from_numpy(rows[signature.target.name]), None
         if PARTNER in rows:
             partners = rows[PARTNER][part]
-            theirs = {feature.name: self._moved(rows[feature.name][partners]) for feature in signature.inputs}
-            inputs, share = self.share.mixed(inputs, theirs, picks, epoch)
-            mixed = Mixed(self._moved(target[partners]), share.to(self.device))
-        return Batch(shortened(inputs, signature.inputs), self._moved(target[part]), total, mixed, rows=row_of(picks))
+            inputs, share = self.share.mixed(inputs, self._inputs(rows, partners), picks, epoch)
+            mixed = Mixed(moved(target[partners], self.device), moved(share, self.device))
+        cut = {name: moved(values, self.device) for name, values in shortened(inputs, signature.inputs).items()}
+        return Batch(cut, moved(target[part], self.device), total, mixed, rows=row_of(picks))
 
-    def _moved(self, values: np.ndarray) -> Tensor:
-        """On the device; a copy to a GPU does not wait."""
-        tensor = torch.from_numpy(values)
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor.to(self.device)
+    def _inputs(self, rows: Rows, some: slice | np.ndarray) -> dict[str, Tensor]:
+        """On the device, but for texts, which have yet to be cut."""
+        features = self.share.split.signature.inputs
+        found = {feature.name: torch.from_numpy(rows[feature.name][some]) for feature in features}
+        return {
+            feature.name: found[feature.name] if feature.holds == "tokens" else moved(found[feature.name], self.device)
+            for feature in features
+        }
+
+
+def moved(values: Tensor, device: torch.device) -> Tensor:
+    """On the device; a copy to a GPU does not wait."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
+
+
+def ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The same. On an accelerator each is begun before the one before it is trained on: on a GPU beside that, in a stream of its own."""
+    if device.type == "cpu":
+        yield from batches
+        return
+    beside = torch.cuda.Stream(device) if device.type == "cuda" else None
+    if beside:
+        beside.wait_stream(torch.cuda.current_stream(device))
+    coming = _begun(batches, beside)
+    while coming is not None:
+        batch = coming
+        if beside:
+            _arrived(batch, beside, torch.cuda.current_stream(device))
+        coming = _begun(batches, beside)
+        yield batch
+
+
+def _begun(batches: Iterator[Batch], beside: torch.cuda.Stream | None) -> Batch | None:
+    with torch.cuda.stream(beside) if beside else nullcontext():
+        return next(batches, None)
+
+
+def _arrived(batch: Batch, beside: torch.cuda.Stream, here: torch.cuda.Stream) -> None:
+    """What comes in the stream `here` can use a batch, whose memory is not given to another one before."""
+    here.wait_stream(beside)
+    for values in (*batch.inputs.values(), batch.target, *(batch.mixed or ())):
+        values.record_stream(here)
 
 
 class Dealing(Protocol):

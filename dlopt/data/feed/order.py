@@ -11,6 +11,7 @@ points as an epoch has rows fall on them (systematic resampling). All lengths ar
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -101,6 +102,11 @@ class Order:
         """The slots of a batch, from and up to, that worker `rank` of `world` computes."""
         low, high = lanes(rank, world)
         return int(self._first_slots[low]), int(self._first_slots[high])
+
+    def most(self, rows: int, world: int) -> int:
+        """Rows of the worker that has the most of a batch of so many."""
+        bounds = [min(self.slots(rank, world)[0], rows) for rank in range(world)] + [rows]
+        return max(high - low for low, high in itertools.pairwise(bounds))
 
     def picks(self, epoch: int, window: int) -> np.ndarray:
         """The picks of a window of an epoch, batch after batch, slot after slot, int64."""

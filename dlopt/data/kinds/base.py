@@ -22,7 +22,7 @@ RawColumns = Mapping[str, "Sequence[Any] | np.ndarray"]
 Cells = list[list[str | float]]
 """Of each row what people read of it; NaN where a number is missing."""
 Field = dict[str, Any]
-"""A column as the page to try the model asks for it: `column`, `widget`, and what that widget of `serve/page.html` needs."""
+"""A column as the page to try the model asks for it: `column`, `widget`, and what that widget of `serve/protocols/page.html` needs."""
 
 
 class Bound(Part):
@@ -154,6 +154,10 @@ class InputKind(Part):
         """The numbers that training reads, of `feature.stored` (rows, *shape)."""
         raise NotImplementedError
 
+    def served(self, table: pa.Table, feature: Feature) -> np.ndarray:
+        """What `read` has made of rows, as the exported model takes it, of `feature.dtype` (rows, *shape)."""
+        return self.finish(table, feature)
+
     def narrowed(self, table: pa.Table, left_out: Sequence[str]) -> pa.Table:
         """Rows of pieces without some columns of this input."""
         return table
@@ -199,6 +203,16 @@ class InputKind(Part):
     def encode(cls, feature: Feature, columns: RawColumns) -> np.ndarray:
         """Raw values of a request as the model's tensor (rows, *shape), of `feature.dtype`. Raises DloptError naming row and column."""
         raise NotImplementedError
+
+    @classmethod
+    def told(cls, feature: Feature) -> Sequence[str]:
+        """The columns of the profile that `measured` gives the values of."""
+        return ()
+
+    @classmethod
+    def measured(cls, feature: Feature, values: np.ndarray) -> dict[str, np.ndarray]:
+        """Of what the model takes (rows, *shape), by column what the profile tells of it: float64 with NaN, or objects; (rows,) each."""
+        return {}
 
     @staticmethod
     def sent(feature: Feature) -> tuple[str, tuple[int, ...]]:
@@ -275,6 +289,14 @@ class Matrix(InputKind):
         matrix = raw_values(table[feature.name], feature.size)
         return {name: ("number", matrix[:, index]) for index, name in enumerate(cls.names(feature))}
 
+    @classmethod
+    def told(cls, feature: Feature) -> Sequence[str]:
+        return cls.names(feature)
+
+    @classmethod
+    def measured(cls, feature: Feature, values: np.ndarray) -> dict[str, np.ndarray]:
+        return dict(zip(cls.names(feature), values.astype(np.float64).T, strict=True))
+
     @staticmethod
     def words(feature: Feature, table: pa.Table) -> list[np.ndarray]:
         return [raw_values(table[feature.name], feature.size).astype(np.float32, copy=False)]
@@ -290,6 +312,10 @@ class Matrix(InputKind):
 
     def finish(self, table: pa.Table, feature: Feature) -> np.ndarray:
         return values_of(table[feature.name], feature)
+
+    def served(self, table: pa.Table, feature: Feature) -> np.ndarray:
+        """With its offsets, which the exported model subtracts itself."""
+        return raw_values(table[feature.name], feature.size).astype(feature.dtype, copy=False)
 
     @staticmethod
     def cells(feature: Feature, values: np.ndarray) -> Cells:

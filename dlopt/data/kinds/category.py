@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import Any, Literal, Self
@@ -116,6 +116,16 @@ class CategoryInput(InputKind):
             codes[:, index] = hashed(values, feature.buckets) if feature.buckets else _looked_up(values, feature, index)
         return codes
 
+    def served(self, table: pa.Table, feature: Feature) -> np.ndarray:
+        """Texts, which the exported model looks up itself; codes where they are hashed."""
+        if feature.buckets:
+            return self.finish(table, feature)
+        found = np.empty((len(table), len(feature.columns)), dtype=object)
+        for index, column in enumerate(feature.columns):
+            values = table[piece_column(feature.name, column)].combine_chunks().dictionary_encode()
+            found[:, index] = np.array(values.dictionary.to_pylist(), dtype=object)[values.indices.to_numpy()]
+        return found
+
     @staticmethod
     def pieces(feature: Feature) -> list[str]:
         return [piece_column(feature.name, column) for column in feature.columns]
@@ -155,6 +165,15 @@ class CategoryInput(InputKind):
         if feature.buckets:
             return np.stack([_bucket(string_words(values), feature.buckets) for values in found], axis=1)
         return np.array(found, dtype=object).T.reshape(len(found[0]), len(found))
+
+    @classmethod
+    def told(cls, feature: Feature) -> Sequence[str]:
+        """Texts; of codes nobody knows what they were."""
+        return () if feature.buckets else feature.columns
+
+    @classmethod
+    def measured(cls, feature: Feature, values: np.ndarray) -> dict[str, np.ndarray]:
+        return dict(zip(cls.told(feature), values.T, strict=False))
 
     @staticmethod
     def example(feature: Feature, place: int) -> Any:

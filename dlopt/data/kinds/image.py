@@ -215,6 +215,14 @@ class ImageInput(InputKind):
             return np.frombuffer(pixels, np.uint8).reshape(-1, *feature.shape)
         return np.stack([_of_request(feature, value, index) for index, value in enumerate(values)])
 
+    @classmethod
+    def told(cls, feature: Feature) -> Sequence[str]:
+        return (feature.name,)
+
+    @classmethod
+    def measured(cls, feature: Feature, values: np.ndarray) -> dict[str, np.ndarray]:
+        return {feature.name: _brightness(values)}
+
     @staticmethod
     def sent(feature: Feature) -> tuple[str, tuple[int, ...]]:
         return feature.dtype, feature.shape

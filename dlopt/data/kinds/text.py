@@ -99,6 +99,9 @@ class TextInput(InputKind):
         """Token ids, int32 (rows, max_length)."""
         return tokens_of(feature).encode(table[feature.name].to_pylist())
 
+    def served(self, table: pa.Table, feature: Feature) -> np.ndarray:
+        return _trimmed(self.finish(table, feature))
+
     @staticmethod
     def words(feature: Feature, table: pa.Table) -> list[np.ndarray]:
         return [words_of_texts(table[feature.name].combine_chunks())]
@@ -109,7 +112,7 @@ class TextInput(InputKind):
         ids = tokens_of(feature).encode(
             join_texts([texts_of(feature, name, values) for name, values in lists_of(feature, columns).items()])
         )
-        return ids[:, : max(1, int((ids != 0).sum(axis=1).max()))] if len(ids) else ids
+        return _trimmed(ids)
 
     @staticmethod
     def example(feature: Feature, place: int) -> Any:
@@ -154,6 +157,11 @@ class TextInput(InputKind):
     @staticmethod
     def sampled(column: Any) -> np.ndarray:
         return profile.text_codes(column)
+
+
+def _trimmed(ids: np.ndarray) -> np.ndarray:
+    """Token ids (rows, tokens) with no more padding than the longest text needs."""
+    return ids[:, : max(1, int((ids != 0).sum(axis=1).max()))] if len(ids) else ids
 
 
 def _from_bytes(tokens: list[str]) -> str:

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from dlopt.data.sources import places
 from dlopt.data.sources.lines import Csv, JsonLines
-from dlopt.data.sources.reading import Rows, block_of, dataset, wanted
+from dlopt.data.sources.reading import Files, Named, Piece, Rows, block_of, dataset, wanted
 from dlopt.data.sources.tables import Arrow, Parquet
 from dlopt.data.types.columns import Columns, Stated
 from dlopt.part import DloptError
@@ -123,6 +123,29 @@ class Images(Folders):
 
     def values(self, place: places.Place, paths: Sequence[str]) -> pa.Array:
         return contents(place, paths)
+
+
+class ImageFiles(Files):
+    """Image files without classes: a folder, a glob or a list; columns are one of images and `path`. It trains nothing."""
+
+    endings: ClassVar[tuple[str, ...]] = IMAGE_ENDINGS
+
+    kind: Literal["image_files"] = "image_files"
+    column: str = "image"
+    """What the column of images is called."""
+
+    def layout(self, columns: Sequence[str] | None = None) -> pa.Schema:
+        return pa.schema([(self.column, pa.binary()), ("path", pa.string())])
+
+    def meaning(self) -> Columns:
+        return Columns(self.types, self.missing)
+
+    def load(self, place: places.Place | None, pieces: Sequence[Piece], columns: Sequence[str] | None = None) -> Iterator[Named]:
+        assert place is not None
+        for start in range(0, len(pieces), AT_ONCE):
+            some = pieces[start : start + AT_ONCE]
+            images = contents(place, [piece.path for piece in some])
+            yield some[0].name, pa.table([images, [piece.name for piece in some]], schema=self.layout())
 
 
 class Texts(Folders):

@@ -85,9 +85,7 @@ class Lines(Files):
         for chunk in self._chunks(place, pieces, block_bytes(pieces)):
             yield chunk.name, self.parse(chunk)
 
-    def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        place, pieces = self.pieces()
-        schema = wanted(self.layout(columns), columns)
+    def shaped(self, place: Place | None, pieces: Sequence[Piece], schema: pa.Schema) -> Iterator[pa.Table]:
         for chunk in self._chunks(place, pieces, block_bytes(pieces)):
             yield conform(chunk.name, self.parse(chunk, schema), schema)
 

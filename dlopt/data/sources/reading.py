@@ -78,8 +78,10 @@ class Rows(Part):
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """All rows in their order, read by this process: what `read` has Ray's workers do. Raises DloptError."""
-        place, pieces = self.pieces()
-        schema = wanted(self.layout(columns), columns)
+        yield from self.shaped(*self.pieces(), wanted(self.layout(columns), columns))
+
+    def shaped(self, place: Place | None, pieces: Sequence[Piece], schema: pa.Schema) -> Iterator[pa.Table]:
+        """The rows of pieces in their order, with the columns of a schema; cut into the same tables every time. Raises DloptError."""
         for name, table in self.load(place, pieces, schema.names):
             yield conform(name, table, schema)
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import Protocol
 
 from dlopt.serve.exchange import Handler, Json
-from dlopt.serve.model import Model
-from dlopt.serve.protocols import inference, pages, tensorflow
+from dlopt.serve.models.model import Model
+from dlopt.serve.protocols import admin, pages, tensorflow
+from dlopt.serve.protocols.inference import rest
 
 
 class Dialect(Protocol):
@@ -27,5 +28,5 @@ class Dialect(Protocol):
         """The protocol's paths for a model, as OpenAPI 3.1 has them."""
 
 
-DIALECTS: tuple[Dialect, ...] = (tensorflow, inference, pages)
+DIALECTS: tuple[Dialect, ...] = (tensorflow, rest, admin, pages)
 """The list of what there is."""

@@ -13,7 +13,7 @@ from dlopt.serve.exchange import Refusal, Request, inputs_of
 IMAGES = tuple(f"image/{name.lower()}" for name in FORMATS)
 ARROW = "application/vnd.apache.arrow.stream"
 MANY = 10**6
-"""As many images as a file may hold: it is always decoded in a thread when the model takes images."""
+"""As many images as a table may hold: it is always decoded in a thread when the model takes images."""
 Parser = Callable[[bytes, Signature], tuple[Request, None]]
 
 
@@ -22,6 +22,11 @@ def parser_of(content_type: str) -> Parser | None:
     if content_type.startswith("image/"):
         return parse_image
     return {"text/csv": parse_csv, ARROW: parse_arrow}.get(content_type)
+
+
+def most_images(content_type: str) -> int:
+    """How many images a body of this type may hold."""
+    return 1 if content_type.startswith("image/") else MANY
 
 
 def types_of(signature: Signature) -> tuple[str, ...]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from importlib.resources import files
 from urllib.parse import parse_qs
 
-from dlopt.serve import metrics
 from dlopt.serve.exchange import Call, Handler, Json, Refusal, Reply, json_reply
-from dlopt.serve.model import Model
+from dlopt.serve.models.model import Model
+from dlopt.serve.watch import metrics
 
 NAME = "pages"
 OPEN: tuple[str, ...] = ("/healthz", "/readyz")
@@ -52,7 +52,7 @@ async def _page(call: Call) -> Reply:
 
 
 async def _openapi(call: Call) -> Reply:
-    from dlopt.serve.openapi import document
+    from dlopt.serve.protocols.openapi import document
 
     return json_reply(document(call.models))
 
@@ -62,7 +62,7 @@ async def _docs(call: Call) -> Reply:
 
 
 def _file(name: str) -> bytes:
-    return files("dlopt.serve").joinpath(name).read_bytes()
+    return files("dlopt.serve.protocols").joinpath(name).read_bytes()
 
 
 PATHS: dict[str, Handler] = {

@@ -22,7 +22,6 @@ from pydantic_core import from_json, to_json
 
 from dlopt.data.kinds import columns_of, kinds
 from dlopt.part import Feature, Signature, Target
-from dlopt.serve.example import example_row
 from dlopt.serve.exchange import (
     Answer,
     Call,
@@ -38,8 +37,9 @@ from dlopt.serve.exchange import (
     outputs_of,
     thresholds_of,
 )
-from dlopt.serve.model import Model
+from dlopt.serve.models.model import Model
 from dlopt.serve.protocols import files
+from dlopt.serve.protocols.example import example_row
 
 NAME = "tensorflow"
 OPEN: tuple[str, ...] = ()
@@ -114,9 +114,9 @@ def _tensor(column: Column) -> Json:
 async def _predict(call: Call, model: Model) -> Reply:
     body = await call.read()
     if parser := files.parser_of(call.content_type):
-        answer, _ = await model.predict(body, parser, files.MANY)
+        answer, _ = await call.models.predict(call, model, body, parser, files.most_images(call.content_type))
         return Reply(200, predictions(answer, by_column=False))
-    answer, by_column = await model.predict(body, parse, _images_in(body))
+    answer, by_column = await call.models.predict(call, model, body, parse, _images_in(body))
     return Reply(200, predictions(answer, by_column))
 
 
@@ -125,8 +125,8 @@ async def _classify(call: Call, model: Model) -> Reply:
     if target.kind == "number":
         raise Refusal(400, "classify: the model predicts numbers: use :predict or :regress")
     body = await call.read()
-    answer, _ = await model.predict(body, parse_examples, _images_in(body))
-    rows = [[[str(label), score] for label, score in zip(target.labels, row, strict=True)] for row in answer.outputs.tolist()]
+    answer, _ = await call.models.predict(call, model, body, parse_examples, _images_in(body))
+    rows = [[[str(label), score] for label, score in zip(answer.target.labels, row, strict=True)] for row in answer.outputs.tolist()]
     return _results(rows)
 
 
@@ -135,7 +135,7 @@ async def _regress(call: Call, model: Model) -> Reply:
     if target.kind != "number" or len(target.columns) != 1:
         raise Refusal(400, "regress: the model does not predict one number: use :predict")
     body = await call.read()
-    answer, _ = await model.predict(body, parse_examples, _images_in(body))
+    answer, _ = await call.models.predict(call, model, body, parse_examples, _images_in(body))
     return _results(answer.columns()[target.columns[0]])
 
 

@@ -21,13 +21,17 @@ UNSAVED = ("params", "names")
 """What of a parameter group follows from the network."""
 
 
-def pack(state: Any) -> tuple[Tensors, Any]:
-    """Nested dictionaries, lists, tuples, tensors, numbers, texts, None as ({name: tensor on the CPU}, JSON that says where they belong).
+def pack(state: Any, copied: bool = False) -> tuple[Tensors, Any]:
+    """Nested dictionaries, lists, tuples, tensors, numbers, texts, None as ({name: tensor on the CPU}, JSON that says where they belong). A
+    tensor is named by the keys that lead to it.
 
-    What lies on the CPU already is mostly not copied: write it before the next step.
+    copied: whether all tensors are; else what lies on the CPU already mostly is not: write it before the next step.
     """
-    tensors: Tensors = {}
-    return tensors, _packed(state, tensors, set())
+    packer = _Packer(copied)
+    rest = packer.pack(state, ())
+    for device in packer.gpus:
+        torch.cuda.current_stream(device).synchronize()
+    return packer.tensors, rest
 
 
 def unpack(tensors: Tensors, rest: Any) -> Any:
@@ -50,34 +54,46 @@ def unpack(tensors: Tensors, rest: Any) -> Any:
             return tuple(found) if kind == "tuple" else found
 
 
-def _packed(state: Any, tensors: Tensors, stored: set[int]) -> Any:
-    match state:
-        case Tensor():
-            return _tensor(state, tensors, stored)
-        case dict():
-            return {"dict": [[key, _packed(value, tensors, stored)] for key, value in state.items()]}
-        case list() | tuple():
-            return {"tuple" if isinstance(state, tuple) else "list": [_packed(value, tensors, stored) for value in state]}
-        case float() if not math.isfinite(state):
-            return {"number": str(state)}
-        case None | bool() | int() | float() | str():
-            return state
-    raise TypeError(f"cannot pack a {type(state).__name__}")
+class _Packer:
+    def __init__(self, copied: bool) -> None:
+        self.copied, self.tensors = copied, Tensors()
+        self.stored = set[int]()
+        """Addresses of what is in `tensors` already, since safetensors takes no two of one storage."""
+        self.gpus = set[torch.device]()
+        """From which copies are under way, all at once, into memory that they reach by themselves."""
 
+    def pack(self, state: Any, path: tuple[Any, ...]) -> Any:
+        match state:
+            case Tensor():
+                return self._tensor(state, ".".join(map(str, path)))
+            case dict():
+                return {"dict": [[key, self.pack(value, (*path, key))] for key, value in state.items()]}
+            case list() | tuple():
+                kind = "tuple" if isinstance(state, tuple) else "list"
+                return {kind: [self.pack(value, (*path, index)) for index, value in enumerate(state)]}
+            case float() if not math.isfinite(state):
+                return {"number": str(state)}
+            case None | bool() | int() | float() | str():
+                return state
+        raise TypeError(f"cannot pack a {type(state).__name__}")
 
-def _tensor(value: Tensor, tensors: Tensors, stored: set[int]) -> dict[str, Any]:
-    """Its dimensions are stored with the one of the longest stride first, so that it lies in the file as it does in memory.
+    def _tensor(self, value: Tensor, name: str) -> dict[str, Any]:
+        """Its dimensions are stored with the one of the longest stride first, so that it lies in the file as it does in memory."""
+        while name in self.tensors:  # keys may have dots
+            name += "'"
+        order = sorted(range(value.dim()), key=lambda dimension: -value.stride()[dimension])
+        lying = self._on_host(value.detach()).permute(order)
+        storage = lying.untyped_storage()
+        alone = lying.is_contiguous() and storage.nbytes() == lying.nbytes and storage.data_ptr() not in self.stored
+        self.tensors[name] = lying if alone else lying.clone(memory_format=torch.contiguous_format)
+        self.stored.add(storage.data_ptr())
+        return {"tensor": name} if order == list(range(value.dim())) else {"ordered": [name, order]}
 
-    stored: addresses of what is in `tensors` already, since safetensors takes no two of one storage.
-    """
-    name = str(len(tensors))
-    order = sorted(range(value.dim()), key=lambda dimension: -value.stride()[dimension])
-    lying = value.detach().cpu().permute(order)
-    storage = lying.untyped_storage()
-    alone = lying.is_contiguous() and storage.nbytes() == lying.nbytes and storage.data_ptr() not in stored
-    tensors[name] = lying if alone else lying.clone(memory_format=torch.contiguous_format)
-    stored.add(storage.data_ptr())
-    return {"tensor": name} if order == list(range(value.dim())) else {"ordered": [name, order]}
+    def _on_host(self, value: Tensor) -> Tensor:
+        if not value.is_cuda or torch.empty_like(value, device="meta").stride() != value.stride():
+            return value.to("cpu", copy=self.copied)
+        self.gpus.add(value.device)
+        return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -110,10 +126,6 @@ def _placed(saved: Any, loaded: Any, parameter: Parameter | None) -> Any:
     if parameter is not None and saved.shape == parameter.shape:
         return torch.empty_like(parameter, dtype=saved.dtype, device=loaded.device, requires_grad=False).copy_(saved)
     return saved.to(loaded.device, copy=True)
-
-
-def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "int16": "I16"}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import InitVar, dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import InitVar, asdict, dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dlopt.optim.averages import Average
-from dlopt.train.checkpoint.packing import optimizer_state, pack, restore_optimizer, unpack
+from dlopt.train.checkpoint.packing import Tensors, optimizer_state, pack, restore_optimizer, unpack
 from dlopt.train.parallel.base import Parallel
 from dlopt.train.watch.health import Watch
 
@@ -46,21 +47,49 @@ class Record:
     """How often training has diverged and gone back to an earlier checkpoint."""
     start_loss: float | None = None
     """The loss that training began with."""
-    diverging: dict[str, Any] = field(default_factory=dict)
-    """What the judgement whether training diverges has seen; empty at the start and after going back."""
-    watched: dict[str, Any] = field(default_factory=dict)
-    """What the watch over the layers has said and heard."""
-    loss_scale: dict[str, float] = field(default_factory=dict)
-    """What losses are multiplied with in float16, and for how many steps it has been so."""
+    careful: bool = False
+    """Whether a gradient was not finite once where steps are taken before that is known: from then on each is waited for."""
+
+
+class Stateful(Protocol):
+    """A part of training that must be remembered."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `pack` takes; {} says nothing. All workers ask at once."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Be what said this; {} is the start."""
+        ...
+
+
+class By(NamedTuple):
+    """A part by two functions."""
+
+    state_dict: Callable[[], dict[str, Any]]
+    load_state_dict: Callable[[dict[str, Any]], None]
+
+
+class Packed(NamedTuple):
+    """What one worker writes of a checkpoint, by parts. Nobody else changes its tensors."""
+
+    record: dict[str, Any]
+    rest: dict[str, Any]
+    """JSON that says where tensors belong."""
+    tensors: dict[str, Tensors]
+    rows: dict[str, dict[str, int]]
+    """Which of them are this worker's rows of something, and how many."""
 
 
 @dataclass
 class TrainingState:
-    """Model, optimizer, averages of the weights, the best epoch's weights, the watch over the layers, and the record."""
+    """All that training must remember: the record, and parts that are asked for theirs. Here are those that every training has; others
+    register."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     best: dict[str, Tensor]
+    """Weights of the best epoch."""
     record: Record
     average: Average | None = None
     watch: Watch | None = None
@@ -69,7 +98,23 @@ class TrainingState:
     on: InitVar[Parallel | None] = None
 
     def __post_init__(self, on: Parallel | None) -> None:
-        self.parallel = on or Parallel(self.model)
+        self.parallel = parallel = on or Parallel(self.model)
+        self.parts: dict[str, Stateful] = {
+            "model": By(lambda: parallel.held.state_dict(), parallel.load),
+            "best": By(lambda: self.best, self._take_best),
+            "optimizer": By(lambda: optimizer_state(self.optimizer), lambda state: restore_optimizer(self.optimizer, state)),
+            "exchange": By(lambda: parallel.memory(self.optimizer), lambda state: parallel.recall(state, self.optimizer)),
+        }
+        self.waiting: dict[str, Any] = {}
+        """What was restored of parts that have not registered yet."""
+        for name, part in (("average", self.average), ("watch", self.watch)):
+            if part:
+                self.parts[name] = part
+
+    def register(self, name: str, part: Stateful) -> None:
+        """From now on a part is in checkpoints; it goes on from the one that was restored."""
+        self.parts[name] = part
+        part.load_state_dict(self.waiting.pop(name, {}))
 
     def keep_best(self) -> None:
         """Take the weights as they are now for the best ones."""
@@ -81,36 +126,26 @@ class TrainingState:
         held = self.parallel.held.state_dict().values()
         return self.parallel.all(all(bool(value.isfinite().all()) for value in held if value.is_floating_point()))
 
-    def packed(self) -> tuple[dict[str, Tensor], Any]:
-        """Everything but the record: what is a tensor, by names of one flat dictionary, on the CPU, and the rest, as JSON has it. It is a
-        copy, but for the best weights, which nobody changes. All workers ask at once, and worker 0 gets it whole, the others nothing."""
-        whole = self.parallel.whole
-        tensors, rest = pack(self.parallel.whole_state(optimizer_state(self.optimizer)))
-        found = {f"model.{name}": value for name, value in whole(self.parallel.held.state_dict()).items()}
-        found |= {f"best.{name}": value for name, value in whole(self.best).items()}
-        found |= {f"optimizer.{name}": value for name, value in tensors.items()}
-        found |= {f"average.{name}": value for name, value in whole(self.average.tensors() if self.average else {}).items()}
-        found |= {f"watch.{name}": value for name, value in (self.watch.tensors() if self.watch else {}).items()}
-        found |= self.parallel.memory(self.optimizer)
-        if self.parallel.rank:
-            return {}, None
-        for name, value in found.items():
-            found[name] = value if name.startswith("best.") else value.detach().to("cpu", copy=True).contiguous()
-        return found, rest
+    def packed(self) -> Packed:
+        """All of it, on the CPU: a copy, but for the best weights, which nobody changes. All workers ask at once; what they hold alike
+        worker 0 alone gets."""
+        parallel, found = self.parallel, Packed(asdict(self.record), {}, {}, {})
+        for name, part in self.parts.items():
+            state = parallel.whole(name, part.state_dict())
+            if parallel.writes:
+                tensors, found.rest[name] = pack(state, copied=name != "best")
+                found.rows[name] = parallel.rows(name, tensors)
+                found.tensors[name] = {key: value for key, value in tensors.items() if parallel.rank == 0 or key in found.rows[name]}
+        return found
 
-    def restore(self, tensors: dict[str, Tensor], rest: Any, record: dict[str, Any]) -> None:
-        """Become what `packed` of worker 0 said of a state, whatever workers it was of."""
-        mine = self.parallel.mine
-        self.parallel.load(under("model.", tensors))
-        self.best = mine(under("best.", tensors)) if self.parallel.writes else {}
-        restore_optimizer(self.optimizer, self.parallel.my_state(unpack(under("optimizer.", tensors), rest)))
-        if self.average:
-            self.average.load(mine(under("average.", tensors)))
-        self.parallel.recall(tensors, self.optimizer)
-        self.record = Record(**record)
-        if self.watch:
-            self.watch.recall(self.record.watched, under("watch.", tensors))
+    def restore(self, record: dict[str, Any], rest: dict[str, Any], tensors: dict[str, Tensors], mine: bool) -> None:
+        """Become what a checkpoint said, whatever workers it was of. mine: whether tensors are this worker's rows already."""
+        states = {name: unpack(tensors.get(name, {}), said) for name, said in rest.items()}
+        for name, part in self.parts.items():
+            state = states.pop(name, {})
+            part.load_state_dict(state if mine else self.parallel.mine(name, state))
+        self.waiting = states
+        vars(self.record).update(vars(Record(**record)))
 
-
-def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    def _take_best(self, state: dict[str, Tensor]) -> None:
+        self.best = dict(state) if self.parallel.writes else {}

@@ -72,7 +72,15 @@ class Store(Protocol):
         ...
 
     def write(self, name: str, files: Iterable[tuple[str, Iterable[Buffer]]]) -> None:
-        """All files, or no checkpoint of that name. Raises OSError."""
+        """All files, beside those that were added, or no checkpoint of that name. Raises OSError."""
+        ...
+
+    def add(self, name: str, files: Iterable[tuple[str, Iterable[Buffer]]]) -> None:
+        """Files of a checkpoint that another worker writes. Raises OSError."""
+        ...
+
+    def part(self, name: str, file: str) -> bytes:
+        """What was added to a checkpoint that is not written yet. Raises OSError."""
         ...
 
     def remove(self, name: str) -> None: ...
@@ -104,18 +112,25 @@ class Disk:
     def write(self, name: str, files: Iterable[tuple[str, Iterable[Buffer]]]) -> None:
         temporary = self.folder / f".{name}"
         try:
-            temporary.mkdir(parents=True)
-            for file, content in files:
-                with writing(temporary / file), open(temporary / file, "wb") as sink:
-                    sink.writelines(content)
-                    sink.flush()
-                    os.fsync(sink.fileno())
+            self.add(name, files)
             flush_folder(temporary)
             temporary.rename(self.folder / name)
         except OSError:
             shutil.rmtree(temporary, ignore_errors=True)  # above all where the disk is full
             raise
         flush_folder(self.folder)
+
+    def add(self, name: str, files: Iterable[tuple[str, Iterable[Buffer]]]) -> None:
+        temporary = self.folder / f".{name}"
+        temporary.mkdir(parents=True, exist_ok=True)
+        for file, content in files:
+            with writing(temporary / file), open(temporary / file, "wb") as sink:
+                sink.writelines(content)
+                sink.flush()
+                os.fsync(sink.fileno())
+
+    def part(self, name: str, file: str) -> bytes:
+        return (self.folder / f".{name}" / file).read_bytes()
 
     def remove(self, name: str) -> None:
         gone = self.folder / f".{name}"
@@ -152,8 +167,14 @@ class Bucket:
         return self.place.read(f"{self.path}/{name}/{file}")
 
     def write(self, name: str, files: Iterable[tuple[str, Iterable[Buffer]]]) -> None:
+        self.add(name, files)
+
+    def add(self, name: str, files: Iterable[tuple[str, Iterable[Buffer]]]) -> None:
         for file, content in files:
             self._put(f"{name}/{file}", content)
+
+    def part(self, name: str, file: str) -> bytes:
+        return self.read(name, file)
 
     def remove(self, name: str) -> None:
         self.place.filesystem.delete_file(f"{self.path}/{name}/{RECORD}")

@@ -8,43 +8,19 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict
+from contextlib import suppress
 from hashlib import sha256
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from dlopt.part import DloptError
 from dlopt.train.checkpoint.packing import Seen, pieces
-from dlopt.train.checkpoint.state import Record, TrainingState
+from dlopt.train.checkpoint.state import Packed
 from dlopt.train.checkpoint.stores import RECORD, Buffer, Store, ends_epoch, name_parts
 
-
-class Snapshot(NamedTuple):
-    """What is written into one checkpoint; nobody else changes its tensors."""
-
-    files: dict[str, dict[str, Tensor]]
-    """By the name of a file, without its ending."""
-    rest: Any
-    record: dict[str, Any]
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], rest: Any, record: Record) -> Snapshot:
-        """Of what `TrainingState.packed` gave."""
-        files: dict[str, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            file, _, key = name.partition(".")
-            files.setdefault(file, {})[key] = value
-        return cls(files, rest, asdict(record))
-
-    def contents(self) -> Iterator[tuple[str, Iterator[Buffer]]]:
-        """Name and content of each file, in pieces that are to be taken before the next file is, `state.json` last."""
-        seal: dict[str, Any] = {"record": self.record, "optimizer": self.rest, "files": {}}
-        for file, tensors in self.files.items():
-            seen = Seen()
-            yield f"{file}.safetensors", seen.through(pieces(tensors))
-            seal["files"][f"{file}.safetensors"] = seen.as_json()
-        yield RECORD, iter([json.dumps(seal | {"sha256": digest_of(seal)}).encode()])
+PATIENCE = 600.0
+"""Seconds that worker 0 waits for what the others write of a checkpoint, once its own part is written."""
 
 
 class Writer:
@@ -53,15 +29,22 @@ class Writer:
 
     It claims the store. Raises DloptError when a checkpoint cannot be written or another writer has claimed the store since: at the
     next write, or at the end.
+
+    Where workers hold rows of weights, each writes its own, and worker 0 seals them all when they are there. Not by
+    torch.distributed.checkpoint: its index is a pickle, it has no checksums, and it does not know our stores.
     """
 
-    def __init__(self, store: Store, keep: int, owner: str) -> None:
-        self.store, self.keep, self.owner = store, keep, store.claim(owner)
-        self.serial = max((int(name_parts(name)[0]) for name in store.names()), default=0)
+    def __init__(self, store: Store, keep: int, owner: str, rank: int = 0, parts: int = 1, serial: int | None = None) -> None:
+        """parts: how many workers write. serial: of the last checkpoint, for workers other than 0."""
+        self.store, self.keep, self.owner, self.rank, self.parts = store, keep, owner, rank, parts
+        if rank == 0:
+            store.claim(owner)
+            serial = max((int(name_parts(name)[0]) for name in store.names()), default=0)
+        self.serial = serial or 0
         self.pool, self.lock = ThreadPoolExecutor(1, "dlopt-checkpoint"), threading.Lock()
         self.writing: Future[None] | None = None
         self.busy, self.patient = False, True
-        self.next: tuple[str, Snapshot] | None = None
+        self.next: tuple[str, Packed] | None = None
         self.seconds = 0.0
         """How long training has waited for checkpoints."""
         self.skipped, self.longest = 0, 0.0
@@ -79,20 +62,20 @@ class Writer:
         self.skipped += self.busy
         return not self.busy
 
-    def write(self, state: TrainingState, tensors: Mapping[str, Tensor], rest: Any) -> None:
-        """A checkpoint of what `state.packed()` gave; after the one that is written now, if there is one."""
-        began, record = time.monotonic(), state.record
+    def write(self, packed: Packed) -> None:
+        """A checkpoint; after the one that is written now, if there is one."""
+        began, record = time.monotonic(), packed.record
         self.serial += 1
-        name, snapshot = f"{self.serial:06d}-epoch-{record.epoch:05d}-batch-{record.batch:06d}", Snapshot.of(tensors, rest, record)
+        name = f"{self.serial:06d}-epoch-{record['epoch']:05d}-batch-{record['batch']:06d}"
         with self.lock:
             follows = self.busy
             if follows:
                 self.skipped += self.next is not None
-                self.next = name, snapshot
+                self.next = name, packed
         if not follows:
             self.wait()
             self.busy = self.patient = True
-            self.writing = self.pool.submit(self._write_all, name, snapshot)
+            self.writing = self.pool.submit(self._write_all, name, packed)
         self.seconds += time.monotonic() - began
 
     def as_json(self) -> dict[str, float]:
@@ -121,9 +104,9 @@ class Writer:
         finally:
             self.pool.shutdown()
 
-    def _write_all(self, name: str, snapshot: Snapshot) -> None:
+    def _write_all(self, name: str, packed: Packed) -> None:
         """And what comes while it writes."""
-        following: tuple[str, Snapshot] | None = (name, snapshot)
+        following: tuple[str, Packed] | None = (name, packed)
         try:
             while following:
                 self.began = time.monotonic()
@@ -135,15 +118,70 @@ class Writer:
         finally:
             self.busy = False
 
-    def _write(self, name: str, snapshot: Snapshot) -> None:
+    def _write(self, name: str, packed: Packed) -> None:
         if self.store.claim() != self.owner:
             raise DloptError(f"{self.store.where()}: another run of this job goes on from here: this one ends")
-        self.store.write(name, snapshot.contents())
+        if self.rank:
+            self._add(name, packed)
+            return
+        self.store.write(name, self._contents(name, packed))
         names = self.store.names()
         kept = {*names[-self.keep :], *[name for name in names if ends_epoch(name)][-1:]}
         for old in names:
             if old not in kept:
                 self.store.remove(old)
+
+    def _add(self, name: str, packed: Packed) -> None:
+        """This worker's part of it."""
+        try:
+            self.store.add(name, self._contents(name, packed))
+        except OSError as error:
+            with suppress(OSError):
+                self.store.add(name, [(_part(self.rank), [json.dumps({"error": str(error)}).encode()])])
+            raise
+
+    def _contents(self, name: str, packed: Packed) -> Iterator[tuple[str, Iterator[Buffer]]]:
+        """Name and content of each file, in pieces that are to be taken before the next file is; last the one that says what is there."""
+        files: dict[str, Any] = {}
+        for file, tensors in _files(packed, self.rank):
+            seen = Seen()
+            yield file, seen.through(pieces(tensors))
+            files[file] = seen.as_json()
+        mine = {"files": files, "rows": packed.rows}
+        if self.rank:
+            yield _part(self.rank), iter([json.dumps(mine).encode()])
+            return
+        everyones = [mine, *(self._part_of(name, rank) for rank in range(1, self.parts))]
+        files = {file: seen for one in everyones for file, seen in one["files"].items()}
+        rows = {part: {key: [one["rows"][part][key] for one in everyones] for key in there} for part, there in packed.rows.items()}
+        seal = {"record": packed.record, "rest": packed.rest, "rows": rows, "files": files}
+        yield RECORD, iter([json.dumps(seal | {"sha256": digest_of(seal)}).encode()])
+
+    def _part_of(self, name: str, rank: int) -> dict[str, Any]:
+        """What another worker says that it has written. Raises OSError when that takes too long."""
+        began = time.monotonic()
+        while time.monotonic() - began < PATIENCE:
+            with suppress(OSError, ValueError):  # half of it, while it is written
+                found: dict[str, Any] = json.loads(self.store.part(name, _part(rank)))
+                if "error" in found:
+                    raise ConnectionAbortedError(f"worker {rank}: {found['error']}")
+                return found
+            time.sleep(0.02)
+        raise TimeoutError(f"worker {rank} has not written its part in {PATIENCE:.0f} s")
+
+
+def _files(packed: Packed, rank: int) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    """Names and tensors: of what all workers hold alike, and of this one's rows."""
+    for part, tensors in packed.tensors.items():
+        rows = packed.rows[part]
+        for file, some in ((f"{part}.safetensors", tensors.keys() - rows), (f"{part}.{rank:05d}.safetensors", tensors.keys() & rows)):
+            if some:
+                yield file, {key: tensors[key] for key in some}
+
+
+def _part(rank: int) -> str:
+    """The file in which a worker says what it has written."""
+    return f"worker-{rank:05d}.json"
 
 
 def digest_of(seal: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Annotated, Any, Protocol, runtime_checkable
 
 import torch
@@ -12,7 +12,6 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
 
 from dlopt.data.feed.batches import Batch, Mixed
 from dlopt.optim.constraints import NormOf, total_norm
@@ -49,34 +48,26 @@ class Curved(Protocol):
     def take(self, estimate: list[Tensor]) -> None: ...
 
 
-def plain(factor: int) -> Gradient:
-    """Back-propagation. DistributedDataParallel averages over workers, so the sum over them needs a factor of as many as they are."""
-
-    def gradient(objective: Objective, model: nn.Module, batch: Batch) -> Losses:
-        losses = objective(model, batch)
-        (losses.loss * factor if factor > 1 else losses.loss).backward()
-        return losses
-
-    return gradient
+def plain(objective: Objective, model: nn.Module, batch: Batch) -> Losses:
+    """Back-propagation."""
+    losses = objective(model, batch)
+    losses.loss.backward()
+    return losses
 
 
-def accumulated(world: int, rows: int, factor: int | None = None) -> Gradient:
+def accumulated(rows: int, partly: Callable[[], AbstractContextManager[None]] = nullcontext) -> Gradient:
     """The same in parts of at most `rows` rows of each worker, whose sum is the gradient of the batch: for less memory.
 
     All workers take equally many parts, the last ones empty where a worker has fewer rows, and add up over workers after the last (where
     weights are shared out, after each: a whole gradient would take the memory that is short). Statistics that a network takes of its
-    batch (batch norm) are of a part. factor: on the loss, if not as many as there are workers.
+    batch (batch norm) are of a part. partly: within it are those before the last.
     """
-    times = world if factor is None else factor
 
     def gradient(objective: Objective, model: nn.Module, batch: Batch) -> Losses:
-        parts = split(batch, rows, _most(-(-len(batch.target) // rows), batch.target.device, world))
-        found = []
+        parts, found = split(batch, rows, -(-max(batch.most, len(batch.target)) // rows)), []
         for place, part in enumerate(parts, start=1):
-            last = place == len(parts)
-            with nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync():
-                losses = objective(model, part)
-                (losses.loss * times if times > 1 else losses.loss).backward()
+            with nullcontext() if place == len(parts) else partly():
+                losses = plain(objective, model, part)
             found.append(Losses(losses.loss.detach(), losses.correct))
         correct = [losses.correct for losses in found if losses.correct is not None]
         return Losses(torch.stack([losses.loss for losses in found]).sum(), torch.stack(correct).sum() if correct else None)
@@ -96,15 +87,6 @@ def _piece(batch: Batch, piece: slice, share: float) -> Batch:
     mixed = batch.mixed and Mixed(batch.mixed.target[piece], batch.mixed.share[piece])
     inputs = {name: values[piece] for name, values in batch.inputs.items()}
     return batch._replace(inputs=inputs, target=batch.target[piece], mixed=mixed, part=batch.part * share, first=batch.first + piece.start)
-
-
-def _most(count: int, device: torch.device, world: int) -> int:
-    """The largest of the workers' counts."""
-    if world == 1:
-        return count
-    found = torch.tensor(count, device=device)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return int(found)
 
 
 def unscaled(inner: Gradient, scale: LossScale | None) -> Gradient:
@@ -215,9 +197,8 @@ def _curvature(
     objective: Objective, model: nn.Module, batch: Batch, parameters: list[nn.Parameter], directions: list[Tensor]
 ) -> list[Tensor]:
     """This worker's part of the Hessian times the directions. Fused attention cannot be differentiated twice, so it is not used."""
-    module = model.module if isinstance(model, DistributedDataParallel) else model
-    with _buffers_kept(module), sdpa_kernel(SDPBackend.MATH):
-        loss = objective(module, batch).loss
+    with _buffers_kept(model), sdpa_kernel(SDPBackend.MATH):
+        loss = objective(model, batch).loss
         first = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
         slope = torch.stack([(one * other).sum() for one, other in zip(first, directions, strict=True)]).sum()
         if not slope.requires_grad:

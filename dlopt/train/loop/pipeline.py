@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 import torch
 
 from dlopt.data.feed.batches import Batch
+from dlopt.models.norms import BatchNorm
 from dlopt.train.job import Train
 from dlopt.train.loop.gradients import accumulated, curved, plain, sharpness_aware, unscaled
 from dlopt.train.loop.objectives import Objective
@@ -50,21 +51,24 @@ class Pipeline:
 
     def __post_init__(self) -> None:
         train, parallel, together = self.train, self.parallel, self.parallel.together
-        micro, device = train.micro_batch_size, next(parallel.network.parameters()).device
+        micro, network = train.micro_batch_size, parallel.network
+        device = next(network.parameters()).device
         self.scale: LossScale | None = scale_of(train.precision)
         self.model = parallel.module()
         self.forward = self.profile.timed("forward", self.timed(mixed(self.objective, train.precision, device, self.scale)))
-        found = plain(parallel.factor) if micro is None else accumulated(together, -(-micro // parallel.world), parallel.factor)
+        over_workers = any(isinstance(layer, BatchNorm) for layer in network.modules())
+        found = plain if micro is None else accumulated(-(-micro // (together if over_workers else 1)), parallel.partly)
         found = unscaled(self.profile.reduced(parallel.gradient(found)), self.scale)
         if train.sharpness:
             found = sharpness_aware(found, train.sharpness.rho, train.sharpness.adaptive, parallel.norm)
         self.gradient = self.profile.timed("backward", curved(found, self.optimizer, together, self.scale))
 
-    def steps(self, batches: Iterable[Batch], factor: Callable[[int], float], before: int = 0) -> Iterator[Step]:
-        """A step for each batch. factor(i): of the schedule for the i-th of them, from 0. before: how many steps there were."""
+    def steps(self, batches: Iterable[Batch], factor: Callable[[int], float], before: int = 0, sure: bool = True) -> Iterator[Step]:
+        """A step for each batch. factor(i): of the schedule for the i-th of them, from 0. before: how many steps there were. sure: as in
+        `dlopt.train.loop.steps`."""
         train, parallel = self.train, self.parallel
         given = parallel.batches(iter(batches)), self.forward, self.gradient, factor, train.clip, train.centralize_gradients, self.scale
-        for step in steps(self.model, self.optimizer, *given, parallel.norm, self.seed, before):
+        for step in steps(self.model, self.optimizer, *given, parallel.norm, self.seed, before, sure):
             if step.taken and train.max_norm:
                 train.max_norm.apply(parallel.held)
             if step.taken and self.held:

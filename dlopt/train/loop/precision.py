@@ -26,7 +26,8 @@ LOWEST, HIGHEST = 1.0, 2.0**24
 @dataclass
 class LossScale:
     """What losses are multiplied with before gradients are taken, which are divided by it then. A gradient that is not finite makes it
-    smaller, many that are make it larger, as torch.amp.GradScaler does; but by the gradient of all workers, so that all agree."""
+    smaller, many that are make it larger, as torch.amp.GradScaler does. That one looks at the gradients of one worker, which
+    in replicas and shares of weights are not those of all, and so could step on some workers and not on others."""
 
     INTERVAL = 2000
     """After so many good steps in a row a larger scale is tried."""
@@ -46,14 +47,12 @@ class LossScale:
             self.scale, self.good = min(HIGHEST, self.scale * 2), 0
         return False
 
-    @property
-    def memory(self) -> dict[str, Any]:
-        """All of it, as JSON has it."""
+    def state_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def recall(self, memory: Mapping[str, Any]) -> None:
-        """Be where one was that had this memory; where there is none, at the start."""
-        self.scale, self.good = (memory.get(name, start) for name, start in asdict(LossScale()).items())
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Be where one was that said this; {} is the start."""
+        self.scale, self.good = (state.get(name, start) for name, start in asdict(LossScale()).items())
 
 
 def scale_of(precision: Precision) -> LossScale | None:

@@ -29,10 +29,10 @@ class Step(NamedTuple):
     correct: Tensor | None
     factor: float
     """On the peak rate."""
-    gradient_norm: float
+    norm: Tensor
     """Of the whole batch's gradient, before clipping; the same on every worker, but for replicas that go their own ways."""
     taken: bool
-    """Whether there was a step: not when the gradient is not finite, on all workers alike, since the reduced norm decides."""
+    """Whether there was a step: not when the gradient is known not to be finite, on all workers alike, since the reduced norm decides."""
     overflowed: bool = False
     """Whether there was none since the scale of the loss was too large, which is smaller now."""
 
@@ -50,13 +50,15 @@ def steps(
     norm_of: NormOf = total_norm,
     seed: int = 0,
     before: int = 0,
+    sure: bool = True,
 ) -> Iterator[Step]:
     """Train on every batch, yielding each step.
 
     factor(i): of the schedule for the i-th batch, from 0; a group's rate is its peak times that. clip: what becomes of large gradients.
     centralized: whether the mean of each unit's gradient is taken out. A step whose gradient is not finite is left out. scale: of the
     loss, which takes note of each step. norm_of: gives norms of whole tensors, of which a worker may have rows. What layers draw in the
-    i-th step is a function of the seed and of `before` + i.
+    i-th step is a function of the seed and of `before` + i. sure: whether it waits for the device to know each norm; else every step is
+    taken, and who reads the norms later has to go back where one was not finite.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.train()
@@ -68,8 +70,7 @@ def steps(
         with noise.step(seed, before + index):
             losses = gradient(objective, model, batch)
             norm = norm_of([parameter.grad for parameter in parameters if parameter.grad is not None])
-            found = norm.item()
-            taken = math.isfinite(found)
+            taken = not sure or math.isfinite(norm.item())
             if taken:
                 if centralized:
                     centralize(parameters)
@@ -77,7 +78,7 @@ def steps(
                     clip.apply(parameters, norm, norm_of)
                 _take(optimizer, parameters, losses, lambda batch=batch: gradient(objective, model, batch))  # type: ignore[misc]
         overflowed = scale is not None and scale.note(taken)
-        yield Step(losses.loss.detach(), losses.correct, now, found, taken, overflowed)
+        yield Step(losses.loss.detach(), losses.correct, now, norm, taken, overflowed)
 
 
 def peaked(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -18,7 +18,7 @@ from dlopt.train.checkpoint.state import TrainingState
 def averaged(
     state: TrainingState, network: nn.Module, batches: Callable[[], Iterator[Any]], computing: AbstractContextManager[Any]
 ) -> Iterator[None]:
-    """Within it, the network has the weights that are measured and kept, whole.
+    """Within it, the network has the weights that are measured and kept.
 
     batches: inputs, of which batch normalization has its statistics for averaged weights; computing: within it, they are computed as in
     training.
@@ -32,7 +32,7 @@ def averaged(
         if average and average.started:
             stack.enter_context(average.swapped())
             changed = True
-        stack.enter_context(state.parallel.gathered())
+        stack.enter_context(state.parallel.measuring())
         if changed and any(isinstance(layer, BatchNorm) for layer in network.modules()):
             stack.enter_context(_buffers_back(network))
             with computing:

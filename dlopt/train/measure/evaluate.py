@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dlopt.data.feed.batches import shortened
+from dlopt.data.feed.batches import moved, shortened
 from dlopt.data.prepared import RowGroup, Split
 from dlopt.models import Network
 from dlopt.part import Target
@@ -44,17 +44,20 @@ def evaluate(
     device: torch.device,
     rank: int = 0,
     world: int = 1,
+    in_step: bool = False,
     *,
     loss: LossPart | None = None,
     thresholds: tuple[float, ...] = (),
 ) -> Metrics:
     """Metrics of a split that has rows; each worker computes its part of the chunks, and all of them get the whole.
 
-    loss: the one that is trained. thresholds: of the target, from which on a row is positive, or is given each label.
+    in_step: whether all call the network equally often, at last with no rows. loss: the one that is trained. thresholds: of the target,
+    from which on a row is positive, or is given each label.
     """
     target = _with(split.signature.target, thresholds)
     found, losses = tally(target, network.output, len(split), device), loss_of(unsmoothed(loss), target, network.output)
-    for outputs, wanted in _outputs(network, split, device, split.chunks[rank::world]):
+    calls = max(_calls(split, device, split.chunks[one::world]) for one in range(world)) if in_step else 0
+    for outputs, wanted in _outputs(network, split, device, split.chunks[rank::world], calls):
         found.add(outputs, wanted, losses(outputs, wanted, "none"))
     if world > 1:
         _gather(found, split, world)
@@ -81,7 +84,7 @@ def thresholds_of(threshold: Threshold | None, network: Network, validation: Spl
 
 
 def write_predictions(
-    path: Path,
+    path: Path | None,
     network: Network,
     split: Split,
     device: torch.device,
@@ -89,7 +92,7 @@ def write_predictions(
     loss: LossPart | None = None,
     thresholds: tuple[float, ...] = (),
 ) -> Metrics:
-    """A parquet file of what the network says of every row, as above, a batch at a time; returns the split's metrics."""
+    """Metrics of a split; and if a path is given, a parquet file of what the network says of every row, as above, a batch at a time."""
     target, start = _with(split.signature.target, thresholds), 0
     found, losses_of = tally(target, network.output, len(split), device), loss_of(unsmoothed(loss), target, network.output)
     with ExitStack() as stack:
@@ -97,6 +100,8 @@ def write_predictions(
         for outputs, wanted in _outputs(network, split, device, split.chunks):
             losses = losses_of(outputs, wanted, "none")
             found.add(outputs, wanted, losses)
+            if path is None:
+                continue
             rows = {"row": pa.array(range(start, start + len(wanted)), pa.int64())}
             columns = _columns(target, activated(target, outputs).cpu(), wanted.cpu())
             table = pa.table(rows | columns | {"loss": losses.float().cpu().numpy()})
@@ -152,15 +157,43 @@ def _gather(found: Tally, split: Split, world: int) -> None:
 
 
 @torch.no_grad()
-def _outputs(network: Network, split: Split, device: torch.device, chunks: tuple[RowGroup, ...]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Outputs as float64 and targets, a batch at a time; the network is put back into the mode it was in."""
-    training = network.training
+def _outputs(
+    network: Network, split: Split, device: torch.device, chunks: tuple[RowGroup, ...], calls: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Outputs as float64 and targets, a batch at a time; the network is put back into the mode it was in. calls: so often it is called, at
+    least, with no rows once there are no more."""
+    training, size, groups = network.training, _batch_size(split, device), _groups(split, device, chunks)
     network.eval()
-    size = max(1, min(1024, BATCH_BYTES[device.type == "cpu"] // split.row_bytes))
-    for chunk in chunks:
-        rows = {name: torch.from_numpy(values.copy()).to(device) for name, values in split.read([chunk]).items()}
+    for some in groups:
+        rows = {name: torch.from_numpy(values.copy()) for name, values in split.read(some).items()}
         target = rows.pop(split.signature.target.name)
         for start in range(0, len(target), size):
-            part = {name: values[start : start + size] for name, values in rows.items()}
-            yield network(shortened(part, split.signature.inputs)).double(), target[start : start + size]
+            yield _called(network, split, device, rows, start, size), moved(target[start : start + size], device)
+    for _ in range(_calls(split, device, chunks), calls):
+        _called(network, split, device, {name: torch.from_numpy(values) for name, values in split.read([]).items()}, 0, size)
     network.train(training)
+
+
+def _called(network: Network, split: Split, device: torch.device, rows: dict[str, Tensor], start: int, size: int) -> Tensor:
+    part = shortened({name: values[start : start + size] for name, values in rows.items()}, split.signature.inputs)
+    return network({name: moved(values, device) for name, values in part.items()}).double()
+
+
+def _calls(split: Split, device: torch.device, chunks: tuple[RowGroup, ...]) -> int:
+    """How often the network is called for the rows of some chunks."""
+    return sum(-(-sum(chunk.rows for chunk in some) // _batch_size(split, device)) for some in _groups(split, device, chunks))
+
+
+def _batch_size(split: Split, device: torch.device) -> int:
+    return max(1, min(1024, BATCH_BYTES[device.type == "cpu"] // split.row_bytes))
+
+
+def _groups(split: Split, device: torch.device, chunks: tuple[RowGroup, ...]) -> list[list[RowGroup]]:
+    """Chunks that are read together: on an accelerator as many as a batch has room for."""
+    most, groups = 1 if device.type == "cpu" else _batch_size(split, device), list[list[RowGroup]]()
+    for chunk in chunks:
+        if groups and sum(one.rows for one in groups[-1]) + chunk.rows <= most:
+            groups[-1].append(chunk)
+        else:
+            groups.append([chunk])
+    return groups

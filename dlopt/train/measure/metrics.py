@@ -45,7 +45,7 @@ def decided(target: Target, probabilities: Tensor) -> Tensor:
         return probabilities.argmax(dim=1)
     if not target.thresholds:
         return probabilities > 0.5
-    least = torch.tensor(target.thresholds, dtype=torch.float32, device=probabilities.device)
+    least = torch.tensor(target.thresholds, dtype=torch.float32).to(probabilities.device)
     if target.kind == "multi_label":
         return probabilities.float() >= least
     positive = target.positive_index

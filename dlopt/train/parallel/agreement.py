@@ -74,9 +74,9 @@ def patiently(work: Callable[[], Made], world: int, device: torch.device) -> Mad
 
 
 def agreed(here: bool, world: int, device: torch.device) -> bool:
-    """What worker 0 says. All call it at once."""
+    """Whether all say so. All call it at once."""
     if world == 1:
         return here
     said = torch.tensor(int(here), device=device)
-    dist.broadcast(said, 0)
+    dist.all_reduce(said, dist.ReduceOp.MIN)
     return bool(said.item())

@@ -5,28 +5,24 @@
 | train.compression           | bfloat16  | gradients in half of the bits                                | Kalamkar et al. 2019  |
 |                             | power_sgd | of a matrix two thin ones; what they leave out is sent later | Vogels et al. 2019    |
 | train.synchronization       | local_sgd | now and then the weights, whose mean all go on from          | Stich 2019            |
-|                             | diloco    | the same, and a second optimizer steps from mean to mean     | Douillard et al. 2023 |
 
 To add one: a class with `build`, and its name in the union of its section.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_hook
-from torch.futures import Future
-from torch.nn.parallel import DistributedDataParallel
 
 from dlopt.part import Part
-from dlopt.train.checkpoint.packing import under
 from dlopt.train.parallel.base import Parallel
+from dlopt.train.parallel.ddp import DDP
 from dlopt.train.parallel.exchange import at_once, collected
+from dlopt.train.parallel.reducer import Bucket, Finish
 
 WORTH = 2
 """A matrix goes as two thin ones where they have no more than one in so many of its numbers."""
@@ -38,8 +34,8 @@ class Bfloat16(Part):
 
     kind: Literal["bfloat16"] = "bfloat16"
 
-    def build(self, network: nn.Module, rank: int, world: int, custom: bool, seed: int) -> Parallel:
-        return Bfloat16Parallel(network, rank, world, custom)
+    def build(self, network: nn.Module, rank: int, world: int, seed: int) -> Parallel:
+        return Bfloat16Parallel(network, rank, world)
 
 
 class PowerSGD(Part):
@@ -56,23 +52,29 @@ class PowerSGD(Part):
     start_step: int = Field(1000, ge=0)
     """Steps at the start with whole gradients, when those are least alike; a tenth of all is usual."""
 
-    def build(self, network: nn.Module, rank: int, world: int, custom: bool, seed: int) -> Parallel:
-        return PowerSGDParallel(network, rank, world, custom, self, seed)
+    def build(self, network: nn.Module, rank: int, world: int, seed: int) -> Parallel:
+        return PowerSGDParallel(network, rank, world, self, seed)
 
 
 Compression = Annotated[Bfloat16 | PowerSGD, Field(discriminator="kind")]
 
 
-class Bfloat16Parallel(Parallel):
+class Bfloat16Parallel(DDP):
     """ddp whose gradients are sent in bfloat16."""
 
-    exchanged = False
+    def _neighbour(self) -> None:
+        return None
 
-    def module(self) -> nn.Module:
-        found = super().module()
-        assert isinstance(found, DistributedDataParallel)
-        found.register_comm_hook(dist.group.WORLD, lambda group, bucket: bf16_compress_hook(group, bucket))  # by name, torch wants NCCL
-        return found
+    def _exchange(self, bucket: Bucket) -> Finish:
+        half = bucket.flat.to(torch.bfloat16)
+        work = dist.all_reduce(half, async_op=True)
+        assert work is not None
+
+        def finish() -> None:
+            work.wait()
+            bucket.flat.copy_(half)
+
+        return finish
 
 
 class Unsent(NamedTuple):
@@ -84,26 +86,21 @@ class Unsent(NamedTuple):
     """The same on all workers: where the next power iteration begins, (columns, rank)."""
 
 
-class PowerSGDParallel(Parallel):
+class PowerSGDParallel(DDP):
     """ddp whose gradients are sent as matrices of low rank.
 
     torch's own hook remembers by the bucket that a gradient lies in, which is another one after a restart, keeps what is not finite for
     good, and never gets a column back that was 0 once; so this one is written here.
     """
 
-    exchanged = False
-
-    def __init__(self, network: nn.Module, rank: int, world: int, custom: bool, part: PowerSGD, seed: int) -> None:
-        super().__init__(network, rank, world, custom)
+    def __init__(self, network: nn.Module, rank: int, world: int, part: PowerSGD, seed: int) -> None:
+        super().__init__(network, rank, world)
         self.part, self.seed, self.step = part, seed, 0
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in network.named_parameters()}
         self.unsent = self.before = Unsent({}, {})
 
-    def module(self) -> nn.Module:
-        found = super().module()
-        assert isinstance(found, DistributedDataParallel)
-        found.register_comm_hook(None, lambda state, bucket: self._sent(bucket))
-        return found
+    def _neighbour(self) -> None:
+        return None
 
     def begin(self, step: int) -> None:
         self.step, self.before = step, Unsent(dict(self.unsent.errors), dict(self.unsent.bases))
@@ -111,29 +108,28 @@ class PowerSGDParallel(Parallel):
     def undo(self) -> None:
         self.unsent = self.before
 
-    def memory(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    def memory(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         everyones = collected(self.unsent.errors, self.rank, self.world, next(self.network.parameters()).device)
-        errors = {f"worker.{rank}.{name}": error for rank, found in enumerate(everyones) for name, error in found.items()}
-        return {f"exchange.{name}": base for name, base in self.unsent.bases.items()} | errors
+        return {"errors": everyones, "bases": dict(self.unsent.bases)}
 
-    def recall(self, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-        device = next(self.network.parameters()).device
-        there = {name.split(".")[1] for name in tensors if name.startswith("worker.")}
-        errors = under(f"worker.{self.rank}.", tensors) if len(there) == self.world else {}
-        found = Unsent(errors, under("exchange.", tensors))
+    def recall(self, memory: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+        device, everyones = next(self.network.parameters()).device, memory.get("errors", [])
+        errors = everyones[self.rank] if len(everyones) == self.world else {}
+        found = Unsent(errors, memory.get("bases", {}))
         self.unsent = Unsent(*({name: value.to(device, copy=True) for name, value in some.items()} for some in found))
 
     @torch.no_grad()
-    def _sent(self, bucket: dist.GradBucket) -> Future[Tensor]:
-        """Algorithms 1 and 2 of the paper, for all matrices of a bucket at once."""
+    def _exchange(self, bucket: Bucket) -> Finish:
+        """Algorithms 1 and 2 of the paper, for all matrices of a bucket at once; the sum is the mean of what is `world` times as large."""
         if self.step < self.part.start_step:
-            return allreduce_hook(dist.group.WORLD, bucket)  # type: ignore[arg-type]
-        given = list(zip(bucket.parameters(), bucket.gradients(), strict=True))
+            return super()._exchange(bucket)
+        bucket.flat.mul_(self.world)
+        given = list(zip(bucket.parameters, bucket.gradients, strict=True))
         large = {self.names[parameter]: gradient for parameter, gradient in given if self._worth(gradient)}
         rest = [gradient for _, gradient in given if not self._worth(gradient)]
         matrices = {name: self._with_error(name, gradient) for name, gradient in large.items()}
         columns = {name: matrix @ _orthogonal(self._base(name, matrix)) for name, matrix in matrices.items()}
-        self._mean([*columns.values(), *rest])
+        self._mean([*columns.values(), *rest, bucket.used])
         columns = {name: _orthogonal(column) for name, column in columns.items()}
         bases = {name: matrix.T @ columns[name] for name, matrix in matrices.items()}
         self._mean(list(bases.values()))
@@ -141,9 +137,7 @@ class PowerSGDParallel(Parallel):
             near = columns[name] @ bases[name].T
             self.unsent.errors[name], self.unsent.bases[name] = matrices[name] - near, bases[name]
             gradient.copy_(near.view(gradient.shape))
-        done: Future[Tensor] = Future()
-        done.set_result(bucket.buffer())
-        return done
+        return lambda: None
 
     def _worth(self, gradient: Tensor) -> bool:
         if gradient.dim() < 2:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,11 +16,14 @@ from dlopt.part import DloptError
 from dlopt.train.checkpoint.packing import pack, unpack
 from dlopt.train.loop.gradients import Gradient
 from dlopt.train.loop.objectives import Losses, Objective
-from dlopt.train.parallel.base import Groups, OptimizerState, Parallel
+from dlopt.train.parallel.base import Groups, Parallel
 from dlopt.train.parallel.exchange import broadcast, collected
 
 LEAST_BLOCK, LARGE = 1 / 64, 1 / 4
 """The share of all weights that makes a block worth gathering by itself, and that from which on it is divided further."""
+CPU = torch.device("cpu")
+BY_ROWS = ("model", "best", "average", "optimizer")
+"""Parts of a training's state of which each worker holds rows."""
 
 
 class FSDP(Parallel):
@@ -31,29 +34,46 @@ class FSDP(Parallel):
 
     held: ShardedNetwork
 
-    def __init__(self, network: nn.Module, rank: int, world: int, custom: bool = False) -> None:
+    in_step = True
+
+    def __init__(self, network: nn.Module, rank: int, world: int, custom: bool = False, device: torch.device = CPU) -> None:
+        """network: on worker 0 with its weights, on the host, or on all without; buffers are alike. device: where rows are to lie."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
-        super().__init__(network, rank, world, custom)
-        parameters, self.names = list(network.parameters()), list(network.state_dict())
+        super().__init__(network, rank, world)
         refuse_single_numbers(network)
-        for parameter in parameters:
-            parameter.data = parameter.data.contiguous()
-        broadcast(parameters, 0)
-        self.device = parameters[0].device
-        mesh = init_device_mesh(self.device.type, (world,))
-        for part in [*([] if custom or tied(network) else blocks(network)), network]:
+        self.device, self.names, apart = device, list(network.state_dict()), custom or tied(network)
+        given = {name: parameter.data for name, parameter in network.named_parameters()} if rank == 0 else {}
+        with_weights = [bool(given) and not any(value.is_meta for value in given.values())]
+        dist.broadcast_object_list(with_weights, src=0)
+        let_go(network)
+        mesh = init_device_mesh(device.type, (world,))
+        for part in [*([] if apart else blocks(network)), network]:
             fully_shard(part, mesh=mesh)
+        network._apply(lambda value: torch.empty_like(value, device=device) if value.is_meta else value.to(device))
         self.units = [module for module in network.modules() if isinstance(module, FSDPModule)]
         for unit in self.units:
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
         self.held = ShardedNetwork(network, self.names)
+        if with_weights[0]:
+            self._hand_out(given)
+        broadcast([buffer for buffer in network.buffers() if buffer.numel()], 0)
 
-    @property
-    def factor(self) -> int:
-        return 1
+    @torch.no_grad()
+    def _hand_out(self, given: dict[str, Tensor]) -> None:
+        """The rows of each weight of worker 0, one after the other, so that nobody else ever has it whole."""
+        for name, share in self.held.named_parameters():
+            if self.rank == 0:
+                for other in range(1, self.world):
+                    if len(rows := self._rows(given[name], other)):
+                        dist.send(rows.to(self.device), other)
+                share.copy_(self._rows(given[name]))
+            elif share.numel():
+                rows = torch.empty_like(share)
+                dist.recv(rows, 0)
+                share.copy_(rows)
 
     @property
     def copies(self) -> int:
@@ -94,45 +114,38 @@ class FSDP(Parallel):
     def alike(self) -> dict[str, Tensor]:
         return {name: value for name, value in self.held.state_dict().items() if name not in self.held.shards}
 
-    def whole(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dict(held) | self._together({name: value for name, value in held.items() if name in self.held.shards})
-
-    def mine(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def mine(self, part: str, whole: dict[str, Any]) -> dict[str, Any]:
+        if part == "optimizer":  # what has dimensions is of a weight each
+            tensors, rest = pack(whole)
+            return unpack({name: self._rows(value) if value.dim() else value for name, value in tensors.items()}, rest)
+        if part not in BY_ROWS:
+            return whole
         return {name: self._rows(value) if name in self.held.shards else value for name, value in whole.items()}
 
-    def whole_state(self, held: OptimizerState) -> OptimizerState:
-        """What has dimensions is of a weight each: of these rows."""
-        tensors, rest = pack(held)
-        return unpack(tensors | self._together({name: value for name, value in tensors.items() if value.dim()}), rest)
+    def rows(self, part: str, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+        if part not in BY_ROWS:
+            return {}
+        there = {name: value.dim() > 0 if part == "optimizer" else name in self.held.shards for name, value in tensors.items()}
+        return {name: len(value) for name, value in tensors.items() if there[name]}
 
-    def my_state(self, whole: OptimizerState) -> OptimizerState:
-        tensors, rest = pack(whole)
-        return unpack({name: self._rows(value) if value.dim() else value for name, value in tensors.items()}, rest)
+    def gather(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        mine = {name: value for name, value in held.items() if name in self.held.shards}
+        parts = collected(mine, self.rank, self.world, self.device)
+        return dict(held) | {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
 
-    def _together(self, held: dict[str, Tensor]) -> dict[str, Tensor]:
-        parts = collected(held, self.rank, self.world, self.device)
-        return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
-
-    def _rows(self, whole: Tensor) -> Tensor:
+    def _rows(self, whole: Tensor, rank: int | None = None) -> Tensor:
         """A copy, so that the whole need not stay."""
-        most = -(-len(whole) // self.world)
-        return whole[self.rank * most : (self.rank + 1) * most].clone()
+        most, rank = -(-len(whole) // self.world), self.rank if rank is None else rank
+        return whole[rank * most : (rank + 1) * most].clone(memory_format=torch.contiguous_format)
 
     @contextmanager
-    def gathered(self) -> Iterator[None]:
-        """Each worker has all weights in its memory meanwhile."""
-        for unit in self.units:
-            unit.unshard()
-            unit.set_reshard_after_forward(False, recurse=False)
+    def measuring(self) -> Iterator[None]:
+        """A block's weights are gathered when it is computed, as in training, and all are let go of in the end."""
         try:
             yield
         finally:
             for unit in self.units:
                 unit.reshard()
-                unit.set_reshard_after_forward(unit is not self.network, recurse=False)
-
-    def alone(self, build: Callable[[], nn.Module]) -> nn.Module:
-        return build()
 
 
 class ShardedNetwork(nn.Module):
@@ -175,6 +188,34 @@ class ShardedNetwork(nn.Module):
                 found = parameter.grad.to_local()  # type: ignore[attr-defined]
                 share.grad = found if share.grad is None else share.grad + found
                 parameter.grad = None
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Within it, modules are built with parameters that have a shape and no memory; buffers are as ever."""
+    original = nn.Module.register_parameter
+
+    def register(self: nn.Module, name: str, param: Parameter | None) -> None:
+        original(self, name, param if param is None or param.is_meta else _empty(param))
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def let_go(network: nn.Module) -> None:
+    """Put parameters without memory in place of those of a network; what two layers have in common stays so."""
+    known: dict[Parameter, Parameter] = {}
+    for module in list(network.modules()):
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                setattr(module, name, known.setdefault(parameter, _empty(parameter)))
+
+
+def _empty(parameter: Parameter) -> Parameter:
+    return Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), parameter.requires_grad)
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:

@@ -1,10 +1,12 @@
-"""Replicas that train for themselves and meet now and then: local SGD and DiLoCo. For links too slow for gradients at every step."""
+"""Replicas that train for themselves and meet now and then. For links too slow for gradients at every step.
+
+DiLoCo (Douillard et al. 2023), whose second optimizer steps from mean to mean, was here; nothing measured said for it, so it went."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Literal
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from dlopt.data.feed.batches import Batch
 from dlopt.models.norms import BatchNorm
 from dlopt.part import Part
-from dlopt.train.checkpoint.packing import optimizer_state, pack, restore_optimizer, under, unpack
+from dlopt.train.checkpoint.packing import optimizer_state, pack, restore_optimizer, unpack
 from dlopt.train.parallel.base import Parallel
 from dlopt.train.parallel.exchange import at_once, collected
 
@@ -35,48 +37,21 @@ class LocalSGD(Part):
     every: int = Field(8, ge=1)
     """Steps of an epoch from one mean to the next; there is always one at its end."""
 
-    def build(self, network: nn.Module, rank: int, world: int, custom: bool, seed: int) -> Parallel:
-        return LocalSGDParallel(network, rank, world, custom, self.every)
-
-
-class DiLoCo(Part):
-    """DiLoCo (Douillard et al. 2023): as local_sgd with many more steps, but the mean of the replicas' ways since the last time is taken
-    for a gradient, by which SGD with Nesterov momentum steps. The job's optimizer is the inner one, and what it remembers stays with its
-    replica. Where the replicas keep going the same way, outer steps are outer_lr / (1 - outer_momentum) times as long, 7 by default: give
-    the job's optimizer a lower rate than it would have otherwise."""
-
-    kind: Literal["diloco"] = "diloco"
-    replicas: int = Field(ge=2)
-    """How many there are; the result depends on it. `resources.workers` must be the same number."""
-    every: int = Field(100, ge=1)
-    """Steps of an epoch from one outer step to the next; there is always one at its end."""
-    outer_lr: float = Field(0.7, gt=0)
-    """Rate of the outer steps: 1 without momentum goes to the mean."""
-    outer_momentum: float = Field(0.9, ge=0, lt=1)
-    """Share of the last outer step that goes on in this one."""
-
-    def build(self, network: nn.Module, rank: int, world: int, custom: bool, seed: int) -> Parallel:
-        return DiLoCoParallel(network, rank, world, custom, self)
-
-
-Synchronization = Annotated[LocalSGD | DiLoCo, Field(discriminator="kind")]
+    def build(self, network: nn.Module, rank: int, world: int, seed: int) -> Parallel:
+        return LocalSGDParallel(network, rank, world, self.every)
 
 
 class LocalSGDParallel(Parallel):
     """Replicas that go their own way, until they synchronise: all go on from their mean then."""
 
-    def __init__(self, network: nn.Module, rank: int, world: int, custom: bool, every: int) -> None:
-        super().__init__(network, rank, world, custom)
+    def __init__(self, network: nn.Module, rank: int, world: int, every: int) -> None:
+        super().__init__(network, rank, world)
         self.every, self.start = every, dict[str, Tensor]()
         for layer in network.modules():
             if isinstance(layer, BatchNorm):
                 layer.alone = True
         from_worker_0 = list(self._moving().values())
         at_once(from_worker_0, lambda flat: dist.broadcast(flat, 0))
-
-    @property
-    def factor(self) -> int:
-        return 1
 
     @property
     def copies(self) -> int:
@@ -86,13 +61,10 @@ class LocalSGDParallel(Parallel):
     def together(self) -> int:
         return 1
 
-    def module(self) -> nn.Module:
-        return self.network
-
     def batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The mean over a batch is that over this replica's rows."""
         for batch in batches:
-            yield batch._replace(total=max(1, len(batch.target)))
+            yield batch._replace(total=max(1, len(batch.target)), most=0)
 
     def due(self, batch: int, batches: int) -> bool:
         """Whether replicas synchronise after batch number `batch`, from 1, of an epoch of `batches`."""
@@ -109,12 +81,8 @@ class LocalSGDParallel(Parallel):
         ways = [value - start[name] for name, value in moving.items()]
         at_once(ways, lambda flat: dist.all_reduce(flat.mul_(share)))
         for (name, value), way in zip(moving.items(), ways, strict=True):
-            value.copy_(start[name] + self._outer(name, way))
+            value.copy_(start[name] + way)
         self._settle(optimizer, share)
-
-    def _outer(self, name: str, way: Tensor) -> Tensor:
-        """From the mean way of all replicas since the last time, the one that all go."""
-        return way
 
     def _settle(self, optimizer: torch.optim.Optimizer, share: float) -> None:
         """What becomes of the optimizer's averages: their mean, once all replicas have any."""
@@ -129,55 +97,29 @@ class LocalSGDParallel(Parallel):
         if int(counts.sum()) == 0:
             at_once(averages, lambda flat: dist.all_reduce(flat.mul_(share)))
 
-    def memory(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    def memory(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Of the optimizers of all replicas, what is not as that of the first."""
         tensors, rest = pack(optimizer_state(optimizer))
-        mine = {f"optimizer.{name}": value for name, value in tensors.items()}
-        mine["rest"] = torch.frombuffer(bytearray(json.dumps(rest).encode()), dtype=torch.uint8)
-        first, *others = collected(mine, self.rank, self.world, next(self.network.parameters()).device) or [{}]
+        rests: list[Any] = [None] * self.world
+        dist.all_gather_object(rests, rest)
+        first, *others = collected(tensors, self.rank, self.world, next(self.network.parameters()).device) or [{}]
         return {
-            f"worker.{rank}.{name}": value
-            for rank, found in enumerate(others, start=1)
-            for name, value in found.items()
-            if name == "rest" or name not in first or not torch.equal(value, first[name])
+            "replicas": {
+                rank: {
+                    "rest": json.dumps(rests[rank]),
+                    "tensors": {key: value for key, value in its.items() if key not in first or not torch.equal(value, first[key])},
+                }
+                for rank, its in enumerate(others, start=1)
+            }
         }
 
-    def recall(self, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    def recall(self, memory: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
         self.start = {}
-        mine = under(f"worker.{self.rank}.", tensors)
-        if mine:
-            rest = json.loads(bytes(mine["rest"].tolist()))
-            restore_optimizer(optimizer, unpack(under("optimizer.", tensors) | under("optimizer.", mine), rest))
+        if mine := memory.get("replicas", {}).get(self.rank):
+            first, _ = pack(optimizer_state(optimizer))  # which every replica has been given
+            restore_optimizer(optimizer, unpack(first | mine["tensors"], json.loads(mine["rest"])))
 
     def _moving(self) -> dict[str, Tensor]:
         """All of the network that can change in a step, by name."""
         frozen = {name for name, parameter in self.network.named_parameters() if not parameter.requires_grad}
         return {name: value for name, value in self.network.state_dict().items() if value.is_floating_point() and name not in frozen}
-
-
-class DiLoCoParallel(LocalSGDParallel):
-    """Replicas that synchronise by a step of SGD with Nesterov momentum."""
-
-    def __init__(self, network: nn.Module, rank: int, world: int, custom: bool, part: DiLoCo) -> None:
-        super().__init__(network, rank, world, custom, part.every)
-        self.part = part
-        self.momentum = {name: torch.zeros_like(parameter) for name, parameter in network.named_parameters()}
-
-    def _outer(self, name: str, way: Tensor) -> Tensor:
-        """As torch.optim.SGD(nesterov=True) for the gradient -way; statistics of batch normalization go to their mean."""
-        if name not in self.momentum:
-            return way
-        lr, momentum = self.part.outer_lr, self.part.outer_momentum
-        self.momentum[name].mul_(momentum).add_(way)
-        return lr * (way + momentum * self.momentum[name])
-
-    def _settle(self, optimizer: torch.optim.Optimizer, share: float) -> None:
-        pass
-
-    def memory(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        return super().memory(optimizer) | {f"exchange.{name}": value for name, value in self.momentum.items()}
-
-    def recall(self, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-        super().recall(tensors, optimizer)
-        for name, value in under("exchange.", tensors).items():
-            self.momentum[name].copy_(value)

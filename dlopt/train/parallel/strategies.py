@@ -7,30 +7,37 @@
 | fsdp | shared out     | shared out     | shared out        | Zhao et al. 2023: a block's weights are gathered  |
 |      |                |                |                   | when it is computed, and let go of afterwards     |
 
-A checkpoint is whole whatever the word: worker 0 gathers it, and each takes its share of it again.
+Of fsdp each worker writes its rows of a checkpoint, and takes those again that it is to hold; of the others worker 0 writes all. Any
+number of workers goes on from what any other has written, whatever the word.
+
+zero is not `fully_shard(reshard_after_forward=False)`, which shares weights out as well and so divides each tensor: optimizers that look
+at a whole weight, such as muon, could not have it.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import nn
 
 from dlopt.optim.optimizers import Optimizer
 from dlopt.part import DloptError, Part
 from dlopt.train.parallel.base import Parallel
 from dlopt.train.parallel.ddp import DDP
-from dlopt.train.parallel.fsdp import FSDP
-from dlopt.train.parallel.local_sgd import DiLoCo, LocalSGD
+from dlopt.train.parallel.fsdp import CPU, FSDP
+from dlopt.train.parallel.local_sgd import LocalSGD
 from dlopt.train.parallel.zero import Zero
 
 Parallelism = Literal["ddp", "zero", "fsdp"]
 
 
-def parallel_of(kind: Parallelism, network: nn.Module, rank: int, world: int, custom: bool = False) -> Parallel:
-    """The network of a job on several workers, or on one. custom: whether it is a user's, of whose parts nothing is known."""
-    made = Parallel if world == 1 else {"ddp": DDP, "zero": Zero, "fsdp": FSDP}[kind]
-    return made(network, rank, world, custom)
+def parallel_of(kind: Parallelism, network: nn.Module, rank: int, world: int, custom: bool = False, device: torch.device = CPU) -> Parallel:
+    """The network of a job on several workers, or on one. custom: whether it is a user's, of whose parts nothing is known. device: where
+    fsdp puts what it shares out; other kinds take the network where it is."""
+    if world == 1:
+        return Parallel(network)
+    return FSDP(network, rank, world, custom, device) if kind == "fsdp" else {"ddp": DDP, "zero": Zero}[kind](network, rank, world)
 
 
 def refuse_parallelism(kind: Parallelism, optimizer: Optimizer) -> None:
@@ -41,7 +48,7 @@ def refuse_parallelism(kind: Parallelism, optimizer: Optimizer) -> None:
 
 
 def refuse_communication(
-    compression: Part | None, synchronization: LocalSGD | DiLoCo | None, workers: str | int | tuple[int, int], kind: Parallelism
+    compression: Part | None, synchronization: LocalSGD | None, workers: str | int | tuple[int, int], kind: Parallelism
 ) -> None:
     """Raises DloptError where workers cannot tell each other what the job wants."""
     if synchronization and workers != synchronization.replicas:

@@ -7,11 +7,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.nn import Parameter
 
 from dlopt.train.checkpoint.packing import pack, unpack
-from dlopt.train.parallel.base import OptimizerState
 from dlopt.train.parallel.ddp import DDP
 from dlopt.train.parallel.exchange import broadcast, collected
 
@@ -25,21 +23,22 @@ class Zero(DDP):
         kind = ZeroScheduleFree if hasattr(built, "eval") else ZeroOptimizer
         return kind(built, self.owners, self.rank)
 
-    def whole_state(self, held: OptimizerState) -> OptimizerState:
-        tensors, rest = pack(self.my_state(held)["state"])
+    def whole(self, part: str, held: dict[str, Any]) -> dict[str, Any]:
+        if part != "optimizer":
+            return held
+        tensors, rest = pack(self.mine(part, held)["state"])
         rests: list[Any] = [None] * self.world
         dist.all_gather_object(rests, rest)
+        everyones = collected(tensors, self.rank, self.world, next(self.network.parameters()).device)
         found: dict[int, Any] = {}
-        for part, said in zip(self._collected(tensors), rests, strict=False):
-            found |= unpack(part, said)
+        for its, said in zip(everyones, rests, strict=False):
+            found |= unpack(its, said)
         return held | {"state": dict(sorted(found.items()))}
 
-    def _collected(self, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        return collected(tensors, self.rank, self.world, next(self.network.parameters()).device)
-
-    def my_state(self, whole: OptimizerState) -> OptimizerState:
-        mine = {index: state for index, state in whole["state"].items() if self.owners[index] == self.rank}
-        return whole | {"state": mine}
+    def mine(self, part: str, whole: dict[str, Any]) -> dict[str, Any]:
+        if part != "optimizer":
+            return whole
+        return whole | {"state": {index: state for index, state in whole["state"].items() if self.owners[index] == self.rank}}
 
 
 class ZeroOptimizer(torch.optim.Optimizer):

@@ -46,21 +46,19 @@ class Diverging:
     def __init__(self, divergence: Divergence, start_loss: float | None = None) -> None:
         """start_loss: that of the first step of training, where it is known from before."""
         self.divergence, self.start_loss = divergence, start_loss
-        self.losses: deque[float] = deque(maxlen=self.LOSSES)
-        self.steps = self.lost = self.finite = 0
-        self.blown = 0.0
-        self.layer: str | None = None
+        self.load_state_dict({})
 
-    @property
-    def memory(self) -> dict[str, Any]:
-        """All that later decisions depend on, as JSON has it, but for the loss at the start."""
+    def state_dict(self) -> dict[str, Any]:
+        """All that later decisions depend on, but for the loss at the start."""
         kept = {"steps": self.steps, "lost": self.lost, "finite": self.finite, "blown": self.blown}
         return {"losses": list(self.losses), **kept}
 
-    def recall(self, memory: Mapping[str, Any]) -> None:
-        """Go on from where another one was that had this memory."""
-        self.losses.extend(memory["losses"])
-        self.steps, self.lost, self.finite, self.blown = (memory[name] for name in ("steps", "lost", "finite", "blown"))
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from where another one was that said this; {} is the start."""
+        self.losses: deque[float] = deque(state.get("losses", ()), maxlen=self.LOSSES)
+        self.steps, self.lost, self.finite = (state.get(name, 0) for name in ("steps", "lost", "finite"))
+        self.blown: float = state.get("blown", 0.0)
+        self.layer: str | None = None
 
     def step(self, finite: bool, loss: float | None = None, look: Look | None = None) -> str | None:
         """Take note of a step: whether its gradient was finite, its loss over all workers where that is known (at the first step it

@@ -27,13 +27,12 @@ class Reported:
         self.layers: dict[Kind, set[str]] = {}
         self.times: dict[Kind, int] = {}
 
-    @property
-    def memory(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {kind: [times, sorted(self.layers[kind])] for kind, times in self.times.items()}
 
-    def recall(self, memory: Mapping[Kind, Any]) -> None:
-        self.times = {kind: times for kind, (times, _) in memory.items()}
-        self.layers = {kind: set(layers) for kind, (_, layers) in memory.items()}
+    def load_state_dict(self, state: Mapping[Kind, Any]) -> None:
+        self.times = {kind: times for kind, (times, _) in state.items()}
+        self.layers = {kind: set(layers) for kind, (_, layers) in state.items()}
 
     def new(self, step: int, told: Sequence[Symptom]) -> list[Finding]:
         """What of it has not been said."""

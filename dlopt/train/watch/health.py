@@ -27,7 +27,8 @@ SATURATED = 0.01
 
 
 class Watch:
-    """Looks at a network's layers at a few steps. `ready` comes before every step, `look` after one that was watched."""
+    """Looks at a network's layers at a few steps. `ready` comes before every step, `measure` after one that was watched, and `look` once
+    its numbers are known."""
 
     def __init__(
         self,
@@ -47,6 +48,9 @@ class Watch:
         self.hooks: list[RemovableHandle] = []
         self.modules = dict(network.named_modules())
         self.before: list[Tensor] = []
+        self.there: list[bool] = []
+        """Of the step that was measured: which weights had a gradient; and layers that have a share of dead units."""
+        self.dead: list[str] = []
         self.said = Reported()
         self.spikes = Spikes()
 
@@ -72,18 +76,35 @@ class Watch:
             if still := STILL.get(type(layer)):
                 self.hooks.append(layer.register_forward_hook(self.units.hook(*still)))
 
-    def look(self, step: int, loss: float, gradient_norm: float, clipped: float = 1.0) -> Look | None:
-        """What step `step` shows, or None where nothing was got ready for.
-
-        Gradients are those that lie in `.grad`, over `clipped`, which they were multiplied with to clip them. Losses and norms need not
-        be finite.
-        """
-        spike = self.hear(step, loss)
+    def measure(self) -> Tensor | None:
+        """After a step that was got ready for: what `look` must know of it, float (numbers,), not yet waited for. All workers call it."""
         if not self.before:
             return None
         self._deaf()
-        layers = self._measured(clipped)
-        self.before = []
+        now = [weight.detach() for weights in self.layers.values() for weight in weights]
+        with torch.no_grad():
+            before = torch._foreach_norm(self.before)
+            torch._foreach_sub_(self.before, now)
+            self.there = [weight.grad is not None for weights in self.layers.values() for weight in weights]
+            gradients = [weight.grad for weights in self.layers.values() for weight in weights if weight.grad is not None]
+            dead = self.units.dead()
+            lengths = self.norms(torch.stack([*before, *torch._foreach_norm(self.before), *_norms(gradients)]))
+            found = torch.cat([lengths, *(one[None].to(lengths) for one in dead.values())])
+        self.before, self.dead = [], list(dead)
+        return found
+
+    def look(
+        self, step: int, loss: float, gradient_norm: float, clipped: float = 1.0, measured: Sequence[float] | None = None
+    ) -> Look | None:
+        """What step `step` shows, or None where nothing was got ready for. clipped: what its gradients were multiplied with to clip them.
+        measured: what `measure` gave; without it that is asked now. Losses and norms need not be finite."""
+        spike = self.hear(step, loss)
+        if measured is None:
+            now = self.measure()
+            if now is None:
+                return None
+            measured = now.tolist()
+        layers = self._layers(clipped, measured)
         found = self.said.new(step, symptoms(layers, gradient_norm, self.health))
         return Look(step, loss, gradient_norm, layers, (*found, *([spike] if spike else [])))
 
@@ -96,24 +117,19 @@ class Watch:
         """Take note of the loss after step `step`, which need not be watched; a finding if it is a spike. Each step is heard once."""
         return self.spikes.new(step, loss) if self.health.every else None
 
-    @property
-    def memory(self) -> dict[str, Any]:
-        """What it has said and heard, as JSON has it; with `tensors`, all that later findings depend on."""
-        return {"called": self.called, "saturating": sorted(self.units.saturating), "said": self.said.memory, "spikes": self.spikes.memory}
+    def state_dict(self) -> dict[str, Any]:
+        """All that later findings depend on."""
+        said, units = {"said": self.said.state_dict(), "spikes": self.spikes.state_dict()}, self.units
+        return {"called": self.called, "saturating": sorted(units.saturating), "idle": dict(units.idle)} | said
 
-    def tensors(self) -> dict[str, Tensor]:
-        """For how many rows each unit has given nothing, by layer."""
-        return dict(self.units.idle)
-
-    def recall(self, memory: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Go on from where another one was that had this memory; an empty one is that of the start."""
-        self.called, self.units, self.said, self.spikes = list(memory.get("called", ())), Units(), Reported(), Spikes()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from where another one was that said this; {} is the start."""
+        self.called, self.units = list(state.get("called", ())), Units()
         device = next((parameter.device for parameter in self.network.parameters()), None)
-        self.units.idle = {name: idle.to(device) for name, idle in tensors.items()}
-        self.units.saturating = set(memory.get("saturating", ()))
-        if memory:
-            self.said.recall(memory["said"])
-            self.spikes.recall(memory["spikes"])
+        self.units.idle = {name: idle.to(device) for name, idle in state.get("idle", {}).items()}
+        self.units.saturating = set(state.get("saturating", ()))
+        self.said.load_state_dict(state.get("said", {}))
+        self.spikes.load_state_dict(state.get("spikes", {}))
 
     def _deaf(self) -> None:
         for hook in self.hooks:
@@ -128,20 +144,14 @@ class Watch:
 
         return note
 
-    def _measured(self, clipped: float) -> tuple[Layer, ...]:
-        now = [weight.detach() for weights in self.layers.values() for weight in weights]
-        with torch.no_grad():
-            before = torch._foreach_norm(self.before)
-            torch._foreach_sub_(self.before, now)
-            there = [weight.grad for weights in self.layers.values() for weight in weights if weight.grad is not None]
-            dead = self.units.dead()
-            lengths = self.norms(torch.stack([*before, *torch._foreach_norm(self.before), *_norms(there)]))
-            norms = torch.cat([lengths, *(found[None].to(lengths) for found in dead.values())]).tolist()
-        share = dict(zip(dead, norms[len(norms) - len(dead) :], strict=True))
-        weights, updates, gradients = iter(norms), iter(norms[len(now) :]), iter(norms[2 * len(now) :])
+    def _layers(self, clipped: float, measured: Sequence[float]) -> tuple[Layer, ...]:
+        """measured: norms of weights before the step, of what it has changed, and of gradients there are; shares of dead units."""
+        count = len(self.there)
+        share = dict(zip(self.dead, measured[len(measured) - len(self.dead) :], strict=True))
+        weights, updates, gradients, there = iter(measured), iter(measured[count:]), iter(measured[2 * count :]), iter(self.there)
         found = {}
         for name, parameters in self.layers.items():
-            with_gradient = [next(gradients) / clipped for weight in parameters if weight.grad is not None]
+            with_gradient = [next(gradients) / clipped for _ in parameters if next(there)]
             found[name] = Layer(
                 name,
                 self.sizes[name],

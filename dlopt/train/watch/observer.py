@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from dlopt.train.checkpoint.state import TrainingState
-from dlopt.train.checkpoint.writer import Writer
 from dlopt.train.job import Train
 from dlopt.train.loop.precision import LossScale
 from dlopt.train.loop.steps import Step
@@ -19,16 +20,22 @@ from dlopt.train.watch.layers import Look
 from dlopt.train.watch.metrics_log import MetricsWriter
 from dlopt.train.watch.speed import SpeedLog
 
+UNREAD = 10
+"""Steps whose norms are read at once, where each would be waited for."""
+
 
 class Diverged(Exception):
     """Training cannot go on from here; says why."""
 
 
+class NotFinite(Exception):
+    """A step was taken with a gradient that was not finite, as is known only now."""
+
+
 @dataclass
 class Diary:
-    """What worker 0 writes while training runs."""
+    """What worker 0 writes while training runs, beside checkpoints."""
 
-    writer: Writer
     log: MetricsWriter
     health: MetricsWriter
     speed: SpeedLog
@@ -43,10 +50,8 @@ class Diary:
         self.health.flush()
 
     def close(self) -> None:
-        """After what is being written is there. Raises DloptError when the last checkpoint could not be."""
         for log in (self.log, self.health, self.speed):
             log.close()
-        self.writer.close()
 
 
 class Taken(NamedTuple):
@@ -78,47 +83,53 @@ class Observer:
     def __post_init__(self) -> None:
         assert self.state.watch
         self.watch, self.totals = self.state.watch, Totals(self.world)
-        record = self.state.record
-        self.diverging = Diverging(self.train.divergence, record.start_loss)
-        if record.diverging:
-            self.diverging.recall(record.diverging)
+        self.diverging = Diverging(self.train.divergence)
+        self.state.register("diverging", self.diverging)
         if self.scale:
-            self.scale.recall(record.loss_scale)
+            self.state.register("loss_scale", self.scale)
+        self.begin()
 
-    def remember(self) -> None:
-        """What has been seen is in the record from now on."""
-        record = self.state.record
-        self.totals.settle(record)
-        record.diverging, record.watched = self.diverging.memory, self.watch.memory
-        record.loss_scale = self.scale.memory if self.scale else {}
-
-    def begin_anew(self) -> None:
-        """The record is that of an earlier step, of whose future nothing was seen."""
+    def begin(self) -> None:
+        """Go on from the record, of whose future nothing was seen."""
+        self.unread: list[Step] = []
         self.totals.forget()
-        self.diverging = Diverging(self.train.divergence, self.state.record.start_loss)
-        self.watch.recall({}, {})
-        if self.scale:
-            self.scale.recall(self.state.record.loss_scale)
+        self.diverging.start_loss = self.state.record.start_loss
 
     def ready(self) -> None:
         """Before a step: layers are listened to if it is one to be watched."""
         self.watch.ready(self.state.record.step + 1)
 
-    def step(self, step: Step, rows: int, epoch: int) -> None:
-        """Log the step if it is one to be logged, watch over layers, and raise Diverged when training has. rows: over all workers."""
-        record = self.state.record
-        self.totals.add(step, rows, record)
-        loss = self._loss_of(step) if self._to_be_told(record.step) else None
+    def step(self, step: Step, rows: int, epoch: int, sure: bool = True) -> None:
+        """Log the step if it is one to be logged, watch over layers, and raise Diverged when training has. rows: over all workers. sure:
+        whether its norm is known to be finite, if it was taken; else that is found out within UNREAD steps."""
+        number = self.state.record.step
+        self.totals.add(step, rows, self.state.record)
+        self.unread.append(step)
+        if sure or self._to_be_told(number) or len(self.unread) == UNREAD:
+            self.settle(epoch, sure, self._to_be_told(number))
+
+    def settle(self, epoch: int, sure: bool = False, told: bool = False) -> None:
+        """See the steps that have not been seen yet. told: whether the loss of the last one is needed. Raises NotFinite and Diverged."""
+        record, unread, self.unread = self.state.record, self.unread, []
+        if not unread:
+            return
+        last = unread[-1]
+        norms, loss, measured = self._read(unread, self._loss_of(last) if told else None) if told or not sure else ([], None, None)
+        if not sure and not all(map(math.isfinite, norms)):
+            raise NotFinite
         if loss is not None and record.step % self.train.log_every == 0:
-            self._log(step, loss, epoch, record.step, record.rows)
-        look = self._watched(step, loss, epoch)
-        self.refuse(self.diverging.step(step.taken or step.overflowed, loss, look), epoch)
+            self._log(last, loss, norms[-1], epoch, record.step, record.rows)
+        look = self._watched(last, loss, norms, measured, epoch)
+        for step in unread[:-1]:
+            self.diverging.step(step.taken)
+        self.refuse(self.diverging.step(last.taken or last.overflowed, loss, look), epoch)
         record.start_loss = self.diverging.start_loss
 
     def alone(self, step: Step, mine: int, rows: int, epoch: int) -> Taken:
         """See a step of a replica that has `mine` of its rows, of which it tells the others later."""
         number = self.state.record.step
-        look = self._watched(step, step.loss.item() if self._to_be_told(number) else None, epoch)
+        norms, loss, measured = self._read([step], step.loss) if self._to_be_told(number) else ([], None, None)
+        look = self._watched(step, loss, norms, measured, epoch)
         lost = not (step.taken or step.overflowed)
         return Taken(step._replace(loss=step.loss * (mine / rows)), lost, look, number, mine, rows)
 
@@ -133,7 +144,7 @@ class Observer:
             self.totals.add(one.found, one.rows, record)
             known = loss if self._to_be_told(one.step) else None
             if known is not None and one.step % self.train.log_every == 0:
-                self._log(one.found, known, epoch, one.step, rows)
+                self._log(one.found, known, one.found.norm.item(), epoch, one.step, rows)
             self.refuse(self.diverging.step(not lost, known, one.look), epoch, one.step)
             record.start_loss = self.diverging.start_loss
 
@@ -157,37 +168,41 @@ class Observer:
         """Whether the loss of step number `step` is needed."""
         return step % self.train.log_every == 0 or self.state.record.start_loss is None or self.watch.watched(step)
 
-    def _watched(self, step: Step, loss: float | None, epoch: int) -> Look | None:
+    def _read(self, steps: list[Step], loss: Tensor | None) -> tuple[list[float], float | None, list[float] | None]:
+        """Norms of steps, and where its loss is needed that of the last one and what its layers show if it is watched: all that the device
+        is waited for at once."""
+        watched = loss is not None and self.watch.watched(self.state.record.step) and not steps[-1].overflowed
+        measured = self.watch.measure() if watched else None
+        parts = [*(step.norm.detach() for step in steps), *(part for part in (loss, measured) if part is not None)]
+        numbers = torch.cat([part.double().reshape(-1) for part in parts]).tolist()
+        norms, rest = numbers[: len(steps)], numbers[len(steps) :]
+        return norms, None if loss is None else rest[0], None if measured is None else rest[1:]
+
+    def _watched(self, step: Step, loss: float | None, norms: list[float], measured: list[float] | None, epoch: int) -> Look | None:
         """Watch over layers. loss: where it is known."""
         number, look = self.state.record.step, None
         if step.overflowed and self.scale:
             self.watch.pass_over()
             self.write_health(epoch, {"step": number, "loss_scale": self.scale.scale})
         elif loss is not None and self.watch.watched(number):
-            clipped = self.train.clip.factor(step.gradient_norm) if self.train.clip and step.taken else 1.0
-            look = self.watch.look(number, loss, step.gradient_norm, clipped)
+            clipped = self.train.clip.factor(norms[-1]) if self.train.clip and step.taken else 1.0
+            look = self.watch.look(number, loss, norms[-1], clipped, measured)
             self.write_health(epoch, look.as_json() if look else {})
         elif loss is not None and (spike := self.watch.hear(number, loss)):
             self.write_health(epoch, {"step": number, "findings": [spike.as_json()]})
         return look
 
-    def _log(self, step: Step, loss: float, epoch: int, number: int, rows: int) -> None:
+    def _log(self, step: Step, loss: float, norm: float, epoch: int, number: int, rows: int) -> None:
         if not self.diary:
             return
-        self.diary.log.write(
-            step=number,
-            epoch=epoch,
-            rows=rows,
-            loss=loss,
-            rate=step.factor * self.state.record.peak,
-            gradient_norm=step.gradient_norm,
-        )
+        rate = step.factor * self.state.record.peak
+        self.diary.log.write(step=number, epoch=epoch, rows=rows, loss=loss, rate=rate, gradient_norm=norm)
         if number % (100 * self.train.log_every) == 0:
             self.diary.log.flush()
 
-    def _loss_of(self, step: Step) -> float:
+    def _loss_of(self, step: Step) -> Tensor:
         """Of the whole batch."""
         loss = step.loss.clone()
         if self.world > 1:
             dist.all_reduce(loss)
-        return loss.item()
+        return loss

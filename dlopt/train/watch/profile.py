@@ -3,6 +3,8 @@
 profile/breakdown.json    milliseconds a step and shares of each part, of each worker: of all steps after the first ones
 profile/worker-00000.json a trace of a few of the first steps, for https://ui.perfetto.dev or chrome://tracing
 
+Not by torch.profiler.schedule: that has the profiler step along from the first step to the last, and no clock of the parts beside it.
+
 Without --profile, `Unprofiled` hands back what it is given, so that nothing is measured and nothing gets slower.
 """
 

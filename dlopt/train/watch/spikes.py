@@ -20,20 +20,17 @@ class Spikes:
     """Tells spikes from the losses of some steps, one after the other. What it costs a step is a comparison."""
 
     def __init__(self) -> None:
-        self.losses: deque[float] = deque(maxlen=WINDOW)
-        self.start: list[float] = []
-        self.bar = math.inf
-        self.heard, self.spoke, self.step = 0, -WINDOW, 0
+        self.load_state_dict({})
 
-    @property
-    def memory(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         kept = {"start": self.start, "bar": self.bar, "heard": self.heard, "spoke": self.spoke, "step": self.step}
         return {"losses": list(self.losses), **kept}
 
-    def recall(self, memory: Mapping[str, Any]) -> None:
-        self.losses.extend(memory["losses"])
-        self.start, self.bar = list(memory["start"]), memory["bar"]
-        self.heard, self.spoke, self.step = memory["heard"], memory["spoke"], memory["step"]
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.losses: deque[float] = deque(state.get("losses", ()), maxlen=WINDOW)
+        self.start: list[float] = list(state.get("start", ()))
+        self.bar: float = state.get("bar", math.inf)
+        self.heard, self.spoke, self.step = state.get("heard", 0), state.get("spoke", -WINDOW), state.get("step", 0)
 
     def new(self, step: int, loss: float) -> Finding | None:
         """A finding if this loss is a spike, and none has been said within the last WINDOW losses."""
@@ -64,9 +61,3 @@ def bar(losses: Sequence[float] | deque[float], start: float) -> float:
     middle = statistics.median(losses)
     deviation = 1.4826 * statistics.median(abs(loss - middle) for loss in losses)  # of a normal distribution, from its middle half
     return max(SPIKE * middle, middle + DEVIATIONS * deviation, start)
-
-
-def spiking(losses: Sequence[float]) -> bool:
-    """Whether the last of the losses of a run is a spike against up to WINDOW before it."""
-    *before, last = losses
-    return bool(before) and last > bar(before[-WINDOW:], statistics.median(before[:CALM]))

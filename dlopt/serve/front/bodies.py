@@ -25,11 +25,7 @@ class ClientGone(Exception):
 
 async def read_body(headers: Mapping[bytes, bytes], receive: Receive, max_bytes: int, seconds: float) -> bytes:
     """A request's body, decompressed, of at most so many bytes either way. Raises Refusal or ClientGone."""
-    encoding = headers.get(b"content-encoding", b"identity").strip().lower()
-    if encoding not in (b"identity", b"") and encoding not in ENCODINGS:
-        raise Refusal(415, f"Content-Encoding: {encoding.decode('latin-1')[:50]}: send gzip, deflate or identity")
-    if (length := headers.get(b"content-length")) and int(length) > max_bytes:  # the server has refused what is no number
-        raise too_large(max_bytes)
+    limit_of(headers, max_bytes)
     message = await _first(receive, seconds)
     if message.get("more_body", False):
         body = await _rest(message, receive, max_bytes, seconds)
@@ -37,7 +33,26 @@ async def read_body(headers: Mapping[bytes, bytes], receive: Receive, max_bytes:
         body = message.get("body", b"")
     if len(body) > max_bytes:
         raise too_large(max_bytes)
+    return await unpacked(headers, body, max_bytes)
+
+
+def limit_of(headers: Mapping[bytes, bytes], max_bytes: int) -> None:
+    """What a request's head says of its body. Raises Refusal when that is not taken."""
+    encoding = _encoding(headers)
+    if encoding not in (b"identity", b"") and encoding not in ENCODINGS:
+        raise Refusal(415, f"Content-Encoding: {encoding.decode('latin-1')[:50]}: send gzip, deflate or identity")
+    if (length := headers.get(b"content-length")) and int(length) > max_bytes:  # the server has refused what is no number
+        raise too_large(max_bytes)
+
+
+async def unpacked(headers: Mapping[bytes, bytes], body: bytes, max_bytes: int) -> bytes:
+    """A body, decompressed. Raises Refusal."""
+    encoding = _encoding(headers)
     return body if encoding not in ENCODINGS else await asyncio.to_thread(_decompressed, body, ENCODINGS[encoding], max_bytes)
+
+
+def _encoding(headers: Mapping[bytes, bytes]) -> bytes:
+    return headers.get(b"content-encoding", b"identity").strip().lower()
 
 
 async def _first(receive: Receive, seconds: float) -> Message:
@@ -52,7 +67,7 @@ async def _first(receive: Receive, seconds: float) -> Message:
             async with asyncio.timeout(seconds):
                 message = await _going_on(receiving, waits_for)
         except TimeoutError:
-            raise _slow(seconds) from None
+            raise late(seconds) from None
     if message["type"] == "http.disconnect":
         raise ClientGone
     return message
@@ -86,7 +101,7 @@ async def _rest(message: Message, receive: Receive, max_bytes: int, seconds: flo
                 chunks.append(message.get("body", b""))
                 size += len(chunks[-1])
     except TimeoutError:
-        raise _slow(seconds) from None
+        raise late(seconds) from None
     return b"".join(chunks)
 
 
@@ -137,5 +152,6 @@ def too_large(max_bytes: int) -> Refusal:
     return Refusal(413, f"the body has more than {max_bytes:,} bytes (serve.max_bytes)", "size")
 
 
-def _slow(seconds: float) -> Refusal:
+def late(seconds: float) -> Refusal:
+    """What a client hears that takes too long."""
     return Refusal(408, f"the body did not arrive within {seconds:g} seconds", "slow")

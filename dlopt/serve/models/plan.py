@@ -12,7 +12,9 @@ from dlopt.artifact import Artifact
 from dlopt.mistakes import lines_of
 from dlopt.part import DloptError, Part, Signature
 from dlopt.serve import Serve
-from dlopt.serve.registry import Entry
+from dlopt.serve.models.lineup import Entry
+
+PROFILE = "profile.json"
 
 
 class Served(Part):
@@ -61,7 +63,17 @@ def _entry(served: Served, home: Path, base: Path) -> Entry:
     name, export = runs.exported(folder)
     section = Serve.model_validate(yaml.safe_load((folder / runs.JOB).read_text())["serve"])
     check(export)
-    return Entry(export.path.resolve(), served.name or name, section, str(served.version), served.labels, served.default)
+    place = export.path.resolve(), served.name or name, section, str(served.version)
+    return Entry(*place, served.labels, served.default, _profile(folder))
+
+
+def _profile(folder: Path) -> Path | None:
+    """Of the data that a run's model was trained on, unless the job wants none or they are gone."""
+    record = runs.read(folder)
+    if "data" not in record["artifacts"]:
+        return None
+    path = (folder / record["artifacts"]["data"]).resolve() / PROFILE
+    return path if path.is_file() else None
 
 
 def check(export: Artifact) -> None:

@@ -52,6 +52,7 @@ class Batcher(Generic[T]):
 
     max_batch: rows of a batch. latency_target: nor does a batch take more rows than run in so many seconds. request_seconds: who has
     waited longer gets a 503. observe: is told of each run its rows, its seconds, and the seconds that each of its requests waited.
+    seconds_per_row: what is known of the model before its first run; without it that run is in a thread.
     """
 
     def __init__(
@@ -61,13 +62,14 @@ class Batcher(Generic[T]):
         observe: Callable[[int, float, list[float]], None],
         latency_target: float = 0.1,
         request_seconds: float = 30.0,
+        seconds_per_row: float = INLINE_SECONDS,
     ) -> None:
         self.run, self.max_batch, self.observe = run, max_batch, observe
         self.latency_target, self.request_seconds = latency_target, request_seconds
         self.waiting: deque[Waiting] = deque()
         self.running: list[Waiting] = []
         self.worker: asyncio.Task[None] | None = None
-        self.seconds_per_row = 0.0
+        self.seconds_per_row = seconds_per_row
         self.due = False
         self.sweep: asyncio.TimerHandle | None = None
 
@@ -106,9 +108,7 @@ class Batcher(Generic[T]):
 
     def _take(self) -> list[Waiting]:
         """The next requests whose rows fit into one batch, at least one; those whose clients have gone are dropped."""
-        most = self.max_batch
-        if self.seconds_per_row > 0:
-            most = min(most, int(self.latency_target / self.seconds_per_row))
+        most = min(self.max_batch, int(self.latency_target / max(self.seconds_per_row, 1e-9)))
         batch: list[Waiting] = []
         rows = 0
         while self.waiting and (not batch or rows + self.waiting[0].rows <= most):

@@ -7,11 +7,15 @@ again while the server runs: a key that is taken out lets nobody in a second lat
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import hmac
 import logging
+import mmap
+import os
 import re
 import secrets
+import struct
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -30,6 +34,9 @@ HASH = re.compile(r"sha256:([0-9a-fA-F]{64})")
 ROLES = ("predict", "admin")
 LOOK_SECONDS = 1.0
 """How often the file of keys is looked at."""
+SLOTS, SLOT = 4096, struct.Struct("16sdd")
+EMPTY = bytes(16)
+"""Keys whose rates are kept, and how: the beginning of a digest, what is left, and when."""
 MOST_PROVEN = 1000
 """Ways of writing a key are many; so many are remembered at most."""
 NO_KEY = "missing or wrong key: send 'Authorization: Bearer KEY' or 'X-API-Key: KEY', or open /?token=KEY"
@@ -127,18 +134,66 @@ def _rate(value: str) -> float:
 _SETTINGS: dict[str, Callable[[str], Any]] = {"role": _role, "expires": _moment, "rate": _rate, "name": str}
 
 
+class Allowances:
+    """How many requests each key may still send: a bucket that fills with so many a second, and holds those of one second."""
+
+    def __init__(self) -> None:
+        self.left: dict[str, tuple[float, float]] = {}
+        """By a key's digest: how many, and when that was so."""
+
+    def spend(self, digest: str, rate: float) -> bool:
+        """Whether one more may be sent, which is taken."""
+        found, self.left[digest] = _spent(self.left.get(digest), rate)
+        return found
+
+
+class SharedAllowances(Allowances):
+    """The same for all processes of this machine that open the file."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        os.ftruncate(self.file, SLOTS * SLOT.size)
+        self.memory = mmap.mmap(self.file, SLOTS * SLOT.size)
+
+    def spend(self, digest: str, rate: float) -> bool:
+        """Whether one more may be sent, which is taken. Keys beyond SLOTS share what they may send."""
+        name = bytes.fromhex(digest[:32])
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+        try:
+            first = int.from_bytes(name[:4]) % SLOTS
+            for step in range(SLOTS):
+                at = (first + step) % SLOTS * SLOT.size
+                there, left, when = SLOT.unpack_from(self.memory, at)
+                if there in (name, EMPTY):
+                    break
+            found, (left, when) = _spent((left, when) if there != EMPTY else None, rate)
+            SLOT.pack_into(self.memory, at, name, left, when)
+        finally:
+            fcntl.flock(self.file, fcntl.LOCK_UN)
+        return found
+
+
+def _spent(before: tuple[float, float] | None, rate: float) -> tuple[bool, tuple[float, float]]:
+    """Whether there is one, and what is left and when; the clock is the machine's, the same for all processes."""
+    now, most = time.monotonic(), max(rate, 1.0)
+    left, when = before or (most, now)
+    left = min(most, left + max(0.0, now - when) * rate)
+    return left >= 1, (left - 1 if left >= 1 else left, now)
+
+
 class Guard:
     """Lets a request in when it shows one of the keys; without keys, everyone.
 
     path: the file that they come from, which is looked at again. rate: requests a second of a key that says nothing of its own; 0 is any.
     """
 
-    def __init__(self, keys: tuple[Key, ...] = (), path: Path | None = None, rate: float = 0.0) -> None:
+    def __init__(self, keys: tuple[Key, ...] = (), path: Path | None = None, rate: float = 0.0, shared: Path | None = None) -> None:
+        """shared: a file in which all replicas of this machine note what a key has sent; None where there is one."""
         self.keys, self.path, self.rate = keys, path, rate
         self.proven: dict[tuple[bytes, bytes], Key] = {}
         """Headers that have shown a key before: looking one up takes a tenth of the time of hashing it, and tells as little."""
-        self.allowances: dict[str, tuple[float, float]] = {}
-        """By a key's digest: how many requests it may still send, and when that was so."""
+        self.allowances = SharedAllowances(shared) if shared else Allowances()
         self.seen = _state(path) if path else None
         self.looked = time.monotonic()
 
@@ -196,14 +251,9 @@ class Guard:
         return found
 
     def _spend(self, key: Key, rate: float) -> None:
-        """A bucket that fills with so many requests a second, and holds those of one second. Raises Refusal."""
-        now, most = time.monotonic(), max(rate, 1.0)
-        left, when = self.allowances.get(key.digest, (most, now))
-        left = min(most, left + (now - when) * rate)
-        if left < 1:
-            self.allowances[key.digest] = (left, now)
+        """Raises Refusal."""
+        if not self.allowances.spend(key.digest, rate):
             raise Refusal(429, f"this key may send {rate:g} requests a second", "rate")
-        self.allowances[key.digest] = (left - 1, now)
 
     def _look_again(self) -> None:
         """Take what the file of keys says now. One that is damaged, or gone, changes nothing: who was let in stays in, and nobody else."""

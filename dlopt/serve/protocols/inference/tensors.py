@@ -1,4 +1,4 @@
-"""The Open Inference Protocol v2 over REST, as KServe and Triton speak it: JSON, and tensors in binary after it.
+"""Tensors of the Open Inference Protocol as columns of a request, and an answer's columns as tensors.
 
 A model's inputs are the columns of a raw row: numbers, strings, and images as tensors or, of type BYTES, as files. An input of several
 columns may come whole by its own name, (rows, columns). Outputs are `label` and `probabilities`; of several labels `labels`, true for each
@@ -8,28 +8,20 @@ that a row got; of numbers one for each column.
 from __future__ import annotations
 
 import math
-import re
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic_core import from_json, to_json
 
 from dlopt.data.kinds import RawColumns
 from dlopt.part import Signature
-from dlopt.serve.exchange import Answer, Call, Column, Handler, Json, Refusal, Reply, Request, inputs_of, json_reply, product_version
-from dlopt.serve.model import Model
+from dlopt.serve.exchange import Answer, Column, Json, Refusal, Request, inputs_of
+from dlopt.serve.exchange import outputs_of as columns_of
+from dlopt.serve.models.model import Model
 
-NAME = "v2"
-OPEN: tuple[str, ...] = ("/v2/health/live", "/v2/health/ready")
-EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository")
-PLATFORM = "onnx_onnxv1"
-HEADER = b"inference-header-content-length"
-MODEL_PATH = re.compile(r"/v2/models/(?P<name>[^/]+)(?:/versions/(?P<version>[0-9]+))?(?P<verb>|/ready|/infer|/config)")
-REPOSITORY_PATH = re.compile(r"/v2/repository/models/(?P<name>[^/]+)/(?P<verb>load|unload)")
 NUMPY = {
     "BOOL": "?",
     **{f"UINT{bits}": f"<u{bits // 8}" for bits in (8, 16, 32, 64)},
@@ -59,171 +51,8 @@ class Wanted(NamedTuple):
     binary: bool
 
 
-def route(method: str, path: str) -> Handler | None:
-    """What answers a request to /v2... Raises Refusal."""
-    if path != "/v2" and not path.startswith("/v2/"):
-        return None
-    path = path.rstrip("/")
-    if plain := PLAIN_PATHS.get(path):
-        return _only(method, plain[0], plain[1])
-    if found := REPOSITORY_PATH.fullmatch(path):
-        name, load = found["name"], found["verb"] == "load"
-
-        async def change(call: Call) -> Reply:
-            return await _load(call, name) if load else await _unload(call, name)
-
-        return _only(method, "POST", change)
-    found = MODEL_PATH.fullmatch(path)
-    if not found:
-        raise Refusal(404, f"Not found: {path[:200]}")
-    name, version, verb = found["name"], found["version"], found["verb"]
-    handler, counted = VERBS[verb], verb == "/infer"
-
-    async def answer(call: Call) -> Reply:
-        call.counted = counted
-        return await handler(call, call.find(name, version))
-
-    return _only(method, "POST" if verb == "/infer" else "GET", answer)
-
-
-def _only(method: str, wanted: str, handler: Handler) -> Handler:
-    if method != wanted:
-        raise Refusal(405, f"Method not allowed: {method[:20]}; use {wanted}")
-    return handler
-
-
-async def _server(call: Call) -> Reply:
-    return json_reply({"name": "dlopt", "version": product_version(), "extensions": EXTENSIONS})
-
-
-async def _live(call: Call) -> Reply:
-    return json_reply({"live": True})
-
-
-async def _ready(call: Call) -> Reply:
-    await call.check_ready()
-    return json_reply({"live": True, "ready": True})
-
-
-async def _names(call: Call) -> Reply:
-    return json_reply({"models": call.models.names()})
-
-
-async def _index(call: Call) -> Reply:
-    body = await call.read()
-    ready_only = bool(_object(body).get("ready")) if body.strip() else False
-    loaded = [{"name": model.name, "version": model.version, "state": "READY", "reason": ""} for model in call.models]
-    away = [{"name": name, "state": "UNAVAILABLE", "reason": "unloaded"} for name in call.models.unloaded() if not ready_only]
-    return json_reply([*loaded, *away])
-
-
-async def _load(call: Call, name: str) -> Reply:
-    call.needs_admin()
-    await call.models.load(name)
-    return Reply(200, b"")
-
-
-async def _unload(call: Call, name: str) -> Reply:
-    call.needs_admin()
-    call.models.unload(name)
-    return Reply(200, b"")
-
-
-PLAIN_PATHS: dict[str, tuple[str, Handler]] = {
-    "/v2": ("GET", _server),
-    "/v2/health/live": ("GET", _live),
-    "/v2/health/ready": ("GET", _ready),
-    "/v2/models": ("GET", _names),
-    "/v2/repository/index": ("POST", _index),
-}
-
-
-async def _metadata(call: Call, model: Model) -> Reply:
-    return json_reply(
-        {
-            "name": model.name,
-            "versions": [one.version for one in call.models.versions(model.name)],
-            "platform": PLATFORM,
-            "inputs": [tensor_of(column) for column in inputs_of(model.signature)],
-            "outputs": [tensor_of(column) for column in outputs_of(model.signature)],
-            "parameters": {"digest": model.digest, "labels": list(model.signature.target.labels)},
-        }
-    )
-
-
-async def _model_ready(call: Call, model: Model) -> Reply:
-    await model.check_ready()
-    return json_reply({"name": model.name, "ready": True})
-
-
-async def _config(call: Call, model: Model) -> Reply:
-    """As Triton's clients read it."""
-    return json_reply(
-        {
-            "name": model.name,
-            "platform": "onnxruntime_onnx",
-            "backend": "onnxruntime",
-            "version_policy": {"specific": {"versions": [int(model.version)]}},
-            "max_batch_size": model.section.max_rows,
-            "input": [_config_of(column) for column in inputs_of(model.signature)],
-            "output": [_config_of(column) for column in outputs_of(model.signature)],
-        }
-    )
-
-
-async def _infer(call: Call, model: Model) -> Reply:
-    body = await call.read()
-    length = _header_length(call, body)
-    if length is None and (call.content_type == "application/octet-stream"):
-        raise Refusal(400, "Inference-Header-Content-Length: is needed with binary tensors")
-
-    def parse(body: bytes, signature: Signature) -> tuple[Request, Wanted]:
-        return _raw(body, signature) if length == 0 else _parsed(body, len(body) if length is None else length, model)
-
-    images = body.count(b"BYTES") * model.section.max_rows
-    answer, wanted = await model.predict(body, parse, images)
-    return _reply(answer, model, wanted)
-
-
-VERBS: dict[str, Callable[[Call, Model], Any]] = {"": _metadata, "/ready": _model_ready, "/infer": _infer, "/config": _config}
-
-
-def _header_length(call: Call, body: bytes) -> int | None:
-    """How many bytes of the body are JSON; None for all."""
-    text = call.headers.get(HEADER)
-    if text is None:
-        return None
-    if not text.isdigit() or len(text) > 12 or int(text) > len(body):
-        raise Refusal(400, f"Inference-Header-Content-Length: unexpected size for request JSON, expecting at most {len(body)} bytes")
-    return int(text)
-
-
-def _object(content: bytes) -> Json:
-    try:
-        found = from_json(content)
-    except ValueError as error:
-        raise Refusal(400, f"failed to parse the request JSON buffer: {str(error)[:200]}") from None
-    if not isinstance(found, dict):
-        raise Refusal(400, "the request must be a JSON object")
-    return found
-
-
-def _raw(body: bytes, signature: Signature) -> tuple[Request, Wanted]:
-    """The whole body is one row of the only input."""
-    columns = inputs_of(signature)
-    if len(columns) != 1:
-        raise Refusal(400, f"raw binary request: the model has {len(columns)} inputs: send JSON and binary tensors")
-    (column,) = columns
-    if column.dtype == "string":
-        return Request({column.name: [_text(body, column.name)]}, 1), Wanted(None, None, True)
-    kind, size = np.dtype(NUMPY[DATATYPES[column.dtype]]), math.prod(column.shape)
-    if len(body) != size * kind.itemsize:
-        raise Refusal(400, f"raw binary request: unexpected size for input '{column.name}', expecting {size * kind.itemsize} bytes")
-    return Request({column.name: np.frombuffer(body, kind).reshape(1, *column.shape)}, 1), Wanted(None, None, True)
-
-
-def _parsed(body: bytes, length: int, model: Model) -> tuple[Request, Wanted]:
-    found = _object(body if length == len(body) else body[:length])
+def request_of(found: Json, reader: Binary, model: Model) -> Request:
+    """What a request asks, of its JSON and of the tensors that came in binary. Raises Refusal."""
     inputs = found.get("inputs")
     if not isinstance(inputs, list) or not inputs:
         raise Refusal(400, "inputs: must be a list of at least one tensor")
@@ -232,7 +61,6 @@ def _parsed(body: bytes, length: int, model: Model) -> tuple[Request, Wanted]:
         feature.name: None for feature in signature.inputs if feature.name not in feature.columns
     }
     columns: dict[str, Any] = {}
-    reader = Binary(body, length)
     rows = None
     for given in inputs:
         name, shape = _named(given, known, model.name)
@@ -247,7 +75,7 @@ def _parsed(body: bytes, length: int, model: Model) -> tuple[Request, Wanted]:
     reader.check_end()
     if not rows:
         raise Refusal(400, "inputs: must have at least one row")
-    return Request(_checked(columns, signature, model.name), rows), _wanted(found, model)
+    return Request(_checked(columns, signature, model.name), rows)
 
 
 def _checked(columns: RawColumns, signature: Signature, model: str) -> RawColumns:
@@ -312,7 +140,7 @@ def _values(given: Json, name: str, shape: Sequence[int], reader: Binary, column
     if kind == "BYTES":
         if image:
             return [_file(value, name) for value in values]
-        texts = [value if isinstance(value, str) else _text(value, name) for value in values]
+        texts = [value if isinstance(value, str) else text_of(value, name) for value in values]
         return np.array(texts, dtype=object).reshape(shape) if len(shape) > 1 else texts
     return np.asarray(values).reshape(shape)
 
@@ -371,7 +199,7 @@ def _flat(data: list[Any], shape: Sequence[int]) -> list[Any] | None:
     return data
 
 
-def _text(content: bytes, name: str) -> str:
+def text_of(content: bytes, name: str) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError:
@@ -383,7 +211,7 @@ def _file(value: Any, name: str) -> Any:
     return value if isinstance(value, bytes) else {"b64": value}
 
 
-def _wanted(found: Json, model: Model) -> Wanted:
+def asked_for(found: Json, model: Model) -> Wanted:
     """What the request says of its reply. Raises Refusal."""
     given, parameters, outputs = found.get("id"), found.get("parameters") or {}, found.get("outputs")
     if given is not None and not isinstance(given, str):
@@ -410,12 +238,8 @@ def _wanted(found: Json, model: Model) -> Wanted:
 
 def outputs_of(signature: Signature) -> list[Column]:
     """The tensors of an answer: labels of a row, of which there may be any number, are true or false each."""
-    from dlopt.serve import exchange
-
     target = signature.target
-    return [
-        Column("labels", "labels", "bool", (target.size,)) if column.kind == "labels" else column for column in exchange.outputs_of(target)
-    ]
+    return [Column("labels", "labels", "bool", (target.size,)) if column.kind == "labels" else column for column in columns_of(target)]
 
 
 def tensors_of(answer: Answer) -> dict[str, np.ndarray]:
@@ -440,22 +264,8 @@ class Tensor:
     content: bytes = b""
 
 
-def _reply(answer: Answer, model: Model, wanted: Wanted) -> Reply:
-    arrays = tensors_of(answer)
-    columns = {column.name: column for column in outputs_of(model.signature)}
-    asked = wanted.outputs if wanted.outputs is not None else [Output(name, wanted.binary) for name in columns]
-    tensors = [_tensor(columns[name], arrays[name], binary) for name, binary in asked]
-    head: Json = {"model_name": model.name, "model_version": model.version}
-    if wanted.id is not None:
-        head["id"] = wanted.id
-    content = to_json(head | {"outputs": [tensor.head for tensor in tensors]})
-    if not any(binary for _, binary in asked):
-        return Reply(200, content)
-    parts = b"".join([content, *(tensor.content for tensor in tensors)])
-    return Reply(200, parts, "application/octet-stream", ((HEADER, str(len(content)).encode()),))
-
-
-def _tensor(column: Column, values: np.ndarray, binary: bool) -> Tensor:
+def written(column: Column, values: np.ndarray, binary: bool) -> Tensor:
+    """An output as it goes out."""
     kind = DATATYPES[column.dtype]
     head = {"name": column.name, "shape": list(values.shape), "datatype": kind}
     if not binary:
@@ -471,32 +281,3 @@ def _tensor(column: Column, values: np.ndarray, binary: bool) -> Tensor:
 def tensor_of(column: Column) -> Json:
     """A column in a model's metadata."""
     return {"name": column.name, "datatype": DATATYPES[column.dtype], "shape": [-1, *column.shape]}
-
-
-def _config_of(column: Column) -> Json:
-    kind = DATATYPES[column.dtype]
-    return {"name": column.name, "data_type": f"TYPE_{'STRING' if kind == 'BYTES' else kind}", "dims": list(column.shape) or [1]}
-
-
-def describe(model: Model) -> Json:
-    """The paths of a model in OpenAPI."""
-    base = f"/v2/models/{model.name}"
-    shape = {"type": "array", "items": {"type": "integer"}}
-    properties = {"name": {"type": "string"}, "shape": shape, "datatype": {"type": "string"}}
-    tensor = {"type": "object", "required": ["name", "shape", "datatype"], "properties": properties}
-    tensors = {"type": "array", "items": tensor}
-    body = {"type": "object", "required": ["inputs"], "properties": {"id": {"type": "string"}, "inputs": tensors, "outputs": {}}}
-    example = {"inputs": [tensor_of(column) | {"shape": [1, *column.shape]} for column in inputs_of(model.signature)]}
-    content = {"application/json": {"schema": body, "example": example}, "application/octet-stream": {"schema": {"format": "binary"}}}
-    reply = {"type": "object", "properties": {"model_name": {"type": "string"}, "outputs": tensors}}
-
-    def operation(summary: str, reply: Json) -> Json:
-        found = {"description": "OK", "content": {"application/json": {"schema": reply}}}
-        error = {"$ref": "#/components/responses/Error"}
-        return {"summary": summary, "tags": ["Open Inference Protocol v2"], "responses": {"200": found, "default": error}}
-
-    return {
-        f"{base}/infer": {"post": operation("Infer", reply) | {"requestBody": {"required": True, "content": content}}},
-        base: {"get": operation("Inputs and outputs", {"type": "object"})},
-        f"{base}/ready": {"get": operation("Readiness of the model", {"type": "object"})},
-    }

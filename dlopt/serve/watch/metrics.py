@@ -17,6 +17,13 @@ asked. Without the variable, as in the embedded server, the counts are this proc
 their sign: the mean is the difference of the two rates over that of rows |
 | dlopt_rejected_total {reason} | calls that were refused: key, role, rate, overload, size, slow, timeout, request, model, ... |
 | dlopt_model_info {model, version, digest} | 1 for what is served |
+| dlopt_drift {model, version, what, column} | population stability index of an input or a prediction over the last ten minutes against
+the training rows, of the replica where it is largest; 0 for fewer than 200 rows |
+| dlopt_drift_rows {model, version} | rows that it is of |
+| dlopt_canary_share {model, version} | per cent of the requests that a canary gets |
+| dlopt_trial_total {model, version, kind, outcome} | what came of a canary's requests (answered, failed), and of comparing what it or a
+shadow said (agreed, disagreed, dropped) |
+| dlopt_rollbacks_total {model, version, why} | canaries that were taken back by themselves |
 """
 
 from __future__ import annotations
@@ -25,7 +32,7 @@ import os
 import struct
 import time
 from collections import Counter as Counts
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache, lru_cache
 from itertools import chain
@@ -76,6 +83,13 @@ class Registry:
         self.numbers = self._counter("dlopt_predicted_numbers", "Sums of numbers predicted, by their sign", (*ONE, "column", "sign"))
         self.rejected = self._counter("dlopt_rejected", "Calls that were refused", ("reason",))
         self.in_flight = self._gauge("dlopt_in_flight", "Requests in work", ONE, "livesum")
+        self.trials = self._counter("dlopt_trial", "What came of a canary's requests, or of a shadow's", (*ONE, "kind", "outcome"))
+        self.rollbacks = self._counter("dlopt_rollbacks", "Canaries that were taken back by themselves", (*ONE, "why"))
+        self.canary_share = self._gauge("dlopt_canary_share", "Per cent of the requests that a canary gets", ONE, "livemax")
+        self.drift = self._gauge(
+            "dlopt_drift", "How far the last rows are from the training rows (PSI)", (*ONE, "what", "column"), "livemax"
+        )
+        self.drift_rows = self._gauge("dlopt_drift_rows", "Rows that the drift is of", ONE, "livesum")
         self.info = self._gauge("dlopt_model_info", "1 for a model that is served", (*ONE, "digest"), "livemax")
         self.request = lru_cache(MOST_SERIES)(self._request)  # labels() costs more than inc()
 
@@ -115,6 +129,7 @@ class Metrics:
         self.info = registry.info.labels(*one, digest)
         self.info.set(1)
         self.predicted = [registry.predictions.labels(*one, str(label)) for label in target.labels]
+        self.registry, self.one = registry, one
         self.numbers = [[registry.numbers.labels(*one, column, sign) for sign in ("positive", "negative")] for column in target.columns]
 
     def count(self, outputs: np.ndarray, decided: Sequence[Sequence[int]]) -> None:
@@ -137,6 +152,12 @@ class Metrics:
         self.inference_seconds.observe(seconds)
         for wait in waits:
             self.queue_seconds.observe(wait)
+
+    def tell_drift(self, found: Mapping[tuple[str, str], float], rows: int) -> None:
+        """Note the drift of each column, by what it is and its name."""
+        for (what, column), value in found.items():
+            self.registry.drift.labels(*self.one, what, column).set(value)
+        self.registry.drift_rows.labels(*self.one).set(rows)
 
     def gone(self) -> None:
         """The model is served no longer."""

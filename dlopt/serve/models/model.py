@@ -4,10 +4,12 @@ nor Ray: it starts fast and stays small."""
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -18,10 +20,18 @@ from dlopt.data.kinds import encode_columns
 from dlopt.data.kinds.pixels import MOST_PIXELS
 from dlopt.part import Feature, Signature
 from dlopt.serve import Serve
-from dlopt.serve.batcher import Batcher, Tensors, rows_in
 from dlopt.serve.exchange import Answer, Refusal, Request, decisions
-from dlopt.serve.metrics import Metrics, Registry
+from dlopt.serve.models.batcher import Batcher, Tensors, rows_in
+from dlopt.serve.watch.drift import Drift
+from dlopt.serve.watch.metrics import Metrics, Registry
 
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+}
+"""onnxruntime's words for what may compute."""
 LARGE = 256 * 1024
 """Bodies from here on are decoded in a thread, so that other requests go on meanwhile."""
 INLINE_PIXELS = 2**14
@@ -39,11 +49,13 @@ Kept = TypeVar("Kept")
 class Predictor:
     """Tensors to outputs, `max_batch` rows at a time, so that a large request needs no more memory than a small one."""
 
-    def __init__(self, content: bytes, signature: Signature, threads: int = 1, max_batch: int = 64) -> None:
+    def __init__(self, content: bytes, signature: Signature, threads: int = 1, max_batch: int = 64, provider: str = "cpu") -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning threads starve the other replicas
-        self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(content, options, providers=_providers(provider))
+        if self.session.get_providers()[0] != PROVIDERS[provider]:
+            logger.warning("serve.provider: %s: this onnxruntime has none, or no device for it: the CPU computes", provider)
         self.signature, self.max_batch = signature, max_batch
         self.output = [signature.target.output]
         self.blank = {feature.name: _blank(feature) for feature in signature.inputs}
@@ -53,7 +65,7 @@ class Predictor:
     def load(cls, export: Artifact, section: Serve) -> Predictor:
         """From an export artifact, its files checked against their seal. Raises DloptError."""
         signature = Signature.model_validate_json(export.read("signature.json"))
-        return cls(export.read("model.onnx"), signature, section.threads, section.max_batch)
+        return cls(export.read("model.onnx"), signature, section.threads, section.max_batch, section.provider)
 
     def __call__(self, tensors: Tensors) -> np.ndarray:
         """Outputs (rows, target.size) of encoded rows: probabilities, or numbers."""
@@ -80,13 +92,17 @@ class Predictor:
 class Model:
     """One version of a model: requests of columns to answers of columns."""
 
-    def __init__(self, export: Artifact, name: str, section: Serve, registry: Registry, version: str = "1") -> None:
+    def __init__(
+        self, export: Artifact, name: str, section: Serve, registry: Registry, version: str = "1", profile: Path | None = None
+    ) -> None:
+        """profile: of the training rows, which drift is measured against. Raises DloptError."""
         self.predictor = Predictor.load(export, section)
         self.signature = self.predictor.signature
         self.name, self.version, self.digest, self.section = name, version, export.manifest.digest, section
         self.metrics = Metrics(registry, name, version, self.digest, self.signature.target)
-        self.batcher = Batcher(self._answered, section.max_batch, self.metrics.observe_run, section.latency_target, section.request_seconds)
-        self.batcher.seconds_per_row = self.predictor.warm_up()
+        limits = section.max_batch, self.metrics.observe_run, section.latency_target, section.request_seconds
+        self.batcher = Batcher(self._answered, *limits, self.predictor.warm_up())
+        self.drift = _drift(self.signature, profile)
         self.most_pixels = sum(_most_pixels(feature) for feature in self.signature.inputs)
         self.decoders = ThreadPoolExecutor(max(DECODERS, section.threads), "decode")
         self.in_flight = 0
@@ -124,7 +140,14 @@ class Model:
         answer = Answer(self.signature.target, outputs, decisions(self.signature.target, outputs))
         if answer.finite:
             self.metrics.count(outputs, answer.decided)
+            if self.drift is not None:
+                self.drift.note(tensors, outputs, answer.decided)
         return answer
+
+    def tell_drift(self) -> None:
+        """Write how far the last rows are from the training rows; called now and then."""
+        if self.drift is not None and (found := self.drift.figures()) is not None:
+            self.metrics.tell_drift(found, self.drift.rows)
 
     async def check_ready(self) -> None:
         """Ready means that the model answers now, not that it once did. Raises Refusal."""
@@ -156,6 +179,23 @@ class Model:
         """When it is unloaded and its last request is answered: ends its threads."""
         self.metrics.gone()
         self.decoders.shutdown(wait=False)
+
+
+def _providers(name: str) -> list[str]:
+    """Those of them that this build of onnxruntime has, and the CPU."""
+    there = onnxruntime.get_available_providers()
+    return [found for found in dict.fromkeys((PROVIDERS[name], PROVIDERS["cpu"])) if found in there]
+
+
+def _drift(signature: Signature, profile: Path | None) -> Drift | None:
+    """A profile that cannot be read keeps no model from being served."""
+    if profile is None:
+        return None
+    try:
+        return Drift(signature, json.loads(profile.read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError, StopIteration):
+        logger.warning("%s cannot be read: drift is not measured", profile, exc_info=True)
+        return None
 
 
 def _most_pixels(feature: Feature) -> int:

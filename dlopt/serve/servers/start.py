@@ -8,20 +8,21 @@ import ipaddress
 import json
 import os
 import socket
+import ssl
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dlopt import session
 from dlopt.artifact import Artifact
 from dlopt.part import DloptError, Signature
 from dlopt.serve import Serve
-from dlopt.serve.auth import Guard, Key, make_key, read_keys
-from dlopt.serve.example import example_row
-from dlopt.serve.plan import check
-from dlopt.serve.registry import Entry
+from dlopt.serve.front.auth import Guard, Key, make_key, read_keys
+from dlopt.serve.models.lineup import Entry
+from dlopt.serve.models.plan import check
+from dlopt.serve.protocols.example import example_row
 
 Say = Callable[[str], None]
 LOOPBACK, EVERYWHERE = "127.0.0.1", "0.0.0.0"
@@ -40,12 +41,18 @@ class Listening:
     """Where the keys come from."""
     made: str | None = None
     """The key that was made up, in plain text."""
+    rpc_port: int | None = None
+    """For gRPC."""
+    tls: tuple[Path, Path] | None = None
+    """Files of the certificate and of its key, in PEM."""
+    log: Path | None = None
+    """Where each request leaves a line."""
 
     @property
     def local_url(self) -> str:
         """The server as this machine reaches it."""
         host = LOOPBACK if self.host == EVERYWHERE else "::1" if self.host == "::" else self.host
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        return f"{'https' if self.tls else 'http'}://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     @property
     def family(self) -> socket.AddressFamily:
@@ -63,39 +70,66 @@ def serve(
     address: str | None,
     say: Say,
     ray: bool = False,
+    grpc_port: int | None = None,
+    state: Path | None = None,
+    tls: tuple[Path, Path] | None = None,
+    log: Path | None = None,
 ) -> None:
     """Serve exported models until SIGINT or SIGTERM, then take down what was started.
 
     host: where to listen; None is this machine alone. keys: a file of API keys; None makes one up where others than this machine can
     connect. address: a running cluster to serve on. ray: use Ray Serve where one process would do. say: prints a line to the user.
-    Raises DloptError.
+    grpc_port: where the embedded server speaks gRPC as well. state: a folder that keeps what is deployed meanwhile, for a later start
+    with the same models. tls: files of a certificate and of its key. log: a file for a line on each request. Raises DloptError.
     """
     for entry in entries:
         check(Artifact.open(entry.path))
     address = session.address_of(address)
-    listening = listening_on(host, port, keys, shared=address is not None)
+    _check_tls(tls, address)
+    listening = replace(listening_on(host, port, keys, shared=address is not None), rpc_port=grpc_port, tls=tls, log=log)
+    on_ray = address is not None or ray or section.most_replicas > 1
+    if grpc_port is not None and (on_ray or grpc_port == port):
+        why = "Ray Serve has no port for it: leave out --ray and --address, with one replica" if on_ray else "it is --port: give another"
+        raise DloptError(f"--grpc-port: {grpc_port}: {why}")
+    if state is not None and on_ray:
+        raise DloptError("--state: Ray Serve keeps it among its replicas: leave it out")
     if address is not None:
-        from dlopt.serve.cluster import serve as serve_on_ray
+        from dlopt.serve.servers.cluster import serve as serve_on_ray
 
         serve_on_ray(entries, section, listening, address, say)
         return
     with _port_of_ours(listening) as listener:
-        if ray or section.most_replicas > 1:
-            from dlopt.serve.cluster import serve as serve_on_ray
+        if on_ray:
+            from dlopt.serve.servers.cluster import serve as serve_on_ray
 
             listener.close()  # the lock keeps others of us out
             serve_on_ray(entries, section, listening, None, say)
         else:
-            _serve_embedded(entries, section, listening, listener, say)
+            _serve_embedded(entries, section, listening, listener, state, say)
 
 
-def _serve_embedded(entries: tuple[Entry, ...], section: Serve, listening: Listening, listener: socket.socket, say: Say) -> None:
-    from dlopt.serve import embedded
-    from dlopt.serve.application import application_for
+def _serve_embedded(
+    entries: tuple[Entry, ...], section: Serve, listening: Listening, listener: socket.socket, state: Path | None, say: Say
+) -> None:
+    from dlopt.serve.front.application import application_for
+    from dlopt.serve.servers import embedded
 
-    application = application_for(entries, section, Guard(listening.keys, listening.file, section.rate))
-    embedded.serve(application, section, listener, lambda: greet(entries, listening, say))
+    application = application_for(entries, section, Guard(listening.keys, listening.file, section.rate), board=state, log=listening.log)
+    rpc = (listening.host, listening.rpc_port) if listening.rpc_port else None
+    embedded.serve(application, section, listener, lambda: greet(entries, listening, say), rpc, listening.tls)
     say("stopped")
+
+
+def _check_tls(tls: tuple[Path, Path] | None, address: str | None) -> None:
+    """Raises DloptError for files that make no certificate."""
+    if tls is None:
+        return
+    if address is not None:
+        raise DloptError("--tls-cert: a cluster's own proxies listen there, which end TLS themselves: leave it out")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*tls)
+    except OSError as error:  # ssl.SSLError is one
+        raise DloptError(f"--tls-cert: {tls[0]} and {tls[1]}: {error.strerror or error.args[-1]}") from None
 
 
 def listening_on(host: str | None, port: int, keys: Path | None, shared: bool = False) -> Listening:
@@ -153,14 +187,17 @@ def greet(entries: tuple[Entry, ...], listening: Listening, say: Say) -> None:
     if len(told) == 1:
         told = [f"{entries[0].name} ({exports[0].manifest.digest})"]
     say(f"{', '.join(told)} {'is' if len(told) == 1 else 'are'} served at {url}/{f'?token={key}' if key else ''}")
+    if listening.rpc_port:
+        say(f"gRPC (Open Inference Protocol v2) is at {url.rpartition('//')[2].rpartition(':')[0]}:{listening.rpc_port}")
     if listening.host in (EVERYWHERE, "::"):
-        others = f"http://{socket.gethostname()}:{listening.port}/"
+        others = f"{'https' if listening.tls else 'http'}://{socket.gethostname()}:{listening.port}/"
         say(f"it listens on every interface (other machines: {others}); without --host it stays on this machine")
     if key:
         say(f"API key: {key}")
+    trusted = f"--cacert {listening.tls[0]} " if listening.tls else ""
     guarded = f"-H 'Authorization: Bearer {key or 'KEY'}' " if listening.keys else ""
     example = _example(Signature.model_validate_json(exports[0].read("signature.json")))
-    say(f"curl {guarded}{example} {url}/v1/models/{entries[0].name}:predict")
+    say(f"curl {trusted}{guarded}{example} {url}/v1/models/{entries[0].name}:predict")
     say("Ctrl-C stops it")
 
 

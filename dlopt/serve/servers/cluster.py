@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import tempfile
 import time
@@ -30,13 +31,13 @@ from pydantic import ValidationError
 from dlopt import session
 from dlopt.part import DloptError, Part
 from dlopt.serve import Replicas, Serve
-from dlopt.serve.application import DRAINING, Replica
-from dlopt.serve.auth import Key, make_key, read_keys
-from dlopt.serve.metrics import DIRECTORY, in_flight
-from dlopt.serve.plan import entries_of
-from dlopt.serve.registry import Entry
-from dlopt.serve.start import EVERYWHERE, LOOPBACK, Listening, Say, greet
-from dlopt.serve.stopping import Stopped, Stops, children_deaf_to_ctrl_c, nothing_left, stops_noted
+from dlopt.serve.front.application import DRAINING, Replica
+from dlopt.serve.front.auth import Key, make_key, read_keys
+from dlopt.serve.models.lineup import Entry
+from dlopt.serve.models.plan import entries_of
+from dlopt.serve.servers.start import EVERYWHERE, LOOPBACK, Listening, Say, greet
+from dlopt.serve.servers.stopping import Stopped, Stops, children_deaf_to_ctrl_c, nothing_left, stops_noted
+from dlopt.serve.watch.metrics import DIRECTORY, in_flight
 
 START_SECONDS = 120.0
 """Until all replicas run, on a cluster that may have to add a node for them, too."""
@@ -169,13 +170,14 @@ def _deploy(entries: Entries, section: Serve, listening: Listening, metrics: Pat
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve_host = LOOPBACK if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" else listening.host
     ray_serve.start(proxy_location="HeadOnly", http_options={"host": serve_host, "port": listening.port}, logging_config=QUIET)
-    application = bound(entries, section, listening.keys, listening.file, metrics)
+    application = bound(entries, section, listening.keys, listening.file, metrics, listening.log)
     target = ray_serve.RunTarget(application, name=entries[0].name, route_prefix="/", logging_config=QUIET)
     ray_serve.run_many([target], wait_for_applications_running=False)
 
 
-def bound(entries: Entries, section: Serve, keys: tuple[Key, ...], file: Path | None, metrics: Path) -> Any:
+def bound(entries: Entries, section: Serve, keys: tuple[Key, ...], file: Path | None, metrics: Path, log: Path | None = None) -> Any:
     """The Ray Serve application of models, yet to be run. metrics: the folder in which the replicas of a host count."""
+    import ray
     from ray import serve as ray_serve
     from ray.serve.config import AutoscalingConfig
 
@@ -185,6 +187,7 @@ def bound(entries: Entries, section: Serve, keys: tuple[Key, ...], file: Path | 
         options = {
             "autoscaling_config": AutoscalingConfig(min_replicas=low, max_replicas=high, target_ongoing_requests=8, upscale_delay_s=5)
         }
+    wants_gpu = section.provider in ("cuda", "tensorrt") and ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0
     deployment = ray_serve.deployment(
         ray_serve.ingress()(Replica),
         name="Replica",
@@ -192,10 +195,10 @@ def bound(entries: Entries, section: Serve, keys: tuple[Key, ...], file: Path | 
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=max(5, section.request_seconds),
         max_constructor_retry_count=2,  # what fails to load, fails again
-        ray_actor_options={"num_cpus": section.threads, "runtime_env": {"env_vars": {DIRECTORY: str(metrics)}}},
+        ray_actor_options={"num_cpus": section.threads, "num_gpus": int(wants_gpu), "runtime_env": {"env_vars": {DIRECTORY: str(metrics)}}},
         **options,
     )
-    return deployment.bind(entries, section, keys, file)
+    return deployment.bind(entries, section, keys, file, log)
 
 
 class Run(Part):
@@ -283,6 +286,11 @@ def _write_wrapper(section: Serve, listening: Listening, folder: Path, stats: in
     patience = round(section.body_seconds * 1000)
     unwatched = "http-request set-header x-request-disconnect-disabled ?1"
     bind = f"{listening.host}:{listening.port}" + (" v4v6" if listening.host == "::" else "")  # `::` takes IPv4 as well
+    if listening.tls:
+        pem = folder / "tls.pem"
+        pem.touch(0o600)
+        pem.write_bytes(b"\n".join(path.read_bytes() for path in listening.tls))
+        bind += f" ssl crt {pem} alpn http/1.1"
     errors = folder / "errors.cfg"
     errors.write_text("".join(_http_error(status, said) for status, said in REFUSALS.items()))
     settings = {"stats": stats, "metrics": metrics, "bind": bind, "patience": patience, "unwatched": unwatched, "errors": errors}
@@ -308,7 +316,8 @@ def _free_ports(count: int) -> list[int]:
 def _wait_until_ready(listening: Listening, stops: Stops) -> None:
     """Ask as a client would: the first reply may come a moment after Serve calls the application running."""
     deadline = time.monotonic() + READY_SECONDS
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    any_certificate = urllib.request.HTTPSHandler(context=ssl._create_unverified_context())
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), any_certificate)
     while True:
         try:
             with opener.open(f"{listening.local_url}/readyz", timeout=5):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dlopt.serve.exchange import Json, product_version
+from dlopt.serve.models.registry import Models
 from dlopt.serve.protocols import DIALECTS
-from dlopt.serve.registry import Models
 
 
 def document(models: Models) -> Json:
