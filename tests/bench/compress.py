@@ -16,7 +16,6 @@ JOBS = Path(__file__).resolve().parents[2] / "jobs"
 WHOLE, STATIC = [{"kind": "quantize"}], [{"kind": "quantize", "mode": "static"}]
 CASES = {
     "lenet_300_100": ("lenet_300_100.yaml", {}),  # Deep Compression: 27 KB at 1.58 % error; Sparse VD: 68 times at 1.92 %
-    "lenet_5": ("lenet_5.yaml", {}),  # Deep Compression: 44 KB at 0.74 % error; Sparse VD: 280 times at 0.75 %
     "mlp_1024": (
         "mnist_full.yaml",
         {"name": "mlp_1024", "model.hidden": [1024, 1024], "train.epochs": 4, "compress": [{"kind": "quantize"}]},
