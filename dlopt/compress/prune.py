@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 class Prune(Tuned):
     """The weights that count least become 0, and stay so while the others are trained on. The file is no smaller, but it can be packed: a
-    download is; nor is it faster (see `structured` in time)."""
+    download is; nor is it faster, since runtimes multiply with zeros as well."""
 
     kind: Literal["prune"] = "prune"
     sparsity: float = Field(0.9, gt=0, lt=1)
