@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from dlopt import remote
 from dlopt.artifact import Artifact, Stage, digest_of, discard, is_sealed, once, place, write_atomically
 from dlopt.compress.base import Compressor
 from dlopt.data.section import Data
@@ -83,6 +84,7 @@ def _finished(job: Job, steps: _Steps, data: Artifact, model: Artifact, folds: l
     exports = _exported(job.export, steps, small or model, data)
     made, digests = steps.made, [job.name, data.path.name, model.path.name, [fold.path.name for fold in folds]]
     folder = steps.home / f"{job.name}-{digest_of([*digests, small.path.name] if small else digests)[:8]}"
+    remote.take(*(folder / name for name in (JOB, REPORT, RUN)))
     if made or not is_run(folder) or (folder / JOB).read_text() != as_yaml(job):
         steps.progress("report", None, "drawing")
         named = {"data": data, "model": model} | ({"compress": small} if small else {})
@@ -312,6 +314,7 @@ def _write_run(folder: Path, job: Job, artifacts: dict[str, Artifact], folds: li
     }
     _link_results(folder, artifacts)
     write_atomically(folder / RUN, json.dumps(record, indent=1))
+    remote.give(folder / JOB, folder / CARD, folder / REPORT, folder / RUN)
 
 
 def _link_results(folder: Path, artifacts: dict[str, Artifact]) -> None:
@@ -326,6 +329,7 @@ def _link_results(folder: Path, artifacts: dict[str, Artifact]) -> None:
             ):
                 continue
             link = folder / plain_name(name, file)
+            remote.copy(found.path / file, link)
             link.unlink(missing_ok=True)
             try:
                 link.symlink_to(os.path.relpath(found.path / file, folder.resolve()))
@@ -346,3 +350,4 @@ def _refuse_unwritable(home: Path) -> None:
         raise DloptError(f"--home: cannot write to {home}: {error.strerror}") from None
     if not os.access(home, os.W_OK):
         raise DloptError(f"--home: {home} cannot be written to")
+    remote.refuse_unwritable(home)

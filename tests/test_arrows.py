@@ -16,7 +16,7 @@ LAYERS = [
     {"cli"},
     {"sklearn", "docs"},
     {"api"},
-    {"submit", "terminal"},
+    {"cluster", "terminal"},
     {"pipeline", "fields"},
     {"spec"},
     {"compress"},
@@ -27,6 +27,7 @@ LAYERS = [
     {"disk"},
     {"runs"},
     {"artifact", "session", "client"},
+    {"remote"},
     {"part", "progress"},
     {"mistakes"},
 ]
@@ -43,7 +44,9 @@ RAY = {
     "dlopt.train.cluster.ray_internals",
     "dlopt.serve.servers.cluster",
     "dlopt.session",
-    "dlopt.submit",
+    "dlopt.cluster.doctor",
+    "dlopt.cluster.head",
+    "dlopt.cluster.submit",
 }
 """The only modules in which Ray appears."""
 

@@ -18,11 +18,13 @@ from dlopt.cli import (
     batch,
     bench_serve,
     check,
+    cluster,
     compare,
     completion,
     compress,
     deploy,
     docs,
+    doctor,
     explain,
     export,
     init,
@@ -33,12 +35,14 @@ from dlopt.cli import (
     schedule,
     serve,
     submit,
+    ui,
     verify,
 )
 from dlopt.cli.options import Mistake, Parser, close_to
 
 SMALL, SERVING = (compress, export, verify), (predict, serve, bench_serve, deploy)
-COMMANDS = (init, run, check, explain, profile, schedule, batch, *SMALL, *SERVING, submit, compare, runs, docs, completion)
+CLUSTER = (submit, cluster, doctor)
+COMMANDS = (init, run, check, explain, profile, schedule, batch, *SMALL, *SERVING, *CLUSTER, compare, runs, ui, docs, completion)
 EPILOG = """the first steps:
   dlopt init data.csv --target late -o job.yaml   write a job
   dlopt run job.yaml                              train, export, report
