@@ -37,7 +37,7 @@ def card(
     ]
     if compress:
         parts += ["## Made small", "\n".join(small(compress.info["table"]))]
-    used = [f"`{kind}`\n\n```python\n{found.info['use']}\n```" for kind, found in exports.items()]
+    used = [f"`{kind}`\n\n```python\n{found.info.get('use', '')}\n```" for kind, found in exports.items()]
     named = {"data": data, "model": model, **({"compress": compress} if compress else {})}
     named |= {f"export.{kind}": found for kind, found in exports.items()}
     digests = [(what, f"`{found.manifest.digest}`") for what, found in named.items()]
