@@ -27,8 +27,9 @@ from dlopt.part import DloptError, Signature
 from dlopt.spec import validated
 from dlopt.train.checkpoint.stores import Checkpointing, Every
 from dlopt.train.job import Fit, Resources, Train
+from dlopt.train.measure.evaluate import predict
 from dlopt.train.start import trained_network
-from dlopt.train.tuning import Rounded, Sparse, Tied, Zeros, weights_of
+from dlopt.train.tuning import DISTANCES, Rounded, Sparse, Tied, Zeros, weights_of
 from tests import sets
 from tests.sets import CATEGORIES, NUMBER, NUMBERS, TEXT, THREE, TWO
 from tests.test_models import image
@@ -362,3 +363,29 @@ def test_a_budget_takes_the_cheapest_chain_that_stays_within_it_and_names_the_ne
         small(tmp_path, model, data, Budget(drop=0, size=0.001, epochs=0))
     assert re.search(r": 0\.\d+ of the bytes, -?\d\.\d+ lost$", str(error.value))
     assert validated(job_with() | {"compress": {"budget": {"drop": 0.01, "size": 0.1}}}).compress == (Budget(drop=0.01, size=0.1),)
+
+
+def test_a_student_learns_what_its_teacher_says(tmp_path: Path) -> None:
+    teacher, data = fitted(tmp_path, Signature(inputs=(NUMBERS,), target=TWO), Mlp(hidden=(64,), dropout=0.0), epochs=4)
+    student = sets.trained(tmp_path, data, Mlp(hidden=(16,), dropout=0.0))
+    (tmp_path / "run").mkdir()
+    named = {"model": str(teacher.path), "data": str(data.path)}
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"name": "teacher", "artifacts": named}))
+    part = Distil(teacher=str(tmp_path / "run"), epochs=60, alpha=1.0)
+    assert part.found() == teacher.path.name
+    found = small(tmp_path, student, data, part)
+
+    def said(model: Artifact) -> torch.Tensor:
+        return predict(trained_network(model, data), Split.open(data, "test"), torch.device("cpu"))[0].argmax(dim=1)
+
+    alike = {name: float((said(model) == said(teacher)).double().mean()) for name, model in (("before", student), ("after", found))}
+    assert alike["after"] > 0.85 and alike["after"] > alike["before"]
+
+
+def test_what_a_teacher_costs_is_the_divergence_of_softened_outputs() -> None:
+    outputs, wanted = torch.randn(7, 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64)
+    soft, mine = (wanted / 3).softmax(dim=1), (outputs / 3).softmax(dim=1)
+    torch.testing.assert_close(DISTANCES["category"](outputs, wanted, 3.0), (soft * (soft / mine).log()).sum() * 9)
+    for kind, distance in DISTANCES.items():
+        assert distance(wanted, wanted, 2.0) <= distance(outputs, wanted, 2.0), kind
+    assert DISTANCES["number"](wanted, wanted, 1.0) == 0
