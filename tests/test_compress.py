@@ -17,6 +17,7 @@ from dlopt.artifact import Artifact, once
 from dlopt.compress import Budget, Compressor, Distil, Float16, LowRank, Prune, Quantize, Share, measure
 from dlopt.compress.share import clustered
 from dlopt.compress.stage import COMPRESS, Compress
+from dlopt.data.prepared import Split
 from dlopt.export import Onnx, Pickle, Safetensors, TorchExport
 from dlopt.export.coding import FILE, Codebook, Whole, packed, read
 from dlopt.export.stage import EXPORT
