@@ -9,7 +9,7 @@ from dlopt.cli.options import add_home, command
 
 EXAMPLES = """
   dlopt verify mnist
-  dlopt verify runs/mnist-77b72eee && echo as it was sealed
+  dlopt verify runs/mnist-77b72eee
 """
 
 
