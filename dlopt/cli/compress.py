@@ -20,7 +20,7 @@ def add(commands: Any) -> None:
         commands,
         "compress",
         _compress,
-        "make a run's model small, as a run of its own: measured beside what it was, exported and served like any other",
+        "make a run's model small, as a run of its own, measured beside what it was",
         EXAMPLES,
         stopped="stopped; the same command goes on from here",
     )

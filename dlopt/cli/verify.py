@@ -15,7 +15,7 @@ EXAMPLES = """
 
 def add(commands: Any) -> None:
     """The command."""
-    help = "compute digests, metrics and the outputs of every format of a run anew, and say what differs (exit code 1)"
+    help = "compute a run's digests, metrics and formats anew, and say what differs"
     parser = command(commands, "verify", _verify, help, EXAMPLES)
     parser.add_argument("run", metavar="RUN", help="a run's folder, or a job's name for its newest run")
     add_home(parser)
