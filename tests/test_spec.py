@@ -168,7 +168,7 @@ def test_a_bad_override_is_one_line(path: Path, override: str, line: str) -> Non
             "augment: parts that move images are one resampling: give all the same fill, not 9 in random_crop, 0 in random_rotation",
         ),
         ("export.0.kind=onnx", "export: must be a list, not a mapping"),
-        ("export=[{kind: onx}]", "export.0.kind: must be onnx, not \"onx\"; did you mean 'onnx'?"),
+        ("export=[{kind: onx}]", "export.0: no kind 'onx'; did you mean 'onnx'?"),
         # types
         ("train.epochs=many", 'train.epochs: must be a whole number, not "many"'),
         ("train.epochs=2.5", "train.epochs: must be a whole number, not 2.5"),
