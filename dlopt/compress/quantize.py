@@ -137,7 +137,7 @@ def _reader(model: Model, most: int) -> Any:
                 there += stop - start
                 yield {name: values[start:stop] for name, values in rows.items()}
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Reader(CalibrationDataReader):
         def __init__(self) -> None:
             self.rest = batches()
 

@@ -50,8 +50,8 @@ def in_two(layer: nn.Linear | nn.Conv2d, rank: int) -> nn.Sequential:
     like: dict[str, Any] = {"dtype": layer.weight.dtype, "device": layer.weight.device}
     if isinstance(layer, nn.Linear):
         return nn.Sequential(nn.Linear(layer.in_features, rank, bias=False, **like), nn.Linear(rank, layer.out_features, bias=bias, **like))
-    size: dict[str, Any] = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
-    first = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, bias=False, **size, **like)
+    size: dict[str, Any] = {"kernel_size": layer.kernel_size, "stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+    first = nn.Conv2d(layer.in_channels, rank, bias=False, **size, **like)
     return nn.Sequential(first, nn.Conv2d(rank, layer.out_channels, 1, bias=bias, **like))
 
 
