@@ -169,11 +169,11 @@ def _print_table(console: Console, titles: Sequence[str], rows: Sequence[Sequenc
             console.print(f"  [bold]{title:{width}}[/]  {escape(cell)}", soft_wrap=True)
 
 
-def print_profile(profile: dict[str, Any], job: str) -> None:
-    """A table of the columns, what is suspicious about them, and how a job could begin, on stdout."""
+def print_profile(profile: dict[str, Any], job: str, console: Console | None = None) -> None:
+    """A table of the columns, what is suspicious about them, and how a job could begin, on stdout or another console."""
     from dlopt.report.profile import NOTHING, rows
 
-    console, found = _stdout(), rows(profile)
+    console, found = console or _stdout(), rows(profile)
     titles = ("column", "kind", "missing", "different", "typical", "range", "alone predicts")
     shown = [index for index in range(len(titles)) if index < 2 or any(row[index] != NOTHING for row in found)]
     console.print(f"{sum(profile['rows'].values()):,} rows, {len(found)} columns")

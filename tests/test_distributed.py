@@ -25,6 +25,7 @@ from dlopt.part import Signature
 from dlopt.train import training, worker
 from dlopt.train.job import Fit
 from dlopt.train.watch import metrics_log
+from tests.cases import few
 from tests.served import descendants
 from tests.trained import curve, fit, prepare_digits, quick
 
@@ -85,10 +86,8 @@ SECTIONS = {"whole": quick(precision="float64", dropout=0.2), "hundred": quick(b
 FEEDS = ("resident", "stream")
 
 
-def combinations(workers: int) -> list[tuple[str, str]]:
-    """Which sections a group goes through with which feeds: of two workers, which are always tried, all but the longest."""
-    every = [(name, feed) for name in SECTIONS for feed in FEEDS]
-    return [one for one in every if workers != 2 or one != ("hundred", "stream")]
+GROUPS = [(2, ("whole",)), *((workers, tuple(SECTIONS)) for workers in (1, 3, 4)), (2, ("hundred",))]
+"""Groups of so many workers, and which sections they go through with both feeds: the first one always, the others are slow."""
 
 
 def work(config: dict[str, Any]) -> None:
@@ -99,29 +98,30 @@ def work(config: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    for name, feed in combinations(world):
+    for name, feed in config["combinations"]:
         out = Path(config["out"]) / f"{name}-{feed}"
         assignment = worker.Assignment(fit=SECTIONS[name], data=Path(config["data"]), out=out, feed=feed)
         worker.Worker(assignment, rank, world, torch.device("cpu")).run()
 
 
-@pytest.fixture(scope="module", params=[2, *(pytest.param(workers, marks=pytest.mark.slow) for workers in (1, 3, 4))])
-def group(request: pytest.FixtureRequest, data: Artifact, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+@pytest.fixture(scope="module", params=few(1, GROUPS), ids=lambda group: f"{group[0]}-{'-'.join(group[1])}")
+def group(request: pytest.FixtureRequest, data: Artifact, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, tuple[str, ...], Path]:
     """What so many workers leave, in a folder for each section and feed."""
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    workers, out = request.param, tmp_path_factory.mktemp(f"workers-{request.param}")
-    for name, feed in combinations(workers):
+    (workers, names), out = request.param, tmp_path_factory.mktemp("workers")
+    combinations = [(name, feed) for name in names for feed in FEEDS]
+    for name, feed in combinations:
         (out / f"{name}-{feed}").mkdir()
     TorchTrainer(
         work,
-        train_loop_config={"data": str(data.path), "out": str(out)},
+        train_loop_config={"data": str(data.path), "out": str(out), "combinations": combinations},
         torch_config=TorchConfig(timeout_s=120),
         scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1}),
         run_config=RunConfig(storage_path=str(out / "ray")),
     ).fit()
-    return workers, out
+    return workers, names, out
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
@@ -152,11 +152,11 @@ def oracle(data: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("feed", FEEDS)
 def test_any_number_of_workers_follows_the_curve_of_one_on_the_same_rows_in_the_same_order(
-    feed: str, group: tuple[int, Path], oracle: Path
+    feed: str, group: tuple[int, tuple[str, ...], Path], oracle: Path
 ) -> None:
-    workers, out = group
+    workers, names, out = group
     allowed = {"whole": 1e-9, "hundred": 1e-4}
-    for name in [name for name, given in combinations(workers) if given == feed]:
+    for name in names:
         assert far(lines(oracle / name), lines(out / f"{name}-{feed}")) < allowed[name]
         assert orders(oracle / name, 1) == orders(out / f"{name}-{feed}", workers)
         weights = noted(out / f"{name}-{feed}", "weights", workers)

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from dlopt import cli, disk, fields
+from dlopt.api.profiles import Profile
 from dlopt.cli import completion
 from dlopt.data.stats import guard
 from dlopt.data.stats.describe import describe
@@ -120,8 +121,12 @@ def test_no_cell_of_a_table_is_cut_or_folded(columns: int, monkeypatch: pytest.M
     wide = {f"a_column_of_a_long_name_{number}": pa.array([f"value {place % 3} of three" for place in range(30)]) for number in range(2)}
     rows = pa.table(wide | {"x": pa.array([10.0**number for number in range(30)])})
     kinds = {column: "category" if column.startswith("a") else "number" for column in rows.column_names}
-    print_profile(describe({guard.WHOLE: summarise(dict(zip(rows.column_names, rows.columns, strict=True)), kinds, ())}, ()), "name: x\n")
-    lines = capsys.readouterr().out.splitlines()
+    facts = describe({guard.WHOLE: summarise(dict(zip(rows.column_names, rows.columns, strict=True)), kinds, ())}, ())
+    print_profile(facts, "name: x\n")
+    lines = re.sub(r"\x1b\[\d*m", "", capsys.readouterr().out).splitlines()
+    found = Profile("rows", facts, "name: x\n")
+    assert repr(found) == f"<profile of rows: 30 rows, 3 columns, {len(found.warnings)} warnings>"
+    assert [line.split() for line in str(found).splitlines()] == [line.split() for line in lines]
     assert all(any(column in line.split() for line in lines) for column in rows.column_names)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,9 @@ from dlopt.artifact import write_atomically
 from dlopt.progress import Progress, silent
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Profile:
-    """What was found; in a notebook it shows itself as a page with figures."""
+    """What was found; in a notebook it shows itself as a page with figures, and printed as the table of `dlopt profile`."""
 
     name: str
     facts: dict[str, Any]
@@ -26,6 +27,19 @@ class Profile:
     def warnings(self) -> list[str]:
         """What is suspicious, a line each."""
         return list(self.facts["warnings"])
+
+    def __repr__(self) -> str:
+        rows, columns = sum(self.facts["rows"].values()), len(self.facts["columns"])
+        return f"<profile of {self.name}: {rows:,} rows, {columns} columns, {len(self.warnings)} warnings>"
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        from dlopt.terminal import print_profile
+
+        text = io.StringIO()
+        print_profile(self.facts, self.job, Console(file=text, highlight=False))
+        return text.getvalue()
 
     def save(self, path: str | Path) -> None:
         """Write the page with figures. Raises DloptError or OSError."""
