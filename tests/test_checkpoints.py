@@ -331,14 +331,14 @@ def test_what_another_worker_cannot_write_is_no_checkpoint_and_said(tmp_path: Pa
         def add(self, name: str, files: Iterable[tuple[str, Iterable[Any]]]) -> None:
             if next(iter(files))[0].startswith("model"):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            super().add(name, [("worker-00001.json", [b'{"error": "no space"}'])])
+            super().add(name, files)
 
     first, second = Writer(Disk(tmp_path), 2, "me", 0, 2), Writer(Full(tmp_path), 2, "me", 1, 2, 0)
     first.write(packed(0, 2))
     second.write(packed(1, 2))
     with pytest.raises(DloptError, match="the checkpoint cannot be written: no space is left"):
         second.close()
-    with pytest.raises(DloptError, match="the checkpoint cannot be written: worker 1: no space"):
+    with pytest.raises(DloptError, match="the checkpoint cannot be written: worker 1: .*No space left"):
         first.close()
     assert Disk(tmp_path).names() == []
 
