@@ -338,7 +338,7 @@ def test_what_another_worker_cannot_write_is_no_checkpoint_and_said(tmp_path: Pa
     second.write(packed(1, 2))
     with pytest.raises(DloptError, match="the checkpoint cannot be written: no space is left"):
         second.close()
-    with pytest.raises(DloptError, match="the checkpoint cannot be written: worker 1: .*No space left"):
+    with pytest.raises(DloptError, match=r"the checkpoint cannot be written: worker 1: .*No space left"):
         first.close()
     assert Disk(tmp_path).names() == []
 
