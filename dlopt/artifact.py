@@ -18,9 +18,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from dlopt import remote
 from dlopt.part import DloptError
+from dlopt.remote import MANIFEST
 
-MANIFEST, SEAL = "manifest.json", "seal"
+SEAL = "seal"
 
 
 class File(BaseModel):
@@ -56,7 +58,9 @@ class Artifact:
 
     @classmethod
     def open(cls, path: Path) -> Artifact:
-        """Open a sealed directory; raises DloptError when it is not sealed or a file is missing or has the wrong size."""
+        """Open a sealed directory, which is fetched if an object store has it; raises DloptError when it is not sealed or a file is missing
+        or has the wrong size."""
+        remote.take_artifact(path)
         manifest = _unsealed(path)
         for name, file in manifest.files.items():
             if not (path / name).is_file() or (path / name).stat().st_size != file.size:
@@ -107,7 +111,7 @@ def place(stage: Stage, section: BaseModel, home: Path, parents: tuple[Artifact,
 
 def is_sealed(path: Path) -> bool:
     """Whether the directory is a finished artifact."""
-    return (path / MANIFEST).is_file()
+    return (path / MANIFEST).is_file() or remote.has(path / MANIFEST)
 
 
 def once(stage: Stage, section: BaseModel, home: Path, *parents: Artifact, found: Any = None, **context: Any) -> Artifact:
@@ -117,10 +121,10 @@ def once(stage: Stage, section: BaseModel, home: Path, *parents: Artifact, found
     """
     path = place(stage, section, home, parents, found)
     if is_sealed(path):
-        return Artifact.open(path)
+        return _stored(Artifact.open(path))
     with _lock(path):
         if is_sealed(path):
-            return Artifact.open(path)
+            return _stored(Artifact.open(path))
         if path.exists() and stage.scratch is None:
             shutil.rmtree(path)
         path.mkdir(parents=True, exist_ok=True)
@@ -139,12 +143,22 @@ def once(stage: Stage, section: BaseModel, home: Path, *parents: Artifact, found
         write_atomically(path / MANIFEST, _sealed(manifest))
         if stage.scratch is not None:
             shutil.rmtree(path / stage.scratch, ignore_errors=True)
-        return Artifact(path, manifest)
+        artifact = _stored(Artifact(path, manifest))
+        if stage.scratch is not None:
+            remote.drop(path / stage.scratch)
+        return artifact
+
+
+def _stored(artifact: Artifact) -> Artifact:
+    """In its home's object store too, if it has one: also what could not be put there when it was made."""
+    remote.give_artifact(artifact.path, artifact.manifest.files)
+    return artifact
 
 
 def discard(path: Path) -> None:
     """Remove an artifact, finished or not; raises DloptError when another process makes it now."""
     with _lock(path):
+        remote.drop(path)
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 
 from dlopt.artifact import MANIFEST, discard, is_locked
 from dlopt.part import DloptError
-from dlopt.runs import RUN, find, listing, read
+from dlopt.remote import remote_of
+from dlopt.runs import RUN, STAGES, find, listing, read
 
-STAGES = ("rows", "data", "model", "export")
-"""The folders of a home that hold artifacts."""
 HELD = "sources"
 """The folder of tables that Python programs have handed over."""
 
@@ -50,6 +49,8 @@ def unneeded(home: Path) -> list[Item]:
 def _quiet(home: Path) -> Path:
     """A home that is there, and in which nothing is made now: what is made names its parents only when it is finished."""
     home = home.resolve()
+    if found := remote_of(home):
+        raise DloptError(f"--home: {found.address}: nothing is removed in an object store: let its own rules do that")
     if not home.is_dir():
         raise DloptError(f"--home: there is no folder {home}")
     for stage in STAGES:

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from dlopt import remote
 from dlopt.artifact import Artifact, Stage, digest_of, discard, is_sealed, once, place, write_atomically
 from dlopt.data.section import Data
 from dlopt.data.table.split import Fold
@@ -75,6 +76,7 @@ def run(job: Job, home: Path, address: str | None = None, progress: Progress = s
     exports = {part.kind: steps.local(_exporter(part), part, model, data) for part in job.export}
     made = steps.made
     folder = home / f"{job.name}-{digest_of([job.name, data.path.name, model.path.name, [fold.path.name for fold in folds]])[:8]}"
+    remote.take(*(folder / name for name in (JOB, REPORT, RUN)))
     if made or not is_run(folder) or (folder / JOB).read_text() != as_yaml(job):
         progress("report", None, "drawing")
         named = {"data": data, "model": model} | {f"export.{kind}": found for kind, found in exports.items()}
@@ -246,6 +248,7 @@ def _write_run(folder: Path, job: Job, artifacts: dict[str, Artifact], folds: li
     }
     _link_results(folder, artifacts)
     write_atomically(folder / RUN, json.dumps(record, indent=1))
+    remote.give(folder / JOB, folder / REPORT, folder / RUN)
 
 
 def _link_results(folder: Path, artifacts: dict[str, Artifact]) -> None:
@@ -255,6 +258,7 @@ def _link_results(folder: Path, artifacts: dict[str, Artifact]) -> None:
             if "/" in file or (name != "model" and file == "signature.json") or (file not in RESULTS and not name.startswith("export.")):
                 continue
             link = folder / file
+            remote.copy(found.path / file, link)
             link.unlink(missing_ok=True)
             try:
                 link.symlink_to(os.path.relpath(found.path / file, folder.resolve()))
@@ -269,3 +273,4 @@ def _refuse_unwritable(home: Path) -> None:
         raise DloptError(f"--home: cannot write to {home}: {error.strerror}") from None
     if not os.access(home, os.W_OK):
         raise DloptError(f"--home: {home} cannot be written to")
+    remote.refuse_unwritable(home)

@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dlopt import remote
 from dlopt.artifact import Artifact
 from dlopt.part import DloptError
 
 RUN, JOB, REPORT = "run.json", "job.yaml", "report.html"
 """The files of a run's folder; run.json is written last."""
+STAGES = ("rows", "data", "model", "export")
+"""The folders of a home that hold artifacts."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Outcome:
 def listing(home: Path) -> list[dict[str, Any]]:
     """The records of all runs in a home, newest first, each with its folder."""
     found = []
+    remote.take(*(home / name / RUN for name in remote.folders(home) if name not in STAGES), anew=True)
     for path in home.glob(f"*/{RUN}"):
         record = _read(path)
         if record:
@@ -44,15 +48,28 @@ def listing(home: Path) -> list[dict[str, Any]]:
 
 
 def find(run: str, home: Path) -> Path:
-    """A run's folder, from its path or from a job's name (its newest run). Raises DloptError."""
+    """A run's folder, from its path, its address in an object store, or a job's name (its newest run). Raises DloptError."""
+    if "://" in run:
+        return _fetched(run)
     if (Path(run) / RUN).is_file():
         return Path(run)
     named = [record["run"] for record in listing(home) if record.get("name") == run]
     if named:
+        remote.take(Path(named[0]) / JOB, Path(named[0]) / REPORT)
         return Path(named[0])
     known = sorted({str(record.get("name")) for record in listing(home)})
     there = f"; there are runs of {', '.join(known)}" if known else ""
     raise DloptError(f"{run}: neither a run's folder nor the name of a job that was run in {home}{there}")
+
+
+def _fetched(address: str) -> Path:
+    """The folder that stands for a run in an object store."""
+    home, _, name = address.rstrip("/").rpartition("/")
+    folder = remote.home_path(home) / name
+    remote.take(*(folder / file for file in (JOB, REPORT, RUN)), anew=True)
+    if not (folder / RUN).is_file():
+        raise DloptError(f"{address}: there is no run: `dlopt runs --home {home}` lists those that there are")
+    return folder
 
 
 def exported(folder: Path, kind: str = "onnx") -> tuple[str, Artifact]:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dlopt import remote
 from dlopt.part import DloptError
 
 QUIET = {
@@ -102,6 +103,8 @@ def connected(address: str | None = None, cpus: int | None = None, idle: bool = 
         if address is None:
             ray.init(address="local", num_cpus=cpus or os.cpu_count(), include_dashboard=False, **options)
         else:
+            if variables := remote.spread():
+                options["runtime_env"] = {"env_vars": variables}
             ray.init(address=address, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = address or "here"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime
 from typing import Any, Self
 
 from rich.cells import cell_len
@@ -16,7 +18,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from dlopt.artifact import Artifact
-from dlopt.progress import BLOCK, WARNING
+from dlopt.progress import BLOCK, ENCODED, WARNING, encoded, seconds_left
+from dlopt.remote import said
 from dlopt.runs import REPORT, Outcome
 
 SPLITS = ("validation", "test")
@@ -24,6 +27,8 @@ UNFOLDED = 10_000
 """Columns of an output that is not a terminal: a path stays in one piece for whoever reads it."""
 EVERY, SHARE, LONGEST = 5.0, 0.02, 60.0
 """Seconds between two plain lines of the same stage: this many, later this share of the time that it has taken, and at most so many."""
+EVERY_ENCODED, LONGEST_ENCODED = 1.0, 10.0
+"""The same for lines that another program reads."""
 
 
 class Terminal:
@@ -43,6 +48,8 @@ class Terminal:
             disable=not self.console.is_terminal,
         )
         self.tasks: dict[str, TaskID] = {}
+        self.encoded = os.environ.get(ENCODED) == "json"
+        """Whether another program reads along, as `dlopt submit` does."""
         self.said: tuple[str, str, float, float] = ("", "", 0.0, 0.0)
         """Of the last plain line: its stage, its text, when it was said, and when the stage began."""
 
@@ -61,7 +68,7 @@ class Terminal:
         if text.startswith(BLOCK):
             self.console.print(f"{self.name}: {stage}  {escape(text.removeprefix(BLOCK))}", highlight=False, soft_wrap=True)
             return
-        if not self.console.is_terminal:
+        if self.encoded or not self.console.is_terminal:
             self._line(stage, share, text)
             return
         if stage not in self.tasks:
@@ -76,22 +83,38 @@ class Terminal:
     def _line(self, stage: str, share: float | None, text: str) -> None:
         now = time.monotonic()
         before, said, when, began = self.said
-        if before == stage and (said == text or (now - when < pause(now - began) and share not in (None, 1.0))):
+        quiet = pause(now - began, EVERY_ENCODED, LONGEST_ENCODED) if self.encoded else pause(now - began)
+        if before == stage and (said == text or (now - when < quiet and share not in (None, 1.0))):
             return
         self.said = (stage, text, now, began if before == stage else now)
         percent = "" if share is None else f" {min(share, 1):4.0%}"
-        print(f"{self.name}: {stage}{percent}  {text}", file=sys.stderr, flush=True)
+        line = f"{self.name}: {stage}{percent}  {text}"
+        if self.encoded:
+            line = encoded(stage=stage, share=None if share is None else round(share, 4), text=text, seconds_left=seconds_left(text))
+        print(line, file=sys.stderr, flush=True)
 
     def summary(self, run: Outcome) -> None:
         """What came out, in two lines."""
-        self._finish()
-        self.bars.stop()
-        done = f"done in {run.seconds:.1f} s" if run.made else "all is done already"
-        self._print(f"{run.name}: {done}", *(f"{split} {_headline(found)}" for split, found in run.metrics.items()))
+        if self.encoded:
+            told = {"run": said(run.folder), "name": run.name, "metrics": run.metrics, "seconds": run.seconds, "made": list(run.made)}
+            print(encoded(**told), file=sys.stderr, flush=True)
+            return
+        self.metrics(run.name, run.seconds, bool(run.made), run.metrics)
         for split, found in run.spread.items():
             figures = [f"{name} {figure['mean']:.4f} ± {figure['std']:.4f}" for name, figure in found.items()]
             self._print(f"over the folds, {split}: {figures[0]}", *figures[1:])
-        self._print(f"report: {run.folder / REPORT}", f"try it: dlopt serve {run.folder}")
+        self._print(f"report: {run.folder / REPORT}", f"try it: dlopt serve {said(run.folder)}")
+
+    def metrics(self, name: str, seconds: float, made: bool, metrics: Mapping[str, Mapping[str, float | None]]) -> None:
+        """The first of them."""
+        self._finish()
+        self.bars.stop()
+        done = f"done in {seconds:.1f} s" if made else "all is done already"
+        self._print(f"{name}: {done}", *(f"{split} {_headline(found)}" for split, found in metrics.items()))
+
+    def line(self, text: str) -> None:
+        """A line that stays, above the bars."""
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def _print(self, *pieces: str) -> None:
         """Pieces side by side as far as the window is wide; none is cut, and what follows in another line stands in a little."""
@@ -117,9 +140,9 @@ class Terminal:
             self.console.print(f"[yellow]![/] {escape(line)}", highlight=False, soft_wrap=True)
 
 
-def pause(seconds: float) -> float:
+def pause(seconds: float, least: float = EVERY, most: float = LONGEST) -> float:
     """Seconds without a plain line, of a stage that has taken so many: a log of hours is not one of thousands of lines."""
-    return min(LONGEST, max(EVERY, SHARE * seconds))
+    return min(most, max(least, SHARE * seconds))
 
 
 class _Remaining(TimeRemainingColumn):
@@ -182,3 +205,15 @@ def print_profile(profile: dict[str, Any], job: str, console: Console | None = N
     for line in profile["warnings"]:
         console.print(f"[yellow]![/] {escape(line)}", soft_wrap=True)
     console.print(f"\nA job could begin like this:\n{escape(job)}", end="", soft_wrap=True)
+
+
+def print_jobs(states: list[dict[str, Any]]) -> None:
+    """Jobs on a cluster, as dlopt.cluster.submit.state has them, on stdout."""
+    rows = []
+    for found in states:
+        started = datetime.fromtimestamp(found["started"]).isoformat(" ", "seconds") if found["started"] else ""
+        share = "" if found["share"] is None else f"{found['share']:.0%} "
+        tested = _headline((found["metrics"] or {}).get("test", {}))
+        done = f"{found['run']}  {tested}" if found["run"] else found["message"]
+        rows.append([str(found["job"]), found["status"], started, f"{found['stage']} {share} {found['text']}" if found["stage"] else done])
+    _print_table(_stdout(), ["job", "status", "started", "so far"], rows)

@@ -16,7 +16,7 @@ LAYERS = [
     {"cli"},
     {"sklearn", "docs"},
     {"api"},
-    {"submit", "terminal"},
+    {"cluster", "terminal"},
     {"pipeline", "fields"},
     {"spec"},
     {"export", "serve", "report"},
@@ -26,6 +26,7 @@ LAYERS = [
     {"disk"},
     {"runs"},
     {"artifact", "session", "client"},
+    {"remote"},
     {"part", "progress"},
     {"mistakes"},
 ]
@@ -42,7 +43,9 @@ RAY = {
     "dlopt.train.cluster.ray_internals",
     "dlopt.serve.servers.cluster",
     "dlopt.session",
-    "dlopt.submit",
+    "dlopt.cluster.doctor",
+    "dlopt.cluster.head",
+    "dlopt.cluster.submit",
 }
 """The only modules in which Ray appears."""
 

@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from dlopt import runs
-from tests.commands import ROOT, dlopt, environment
+from tests.commands import ROOT, dlopt, environment, start
 from tests.served import descendants, free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("mnist")]
@@ -95,27 +95,88 @@ def test_ray_job_submit_ends_succeeded(head: Head, tmp_path: Path) -> None:
     assert the_run(tmp_path)["name"] == "mnist"
 
 
-def test_dlopt_submit_ends_succeeded(head: Head, tmp_path: Path) -> None:
-    ended = dlopt(
-        "submit", "jobs/mnist.yaml", "train.epochs=1", "resources.workers=2", "--address", head.url, "--home", tmp_path,
-        env=head.environment(),
-    )  # fmt: skip
+def submitted(head: Head, home: Path, *words: str, **options: object) -> subprocess.CompletedProcess[str]:
+    job = ("jobs/mnist.yaml", "train.epochs=1", "resources.workers=2")
+    return dlopt("submit", *job, *words, "--address", head.url, "--home", home, env=head.environment(), **options)
+
+
+def asked(head: Head, *words: str) -> str:
+    ended = dlopt("jobs", *words, "--address", head.url, env=head.environment())
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def test_dlopt_submit_ends_succeeded_and_a_second_one_is_all_cache(head: Head, tmp_path: Path) -> None:
+    ended = submitted(head, tmp_path)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "SUCCEEDED" in ended.stderr
-    assert "mnist: fit" in ended.stdout
-    assert str(the_run(tmp_path)["run"]) in ended.stdout
+    run = str(the_run(tmp_path)["run"])
+    assert ended.stdout == f"{run}\n"
+    assert "SUCCEEDED" in ended.stderr and "mnist: fit" in ended.stderr and "test accuracy" in ended.stderr
+    assert "@dlopt" not in ended.stderr
+    again = submitted(head, tmp_path, "--json")
+    found = json.loads(again.stdout)
+    assert (found["status"], found["exit_code"], found["run"], found["made"]) == ("SUCCEEDED", 0, run, [])
+    assert found["metrics"] == the_run(tmp_path)["metrics"]
+    listed = json.loads(asked(head, "--json"))
+    assert listed[0]["job"] == found["job"] and len({one["job"] for one in listed}) == len(listed)
+    assert "mnist: fit" not in asked(head, "logs", found["job"])
 
 
-def test_a_job_that_fails_there_fails_here(head: Head, tmp_path: Path) -> None:
-    ended = dlopt("submit", "jobs/mnist.yaml", "resources.workers=5", "--address", head.url, "--home", tmp_path, env=head.environment())
-    assert ended.returncode == 1
-    assert "resources.workers: 5 workers need 5 CPUs and the cluster has 4: lower workers or cpus_per_worker" in ended.stdout
-    assert "FAILED" in ended.stderr
+def test_a_job_goes_on_without_us_is_found_again_and_stops_where_it_can_go_on(head: Head, tmp_path: Path) -> None:
+    """--no-wait; progress as JSON; the same command follows what runs already, until Ctrl-C; stop saves a checkpoint; again it goes on."""
+    name = submitted(head, tmp_path, "train.epochs=2000", "--no-wait").stdout.strip()
+    deadline = time.monotonic() + 120
+    while not (found := json.loads(asked(head, "status", name, "--json")))["share"] or not found["seconds_left"]:
+        assert time.monotonic() < deadline and found["status"] in ("PENDING", "RUNNING"), found
+        time.sleep(2)
+    assert found["stage"] == "fit" and 0 < found["share"] < 1
+    job = ("jobs/mnist.yaml", "train.epochs=1", "resources.workers=2", "train.epochs=2000")
+    process = start("submit", *job, "--address", head.url, "--home", tmp_path, env=head.environment())
+    assert process.stderr
+    said = process.stderr.readline()
+    assert said == f"{name}: is there already, and is followed\n"
+    while "fit" not in said:
+        said = process.stderr.readline()
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and f"{name}: no longer followed, and the job goes on there" in said
+    assert asked(head, "stop", name) == f"{name}: STOPPED\n"
+    log = asked(head, "logs", name)
+    assert "stopped at step" in log
+    step = int(log.partition("stopped at step ")[2].partition(":")[0])
+    name = submitted(head, tmp_path, "train.epochs=2000", "--no-wait").stdout.strip()
+    deadline = time.monotonic() + 120
+    (starts,) = tmp_path.glob("model/*/starts.jsonl")
+    while len(lines := starts.read_text().splitlines()) < 2:
+        assert time.monotonic() < deadline, asked(head, "logs", name)
+        time.sleep(1)
+    assert json.loads(lines[1])["step"] == step > 0
+    asked(head, "stop", name)
 
 
-def test_a_wrong_token_is_one_line(head: Head, tmp_path: Path) -> None:
-    wrong = head.environment() | {"RAY_AUTH_TOKEN": "wrong" * 8}
-    ended = dlopt("submit", "jobs/mnist.yaml", "--address", head.url, "--home", tmp_path, env=wrong)
-    assert ended.returncode == 2
-    assert ended.stderr.startswith("dlopt: --address: ")
-    assert len(ended.stderr.splitlines()) == 1
+def test_a_job_that_fails_there_fails_here_with_its_exit_code(head: Head, tmp_path: Path) -> None:
+    ended = submitted(head, tmp_path, "resources.workers=5")
+    assert ended.returncode == 2 and not ended.stdout
+    assert "resources.workers: 5 workers need 5 CPUs and the cluster has 4: lower workers or cpus_per_worker" in ended.stderr
+    assert "FAILED  dlopt run ended with exit code 2" in ended.stderr
+
+
+def test_a_cluster_without_dlopt_is_one_line(head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [RAY, "job", "submit", "--address", head.url, "--no-wait", "--submission-id", "bare", "--", "dlopt-of-another-world run"]
+    subprocess.run(command, env=head.environment(), check=True, capture_output=True, timeout=120)
+    deadline = time.monotonic() + 60
+    while (found := json.loads(asked(head, "status", "bare", "--json")))["status"] != "FAILED":
+        assert time.monotonic() < deadline
+        time.sleep(1)
+    assert found["exit_code"] == 127 and found["message"].startswith("dlopt is not installed on the cluster's head")
+
+
+def test_a_wrong_token_and_none_are_one_line(head: Head, tmp_path: Path) -> None:
+    for words, says in (
+        ({"RAY_AUTH_TOKEN": "wrong" * 8}, "does not accept your token"),
+        ({"RAY_AUTH_MODE": "disabled"}, "asks for a token"),
+    ):
+        ended = dlopt("submit", "jobs/mnist.yaml", "--address", head.url, "--home", tmp_path, env=head.environment() | words)
+        assert ended.returncode == 2
+        assert ended.stderr.startswith("dlopt: --address: ") and says in ended.stderr
+        assert len(ended.stderr.splitlines()) == 1

@@ -18,10 +18,12 @@ from dlopt.cli import (
     batch,
     bench_serve,
     check,
+    cluster,
     compare,
     completion,
     deploy,
     docs,
+    doctor,
     explain,
     init,
     predict,
@@ -31,11 +33,13 @@ from dlopt.cli import (
     schedule,
     serve,
     submit,
+    ui,
 )
 from dlopt.cli.options import Mistake, Parser, close_to
 
 SERVING = (predict, serve, bench_serve, deploy)
-COMMANDS = (init, run, check, explain, profile, schedule, batch, *SERVING, submit, compare, runs, docs, completion)
+CLUSTER = (submit, cluster, doctor)
+COMMANDS = (init, run, check, explain, profile, schedule, batch, *SERVING, *CLUSTER, compare, runs, ui, docs, completion)
 EPILOG = """the first steps:
   dlopt init data.csv --target late -o job.yaml   write a job
   dlopt run job.yaml                              train, export, report

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dlopt.cli.options import command, default_home
+from dlopt.cli.options import command, default_home, home_path
 
 EXAMPLES = """
   eval "$(dlopt completion bash)"            in ~/.bashrc
@@ -65,7 +65,7 @@ def _words(before: Sequence[str], takes: Sequence[Any]) -> Iterator[str]:
     if "RUN" in takes or before[:2] == ["runs", "rm"]:
         from dlopt.runs import listing
 
-        records = listing(default_home())
+        records = listing(home_path(default_home()))
         yield from (str(record["run"]).rpartition("/")[2] for record in records)
         yield from {str(record["name"]) for record in records} if "RUN" in takes else ()
     elif before == ["runs"]:

@@ -56,14 +56,22 @@ def add_job(parser: argparse.ArgumentParser) -> None:
 
 def add_home(parser: argparse.ArgumentParser) -> None:
     """--home."""
-    parser.add_argument("--home", type=Path, default=default_home(), help="folder of runs and artifacts (default: $DLOPT_HOME, else runs)")
+    said = "folder of runs and artifacts, or s3://BUCKET/runs (default: $DLOPT_HOME, else runs)"
+    parser.add_argument("--home", type=home_path, default=default_home(), help=said)
 
 
-def default_home() -> Path:
+def default_home() -> str:
     """Inside `ray job submit` the working folder is a copy that Ray deletes, so results go to the user's own."""
     if "DLOPT_HOME" in os.environ:
-        return Path(os.environ["DLOPT_HOME"])
-    return Path.home() / "dlopt-runs" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else Path("runs")
+        return os.environ["DLOPT_HOME"]
+    return "~/dlopt-runs" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else "runs"
+
+
+def home_path(text: str) -> Path:
+    """--home: a folder, or what stands for an object store on this machine."""
+    from dlopt.remote import home_path
+
+    return home_path(text)
 
 
 def add_address(parser: argparse.ArgumentParser, help: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlopt.cli.options import add_address, add_home, add_job, command, port, set_ray_environment
@@ -61,18 +62,20 @@ def add(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     set_ray_environment(options)
-    from dlopt import spec
+    from dlopt import remote, spec
     from dlopt.api.running import run
+    from dlopt.cluster.package import arrived
     from dlopt.terminal import Terminal
 
+    arrived(Path.cwd())
     job = spec.load(options.job, [*options.overrides, *(["resources.profile=true"] if options.profile else [])])
     if options.metrics_port:
         job = shown_to_prometheus(job, options.metrics_port)
     with Terminal(job.name) as terminal:
         done = run(job, home=options.home, address=options.address, fresh=options.fresh, progress=terminal.progress)
         terminal.summary(done)
-    told = {"run": str(done.folder), "name": done.name, "metrics": done.metrics, "seconds": done.seconds}
-    print(json.dumps(told | ({"spread": done.spread} if done.spread else {})) if options.json else done.folder)
+    told = {"run": remote.said(done.folder), "name": done.name, "metrics": done.metrics, "seconds": done.seconds}
+    print(json.dumps(told | ({"spread": done.spread} if done.spread else {})) if options.json else remote.said(done.folder))
 
 
 def shown_to_prometheus(job: Job, port: int) -> Job:

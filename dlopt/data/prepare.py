@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from dlopt import remote
 from dlopt.artifact import Artifact, Stage, write_atomically
 from dlopt.data.clean import DropColumns, ExactDuplicates, NearDuplicates, Outliers
 from dlopt.data.kinds.base import Bound
@@ -52,6 +53,7 @@ def prepare(section: Data, out: Path, *, rows: Artifact | None = None, progress:
         info = arrange(plan, read, out, run=on_cluster, clock=clock, progress=progress)
     finally:
         shutil.rmtree(out / SPILL, ignore_errors=True)
+        remote.drop_spread(out / SPILL)
     return info
 
 
@@ -71,7 +73,10 @@ def arrange(
     refuse_unlearnable(plan, seen)
     plan, signature, statistics = _fitted(plan, seen, over)
     clock.lap("statistics")
-    written = sum(over.each(partial(passes.write, plan, signature=signature, out=out), "writing"))
+    written = 0
+    for rows, files in over.each(partial(passes.write, plan, signature=signature, out=out), "writing"):
+        written += rows
+        remote.take(*files)
     if written != sum(seen.counts.values()):
         raise RuntimeError(f"prepare: {written:,} rows were written where {sum(seen.counts.values()):,} had been counted")
     clock.lap("write")

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from dlopt import remote
 from dlopt.artifact import Artifact, Stage, write_atomically
 from dlopt.data.clean import ExactDuplicates, Outliers
 from dlopt.data.count import most_rows
@@ -57,6 +58,7 @@ def rows(section: Data, out: Path, *, progress: Progress = silent) -> dict[str, 
     clock = Clock()
     plan, read = plan_of_rows(section, out, clock, progress)
     ranges = [Path(path) for path in plan.ranges]
+    remote.take(*ranges)
     for file in (out / SPILL).iterdir():
         if file not in ranges:
             file.unlink()
@@ -230,6 +232,7 @@ def _keep_quarantine(read: dict[str, Read], folder: Path) -> Path:
     for name, said in read.items():
         for number, path in enumerate(said.quarantine):
             folder.mkdir(parents=True, exist_ok=True)
+            remote.take(Path(path))
             Path(path).rename(folder / f"{name}-{number:05d}.parquet")
     return folder
 
@@ -258,7 +261,7 @@ def in_files(plan: Plan, read: dict[str, Read], spill: Path, over: Ranges) -> Pl
     over.progress("prepare", None, "sorting")
     plan = replace(plan, ranges=tuple(in_ranges(pieces, plan.power, spill, over.run)))
     for path, _ in pieces:
-        Path(path).unlink()
+        remote.unlink(Path(path))
     return _with_offsets(plan, read["source"].rows)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dlopt import remote
 from dlopt.artifact import Artifact, Stage
 from dlopt.data.feed.order import LANES
 from dlopt.data.prepared import Split
@@ -40,7 +41,7 @@ from dlopt.train.job import (
 )
 from dlopt.train.parallel.strategies import refuse_parallelism
 from dlopt.train.progress.follow import counted, followed
-from dlopt.train.watch.metrics_log import STARTS
+from dlopt.train.watch.metrics_log import STARTS, WRITTEN
 from dlopt.train.watch.profile import say
 
 if TYPE_CHECKING:
@@ -99,8 +100,14 @@ def fit(section: Fit, out: Path, data: Artifact, *, resources: Resources, progre
         "threads": max(1, int(resources.cpus_per_worker)) if need.most else None,
     }
     run = _Run(_work(section, store), config, out.resolve(), need, resources, store, progress)
-    with followed(out, section, train, resources, progress, run.waiting), _interruptible(), _told_by_sigterm(out):
+    with (
+        remote.exchanged(out.resolve(), gives=(STOP, RESIZE), takes=WRITTEN),
+        followed(out, section, train, resources, progress, run.waiting),
+        _interruptible(),
+        _told_by_sigterm(out),
+    ):
         info = run.to_the_end()
+    remote.take_from(out.resolve(), info.pop("given", None))
     if resources.profile:
         say(out, progress)
     return info

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from dlopt import remote
 from dlopt.artifact import Artifact, sweep, write_atomically, writing
 from dlopt.data.prepared import Split
 from dlopt.models import Network
@@ -27,9 +28,9 @@ from dlopt.models.spread import spread
 from dlopt.part import Part
 from dlopt.train.checkpoint.checkpoints import Wanted, newest_of_all
 from dlopt.train.checkpoint.state import Record, TrainingState
-from dlopt.train.checkpoint.stores import Store, store_of
+from dlopt.train.checkpoint.stores import CHECKPOINTS, Store, store_of
 from dlopt.train.checkpoint.writer import Writer
-from dlopt.train.cluster.stopping import Preempted, Stopped
+from dlopt.train.cluster.stopping import RESIZE, STOP, Preempted, Stopped
 from dlopt.train.job import Fit, Resources, course_of
 from dlopt.train.loop.compiled import compile_network
 from dlopt.train.loop.precision import mixed
@@ -43,7 +44,7 @@ from dlopt.train.parallel.strategies import parallel_of
 from dlopt.train.start import first_batches, first_rows, load_network, objective_of, optimizer_of, peak_of, scaled_by_data, swept
 from dlopt.train.training import Training
 from dlopt.train.watch.health import Watch
-from dlopt.train.watch.metrics_log import HEALTH, LAYERS, NAME, RANGE, STARTS, MetricsWriter
+from dlopt.train.watch.metrics_log import HEALTH, LAYERS, NAME, RANGE, STARTS, WRITTEN, MetricsWriter
 from dlopt.train.watch.observer import Diary
 from dlopt.train.watch.speed import SpeedLog
 from dlopt.train.watch.watchdog import Watchdog
@@ -78,7 +79,11 @@ def train_worker(
         register(assignment.fit.model, factory)
     if assignment.threads:
         torch.set_num_threads(assignment.threads)
-    return Worker(assignment, context.get_world_rank(), context.get_world_size(), get_device(), store).run()
+    rank, out = context.get_world_rank(), assignment.out
+    remote.go_on(out, WRITTEN if rank == 0 else ())
+    with remote.exchanged(out, gives=WRITTEN if rank == 0 else WRITTEN[-1:], takes=(STOP, RESIZE)):
+        info = Worker(assignment, rank, context.get_world_size(), get_device(), store).run()
+    return info and info | {"given": remote.give_all(out, CHECKPOINTS)}
 
 
 @dataclass

@@ -70,7 +70,7 @@ class Folders(Stated, Rows):
             columns = [batch["inside"], batch["size"].cast(pa.large_string()), batch["changed"].cast(pa.large_string())]
             lines = pc.binary_join_element_wise(*columns, pa.scalar("\t", pa.large_string()), null_handling="replace")
             digest.update("\n".join(lines.to_pylist()).encode() + b"\n")
-        return [found.place.prefix + found.path, len(found.files), digest.hexdigest()]
+        return [places.as_sent(found.place.prefix + found.path), len(found.files), digest.hexdigest()]
 
     def meaning(self) -> Columns:
         return Columns(self.types, self.missing)
@@ -194,7 +194,7 @@ class ImageTable(Rows):
             for table in self.table.tables([self.column]):
                 paths = [_within(folder, path) for path in self._paths(table) if path]
                 for file in place.file_infos(paths):
-                    digest.update(f"{file.path}\t{file.size}\t{file.changed}\n".encode())
+                    digest.update(f"{places.as_sent(file.path)}\t{file.size}\t{file.changed}\n".encode())
                 count += len(paths)
         return [self.table.found(), count, digest.hexdigest()]
 

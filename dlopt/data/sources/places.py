@@ -43,6 +43,8 @@ REQUESTS = 16
 """How many requests a server gets at once."""
 UNREADABLE = (pa.ArrowException, EOFError, ValueError, zlib.error, zipfile.BadZipFile)
 """What is raised of a file that cannot be read, beside OSError; fsspec's and aiohttp's errors are OSError and ValueError."""
+SENT = "DLOPT_SENT"
+"""The environment variable that names the folder of what `dlopt submit` has sent along, on the cluster."""
 CONNECT_SECONDS = 10.0
 """How long an object store may take to answer before it is said not to."""
 
@@ -65,6 +67,11 @@ class File:
     def folder(self) -> str:
         """The folders on the way to it from there."""
         return self.inside.rpartition("/")[0]
+
+    @property
+    def state(self) -> list[str | int | None]:
+        """What tells its content from another's: changed files are new data."""
+        return [as_sent(self.name), self.size, self.changed]
 
 
 LeftOut = list[str]
@@ -317,6 +324,12 @@ def _as_columns(files: Iterator[tuple[str, int, int | str | None]]) -> pa.Table:
         except UnicodeEncodeError as error:
             raise DloptError(f"{error.object!a}: the name of this file is not UTF-8: rename it") from None
     return pa.concat_tables(parts)
+
+
+def as_sent(name: str) -> str:
+    """The name of a file or a folder; of one that was sent with a job, within what was sent: Ray puts that elsewhere each time."""
+    root = os.environ.get(SENT)
+    return os.path.relpath(name, root) if root and name.startswith(f"{root}/") else name
 
 
 def is_hidden(inside: str, pattern: str = "") -> bool:

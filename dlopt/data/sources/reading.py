@@ -155,7 +155,7 @@ class Files(Stated, Rows):
 
     def found(self) -> Any:
         """Names, sizes and times of the files: changed files are new data, so they make a new artifact."""
-        return [[file.name, file.size, file.changed] for file in self.located()[1]]
+        return [file.state for file in self.located()[1]]
 
     def pieces(self) -> tuple[Place, list[Piece]]:
         place, files = self.located()

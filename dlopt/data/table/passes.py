@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from dlopt import remote
 from dlopt.data.clean import ExactDuplicates, NearDuplicates, NearDuplicateTexts, Outliers
 from dlopt.data.kinds import InputKind, kinds
 from dlopt.data.kinds.number import QUARTILES
@@ -235,17 +236,22 @@ def times(plan: Plan, number: int) -> Quantiles:
     return Quantiles.of(found.table[SIDE].to_numpy()[rows].reshape(-1, 1), [])
 
 
-def write(plan: Plan, number: int, *, signature: Signature, out: Path) -> int:
-    """Write a range's rows into their splits, and those that were dropped into quarantine; returns how many were written."""
-    found = plan.select(number, [*_columns(plan), TARGET])
+def write(plan: Plan, number: int, *, signature: Signature, out: Path) -> tuple[int, list[Path]]:
+    """Write a range's rows into their splits, and those that were dropped into quarantine; how many were written, and all files."""
+    found, files = plan.select(number, [*_columns(plan), TARGET]), list[Path]()
     for index, name in enumerate(NAMES):
         rows = found.of(index)
         if len(rows):
             arrays = {feature.name: part.finish(rows, feature) for part, feature in zip(plan.parts, signature.inputs, strict=True)}
             arrays[signature.target.name] = plan.section.target.finish(rows[TARGET].combine_chunks(), signature.target)
-            write_part(as_table(signature, arrays), signature, out / name / f"part-{number:05d}.parquet")
-    _write_dropped(plan, found, out / "quarantine" / f"cleaned-{number:05d}.parquet")
-    return int((found.split >= 0).sum())
+            files.append(out / name / f"part-{number:05d}.parquet")
+            write_part(as_table(signature, arrays), signature, files[-1])
+    if (found.dropped != KEEP).any():
+        files.append(out / "quarantine" / f"cleaned-{number:05d}.parquet")
+        _write_dropped(plan, found, files[-1])
+    for file in files:
+        remote.give_spread(file)
+    return int((found.split >= 0).sum()), files
 
 
 def compared(plan: Plan, number: int, *, place: int, buckets: int, folder: Path) -> str:
@@ -318,8 +324,6 @@ def _label_counts(plan: Plan, values: pa.Array, chosen: np.ndarray) -> Counter[i
 def _write_dropped(plan: Plan, found: Selected, path: Path) -> None:
     """Rows that cleaning dropped, as columns that people can read, with the reason."""
     rows = np.flatnonzero(found.dropped != KEEP)
-    if not len(rows):
-        return
     table = found.table.take(pa.array(rows))
     columns: dict[str, Any] = {}
     for feature in plan.features:

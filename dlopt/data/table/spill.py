@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from dlopt import remote
 from dlopt.data.clean import DropDuplicates, ExactDuplicates, NearDuplicateImages, NearDuplicates, NearDuplicateTexts, RowRule
 from dlopt.data.counter import mix, row_keys
 from dlopt.data.kinds import kinds
@@ -267,11 +268,13 @@ class Spill:
         pq.write_table(
             table.append_column(free_name(REASON, table.column_names), pa.array([reasons[row] for row in rows], pa.string())), path
         )
+        remote.give_spread(path)
         return str(path)
 
 
 def open_rows(path: str) -> pa.Table:
     """A file of rows, mapped into memory: only what is looked at is read."""
+    remote.take(Path(path))
     with pa.memory_map(path) as source:
         return pa.ipc.open_file(source).read_all()
 
@@ -282,6 +285,7 @@ def write_rows(table: pa.Table, folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table.combine_chunks())
+    remote.give_spread(path)
     return str(path)
 
 

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from dlopt.artifact import flush_folder, write_atomically, writing
 from dlopt.data.sources.places import Place, place_of
 from dlopt.part import Part
+from dlopt.remote import remote_of
 
 Buffer = bytes | memoryview
 CHECKPOINTS = "checkpoints"
@@ -210,7 +211,10 @@ def store_of(out: Path, checkpointing: Checkpointing) -> Store:
     """Where the checkpoints of the model in `out` lie; opened by the process that reads the job, with its keys, it travels to workers.
     Raises DloptError."""
     if checkpointing.path is None:
-        return Disk(out / CHECKPOINTS)
+        home, folder = remote_of(out), out / CHECKPOINTS
+        if home is None:
+            return Disk(folder)
+        return Bucket(Place(home.filesystem, home.address.partition("://")[0] + "://"), home.key(folder))
     place, path = place_of(checkpointing.path)
     if place.is_local:
         return Disk(Path(path).resolve() / out.name)

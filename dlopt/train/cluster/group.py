@@ -13,6 +13,7 @@ from ray.exceptions import RayActorError
 from ray.train import ControllerError, FailureConfig, LoggingConfig, PreemptionError, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from dlopt import remote
 from dlopt.part import DloptError
 from dlopt.session import started_here
 from dlopt.train.cluster import room, stopping
@@ -85,7 +86,8 @@ def train(
     storage: a folder for what Ray Train has to write. hang_seconds: how long an exchange among workers may take, but for a margin.
     """
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    before = room.places() if workers else None
+    before, home = room.places() if workers else None, remote.remote_of(storage)
+    home = home if home and home.spread else None
     trainer = Trainer(
         work,
         train_loop_config=config,
@@ -93,7 +95,8 @@ def train(
         scaling_config=ScalingConfig(num_workers=workers, use_gpu="GPU" in need.worker, resources_per_worker=need.worker),
         run_config=RunConfig(
             name=uuid.uuid4().hex,  # Ray's own resuming is tied to its version; our checkpoints are not
-            storage_path=str(storage),
+            storage_path=home.key(storage) if home else str(storage),
+            storage_filesystem=home.filesystem if home else None,
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
             logging_config=LoggingConfig(log_level="ERROR"),
             callbacks=[Listening()],
@@ -104,6 +107,8 @@ def train(
         found = trainer.fit().return_value
     finally:
         shutil.rmtree(storage, ignore_errors=True)
+        if home:
+            remote.drop(storage)
         if before is not None:
             room.sweep(before)
     if not isinstance(found, dict):

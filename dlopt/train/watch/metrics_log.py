@@ -15,6 +15,8 @@ from dlopt.artifact import write_atomically, writing
 NAME, HEALTH, SPEED, STARTS = "metrics.jsonl", "health.jsonl", "speed.jsonl", "starts.jsonl"
 LAYERS, RANGE = "layers.json", "range.json"
 """Beside them: the spread of weights and activations before the first step, and what a range test has seen, each one object."""
+WRITTEN = (NAME, HEALTH, SPEED, STARTS, LAYERS, RANGE, "hung.jsonl")
+"""All that workers write while they train."""
 
 
 class MetricsWriter:
