@@ -249,12 +249,14 @@ def stop(head: Head, job: str) -> str:
 
 
 def ran(head: Head, name: str, command: Sequence[str]) -> Any:
-    """The JSON that a command prints as a job on the cluster, in its last line. Raises DloptError when it fails."""
+    """The JSON that a command prints as a job on the cluster, the last of it. Raises DloptError when it fails."""
     job = head.submit_job(submission_id=f"{name}-{secrets.token_hex(4)}", entrypoint=shlex.join(command))
     lines = list[str]()
     ended = follow(head, job, silent, lines.append)
-    try:
-        return json.loads(lines[-1])
-    except (IndexError, ValueError):
-        said = next((line for line in reversed(lines) if line.startswith("dlopt: ")), ended.state["message"])
-        raise DloptError(f"{name}: on the cluster: {said.removeprefix('dlopt: ')}") from None
+    for line in reversed(lines):  # Ray may say something after it
+        try:
+            return json.loads(line)
+        except ValueError:
+            continue
+    said = next((line for line in reversed(lines) if line.startswith("dlopt: ")), ended.state["message"])
+    raise DloptError(f"{name}: on the cluster: {said.removeprefix('dlopt: ')}")
