@@ -83,7 +83,7 @@ class Terminal:
     def _line(self, stage: str, share: float | None, text: str) -> None:
         now = time.monotonic()
         before, said, when, began = self.said
-        quiet = pause(now - began, EVERY_ENCODED, LONGEST_ENCODED) if self.encoded else pause(now - began)
+        quiet = pause(now - began, EVERY_ENCODED, LONGEST_ENCODED) if self.encoded else pause(now - began, EVERY, LONGEST)
         if before == stage and (said == text or (now - when < quiet and share not in (None, 1.0))):
             return
         self.said = (stage, text, now, began if before == stage else now)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from itertools import product
 from typing import Any
 
 import pytest
 
 
-def few(count: int, values: Iterable[Any]) -> list[Any]:
-    """So many of the values by default; the others are slow."""
-    return [pytest.param(value, marks=() if place < count else pytest.mark.slow) for place, value in enumerate(values)]
+def few(count: int, values: Collection[Any], several: bool = False) -> list[Any]:
+    """So many of the values by default; the others are slow. several: each is what several parameters are."""
+    marks = [() if place < count else pytest.mark.slow for place, _ in enumerate(values)]
+    return [pytest.param(*(value if several else (value,)), marks=mark) for value, mark in zip(values, marks, strict=True)]
 
 
 def crossed(*axes: Sequence[Any], ids: Sequence[Sequence[str]] | None = None) -> list[Any]:

@@ -62,8 +62,8 @@ def heed_sigterm() -> None:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """`-n auto`: side by side where all tests run, with one more for what waits for Ray; without starting processes for chosen files."""
-    return min((os.cpu_count() or 1) + 1, 4) if config.args_source is config.ArgsSource.TESTPATHS else 0
+    """`-n auto`: side by side where all tests run, without the start of more processes for chosen files."""
+    return min(os.cpu_count() or 1, 4) if config.args_source is config.ArgsSource.TESTPATHS else 0
 
 
 def pytest_report_header(config: pytest.Config) -> str:

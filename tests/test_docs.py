@@ -84,6 +84,7 @@ def test_a_page_is_shown_in_a_terminal(capsys: pytest.CaptureFixture[str]) -> No
     assert ended.returncode == 0 and "Five minutes to a served model" in ended.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_notebook_runs_and_its_predictions_are_those_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cell by cell as Jupyter runs it. What is stored are the same cells, executed before, without an error."""

@@ -72,6 +72,7 @@ def test_folds_are_all_trained_and_their_spread_is_told(job: Path, tmp_path: Pat
     assert accuracies(done.folder / "report.html") == dict(zip(("1", "2", "3", "4", "mean", "spread"), shown, strict=True))
 
 
+@pytest.mark.slow
 def test_the_job_s_own_model_is_the_same_with_and_without_folds(job: Path, tmp_path: Path) -> None:
     with_folds = pipeline.run(spec.load(job, ["train.folds=2"]), tmp_path)
     without = pipeline.run(spec.load(job), tmp_path)

@@ -133,6 +133,7 @@ def test_no_cell_of_a_table_is_cut_or_folded(columns: int, monkeypatch: pytest.M
     assert all(any(column in line.split() for line in lines) for column in rows.column_names)
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_early_is_no_mistake() -> None:
     shell = f"set -o pipefail; {sys.executable} -m dlopt schema | head -n 1"
     ended = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env=environment())
@@ -152,6 +153,7 @@ def test_ctrl_c_says_what_is_true_of_the_command(
     assert ended.returncode == 130 and says in ended.stderr and len(ended.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_process_with_130(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "job.yaml")  # which the command reads until it is told to stop
     process = start("check", tmp_path / "job.yaml")

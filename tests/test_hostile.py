@@ -20,6 +20,7 @@ from dlopt.data.stats.describe import describe
 from dlopt.data.stats.summary import summarise
 from dlopt.data.table.spill import Spill, from_json
 from dlopt.data.types.canonical import MISSING, as_text
+from dlopt.data.types.dates import are_times
 from dlopt.data.types.values import doubles
 from dlopt.part import DloptError
 from tests.arranged import section_of
@@ -121,7 +122,10 @@ def goes_on(case: Hostile, tables: list[pa.Table], folder: Path) -> None:
     assert "\ndata:\n" in f"\n{begun}"
     of = {kind: [name for name, its in kinds.items() if its == kind and name != LABEL] for kind in ("number", "category", "date", "text")}
     together = {"number": NumberInput, "category": CategoryInput, "date": DateInput}
+    times = [name for name in of["date"] if are_times(said[name])]
+    of["date"] = [name for name in of["date"] if name not in times]
     parts = [together[kind](columns=of[kind]) for kind in together if of[kind]]
+    parts += [DateInput(columns=times, name="times")] if times else []
     parts += [TextInput(column=name, name=f"text{number}") for number, name in enumerate(of["text"])]
     if not parts:
         return

@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -38,6 +40,8 @@ from dlopt.data.kinds.base import Bound
 from dlopt.data.kinds.category import hashed
 from dlopt.data.kinds.number import KNOTS, Frequent, GroupMedian
 from dlopt.data.section import Data
+from dlopt.data.sources import Parquet
+from dlopt.data.stats import begin
 from dlopt.data.table.split import GivenSplit, TimeSplit
 from dlopt.data.types.columns import Columns
 from dlopt.data.types.tensors import array_of, piece_column
@@ -515,6 +519,13 @@ def test_what_is_no_time_of_day_among_such_is_said() -> None:
         DateInput(columns=("d",), parts=("year", "hour")).feature(pa.table({"d": times}))
     with pytest.raises(DloptError, match="'d' holds times of day and 'e' dates: make two inputs of them"):
         DateInput(columns=("d", "e")).feature(pa.table({"d": times, "e": ["2026-11-24"] * 3}))
+
+
+def test_a_job_that_is_begun_has_times_of_day_in_an_input_of_their_own(tmp_path: Path) -> None:
+    days = [date(2026, 1, 1) + timedelta(days=row) for row in range(60)]
+    pq.write_table(pa.table({"at": pa.array(TIMES * 15, pa.time64("us")), "day": days, "y": ["a", "b"] * 30}), tmp_path / "rows.parquet")
+    begun = begin.begin(Parquet(path=str(tmp_path / "rows.parquet")), ["y"])
+    assert begun.job["data"]["inputs"] == [{"kind": "date", "columns": ["day"]}, {"kind": "date", "columns": ["at"], "name": "times"}]
 
 
 def test_a_form_with_a_zone_becomes_utc() -> None:

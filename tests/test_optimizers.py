@@ -32,6 +32,7 @@ from dlopt.optim.optimizers import (
 )
 from dlopt.part import DloptError
 from dlopt.train.loop.gradients import Curved
+from tests.cases import few
 from tests.driven import KINDS, PARTS, Small, advance, batches, named
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -438,7 +439,7 @@ def test_lbfgs_sees_no_difference_between_memory_formats_and_groups() -> None:
     assert losses[1] == pytest.approx(losses[0], rel=1e-8)
 
 
-@pytest.mark.parametrize("part", PARTS, ids=named)
+@pytest.mark.parametrize("part", few(14, PARTS), ids=named)
 def test_every_optimizer_lowers_the_loss_of_a_small_network(part: Any) -> None:
     network = Small()
     optimizer = part.build(Parameters().of(network, part))

@@ -268,6 +268,7 @@ with open(sys.argv[1], "wb") as file:
 """
 
 
+@pytest.mark.slow
 def test_a_script_ships_its_network_by_value_to_processes_that_cannot_import_it(tmp_path: Path) -> None:
     """As Ray Train sends its config to workers; what is sent holds the class, the function and the constants that they use."""
     (tmp_path / "program.py").write_text(PROGRAM)

@@ -41,6 +41,7 @@ from dlopt.train.training import Training
 from dlopt.train.watch import metrics_log
 from dlopt.train.watch.layers import Health
 from tests import sets
+from tests.cases import few
 from tests.driven import KINDS as OPTIMIZERS
 from tests.driven import PARTS, Small, batches, cross_entropy, named
 from tests.processes import together
@@ -327,7 +328,9 @@ def _shares(kind: str, tensors: list[Tensor]) -> list[list[Tensor]]:
     return [[value] for value in tensors] if kind == "zero" else [[value[:5] for value in tensors], [value[5:] for value in tensors]]
 
 
-@pytest.mark.parametrize(("kind", "of"), sorted({(kind, part.kind) for kind, part in REFUSED if part.kind != "sophia"}))
+@pytest.mark.parametrize(
+    ("kind", "of"), few(4, sorted({(kind, part.kind) for kind, part in REFUSED if part.kind != "sophia"}), several=True)
+)
 def test_an_optimizer_that_is_refused_would_step_otherwise_by_its_shares(kind: str, of: str) -> None:
     """All but sophia, whose curvature would take a second way back through weights that are shared out, which fully_shard has not."""
     generator = torch.Generator().manual_seed(3)

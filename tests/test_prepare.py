@@ -824,7 +824,7 @@ def test_a_file_without_a_column_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("part_bytes", [2**26, 2**16])
+@pytest.mark.parametrize("part_bytes", few(1, [2**16, 2**26]))
 def test_ray_makes_the_artifact_that_this_process_makes_whatever_the_files_and_workers(
     part_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from dlopt.models import FtTransformer, Mlp, Model, TableResnet
 from dlopt.models.layers import EMBEDDING_STD
 from dlopt.models.table import Columns, Embeddings
 from dlopt.part import DloptError, Feature
-from tests.cases import crossed
+from tests.cases import crossed, few
 from tests.graphs import beyond_rounding, built, fitted, graph, said, tensors, without_gradient
 from tests.sets import CATEGORIES, DATES, HASHED, IMAGE, LABELS, NUMBER, NUMBERS, ONE, TEXT, TWO, inputs_of, signature
 from tests.test_models import categories, numbers, same, text
@@ -166,7 +166,7 @@ def test_residual_ends_of_zero_make_blocks_pass_on_what_they_get() -> None:
     assert not torch.equal(dict(built(TableResnet(width=4), found).body.encoder.named_children())["block0"](values), values)
 
 
-@pytest.mark.parametrize("model", [TableResnet(width=16, dropout=0.0), FtTransformer(width=16, heads=4, attention_dropout=0.0)])
+@pytest.mark.parametrize("model", few(1, [FtTransformer(width=16, heads=4, attention_dropout=0.0), TableResnet(width=16, dropout=0.0)]))
 def test_a_table_model_learns_what_a_sum_over_columns_cannot_say(model: Model) -> None:
     """Whether a number is above or below its mean, turned around by a category."""
     generator = np.random.default_rng(0)

@@ -400,6 +400,7 @@ def test_a_store_that_does_not_answer_is_one_line_in_seconds(out: Path, store: s
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_database_that_breaks_while_training_runs_is_one_warning(out: Path, store: str) -> None:
     files = Files(out)
     with followed(out, MLflow(uri=store)) as (look, trackers, said):

@@ -50,7 +50,7 @@ from dlopt.train.watch.metrics_log import HEALTH, LAYERS, RANGE
 from dlopt.train.watch.watchdog import HUNG
 from dlopt.train.worker import STARTS, Assignment, Worker
 from tests import sets
-from tests.cases import crossed
+from tests.cases import crossed, few
 from tests.processes import run, together
 from tests.test_readme import kinds
 from tests.test_worker import CPU, epochs, prepared, section, without_seconds, work
@@ -96,8 +96,12 @@ def assert_finite(out: Path) -> None:
         assert all(math.isfinite(value) for value in numbers(json.loads((out / name).read_text())))
 
 
-@pytest.mark.parametrize("optimizer", [Adam(lr=1e-2 * 1000), Sgd(lr=0.1 * 1000, momentum=0.9)], ids=["adam", "sgd"])
-@pytest.mark.parametrize("target", [sets.THREE, sets.PAIR], ids=["classes", "numbers"])
+@pytest.mark.parametrize(
+    ("optimizer", "target"),
+    crossed(
+        [Adam(lr=1e-2 * 1000), Sgd(lr=0.1 * 1000, momentum=0.9)], [sets.THREE, sets.PAIR], ids=[["adam", "sgd"], ["classes", "numbers"]]
+    ),
+)
 def test_a_rate_that_is_a_thousand_times_too_high_is_survived_or_stopped_in_one_line(optimizer: Any, target: Any, tmp_path: Path) -> None:
     data = sets.prepared(tmp_path, sets.signature(sets.NUMBERS, sets.CATEGORIES, target=target), train=2000)
     out = tmp_path / "out"
@@ -201,7 +205,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     monkeypatch.setattr(Training, "_between_steps", die)
 
 
-@pytest.mark.parametrize("steps", [1, 3, 7, 50])
+@pytest.mark.parametrize("steps", few(2, [3, 50, 1, 7]))
 def test_a_run_that_is_killed_again_and_again_goes_on_from_the_step_of_the_last_checkpoint(
     steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -422,7 +426,7 @@ def test_deep_sigmoids_are_named_as_vanishing_within_fifty_steps_and_the_cure_is
     assert "kaiming" in found["says"]
 
 
-@pytest.mark.parametrize("kind", kinds(Optimizer))
+@pytest.mark.parametrize("kind", few(8, kinds(Optimizer)))
 def test_every_optimizer_goes_through_a_whole_run_and_on_after_it_was_killed(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -437,8 +441,8 @@ def test_every_optimizer_goes_through_a_whole_run_and_on_after_it_was_killed(
     assert whole["rollbacks"] == 0
     save = Training.save
 
-    def die(training: Training) -> None:
-        save(training)
+    def die(training: Training, needed: bool = True) -> None:
+        save(training, needed)
         if training.state.record.epoch == 2:
             raise Killed
 

@@ -18,6 +18,7 @@ from dlopt.data.stats import guard
 from dlopt.data.stats.column import Column
 from dlopt.data.stats.guess import FOLDERS, kinds_of, name_of
 from dlopt.data.stats.summary import Summary, summarise
+from dlopt.data.types.dates import are_times
 from dlopt.part import DloptError
 
 ROWS = 20_000
@@ -152,7 +153,17 @@ def _left_out(source: Source, summary: Summary, targets: Sequence[str], findings
 def _inputs(source: Source, used: Mapping[str, Column]) -> list[dict[str, Any]]:
     meant = {name: "category" if column.kind == "number" and column.distinct <= 2 else column.kind for name, column in used.items()}
     begun = [line for kind, part in kinds.items() for line in part.begun(kind, [name for name, its in meant.items() if its == kind])]
+    begun = [one for line in begun for one in (_times_alone(source, line) if line["kind"] == "date" else [line])]
     return [line | (_size(source, line["column"]) if kinds[line["kind"]].holds == "pixels" else {}) for line in begun]
+
+
+def _times_alone(source: Source, line: dict[str, Any]) -> list[dict[str, Any]]:
+    """An input of dates, and one of the times of day among its columns."""
+    table = source.peek(500)
+    times = [column for column in line["columns"] if are_times(table[column])]
+    dates = [column for column in line["columns"] if column not in times]
+    alone = {"kind": "date", "columns": times} | ({"name": "times"} if dates else {})
+    return [*([line | {"columns": dates}] if dates else []), *([alone] if times else [])]
 
 
 def _size(source: Source, column: str) -> dict[str, Any]:
