@@ -523,7 +523,9 @@ def test_what_is_no_time_of_day_among_such_is_said() -> None:
 
 def test_a_job_that_is_begun_has_times_of_day_in_an_input_of_their_own(tmp_path: Path) -> None:
     days = [date(2026, 1, 1) + timedelta(days=row) for row in range(60)]
-    pq.write_table(pa.table({"at": pa.array(TIMES * 15, pa.time64("us")), "day": days, "y": ["a", "b"] * 30}), tmp_path / "rows.parquet")
+    pq.write_table(
+        pa.table({"at": pa.array(TIMES * 15, pa.time64("us")), "day": days, "y": ["a", "b", "b"] * 20}), tmp_path / "rows.parquet"
+    )
     begun = begin.begin(Parquet(path=str(tmp_path / "rows.parquet")), ["y"])
     assert begun.job["data"]["inputs"] == [{"kind": "date", "columns": ["day"]}, {"kind": "date", "columns": ["at"], "name": "times"}]
 
