@@ -43,6 +43,7 @@ RAY = {
     "dlopt.train.cluster.room",
     "dlopt.train.cluster.ray_internals",
     "dlopt.serve.servers.cluster",
+    "dlopt.serve.servers.ray_board",
     "dlopt.session",
     "dlopt.cluster.doctor",
     "dlopt.cluster.head",

@@ -123,7 +123,7 @@ def test_another_name_is_another_model(home: Path) -> None:
 
 def test_a_canary_gets_its_share_and_then_all(home: Path) -> None:
     app = application(home)
-    assert deploy(app, home, "larger", canary=10).json()["canary"] == 10
+    assert deploy(app, home, "larger", canary=10, limits={"latency": 1e6}).json()["canary"] == 10
     found = Counter(app.models.find("digits", predicting=True).version for _ in range(10_000))
     assert found["2"] == pytest.approx(1000, abs=20)
     small, large = digest_of(home), digest_of(home, 200)
@@ -134,7 +134,7 @@ def test_a_canary_gets_its_share_and_then_all(home: Path) -> None:
     compared = sum(counted(app, f'dlopt_trial_total{{kind="canary",model="digits",outcome="{what}"') for what in ("agreed", "disagreed"))
     assert compared == 10
     assert "version 1 of digits answers already" in error_of(deploy(app, home, "digits", canary=5))
-    deploy(app, home, "larger", canary=50)
+    deploy(app, home, "larger", canary=50, limits={"latency": 1e6})
     assert answered(app, 40)[large] == pytest.approx(20, abs=2)
     deploy(app, home, "larger")
     assert answered(app, 10) == {large: 10} and roles(app)["canary"] is None
@@ -173,14 +173,14 @@ def lost(model: Model) -> Any:
     [
         (fails, {}, "errors: 100.0% of its requests failed, 0.0% of the others"),
         (lost, {}, "errors: 100.0% of its requests failed"),
-        (dawdles, {}, "latency: nine of ten requests took"),
+        (dawdles, {"latency": 2}, "latency: nine of ten requests took"),
         (lambda model: model.predictor, {"disagreement": 0.3}, "disagreement: "),
         (lambda model: model.predictor, {}, ""),
     ],
 )
 def test_a_bad_canary_is_taken_back_by_itself_and_no_request_fails(home: Path, how: Any, limits: dict[str, float], why: str) -> None:
     app = application(home)
-    deploy(app, home, "larger", canary=25, limits={"requests": 5, **limits})
+    deploy(app, home, "larger", canary=25, limits={"requests": 5, "latency": 1e6, **limits})  # a busy machine is slow as well
     spoilt(app, how)
     answered(app, 30)
     asyncio.run(app.models.follow())
@@ -196,7 +196,7 @@ def test_a_bad_canary_is_taken_back_by_itself_and_no_request_fails(home: Path, h
 
 def test_a_canary_of_another_signature_refuses_what_the_other_version_takes_and_is_taken_back(home: Path) -> None:
     app = application(home)
-    deploy(app, home, "late", canary=50, limits={"requests": 5})
+    deploy(app, home, "late", canary=50, limits={"requests": 5, "latency": 1e6})
     assert answered(app, 20) == {digest_of(home): 20}
     wrong = ask(app, "POST", PREDICT, json={"instances": [{"picture": 1}]})
     assert (wrong.status_code, error_of(wrong)) == (400, "row 0: has no column 'image'")
@@ -206,7 +206,7 @@ def test_a_canary_of_another_signature_refuses_what_the_other_version_takes_and_
 
 def test_mistakes_of_clients_say_nothing_of_a_canary(home: Path) -> None:
     app = application(home)
-    deploy(app, home, "larger", canary=50, limits={"requests": 5})
+    deploy(app, home, "larger", canary=50, limits={"requests": 5, "latency": 1e6})
     for _ in range(12):
         assert ask(app, "POST", PREDICT, json={"instances": [{"picture": 1}]}).status_code == 400
     asyncio.run(app.models.follow())
@@ -323,6 +323,34 @@ def test_versions_are_kept_as_long_as_something_stands_for_them(home: Path) -> N
     )
     with pytest.raises(DloptError, match="there is no model 'x'; there is m"):
         rolled_back(state, "x")
+
+
+def test_replicas_that_see_the_same_take_a_canary_back_once(home: Path, tmp_path: Path) -> None:
+    apps = [application(home, tmp_path / "board") for _ in range(2)]
+    deploy(apps[0], home, "larger")
+    deploy(apps[0], home, "largest", canary=50, limits={"requests": 5})
+    asyncio.run(apps[1].models.follow())
+    for app in apps:
+        canary = app.models.find("digits", "3")
+        canary.predictor = fails(canary)  # type: ignore[assignment]
+        task_free(app)
+    for app in apps:
+        asyncio.run(app.models.follow())
+    asyncio.run(apps[0].models.follow())
+    assert [roles(app)["default"] for app in apps] == ["2", "2"] and roles(apps[0])["canary"] is None
+    lines = [json.loads(line)["what"] for line in (tmp_path / "board" / "log.jsonl").read_text().splitlines()]
+    assert lines.count("rollback") == 1
+
+
+def task_free(app: Application) -> None:
+    """Twenty requests, before the app has looked at what came of them."""
+    follow, app.models.follow = app.models.follow, _nothing  # type: ignore[method-assign]
+    answered(app, 20)
+    app.models.follow = follow  # type: ignore[method-assign]
+
+
+async def _nothing() -> None:
+    pass
 
 
 def test_a_rate_holds_over_all_replicas(tmp_path: Path) -> None:

@@ -336,7 +336,7 @@ def test_a_run_in_a_store_is_all_cache_on_another_machine(
     assert again["run"] == first["run"] and again["metrics"] == first["metrics"]
     assert "all is done already" in again["said"], f"{time.monotonic() - began:.1f} s"
     listed = json.loads(here(capsys, "runs", "--home", ADDRESS, "--json").stdout)
-    assert [record["metrics"] for record in listed] == [first["metrics"]]
+    assert [(record["run"], record["metrics"]) for record in listed] == [(first["run"], first["metrics"])]
     folder = runs.find(first["run"], tmp_path)
     assert folder.is_relative_to(tmp_path / "other") and runs.exported(folder)[1].check("model.onnx").is_file()
     found = remote_of(folder)

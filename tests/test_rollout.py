@@ -47,7 +47,7 @@ def until(watched: Watched, digest: str, seconds: float = 20) -> None:
     raise AssertionError(f"it still is {watched.last}")
 
 
-def rolled_out(server: Server, home: Path, seconds: float) -> tuple[Report, Watched, float]:
+def rolled_out(server: Server, home: Path) -> tuple[Report, Watched, float]:
     """What came of the load, and how long a bad canary lived."""
     client, watched = Client(server.url, timeout=60), Watched()
 
@@ -73,9 +73,14 @@ def rolled_out(server: Server, home: Path, seconds: float) -> tuple[Report, Watc
 
     async def both() -> tuple[Report, float]:
         ask = Ask(f"{server.url}/v1/models/digits:predict", json.dumps({"instances": [BLACK]}).encode(), {})
-        loading = asyncio.create_task(load(ask, connections=16, seconds=seconds, rate=RATE, seen=watched))
-        lived = await asyncio.to_thread(change)
-        return await loading, lived
+        done: list[float] = []
+        loading = asyncio.create_task(load(ask, connections=16, seconds=120, rate=RATE, seen=watched, ended=lambda: bool(done)))
+        try:
+            done.append(await asyncio.to_thread(change))
+        finally:
+            done.append(0.0)
+            report = await loading
+        return report, done[0]
 
     report, lived = asyncio.run(both())
     return report, watched, lived
@@ -91,7 +96,7 @@ def test_no_request_fails_while_versions_come_and_go(tmp_path: Path, section: st
         run(tmp_path, name, export)
     server = Server(exports["digits"], section, host="", ray="replicas" in section)
     try:
-        report, watched, lived = rolled_out(server.wait(), tmp_path, 30 if "replicas" in section else 12)
+        report, watched, lived = rolled_out(server.wait(), tmp_path)
     finally:
         server.stop(signal.SIGTERM)
     assert report.errors == {} and len(report.times) >= 0.9 * RATE * report.seconds

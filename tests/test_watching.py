@@ -24,7 +24,7 @@ from dlopt.serve.watch.drift import FEWEST, Column, Drift, merged, psi
 from tests.conftest import program
 from tests.served import FLIGHTS, free_port, make_export
 from tests.test_client import listening
-from tests.test_protocols import ask
+from tests.test_protocols import BLACK, ask
 from tests.test_serve_models import run
 
 SERVING = Path(__file__).parents[1] / "deploy" / "serving"
@@ -122,7 +122,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def application(home: Path) -> Application:
     entry = Entry(make_export(home, FLIGHTS).path, "flights", Serve(), profile=home / "profile.json")
-    return application_for([entry], Serve())
+    return application_for([entry, Entry.of(make_export(home), "digits", Serve())], Serve())
 
 
 def instances(count: int, seed: int, shift: float = 0.0) -> list[dict[str, Any]]:
@@ -190,6 +190,7 @@ def _trouble(client: httpx.Client, url: str, home: Path, app: Application) -> No
     while time.monotonic() < deadline:
         assert client.post(predict, json={"instances": instances(20, 4)}).status_code == 200
         client.post(predict, json={"instances": [{"delay": "x"}]})
+        client.post(f"{url}/v1/models/digits:predict", json={"instances": [BLACK]})
         if app.models.trial_of("flights") is None:
             canary.predictor = whole
             client.post(deploy, json=bad | {"canary": 20, "shadow": True})

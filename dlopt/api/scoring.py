@@ -135,14 +135,14 @@ class Work:
         decided = decisions(target, outputs)
         sums = compare(self.target, target, said, outputs, decided, good) if self.compares else {}
         columns = {name: raw[name] for name in self.keep} | _predictions(self.signature, outputs, decided, good)
-        columns["error"] = pa.array([why.get(row) for row in range(len(raw))], pa.string())
+        columns["error"] = pa.array([why.get(row) for row in range(len(raw))], pa.string()) if why else pa.nulls(len(raw), pa.string())
         return pa.table(columns), sums, len(why)
 
     def write(self, raw: pa.Table, path: Path) -> None:
         """Score rows, and write them as a part: whole or not at all."""
         table, sums = self.score(raw)
         part = path.with_suffix(f".{os.getpid()}.tmp")
-        pq.write_table(table.replace_schema_metadata({SUMS: json.dumps(sums).encode()}), part)
+        pq.write_table(table.replace_schema_metadata({SUMS: json.dumps(sums).encode()}), part, use_dictionary=_repeating(table.schema))
         part.replace(path)
 
     def run(self, task: int, pieces: Sequence[Piece], submit: Callable[..., Any]) -> tuple[int, list[Any]]:
@@ -432,7 +432,7 @@ def _join(work: Work, out: Path) -> None:
 def _writer(ending: str, path: Path, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
     """What writes tables one after another."""
     if ending == ".parquet":
-        with pq.ParquetWriter(path, schema, compression="zstd") as sink:
+        with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=_repeating(schema)) as sink:
             yield sink.write_table
     elif ending == ".csv":
         flat = pa.schema([(field.name, pa.string() if pa.types.is_nested(field.type) else field.type) for field in schema])
@@ -441,6 +441,11 @@ def _writer(ending: str, path: Path, schema: pa.Schema) -> Iterator[Callable[[pa
     else:
         with open(path, "w") as file:
             yield lambda table: file.writelines(json.dumps(row, default=str) + "\n" for row in table.to_pylist())
+
+
+def _repeating(schema: pa.Schema) -> list[str]:
+    """Columns whose values are worth a dictionary; of a million different numbers, making one takes longer than writing them."""
+    return [field.name for field in schema if not pa.types.is_floating(field.type)]
 
 
 def _flat(table: pa.Table, schema: pa.Schema) -> pa.Table:

@@ -41,7 +41,7 @@ def add(commands: Any) -> None:
 
 
 def _runs(options: argparse.Namespace) -> int:
-    from dlopt import runs
+    from dlopt import remote, runs
     from dlopt.terminal import print_runs
 
     if options.words:
@@ -50,7 +50,7 @@ def _runs(options: argparse.Namespace) -> int:
         from dlopt.disk import of_runs
 
         return _remove(of_runs(options.home, options.words[1:]), options)
-    records = runs.listing(options.home)
+    records = [record | {"run": remote.said(Path(record["run"]))} for record in runs.listing(options.home)]
     if options.json:
         print(json.dumps(records))
     elif records:

@@ -65,11 +65,21 @@ class Ask:
         return "\r\n".join(lines).encode() + b"\r\n\r\n" + self.body
 
 
-async def load(ask: Ask, *, connections: int, seconds: float, rate: float = 0.0, timeout: float = 30.0, seen: Seen | None = None) -> Report:
+async def load(
+    ask: Ask,
+    *,
+    connections: int,
+    seconds: float,
+    rate: float = 0.0,
+    timeout: float = 30.0,
+    seen: Seen | None = None,
+    ended: Callable[[], bool] = lambda: False,
+) -> Report:
     """Ask on so many connections that are kept.
 
     rate: requests a second of all of them together, sent when they are due whether others were answered or not, as long as a connection
     is free; 0 sends each as soon as the one before is answered. timeout: seconds until a request without an answer is one that failed.
+    seen: is told of each answer. ended: says when it is enough before the time is over.
     """
     report, start = Report(), time.perf_counter()
     end, due = start + seconds, iter(range(10**12))
@@ -83,7 +93,7 @@ async def load(ask: Ask, *, connections: int, seconds: float, rate: float = 0.0,
                     moment = start + next(due) / rate
                     await asyncio.sleep(max(0.0, moment - time.perf_counter()))
                 sent = time.perf_counter()
-                if sent >= end:
+                if sent >= end or ended():
                     return
                 try:
                     status, head, body = await wire.exchange(request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from dlopt.part import DloptError
 ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 """Where Ray's own commands look for an address, and prefer it to the one that is given."""
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 60.0
+LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
+"""Which tell of uploads and of the ends of connections."""
 
 
 class Unreachable(DloptError):
@@ -33,6 +36,8 @@ class Head(JobSubmissionClient):
 
     def __init__(self, address: str) -> None:
         self._address = address
+        for name in LOGGERS:
+            logging.getLogger(name).setLevel(logging.WARNING)
         place = urlsplit(address)
         if place.scheme not in ("http", "https") or not place.hostname:
             raise DloptError(f"--address: {address}: give the address of the head's dashboard, such as http://head:8265")

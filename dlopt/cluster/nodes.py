@@ -1,4 +1,5 @@
-"""A Ray cluster of several nodes on this machine, to try things on: each node is a raylet of its own, and all listen on loopback alone.
+"""A Ray cluster of several nodes on this machine, to try things on: each node is a raylet of its own. The dashboard listens on loopback
+alone; the rest, which Ray puts on the machine's own address, asks for the cluster's token, but for metrics and what Ray Serve serves.
 
 Every process bears the cluster's mark in its environment, which its children inherit, so that `down` ends these and no other.
 """

@@ -198,13 +198,13 @@ def application_for(
     guard: Guard | None = None,
     drains: Path | None = None,
     counts: Registry | None = None,
-    board: Path | None = None,
+    board: Path | Board | None = None,
     log: Path | None = None,
 ) -> Application:
-    """The app of several models and versions, each with its own limits. board: a folder for what is served and who changed it, where
+    """The app of several models and versions, each with its own limits. board: what is served and who changed it, or a folder for it, where
     several processes are to follow it, or this one is to find it again. log: a file for a line on each request. Raises DloptError."""
     counts, state = counts or Registry(), begun(entries)
-    models = Models(FileBoard(board, state) if board else Board(state), counts)
+    models = Models(FileBoard(board, state) if isinstance(board, Path) else board or Board(state), counts)
     return Application(models, guard or Guard(), section, counts, drains, AccessLog(log) if log else None)
 
 
@@ -218,7 +218,9 @@ class Replica:
         keys: tuple[Key, ...] = (),
         keys_file: Path | None = None,
         log: Path | None = None,
+        board: Board | None = None,
     ) -> None:
+        """board: that of replicas on several machines; without it those of one share a folder."""
         from os import environ
 
         from dlopt.serve.watch.metrics import DIRECTORY
@@ -226,8 +228,8 @@ class Replica:
         shared = Path(environ[DIRECTORY]) if environ.get(DIRECTORY) else None
         path = keys_file if keys_file and keys_file.is_file() else None
         guard = Guard(keys, path, section.rate, shared / "rates" if shared else None)
-        drains, board = (shared / DRAINING, shared / "board") if shared else (None, None)
-        self.application = application_for(entries, section, guard, drains, board=board, log=log)
+        drains, folder = (shared / DRAINING, shared / "board") if shared else (None, None)
+        self.application = application_for(entries, section, guard, drains, board=board or folder, log=log)
 
     def __serve_build_asgi_app__(self) -> Application:
         """Where Ray Serve gets the app from."""

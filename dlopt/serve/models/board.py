@@ -23,6 +23,9 @@ MOST_LINES = 1000
 class Board:
     """In memory."""
 
+    far = False
+    """Whether asking it takes so long that nobody should wait for it on the event loop."""
+
     def __init__(self, state: State) -> None:
         self.state = state
         self.log: list[Line] = [_line("dlopt", "start", {"models": list(state.models)})]
@@ -68,8 +71,10 @@ class FileBoard(Board):
         if stamp == self.stamp:
             return None
         state = self._stored()
-        self.stamp = stamp
-        return state if state is not None and state.revision != seen else None
+        if state is not None and state.revision == seen:
+            self.stamp = stamp  # who asks has it; who could not take it over asks for it again
+            return None
+        return state
 
     def now(self) -> State:
         """The state as it is."""

@@ -174,6 +174,14 @@ def rolled_back(state: State, name: str) -> State:
     return state.with_lineup(name, there.model_copy(update={"default": left[-1], "before": tuple(left[:-1])}))
 
 
+def taken_back(state: State, name: str, canary: Canary) -> State:
+    """Without this canary. Raises DloptError when it is not there any more: another replica has seen the same."""
+    there = state.lineup(name)
+    if there.canary != canary:
+        raise DloptError(f"{name}: version {canary.version} is no canary any more")
+    return state.with_lineup(name, there.model_copy(update={"canary": None}))
+
+
 def version_of(state: State, name: str, digest: str, version: int | None) -> str:
     """The number for an export: what was asked for, what it has already, or the next one. Raises DloptError when it is taken."""
     there = state.models.get(name)

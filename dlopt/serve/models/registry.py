@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +15,7 @@ from dlopt.artifact import Artifact
 from dlopt.part import DloptError, Signature
 from dlopt.serve.exchange import Answer, Call, Refusal, Request
 from dlopt.serve.models.board import Board
-from dlopt.serve.models.lineup import Lineup, State, Version, rolled_back
+from dlopt.serve.models.lineup import Canary, Lineup, State, Version, taken_back
 from dlopt.serve.models.model import Model
 from dlopt.serve.models.trial import Trial, agree
 from dlopt.serve.watch.metrics import Registry
@@ -50,26 +52,38 @@ class Models:
     async def follow(self) -> None:
         """Take over what another replica has changed; and a canary back that fails. Raises nothing: what serves goes on."""
         try:
-            if (state := self.board.read(self.state.revision)) is not None:
-                self._take(state, await asyncio.to_thread(self._loaded, state))
+            if (state := await self.ask_board(self.board.read, self.state.revision)) is not None:
+                found = await asyncio.to_thread(self._loaded, state)
+                if state.revision > self.state.revision:  # nobody has changed more meanwhile
+                    self._take(state, found)
             for model in self:
                 model.tell_drift()
             for name, trial in list(self._trials.items()):
-                if why := trial.verdict():
-                    canary = self.state.models[name].canary
-                    await self.change(lambda state, name=name: rolled_back(state, name), "dlopt", "rollback", model=name, why=why)  # type: ignore[misc]
-                    self.counts.rollbacks.labels(name, canary.version if canary else "", why.partition(":")[0]).inc()
-                    logger.warning("%s: its canary was taken back: %s", name, why)
+                canary = self.state.models[name].canary
+                if canary is not None and (why := trial.verdict()):
+                    await self._take_back(name, canary, why)
         except Exception:
             logger.exception("the state of the models could not be followed")
 
+    async def _take_back(self, name: str, canary: Canary, why: str) -> None:
+        with suppress(DloptError):  # another replica has done so
+            await self.change(
+                partial(taken_back, name=name, canary=canary), "dlopt", "rollback", model=name, version=canary.version, why=why
+            )
+            self.counts.rollbacks.labels(name, canary.version, why.partition(":")[0]).inc()
+            logger.warning("%s: its canary was taken back: %s", name, why)
+
     async def change(self, how: Callable[[State], State], who: str, what: str, **about: Any) -> State:
         """Change what is served, here at once and elsewhere soon. What cannot be loaded changes nothing. Raises DloptError or Refusal."""
-        tried = how(self.board.now())
+        tried = how(await self.ask_board(self.board.now))
         found = await asyncio.to_thread(self._loaded, tried)
-        state = self.board.change(how, who, what, **about)
+        state = await self.ask_board(partial(self.board.change, how, who, what, **about))
         self._take(state, found if state.models == tried.models else await asyncio.to_thread(self._loaded, state))
         return state
+
+    async def ask_board(self, function: Callable[..., Any], *words: Any) -> Any:
+        """One of the board's methods, in a thread where that takes long."""
+        return await asyncio.to_thread(function, *words) if self.board.far else function(*words)
 
     def _loaded(self, state: State) -> dict[Key, tuple[Version, Model]]:
         """The models that a state needs and that are not here. Raises DloptError."""

@@ -67,8 +67,8 @@ def route(method: str, path: str) -> Handler | None:
 
 
 async def _models(call: Call) -> Reply:
-    """Every version, what it is there for, and how a trial stands."""
-    state = call.models.state
+    """Every version, what it is there for, and how a trial stands, which this replica may be yet to begin."""
+    state = await call.models.ask_board(call.models.board.now)
     return json_reply({"revision": state.revision, "models": {name: _told(call, state, name) for name in state.models}})
 
 
@@ -94,7 +94,7 @@ def _told(call: Call, state: State, name: str) -> Json:
 
 
 async def _log(call: Call) -> Reply:
-    return json_reply({"log": call.models.board.lines()})
+    return json_reply({"log": await call.models.ask_board(call.models.board.lines)})
 
 
 async def _deploy(call: Call) -> Reply:

@@ -33,7 +33,8 @@ from dlopt.part import DloptError, Part
 from dlopt.serve import Replicas, Serve
 from dlopt.serve.front.application import DRAINING, Replica
 from dlopt.serve.front.auth import Key, make_key, read_keys
-from dlopt.serve.models.lineup import Entry
+from dlopt.serve.models.board import Board
+from dlopt.serve.models.lineup import Entry, begun
 from dlopt.serve.models.plan import entries_of
 from dlopt.serve.servers.start import EVERYWHERE, LOOPBACK, Listening, Say, greet
 from dlopt.serve.servers.stopping import Stopped, Stops, children_deaf_to_ctrl_c, nothing_left, stops_noted
@@ -151,8 +152,11 @@ def _serve_there(entries: Entries, section: Serve, listening: Listening, address
         before = ray_serve.status()
         if name in before.applications:
             raise DloptError(f"{name}: the cluster at {address} serves an application of this name already: delete it or rename the job")
+        from dlopt.serve.servers.ray_board import RayBoard
+
+        board = RayBoard(name, begun(entries))
         try:
-            _deploy(entries, section, listening, metrics)
+            _deploy(entries, section, listening, metrics, board)
             _wait_until_running(name, section, stops)
             where = "where Serve listens there already" if before.proxies else f"http://{listening.host}:{listening.port} of its head node"
             say(f"on the cluster at {address}, {where}:")
@@ -160,23 +164,33 @@ def _serve_there(entries: Entries, section: Serve, listening: Listening, address
             stops.wait()
         finally:
             ray_serve.delete(name)
+            board.close()
             shutil.rmtree(metrics, ignore_errors=True)  # of the replicas on this machine
 
 
-def _deploy(entries: Entries, section: Serve, listening: Listening, metrics: Path) -> None:
+def _deploy(entries: Entries, section: Serve, listening: Listening, metrics: Path, board: Board | None = None) -> None:
     """Ask Serve for the application; it is not there yet when this returns."""
     from ray import serve as ray_serve
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve_host = LOOPBACK if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" else listening.host
     ray_serve.start(proxy_location="HeadOnly", http_options={"host": serve_host, "port": listening.port}, logging_config=QUIET)
-    application = bound(entries, section, listening.keys, listening.file, metrics, listening.log)
+    application = bound(entries, section, listening.keys, listening.file, metrics, listening.log, board)
     target = ray_serve.RunTarget(application, name=entries[0].name, route_prefix="/", logging_config=QUIET)
     ray_serve.run_many([target], wait_for_applications_running=False)
 
 
-def bound(entries: Entries, section: Serve, keys: tuple[Key, ...], file: Path | None, metrics: Path, log: Path | None = None) -> Any:
-    """The Ray Serve application of models, yet to be run. metrics: the folder in which the replicas of a host count."""
+def bound(
+    entries: Entries,
+    section: Serve,
+    keys: tuple[Key, ...],
+    file: Path | None,
+    metrics: Path,
+    log: Path | None = None,
+    board: Board | None = None,
+) -> Any:
+    """The Ray Serve application of models, yet to be run. metrics: the folder in which the replicas of a host count. board: where those of
+    several hosts see what is served."""
     import ray
     from ray import serve as ray_serve
     from ray.serve.config import AutoscalingConfig
@@ -198,7 +212,7 @@ def bound(entries: Entries, section: Serve, keys: tuple[Key, ...], file: Path | 
         ray_actor_options={"num_cpus": section.threads, "num_gpus": int(wants_gpu), "runtime_env": {"env_vars": {DIRECTORY: str(metrics)}}},
         **options,
     )
-    return deployment.bind(entries, section, keys, file, log)
+    return deployment.bind(entries, section, keys, file, log, board)
 
 
 class Run(Part):
@@ -222,7 +236,10 @@ def built(arguments: Mapping[str, Any]) -> Any:
     entries, section = entries_of(given.run, given.home)
     file = None if given.keys == "none" else Path(given.keys).resolve()
     metrics = Path(tempfile.gettempdir()) / f"dlopt-metrics-{make_key()}"
-    return bound(entries, section, read_keys(file) if file else (), file, metrics)
+    from dlopt.serve.servers.ray_board import RayBoard
+
+    board = RayBoard(entries[0].name, begun(entries))
+    return bound(entries, section, read_keys(file) if file else (), file, metrics, board=board)
 
 
 def _drain(section: Serve, metrics: Path, stops: Stops) -> None:

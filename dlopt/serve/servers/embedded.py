@@ -14,6 +14,7 @@ from typing import Any
 
 import uvicorn
 
+from dlopt.part import DloptError
 from dlopt.serve import Serve
 from dlopt.serve.front.application import Application
 from dlopt.serve.servers.connection import Connection
@@ -110,8 +111,10 @@ async def _run(
 
 async def _rpc(application: Application, host: str, port: int, tls: tuple[Path, Path] | None) -> Any:
     """The same app over gRPC; Python's library for it takes a while to load, and only who wants it waits. Raises DloptError."""
-    from dlopt.serve.protocols.inference import rpc
-
+    try:
+        from dlopt.serve.protocols.inference import rpc
+    except ImportError as error:
+        raise DloptError(f"--grpc-port: needs other packages: pip install grpcio protobuf ({error})") from None
     server = rpc.server_of(application, host, port, rpc.credentials_of(*tls) if tls else None)
     await server.start()
     return server
