@@ -79,7 +79,7 @@ class Training:
         self.share = self._share()
         self.sizes = self.share.sizes()
         self.course = course_of(self.fit, len(self.split))
-        self.profile, self.pace = self._profile(), Pace()
+        self.profile, self.pace = self._profile(), Pace(self.device)
         self.taken_apart: list[Taken] = []
         self.due = False
         objective = objective_of(self.fit, self.data, self.network, self.device, self.parallel.copies)
