@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dlopt.api.page import Page
     from dlopt.api.profiles import Profile, profile
     from dlopt.api.running import Run, load, run
+    from dlopt.export.pickled import load_estimator
     from dlopt.part import DloptError
     from dlopt.spec import Job
 
@@ -25,11 +26,12 @@ WHERE = {
     "api.page": ("Page",),
     "api.profiles": ("Profile", "profile"),
     "api.running": ("Run", "load", "run"),
+    "export.pickled": ("load_estimator",),
     "part": ("DloptError",),
     "spec": ("Job",),
 }
 """Module to what it has of these names: loading a run and asking it takes no torch."""
-__all__ = ["Begun", "DloptError", "Job", "Page", "Profile", "Run", "begin", "compare", "load", "profile", "run"]
+__all__ = ["Begun", "DloptError", "Job", "Page", "Profile", "Run", "begin", "compare", "load", "load_estimator", "profile", "run"]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,11 +19,13 @@ from pydantic import BaseModel
 
 from dlopt import remote
 from dlopt.artifact import Artifact, Stage, digest_of, discard, is_sealed, once, place, write_atomically
+from dlopt.compress.base import Compressor
 from dlopt.data.section import Data
 from dlopt.data.table.split import Fold
+from dlopt.export.base import ExportFormat
 from dlopt.part import DloptError
 from dlopt.progress import WARNING, Progress, silent
-from dlopt.runs import JOB, REPORT, RUN, Outcome
+from dlopt.runs import JOB, REPORT, RUN, Outcome, artifact, read
 from dlopt.session import address_of, connected
 from dlopt.spec import Job
 
@@ -73,15 +75,79 @@ def run(job: Job, home: Path, address: str | None = None, progress: Progress = s
         data, *parts = _all_prepared(job, steps)
         model = _fitted(job, steps, data, fresh)
         folds = [_fitted(job, _of_fold(job, steps, index), part, fresh) for index, part in enumerate(parts)]
-    exports = {part.kind: steps.local(_exporter(part), part, model, data) for part in job.export}
-    made = steps.made
-    folder = home / f"{job.name}-{digest_of([job.name, data.path.name, model.path.name, [fold.path.name for fold in folds]])[:8]}"
+    return _finished(job, steps, data, model, folds, began)
+
+
+def _finished(job: Job, steps: _Steps, data: Artifact, model: Artifact, folds: list[Artifact], began: float) -> Outcome:
+    """What comes after training."""
+    small = _compressed(job, steps, data, model)
+    exports = _exported(job.export, steps, small or model, data)
+    made, digests = steps.made, [job.name, data.path.name, model.path.name, [fold.path.name for fold in folds]]
+    folder = steps.home / f"{job.name}-{digest_of([*digests, small.path.name] if small else digests)[:8]}"
     remote.take(*(folder / name for name in (JOB, REPORT, RUN)))
     if made or not is_run(folder) or (folder / JOB).read_text() != as_yaml(job):
-        progress("report", None, "drawing")
-        named = {"data": data, "model": model} | {f"export.{kind}": found for kind, found in exports.items()}
-        _write_run(folder, job, named, folds, made)
-    return Outcome(folder, job.name, model.info["metrics"], spread(folds), round(time.monotonic() - began, 3), tuple(made))
+        steps.progress("report", None, "drawing")
+        named = {"data": data, "model": model} | ({"compress": small} if small else {})
+        _write_run(folder, job, named | _exports_of(folder) | exports, folds, made)
+    table = tuple(small.info["table"]) if small else ()
+    return Outcome(folder, job.name, model.info["metrics"], spread(folds), round(time.monotonic() - began, 3), tuple(made), table)
+
+
+def compress(folder: Path, parts: Sequence[Compressor], progress: Progress = silent) -> Outcome:
+    """A run whose model is that of another run, made small by some parts after those that have done so before. Raises DloptError."""
+    from dlopt.spec import load
+
+    began, record, job = time.monotonic(), read(folder), load(folder / JOB)
+    data, model = (artifact(folder, record, name) for name in ("data", "model"))
+    steps = _Steps(model.path.parent.parent, progress, lambda idle: None)
+    job = job.model_copy(update={"compress": (*job.compress, *parts)})
+    return _finished(job, steps, data, model, _folds_of(folder, record), began)
+
+
+def _compressed(job: Job, steps: _Steps, data: Artifact, model: Artifact) -> Artifact | None:
+    """What the job's compressors leave, one after the other; None without any."""
+    from dlopt.compress.stage import COMPRESS, Compress
+
+    small = None
+    for part in job.compress:
+        section = Compress(fit=job.fit, part=part)
+        given = {"original": model, "resources": job.resources}
+        small = steps.local(COMPRESS, section, small or model, data, found=part.found(), **given)
+    return small
+
+
+def export(folder: Path, part: ExportFormat, progress: Progress = silent) -> Artifact:
+    """A run's model in one more format, which the run has from then on. Raises DloptError."""
+    from dlopt.spec import load
+
+    record = read(folder)
+    named = {name: artifact(folder, record, name) for name in ("data", "model", "compress") if name in record["artifacts"]}
+    steps = _Steps(named["model"].path.parent.parent, progress, lambda idle: None)
+    made = _exported([part], steps, named.get("compress", named["model"]), named["data"])
+    (found,) = made.values()
+    if f"export.{part.name}" not in record["artifacts"] or steps.made:
+        named |= _exports_of(folder) | made
+        _write_run(folder, load(folder / JOB), named, _folds_of(folder, record), record["seconds"] | steps.made)
+    return found
+
+
+def _folds_of(folder: Path, record: dict[str, Any]) -> list[Artifact]:
+    return [Artifact.open((folder / fold["model"]).resolve()) for fold in record["folds"]]
+
+
+def _exported(parts: Sequence[ExportFormat], steps: _Steps, model: Artifact, data: Artifact) -> dict[str, Artifact]:
+    """A model in formats, by the names that a run gives them."""
+    from dlopt.export.stage import EXPORT
+
+    return {f"export.{part.name}": steps.local(EXPORT, part, model, data) for part in parts}
+
+
+def _exports_of(folder: Path) -> dict[str, Artifact]:
+    """What a run's folder names already: all of a folder is of one model."""
+    if not is_run(folder):
+        return {}
+    record = read(folder)
+    return {name: artifact(folder, record, name) for name in record["artifacts"] if name.startswith("export.")}
 
 
 def spread(folds: Sequence[Artifact]) -> dict[str, dict[str, dict[str, float]]]:
@@ -194,12 +260,6 @@ class _Steps:
         return artifact
 
 
-def _exporter(part: BaseModel) -> Stage:
-    from dlopt.export.onnx import EXPORT
-
-    return EXPORT
-
-
 def _found(job: Job) -> Any:
     """What the data stage depends on beside its section: the state of the source's files."""
     from dlopt.data.rows import sources
@@ -220,19 +280,25 @@ def as_yaml(job: Job) -> str:
 def _write_run(folder: Path, job: Job, artifacts: dict[str, Artifact], folds: list[Artifact], made: dict[str, float]) -> None:
     """job.yaml, report.html and run.json, which makes it a run, last."""
     from dlopt.report import page
+    from dlopt.report.card import CARD, card
     from dlopt.report.importance import importance
     from dlopt.report.samples import samples
 
     folder.mkdir(parents=True, exist_ok=True)
     text = as_yaml(job)
     write_atomically(folder / JOB, text)
+    exports = {name.removeprefix("export."): found for name, found in artifacts.items() if name.startswith("export.")}
+    about = card(job.name, job.license, artifacts["data"], artifacts["model"], exports, artifacts.get("compress"))
+    write_atomically(folder / CARD, about)
     page.write(
         folder / REPORT,
         name=job.name,
         job_yaml=text,
         data=artifacts["data"],
         model=artifacts["model"],
-        exports={name.removeprefix("export."): found for name, found in artifacts.items() if name.startswith("export.")},
+        exports=exports,
+        card=about,
+        compress=artifacts.get("compress"),
         samples=samples(artifacts["data"], job.fit),
         importance=importance(artifacts["model"], artifacts["data"]),
         folds=[fold.info["metrics"]["validation"] for fold in folds],
@@ -248,22 +314,33 @@ def _write_run(folder: Path, job: Job, artifacts: dict[str, Artifact], folds: li
     }
     _link_results(folder, artifacts)
     write_atomically(folder / RUN, json.dumps(record, indent=1))
-    remote.give(folder / JOB, folder / REPORT, folder / RUN)
+    remote.give(folder / JOB, folder / CARD, folder / REPORT, folder / RUN)
 
 
 def _link_results(folder: Path, artifacts: dict[str, Artifact]) -> None:
     """The results under plain names: links to the artifacts' files, or copies on a disk that knows no links."""
     for name, found in artifacts.items():
         for file in found.manifest.files:
-            if "/" in file or (name != "model" and file == "signature.json") or (file not in RESULTS and not name.startswith("export.")):
+            if (
+                "/" in file
+                or name == "compress"
+                or (name != "model" and file == "signature.json")
+                or (file not in RESULTS and not name.startswith("export."))
+            ):
                 continue
-            link = folder / file
+            link = folder / plain_name(name, file)
             remote.copy(found.path / file, link)
             link.unlink(missing_ok=True)
             try:
                 link.symlink_to(os.path.relpath(found.path / file, folder.resolve()))
             except OSError:
                 shutil.copyfile(found.path / file, link)
+
+
+def plain_name(artifact: str, file: str) -> str:
+    """What a file of an artifact is called in a run's folder: model.float16.onnx of export.onnx.float16."""
+    _, _, variant = artifact.removeprefix("export.").partition(".")
+    return f"{Path(file).stem}.{variant}{Path(file).suffix}" if variant else file
 
 
 def _refuse_unwritable(home: Path) -> None:

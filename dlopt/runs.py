@@ -14,7 +14,7 @@ from dlopt.part import DloptError
 
 RUN, JOB, REPORT = "run.json", "job.yaml", "report.html"
 """The files of a run's folder; run.json is written last."""
-STAGES = ("rows", "data", "model", "export")
+STAGES = ("rows", "data", "model", "compress", "export")
 """The folders of a home that hold artifacts."""
 
 
@@ -34,6 +34,8 @@ class Outcome:
     """That this call took."""
     made: tuple[str, ...] = ()
     """The stages that had anything to do in it."""
+    compressed: tuple[dict[str, Any], ...] = ()
+    """Of a model that was made small: a row for what it was, and one for what it is (see dlopt/compress/measure.py)."""
 
 
 def listing(home: Path) -> list[dict[str, Any]]:
@@ -73,11 +75,12 @@ def _fetched(address: str) -> Path:
 
 
 def exported(folder: Path, kind: str = "onnx") -> tuple[str, Artifact]:
-    """The name of a run's model and its exported artifact. Raises DloptError."""
+    """The name of a run's model and its artifact in a format, in float32 if it is there. Raises DloptError."""
     record = read(folder)
-    if f"export.{kind}" not in record["artifacts"]:
-        raise DloptError(f"{folder}: has no {kind} export: add {{kind: {kind}}} to the job's export and run it again")
-    return str(record["name"]), artifact(folder, record, f"export.{kind}")
+    there = [name for name in record["artifacts"] if name == f"export.{kind}" or name.startswith(f"export.{kind}.")]
+    if not there:
+        raise DloptError(f"{folder}: has no {kind} export: dlopt export {folder} --format {kind}")
+    return str(record["name"]), artifact(folder, record, f"export.{kind}" if f"export.{kind}" in there else there[0])
 
 
 def artifact(folder: Path, record: Mapping[str, Any], name: str) -> Artifact:

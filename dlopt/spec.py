@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from dlopt.compress import Compression
 from dlopt.data.augment import Augmentation, fill_of
 from dlopt.data.kinds import kinds
 from dlopt.data.section import Data
@@ -38,6 +40,8 @@ class Job(Part):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Names the run's folder and the served model."""
+    license: str = ""
+    """Under which the model may be used, for its card: an SPDX identifier such as Apache-2.0, or words."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Initial weights, order of rows, augmentation and dropout follow from it."""
     data: Data
@@ -50,6 +54,8 @@ class Job(Part):
     """How it is trained."""
     resources: Resources = Resources()
     """What the job runs on; the result does not depend on it."""
+    compress: tuple[Compression, ...] = ()
+    """What makes the trained model small, one after the other, before it is exported."""
     export: tuple[Format, ...] = (Onnx(),)
     """Formats of the trained model."""
     serve: Serve = Serve()
@@ -106,9 +112,23 @@ class Job(Part):
                 raise ValueError(f"data.inputs: {part.tensor!r} is the name of the model's output: call the input something else")
         return self
 
+    @field_validator("compress", mode="before")
+    @classmethod
+    def a_budget_is_short_for_a_chain(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and set(given) == {"budget"} and isinstance(given["budget"], Mapping):
+            return [{"kind": "budget"} | dict(given["budget"])]
+        return given
+
+    @model_validator(mode="after")
+    def weights_are_kept_last(self) -> Self:
+        for place, (part, after) in enumerate(pairwise(self.compress), start=1):
+            if part.last or (part.keeps and not after.fills):
+                raise ValueError(f"compress.{place}: {after.kind} after {part.kind}, which decides how weights are kept: put it before")
+        return self
+
     @model_validator(mode="after")
     def exports_differ(self) -> Self:
-        formats = [part.kind for part in self.export]
+        formats = [part.name for part in self.export]
         if len(set(formats)) < len(formats):
             raise ValueError("export: one kind is there twice: keep one of them")
         return self
@@ -148,7 +168,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Job:
     """Read a job file and apply overrides such as `train.optimizer.lr=3e-4`. Raises DloptError, with a line for each mistake."""
     found = read(path)
     for override in overrides:
-        name, value = _parsed(override)
+        name, value = parsed(override)
         put(found, name, value, override)
     job = validated(found, f"{path}: ")
     refuse_beside(job, path)
@@ -214,7 +234,7 @@ def _yaml(path: Path) -> Any:
         raise DloptError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
 
 
-def _parsed(override: str) -> tuple[str, Any]:
+def parsed(override: str) -> tuple[str, Any]:
     """The dotted path and the value of `a.b=value`. Raises DloptError."""
     path, equals, text = override.partition("=")
     if not equals:

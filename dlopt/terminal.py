@@ -103,6 +103,8 @@ class Terminal:
         for split, found in run.spread.items():
             figures = [f"{name} {figure['mean']:.4f} ± {figure['std']:.4f}" for name, figure in found.items()]
             self._print(f"over the folds, {split}: {figures[0]}", *figures[1:])
+        if run.compressed:
+            self._print("compressed:", *compared(run.compressed))
         self._print(f"report: {run.folder / REPORT}", f"try it: dlopt serve {said(run.folder)}")
 
     def metrics(self, name: str, seconds: float, made: bool, metrics: Mapping[str, Mapping[str, float | None]]) -> None:
@@ -138,6 +140,16 @@ class Terminal:
             self.console.print(f"  {found['title']}: {found['dropped']:,} rows", highlight=False, soft_wrap=True, markup=False)
         for line in data.info["warnings"]:
             self.console.print(f"[yellow]![/] {escape(line)}", highlight=False, soft_wrap=True)
+
+
+def compared(table: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What became smaller and faster, in a few words."""
+    before, after = table
+    found = [f"{before[key] / after[key]:.1f} times smaller{said}" for key, said in (("bytes", ""), ("zlib", " packed"))]
+    found += [f"{before[f'seconds_{batch}'] / after[f'seconds_{batch}']:.1f} times as fast at {batch}" for batch in (1, 32)]
+    if after["value"] is not None:
+        found.append(f"{after['split']} {after['metric']} {before['value']:.4f} -> {after['value']:.4f}")
+    return found
 
 
 def pause(seconds: float, least: float = EVERY, most: float = LONGEST) -> float:

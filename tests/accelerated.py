@@ -82,8 +82,8 @@ def pretending(tools: str) -> Any:
 TABLE, PIXELS, WORDS = (sets.NUMBERS, sets.CATEGORIES), (sets.image(8, 8, 1),), (sets.TEXT,)
 BEYOND = ("asgd", "prodigy")
 """Optimizers that the pretence itself cannot do."""
-SEARCHING = ("lbfgs",)
-"""That must know losses on their way."""
+ASKING = ("lbfgs", "adafactor")
+"""Of torch's, that wait for numbers in each step: for losses on their way, and for the norm of each weight."""
 
 
 class Case(NamedTuple):
@@ -184,7 +184,7 @@ def waited(tools: str, home: Path, name: str, only: str | None = None) -> None:
     found: dict[str, int | str] = {}
     between = Training._between_steps
     for case_name, case in GROUPS[name].items():
-        if only not in (None, case_name) or case_name in SEARCHING:
+        if only not in (None, case_name) or case_name in ASKING:
             continue
         seen: list[int] = []
 

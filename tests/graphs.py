@@ -10,8 +10,9 @@ import onnxruntime
 import torch
 from torch import nn
 
-from dlopt.data.prepared import Rows
-from dlopt.export.onnx import _graph, fed
+from dlopt.data.prepared import Rows, Split
+from dlopt.export.graph import onnx_file, session_of
+from dlopt.export.proof import compare, fed
 from dlopt.models import Model, Network, build_network
 from dlopt.part import Signature
 from dlopt.train.measure.metrics import activated
@@ -38,7 +39,7 @@ def said(network: Network, found: Signature, rows: Rows) -> np.ndarray:
 
 def graph(network: Network, found: Signature) -> Callable[[Rows], np.ndarray]:
     """The same from the exported graph, which is fed with strings and with texts as long as the longest."""
-    session = onnxruntime.InferenceSession(_graph(network, found, "digest"), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(onnx_file(network, found, "digest"), providers=["CPUExecutionProvider"])
 
     def run(rows: Rows) -> np.ndarray:
         count = len(next(iter(rows.values())))
@@ -47,6 +48,11 @@ def graph(network: Network, found: Signature) -> Callable[[Rows], np.ndarray]:
         return np.asarray(output)
 
     return run
+
+
+def compared(content: bytes, found: Signature, split: Split, expected: np.ndarray, unit: np.ndarray | float = 1.0) -> tuple[float, int]:
+    """The largest difference of an ONNX file from torch, and how many rows get other labels."""
+    return compare(session_of(content, found), found, split, expected, unit)[:2]
 
 
 def beyond_rounding(found: np.ndarray, network: Network, signature: Signature, rows: Rows) -> float:

@@ -19,6 +19,7 @@ LAYERS = [
     {"cluster", "terminal"},
     {"pipeline", "fields"},
     {"spec"},
+    {"compress"},
     {"export", "serve", "report"},
     {"train"},
     {"data"},
@@ -114,7 +115,7 @@ def test_imports_go_down_only(name: str) -> None:
 
 def test_the_arrows_are_there_to_be_seen() -> None:
     assert "dlopt.pipeline" in imports("dlopt.cli.check")  # in a function
-    assert "dlopt.data.prepared" in imports("dlopt.export.onnx")
+    assert "dlopt.data.prepared" in imports("dlopt.export.proof")
     assert "ray.data" in imports("dlopt.data.feed.dealer")
     assert "dlopt.data.augment" in imports("dlopt.data.feed.share") and "ray" not in roots("dlopt.data.feed.share")
     assert depth("dlopt.cli") < depth("dlopt.spec") < depth("dlopt.train.loop.steps") < depth("dlopt.models.mlp") < depth("dlopt.part")

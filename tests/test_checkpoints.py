@@ -9,6 +9,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from dlopt.models import Mlp
 from dlopt.optim.optimizers import Adam, AdamW, Sgd
 from dlopt.part import DloptError
 from dlopt.train.checkpoint.checkpoints import Wanted, glance, newest, read
-from dlopt.train.checkpoint.state import Record, TrainingState
+from dlopt.train.checkpoint.state import Packed, Record, TrainingState
 from dlopt.train.checkpoint.stores import OWNER, RECORD, Bucket, Checkpointing, Disk, Every, Store, ends_epoch, said, store_of
 from dlopt.train.checkpoint.writer import Writer
 from tests.packages import package
@@ -271,6 +272,75 @@ def test_others_than_worker_0_read_no_best_weights(tmp_path: Path) -> None:
     checkpoint(Disk(tmp_path), 1)
     whole, few = (read(Disk(tmp_path), name(1, 1), Wanted(best=best)) for best in (True, False))
     assert whole.tensors["best"] and set(whole.tensors) - set(few.tensors) == {"best"}
+
+
+WHOLE = {"long": torch.arange(21.0).view(7, 3), "short": torch.arange(2.0), "one": torch.tensor([5.0])}
+
+
+def rows_of(rank: int, world: int) -> dict[str, Tensor]:
+    """What one of several workers holds of WHOLE."""
+    return {key: value[slice(*Wanted(rank, world, rows=True).span(len(value)))] for key, value in WHOLE.items()}
+
+
+def packed(rank: int, world: int) -> Packed:
+    """Its part of a checkpoint; of what all hold alike worker 0 has it."""
+    mine, rest = rows_of(rank, world), {"dict": [[key, {"tensor": key}] for key in (*WHOLE, "count")]}
+    alike = {"count": torch.tensor(3)} if rank == 0 else {}
+    return Packed(
+        asdict(Record(step=9)), {"model": rest}, {"model": mine | alike}, {"model": {key: len(value) for key, value in mine.items()}}
+    )
+
+
+def written(store: Store, world: int) -> None:
+    """By so many workers."""
+    first = Writer(store, 2, "me", 0, world)
+    others = [Writer(store, 2, "me", rank, world, first.serial) for rank in range(1, world)]
+    for rank, writer in enumerate((first, *others)):
+        writer.write(packed(rank, world))
+    for writer in (*others, first):
+        writer.close()
+
+
+@pytest.mark.parametrize("wrote", [2, 3, 8])
+@pytest.mark.parametrize("reads", [1, 2, 3, 5])
+def test_what_workers_write_of_their_rows_any_other_number_of_them_reads(wrote: int, reads: int, store: Store) -> None:
+    written(store, wrote)
+    assert store.names() == [name(1, 0)]
+    for rank in range(reads):
+        found, damaged = newest(store, wanted=Wanted(rank, reads, rows=reads > 1))
+        assert found and not damaged and found.record.step == 9
+        assert_equal(found.tensors["model"], (rows_of(rank, reads) if reads > 1 else WHOLE) | {"count": torch.tensor(3)})
+        assert found.mine == (reads > 1)
+
+
+def test_a_worker_reads_what_it_wrote_and_what_all_have_alike_and_no_more(tmp_path: Path) -> None:
+    read: list[str] = []
+
+    class Noted(Disk):
+        def read(self, name: str, file: str) -> bytes:
+            read.append(file)
+            return super().read(name, file)
+
+    written(Disk(tmp_path), 3)
+    newest(Noted(tmp_path), wanted=Wanted(1, 3, rows=True))
+    assert sorted(read) == ["model.00001.safetensors", "model.safetensors", "state.json"]
+
+
+def test_what_another_worker_cannot_write_is_no_checkpoint_and_said(tmp_path: Path) -> None:
+    class Full(Disk):
+        def add(self, name: str, files: Iterable[tuple[str, Iterable[Any]]]) -> None:
+            if next(iter(files))[0].startswith("model"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            super().add(name, files)
+
+    first, second = Writer(Disk(tmp_path), 2, "me", 0, 2), Writer(Full(tmp_path), 2, "me", 1, 2, 0)
+    first.write(packed(0, 2))
+    second.write(packed(1, 2))
+    with pytest.raises(DloptError, match="the checkpoint cannot be written: no space is left"):
+        second.close()
+    with pytest.raises(DloptError, match=r"the checkpoint cannot be written: worker 1: .*No space left"):
+        first.close()
+    assert Disk(tmp_path).names() == []
 
 
 def test_what_is_cleared_is_gone(store: Store) -> None:

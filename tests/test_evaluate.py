@@ -13,13 +13,15 @@ import sklearn.metrics as reference
 import torch
 
 from dlopt.artifact import Artifact
-from dlopt.data.prepared import Split
-from dlopt.export.onnx import trained_network
+from dlopt.data.prepared import RowGroup, Split
 from dlopt.models import Mlp, Network
 from dlopt.part import Target
+from dlopt.train.measure import evaluate as module
 from dlopt.train.measure.evaluate import evaluate, predict, write_predictions
+from dlopt.train.start import trained_network
 from tests.processes import together
 from tests.sets import CATEGORIES, HASHED, LABELS, NUMBER, NUMBERS, PAIR, TEXT, THREE, TWO, prepared, signature, trained
+from tests.test_models import image
 
 CPU = torch.device("cpu")
 KINDS = [TWO, THREE, LABELS, NUMBER, PAIR]
@@ -133,3 +135,16 @@ def test_predictions_of_numbers_are_in_the_datas_units(target: Target, tmp_path:
         np.testing.assert_array_equal(table[f"target.{column}"], wanted[:, index])
         np.testing.assert_allclose(table[f"predicted.{column}"], outputs[:, index], rtol=1e-6)
     assert 500 < wanted.mean() < 1500
+
+
+def test_an_accelerator_is_given_many_chunks_at_once_and_a_cpu_each_for_itself() -> None:
+    """Of rows of 600 bytes 1,024 are a batch, of rows of 150 kB some hundred."""
+    small, large = signature(NUMBERS, target=TWO), signature(image(224, 224, 3), target=TWO)
+    for given, rows, batch in ((small, 300, 1024), (large, 64, 445)):
+        chunks = tuple(RowGroup("a", index, index * rows, rows) for index in range(20))
+        split = Split(given, chunks)
+        assert [len(some) for some in module._groups(split, CPU, chunks)] == [1] * 20
+        there = module._groups(split, torch.device("meta"), chunks)
+        assert [chunk for some in there for chunk in some] == list(chunks)
+        assert batch / 2 < len(there[0]) * rows <= batch
+        assert module._calls(split, torch.device("meta"), chunks) == len(there)

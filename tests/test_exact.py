@@ -19,12 +19,13 @@ from dlopt.data.kinds.number import GroupMedian
 from dlopt.data.table.split import RandomSplit
 from dlopt.data.types.exact import exact_column, merged, offset_of, raw_values, widened
 from dlopt.data.types.values import lost_in_double, numbers
-from dlopt.export.onnx import _graph, compare
+from dlopt.export.graph import onnx_file
 from dlopt.models import build_network
 from dlopt.models.linear import Linear
 from dlopt.models.preprocess import Preprocess
 from dlopt.train.measure.evaluate import evaluate, predict, write_predictions
 from tests.arranged import SPLITS, Split, arranged, refused, rows_of, section_of, shuffled, signature_of, statistics_of
+from tests.graphs import compared
 
 SECONDS = 1_764_500_000 + np.random.default_rng(2).permutation(600)
 """Of ten minutes of 2025."""
@@ -130,8 +131,8 @@ def test_what_is_served_is_what_was_trained_in_the_units_of_the_data(name: str, 
     signature, network = signature_of(data), network_of(data)
     split = Split.open(data, "test")
     expected = predict(network, split, torch.device("cpu"))[0].numpy()
-    content = _graph(network, signature, "digest")
-    assert compare(content, signature, split, expected, network.output.std.double().numpy())[0] < 1e-5
+    content = onnx_file(network, signature, "digest")
+    assert compared(content, signature, split, expected, network.output.std.double().numpy())[0] < 1e-5
     raw = split.read()["numbers"] + np.array(signature.inputs[0].offsets)
     rows = [{f"n{index}": value for index, value in enumerate(row)} for row in raw.tolist()]
     (served,) = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"]).run(None, encode_rows(signature, rows))

@@ -13,17 +13,21 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from dlopt.artifact import Artifact, Stage, digest_of, once
+from dlopt.artifact import Artifact, Stage, once
 from dlopt.data.prepared import Split
 from dlopt.export import Onnx
-from dlopt.export.onnx import EXPORT, LARGEST, MODEL, TIE, _graph, _other_labels, _refuse_too_large, _unit, compare, fed, trained_network
+from dlopt.export.graph import LARGEST, onnx_file, refuse_too_large
+from dlopt.export.proof import TIE, count_other_labels, fed
+from dlopt.export.stage import EXPORT
 from dlopt.models import Cnn, Mlp, Network, TextBag, TextCnn, Units
 from dlopt.models.own import own
 from dlopt.part import DloptError, Signature, Target
 from dlopt.train.job import Fit, Train
 from dlopt.train.measure.evaluate import predict
 from dlopt.train.measure.metrics import activated
+from dlopt.train.start import trained_network
 from tests import sets
+from tests.graphs import compared
 from tests.sets import CATEGORIES, DATES, EVERYTHING, HASHED, LABELS, NUMBER, ONE, PAIR, TEXT, THREE, TWO, inputs_of, trained
 from tests.test_models import image, numbers
 from tests.test_own import Tower
@@ -43,7 +47,7 @@ def exported(home: Path, model: Artifact, data: Artifact, **section: Any) -> Art
 
 
 def run(export: Artifact, rows: dict[str, np.ndarray]) -> np.ndarray:
-    session = onnxruntime.InferenceSession(export.path / MODEL)
+    session = onnxruntime.InferenceSession(export.path / Onnx.file)
     (output,) = session.get_outputs()
     (found,) = session.run([output.name], rows)
     return np.asarray(found)
@@ -163,7 +167,7 @@ def test_a_text_may_be_of_any_length_and_padding_changes_nothing(tmp_path: Path,
 
 def test_the_graph_of_everything_takes_raw_tensors_in_the_order_of_the_signature(tmp_path: Path) -> None:
     data = prepared(tmp_path, Signature(inputs=EVERYTHING, target=NUMBER))
-    model = onnx.load_from_string(exported(tmp_path, trained(tmp_path, data, Mlp()), data).read(MODEL))
+    model = onnx.load_from_string(exported(tmp_path, trained(tmp_path, data, Mlp()), data).read(Onnx.file))
     onnx.checker.check_model(model, full_check=True)
     assert described(model) == [
         ("numbers", onnx.TensorProto.FLOAT, ["rows", 3]),
@@ -191,7 +195,7 @@ def test_one_file_holds_everything_and_tells_where_it_is_from(tmp_path: Path) ->
     export = exported(tmp_path, weights, data)
     assert sorted(export.manifest.files) == ["model.onnx", "signature.json"]
     assert export.manifest.parents == {"model": weights.path.name, "data": data.path.name}
-    content = export.read(MODEL)
+    content = export.read(Onnx.file)
     model = onnx.load_from_string(content)
     onnx.checker.check_model(model, full_check=True)
     assert not any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer)
@@ -266,25 +270,25 @@ def test_comparing_sees_a_small_difference_another_label_and_a_nan_whatever_come
     weights = trained(tmp_path, data, Mlp(hidden=()))
     network, test = trained_network(weights, data), Split.open(data, "test")
     expected = predict(network, test, torch.device("cpu"))[0].numpy()
-    content = _graph(network, IMAGES, "x")
-    largest, other = compare(content, IMAGES, test, expected)
+    content = onnx_file(network, IMAGES, "x")
+    largest, other = compared(content, IMAGES, test, expected)
     assert largest < 1e-6 and other == 0
-    largest, other = compare(changed(content, "body.head.bias", 1e-3), IMAGES, test, expected)
+    largest, other = compared(changed(content, "body.head.bias", 1e-3), IMAGES, test, expected)
     assert 1e-4 < largest < 1e-3
-    largest, other = compare(changed(content, "body.head.bias", 100.0), IMAGES, test, expected)
+    largest, other = compared(changed(content, "body.head.bias", 100.0), IMAGES, test, expected)
     assert other == (expected.argmax(axis=1) != 0).sum() > 100
-    largest, _ = compare(changed(content, "body.head.bias", np.nan), IMAGES, test, expected)
+    largest, _ = compared(changed(content, "body.head.bias", np.nan), IMAGES, test, expected)
     assert np.isnan(largest)
     expected[3] = np.nan  # in the first chunk
-    assert np.isnan(compare(content, IMAGES, test, expected)[0])
+    assert np.isnan(compared(content, IMAGES, test, expected)[0])
 
 
 def test_a_lookup_that_was_tampered_with_is_seen(tmp_path: Path) -> None:
     data = prepared(tmp_path, STRINGS)
     network, test = trained_network(trained(tmp_path, data, Mlp(hidden=())), data), Split.open(data, "test")
     expected = predict(network, test, torch.device("cpu"))[0].numpy()
-    content = _graph(network, STRINGS, "x")
-    assert compare(content, STRINGS, test, expected)[0] < 1e-6
+    content = onnx_file(network, STRINGS, "x")
+    assert compared(content, STRINGS, test, expected)[0] < 1e-6
     for column in range(2):
         for change in ({"default_int64": 1}, {"values_int64s": "swapped"}, {"keys_strings": "other"}):
             model = onnx.load_from_string(content)
@@ -296,7 +300,7 @@ def test_a_lookup_that_was_tampered_with_is_seen(tmp_path: Path) -> None:
                 attribute.ints[0], attribute.ints[2] = attribute.ints[2], attribute.ints[0]
             else:
                 attribute.strings[1] = b"no such value"
-            assert compare(bytes(model.SerializeToString()), STRINGS, test, expected)[0] > 1e-3
+            assert compared(bytes(model.SerializeToString()), STRINGS, test, expected)[0] > 1e-3
 
 
 def test_numbers_are_compared_in_standard_deviations_and_not_finer_than_float32_rounds(tmp_path: Path) -> None:
@@ -306,11 +310,10 @@ def test_numbers_are_compared_in_standard_deviations_and_not_finer_than_float32_
     with torch.no_grad():
         network.output.mean += 1e6  # the last place of these numbers is 0.06
     expected = predict(network, test, torch.device("cpu"))[0].numpy()
-    content, unit = _graph(network, found, "x"), _unit(network)
-    assert unit == pytest.approx(network.output.std.numpy())
-    assert compare(content, found, test, expected, unit) == (0.0, 0)
+    content, unit = onnx_file(network, found, "x"), network.output.std.double().numpy()
+    assert compared(content, found, test, expected, unit) == (0.0, 0)
     for by in (0.5, 3.0):
-        largest, other = compare(content, found, test, expected + np.array([0.0, by]), unit)
+        largest, other = compared(content, found, test, expected + np.array([0.0, by]), unit)
         assert largest == pytest.approx((by - 2 / 16) / unit[1])  # but for two last places, each 1/16
         assert other == 0
 
@@ -318,8 +321,8 @@ def test_numbers_are_compared_in_standard_deviations_and_not_finer_than_float32_
 def test_another_label_counts_unless_torch_has_the_two_as_close_as_float32_rounds() -> None:
     expected = np.array([[0.5 + TIE / 4, 0.5 - TIE / 4, 0.0], [0.5 + TIE, 0.5 - TIE, 0.0], [0.4, 0.4, 0.2], [0.4, 0.4, 0.2]])
     found = np.array([[0.4, 0.6, 0.0], [0.4, 0.6, 0.0], [0.4, 0.6, 0.0], [0.2, 0.2, 0.6]], dtype=np.float32)
-    assert [_other_labels(found[[row]], expected[[row]], THREE) for row in range(4)] == [0, 1, 0, 1]
-    assert _other_labels(found, expected, THREE) == 2
+    assert [count_other_labels(found[[row]], expected[[row]], THREE) for row in range(4)] == [0, 1, 0, 1]
+    assert count_other_labels(found, expected, THREE) == 2
     assert Onnx().tolerance > TIE
 
 
@@ -334,15 +337,15 @@ def test_another_label_counts_unless_torch_has_the_two_as_close_as_float32_round
 def test_another_label_counts_unless_torch_is_as_close_to_the_threshold_as_float32_rounds(target: Target, least: tuple[float, ...]) -> None:
     away = np.array([TIE / 2, 1.5 * TIE, -TIE / 2, -1.5 * TIE])[:, None]
     expected, found = np.array(least) + away, np.array(least) - away
-    assert [_other_labels(found[[row]], expected[[row]], target) for row in range(4)] == [0, 1, 0, 1]
-    assert _other_labels(expected, expected, target) == 0
+    assert [count_other_labels(found[[row]], expected[[row]], target) for row in range(4)] == [0, 1, 0, 1]
+    assert count_other_labels(expected, expected, target) == 0
 
 
 def test_a_model_that_no_file_can_hold_is_one_line() -> None:
     with torch.device("meta"):
-        _refuse_too_large(nn.Linear(1, LARGEST // 8 - 1))
+        refuse_too_large(nn.Linear(1, LARGEST // 8 - 1))
         with pytest.raises(DloptError, match=r"^export: the model has 2.0 GiB, and one ONNX file holds less than 2: make it smaller$"):
-            _refuse_too_large(nn.Linear(1, LARGEST // 8 + 1))
+            refuse_too_large(nn.Linear(1, LARGEST // 8 + 1))
 
 
 def test_the_export_of_another_model_or_tolerance_is_another_artifact(tmp_path: Path) -> None:
@@ -350,7 +353,6 @@ def test_the_export_of_another_model_or_tolerance_is_another_artifact(tmp_path: 
     one, other = trained(tmp_path, data, Mlp()), trained(tmp_path, data, Mlp(hidden=(4,)))
     digests = {exported(tmp_path, model, data, tolerance=tolerance).path.name for model in (one, other) for tolerance in (1e-5, 1e-4)}
     assert len(digests) == 4
-    assert digest_of(Onnx().model_dump(mode="json")) == digest_of({"kind": "onnx", "tolerance": 1e-5})
 
 
 class Mixing(Tower):

@@ -171,7 +171,7 @@ def test_version_is_one_line() -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (["com"], ["compare", "completion"]),
+        (["com"], ["compare", "completion", "compress"]),
         (["run", "--me"], ["--metrics-port"]),
         (["runs", ""], ["rm"]),
         (["serve", "ti"], ["tiny", "tiny-1"]),

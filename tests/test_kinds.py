@@ -37,7 +37,8 @@ from dlopt.data.stats.summary import summarise
 from dlopt.data.table.spill import Read, Spill, from_json
 from dlopt.data.table.split import RandomSplit
 from dlopt.docs import PAGES
-from dlopt.export.onnx import _graph, compare, fed
+from dlopt.export.graph import onnx_file
+from dlopt.export.proof import fed
 from dlopt.models import build_network
 from dlopt.models.mlp import Mlp
 from dlopt.models.table import FtTransformer
@@ -47,6 +48,7 @@ from dlopt.serve.exchange import form_of
 from dlopt.train.measure.evaluate import predict
 from tests.arranged import anywhere, arranged, feature_of, quarantine_of, rows_of, section_of, signature_of, statistics_of
 from tests.commands import ROOT
+from tests.graphs import compared
 
 VECTORS = np.random.default_rng(5).normal(3, [1, 5, 0.1], size=(300, 3)).round(3)
 LABEL = np.array(["a", "b"])[np.arange(300) % 2]
@@ -114,8 +116,8 @@ def test_vectors_are_served_as_they_were_trained_on(model: Any, tmp_path: Path) 
     data = arranged(section_of(VectorInput(column="v"), NumberInput(columns=("n",))), table, tmp_path)
     signature, network = signature_of(data), network_of(data, model)
     split = Split.open(data, "test")
-    content = _graph(network, signature, "digest")
-    assert compare(content, signature, split, predict(network, split, torch.device("cpu"))[0].numpy()) == (pytest.approx(0, abs=1e-6), 0)
+    content = onnx_file(network, signature, "digest")
+    assert compared(content, signature, split, predict(network, split, torch.device("cpu"))[0].numpy()) == (pytest.approx(0, abs=1e-6), 0)
     served = encode_rows(signature, table.to_pylist())["v"]
     assert np.array_equal(served, np.where(np.isin(np.arange(300), (3, 5))[:, None], np.nan, VECTORS).astype(np.float32), equal_nan=True)
     assert np.array_equal(encode_columns(signature, {"v": VECTORS, "n": VECTORS[:, 0]})["v"], VECTORS.astype(np.float32))
@@ -308,7 +310,7 @@ def test_rows_are_served_as_they_were_trained_on_whatever_way_they_came(tmp_path
         assert data[name].read("statistics.json") == data["parquet"].read("statistics.json"), name
         for tensor, values in rows_of(data[name], "train").items():
             assert np.array_equal(values, trained[tensor], equal_nan=values.dtype.kind == "f"), (name, tensor)
-    content = _graph(network, signature, "digest")
+    content = onnx_file(network, signature, "digest")
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     (expected,) = session.run(None, fed(signature, trained))
     assert np.allclose(expected, predict(network, split, torch.device("cpu"))[0].numpy(), atol=1e-6) and expected.std() > 1e-3
@@ -359,7 +361,8 @@ import torch
 import dlopt
 from dlopt.data.kinds import encode_rows, kinds
 from dlopt.data.prepared import Split
-from dlopt.export.onnx import _graph, compare
+from dlopt.export.graph import onnx_file
+from tests.graphs import compared
 from dlopt.models import build_network
 from dlopt.models.mlp import Mlp
 from dlopt.serve.exchange import form_of
@@ -376,7 +379,7 @@ profile = json.loads(data.read("profile.json"))["columns"]
 print(json.dumps({
     "where": dlopt.__file__,
     "rows": sum(len(Split.open(data, name)) for name in SPLITS),
-    "difference": compare(_graph(network, signature, "digest"), signature, split, expected)[0],
+    "difference": compared(onnx_file(network, signature, "digest"), signature, split, expected)[0],
     "served": encode_rows(signature, [{"a": 359}, {"a": None}])["angles"].tolist(),
     "form": form_of(signature),
     "profile": [name for name in profile if name != "label"],

@@ -21,8 +21,8 @@ from PIL import Image
 
 from dlopt.artifact import Artifact
 from dlopt.data.prepared import Split
-from dlopt.export.onnx import trained_network
 from dlopt.train.measure.evaluate import predict
+from dlopt.train.start import trained_network
 from dlopt.train.watch import metrics_log
 from tests.commands import ROOT, dlopt, here, printed, start
 from tests.served import alive, descendants, free_port

@@ -15,7 +15,7 @@ from dlopt.data.kinds import CategoryInput, CategoryTarget, DateInput, NumberInp
 from dlopt.data.kinds.number import GroupMedian
 from dlopt.data.section import Data
 from dlopt.data.table.split import RandomSplit, TimeSplit
-from dlopt.export.onnx import _graph
+from dlopt.export.graph import onnx_file
 from dlopt.models import Linear, build_network
 from dlopt.part import DloptError
 from tests.arranged import arranged, feature_of, quarantine_of, section_of, signature_of, statistics_of
@@ -92,13 +92,13 @@ def test_a_part_that_the_model_does_not_see_takes_no_name() -> None:
     assert isinstance(section, Data)
 
 
-def test_an_input_may_be_called_as_another_ones_codes_are_in_the_graph(tmp_path: Path) -> None:
+def test_an_input_may_be_called_as_another_ones_codes_are_in_theonnx_file(tmp_path: Path) -> None:
     table = pa.table({"x": [float(row) for row in range(ROWS)], "c": ["p", "q", "r"] * (ROWS // 3), "label": ["y", "n"] * (ROWS // 2)})
     inputs = (CategoryInput(name="a", columns=("c",)), NumberInput(name="a codes", columns=("x",)))
     data = arranged(section_of(*inputs, split=ALL), table, tmp_path)
     signature = signature_of(data)
     network = build_network(Linear(), signature, {"a codes": statistics_of(data, "a codes")}, 0)
-    session = onnxruntime.InferenceSession(_graph(network.eval(), signature, ""), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(onnx_file(network.eval(), signature, ""), providers=["CPUExecutionProvider"])
     assert [given.name for given in session.get_inputs()] == ["a", "a codes"]
     (found,) = session.run(None, {"a": np.array([["p"]], object), "a codes": np.array([[3.0]], np.float32)})
     assert found.shape == (1, 2)

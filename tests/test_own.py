@@ -20,11 +20,13 @@ from dlopt import spec
 from dlopt.artifact import once
 from dlopt.data.section import Data
 from dlopt.export import Onnx
-from dlopt.export.onnx import EXPORT, MODEL, fed, trained_network
+from dlopt.export.proof import fed
+from dlopt.export.stage import EXPORT
 from dlopt.models import own as table
 from dlopt.models.own import Own, draws_by_row, factory_of, own, register
 from dlopt.part import DloptError, Signature
 from dlopt.spec import Job
+from dlopt.train.start import trained_network
 from tests import sets
 from tests.commands import refused
 from tests.graphs import beyond_rounding, built, fitted, graph, tensors, without_gradient
@@ -101,7 +103,7 @@ def test_it_is_trained_stored_and_exported_as_any_other_model(tmp_path: Path) ->
     assert model.manifest.section["model"] == own(net, width=6).model_dump(mode="json")
     export = once(EXPORT, Onnx(), tmp_path, model, data)
     rows = inputs_of(FOUND, 50)
-    (found,) = onnxruntime.InferenceSession(export.path / MODEL).run(None, fed(FOUND, rows))
+    (found,) = onnxruntime.InferenceSession(export.path / Onnx.file).run(None, fed(FOUND, rows))
     with torch.no_grad():
         np.testing.assert_allclose(found, trained_network(model, data)(tensors(rows)).softmax(dim=1).numpy(), atol=1e-6)
     assert sets.trained(tmp_path, data, own(net, width=6)).path == model.path

@@ -26,7 +26,7 @@ from pydantic import ValidationError
 from dlopt.artifact import Artifact, once
 from dlopt.data.counter import string_words
 from dlopt.export import Onnx
-from dlopt.export.onnx import EXPORT, trained_network
+from dlopt.export.stage import EXPORT
 from dlopt.models import Mlp
 from dlopt.part import DloptError, Feature, Signature, Target
 from dlopt.serve import Replicas, Serve
@@ -38,6 +38,7 @@ from dlopt.serve.models.batcher import Batcher
 from dlopt.serve.models.model import FLUSH_SECONDS, FRESH_SECONDS, Model, Predictor
 from dlopt.serve.protocols.tensorflow import parse, predictions
 from dlopt.serve.watch.metrics import DIRECTORY
+from dlopt.train.start import trained_network
 from tests import sets
 from tests.served import FLIGHTS, IMAGE, NUMBERS, PHOTOS, SAID, make_export, messages
 

@@ -19,7 +19,6 @@ from dlopt.data.kinds.tokenizer import tokens_of, train_tokenizer
 from dlopt.data.prepared import Split
 from dlopt.data.stats.describe import describe
 from dlopt.data.stats.summary import summarise
-from dlopt.export.onnx import trained_network
 from dlopt.models import Mlp
 from dlopt.part import Feature, Signature, Target
 from dlopt.report import plots, rows
@@ -27,6 +26,7 @@ from dlopt.report.importance import importance
 from dlopt.report.results import KINDS, THRESHOLDS, Categories, Labels, Numbers, Results, precision_recall, roc
 from dlopt.report.rows import cells
 from dlopt.train.measure.evaluate import write_predictions
+from dlopt.train.start import trained_network
 from tests import sets
 from tests.served import FLIGHTS, SAID
 from tests.test_report import IMAGE, LINES, METRICS, NUMBERS, Read, Run, epoch_line, fit_of, make_data, make_model, pixels

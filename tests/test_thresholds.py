@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dlopt.artifact import Artifact, Stage, once
 from dlopt.data.prepared import Split
 from dlopt.export import Onnx
-from dlopt.export.onnx import EXPORT, compare, trained_network
+from dlopt.export.stage import EXPORT
 from dlopt.models import Mlp
 from dlopt.optim.optimizers import Adam
 from dlopt.part import Signature, Target
@@ -30,8 +30,10 @@ from dlopt.train.measure.curves import EXACT, Curve, curve_of
 from dlopt.train.measure.evaluate import predict
 from dlopt.train.measure.metrics import tally
 from dlopt.train.measure.thresholds import Threshold, Tuned, best, fixed, signed, tuned
+from dlopt.train.start import trained_network
 from dlopt.train.worker import Assignment, Worker
 from tests.cases import crossed
+from tests.graphs import compared
 from tests.sets import LABELS, NUMBERS, TWO, prepared, signature
 from tests.test_protocols import PREDICT, ask
 
@@ -207,11 +209,11 @@ def test_an_export_that_gives_another_label_at_the_threshold_is_seen(home: Path)
     found, test = Signature.model_validate_json(model.read("signature.json")), Split.open(data, "test")
     content = once(EXPORT, Onnx(), home, model, data).read("model.onnx")
     expected = predict(trained_network(model, data), test, CPU)[0].numpy()
-    assert compare(content, found, test, expected)[1] == 0
+    assert compared(content, found, test, expected)[1] == 0
     (cut,) = found.target.thresholds
     row = int(np.abs(expected[:, 1] - cut).argmin())
     expected[row] = [1 - cut, cut] + (1 if expected[row, 1] < cut else -1) * np.array([-1e-4, 1e-4])  # on the other side
-    assert compare(content, found, test, expected)[1] == 1
+    assert compared(content, found, test, expected)[1] == 1
 
 
 @pytest.mark.parametrize("target", [TWO, LABELS], ids=["two", "labels"])

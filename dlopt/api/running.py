@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import html
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property
@@ -73,23 +72,26 @@ class Run(runs.Outcome):
 
     @cached_property
     def model(self) -> Network:
-        """The trained network in torch, in eval mode: {name: tensor} as prepared data have them, to logits or numbers."""
+        """The trained network in torch, compressed where it was, in eval mode: {name: tensor} as prepared data have them, to logits or
+        numbers."""
         from dlopt.train.start import trained_network
 
-        return trained_network(self._artifact("model"), self._artifact("data"))
+        small = "compress" in runs.read(self.folder)["artifacts"]
+        return trained_network(self._artifact("compress" if small else "model"), self._artifact("data"))
 
-    def export(self, path: str | Path, kind: str = "onnx") -> Path:
-        """Copy the exported model: to a file, or with its signature into a folder that is there. Returns where it is."""
-        _, export = runs.exported(self.folder, kind)
-        path = Path(path)
-        if not path.parent.is_dir():
-            raise DloptError(f"export: there is no folder {path.parent}")
-        if not path.is_dir():
-            shutil.copyfile(export.check("model.onnx"), path)
-            return path
-        for name in export.manifest.files:
-            shutil.copyfile(export.check(name), path / name)
-        return path / "model.onnx"
+    def export(self, path: str | Path | None = None, kind: str = "onnx", **fields: Any) -> Path:
+        """The model in a format, made now if the run does not have it yet: copied to a file, or with its signature into a folder that is
+        there, or without a path where the run keeps it. fields: of the format, as precision="float16". Returns where it is."""
+        from dlopt.api.exporting import export
+
+        return export(self.folder, kind, fields, Path(path) if path is not None else None)
+
+    def compress(self, *parts: str | Mapping[str, Any], progress: Progress | bool | None = None) -> Run:
+        """A run of its own whose model is this one made small: parts as a job's `compress` has them, or bare kinds. Raises DloptError."""
+        from dlopt.api.compressing import compress, parts_of
+
+        with shown(self.name, progress) as told:
+            return Run(**vars(compress(self.folder, parts_of(parts), told)))
 
     def serve(self, port: int = 8000, host: str = "127.0.0.1") -> Server:
         """Serve the model over HTTP in a process of its own, until `stop()`, the end of a `with`, or of this program."""

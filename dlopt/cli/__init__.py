@@ -21,10 +21,12 @@ from dlopt.cli import (
     cluster,
     compare,
     completion,
+    compress,
     deploy,
     docs,
     doctor,
     explain,
+    export,
     init,
     predict,
     profile,
@@ -34,12 +36,13 @@ from dlopt.cli import (
     serve,
     submit,
     ui,
+    verify,
 )
 from dlopt.cli.options import Mistake, Parser, close_to
 
-SERVING = (predict, serve, bench_serve, deploy)
+SMALL, SERVING = (compress, export, verify), (predict, serve, bench_serve, deploy)
 CLUSTER = (submit, cluster, doctor)
-COMMANDS = (init, run, check, explain, profile, schedule, batch, *SERVING, *CLUSTER, compare, runs, ui, docs, completion)
+COMMANDS = (init, run, check, explain, profile, schedule, batch, *SMALL, *SERVING, *CLUSTER, compare, runs, ui, docs, completion)
 EPILOG = """the first steps:
   dlopt init data.csv --target late -o job.yaml   write a job
   dlopt run job.yaml                              train, export, report

@@ -15,7 +15,13 @@ from dlopt.fields import Entry, entries, entry_of
 from dlopt.mistakes import tag_of
 from dlopt.spec import Job
 
-PAGES = {"data": ["data"], "model": ["model"], "train": ["train"], "augment": ["augment"], "rest": ["resources", "export", "serve"]}
+PAGES = {
+    "data": ["data"],
+    "model": ["model"],
+    "train": ["train"],
+    "augment": ["augment"],
+    "rest": ["resources", "compress", "export", "serve"],
+}
 """Pages of fields, and the fields of a job that are on each."""
 NOTEBOOK = Path(__file__).parent / "notebook.ipynb"
 

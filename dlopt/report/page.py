@@ -82,14 +82,16 @@ def write(
     data: Artifact,
     model: Artifact,
     exports: Mapping[str, Artifact],
+    compress: Artifact | None = None,
+    card: str = "",
     samples: Samples | None,
     folds: Sequence[Mapping[str, float | None]] | None = None,
     importance: Importance | None = None,
 ) -> None:
     """Write the report of a run. Raises DloptError when a file of an artifact is damaged.
 
-    exports: an artifact a format. folds: of a cross-validation, each fold's metrics on the rows that it was not trained on. importance: of
-    the columns, on the test split.
+    exports: an artifact a format. compress: what was made small. card: Markdown. folds: of a cross-validation, each fold's metrics on the
+    rows that it was not trained on. importance: of the columns, on the test split.
     """
     signature = Signature.model_validate_json(model.read("signature.json"))
     lines = list(metrics_log.read(model.check(metrics_log.NAME)))
@@ -120,6 +122,8 @@ def write(
         "data": data,
         "model": model,
         "exports": exports,
+        "compress": compress.info["table"] if compress else None,
+        "card": card,
         "job": job_yaml,
     }
     write_atomically(path, template("page.html").render(context))

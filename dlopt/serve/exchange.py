@@ -100,7 +100,7 @@ def decisions(target: Target, outputs: np.ndarray) -> list[list[int]]:
     if target.kind == "multi_label":
         given = outputs >= np.array(target.thresholds, np.float32) if target.thresholds else outputs > THRESHOLD
         return [np.flatnonzero(row).tolist() for row in given]
-    return [[] for _ in outputs]
+    return [[]] * len(outputs)
 
 
 class Column(NamedTuple):

@@ -104,7 +104,7 @@ def fit(section: Fit, out: Path, data: Artifact, *, resources: Resources, progre
         remote.exchanged(out.resolve(), gives=(STOP, RESIZE), takes=WRITTEN),
         followed(out, section, train, resources, progress, run.waiting),
         _interruptible(),
-        _told_by_sigterm(out),
+        told_by_sigterm(out),
     ):
         info = run.to_the_end()
     remote.take_from(out.resolve(), info.pop("given", None))
@@ -274,7 +274,7 @@ class _Run:
 
 
 @contextmanager
-def _told_by_sigterm(out: Path) -> Iterator[None]:
+def told_by_sigterm(out: Path) -> Iterator[None]:
     """Within it, SIGTERM asks the workers to save and to end; a second one, or STOP_SECONDS, ends the run at once. Raises Stopped then."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import cycle, islice
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from dlopt.data.feed.batches import Batch, shortened
 from dlopt.data.prepared import Rows, Split
 from dlopt.models import Network, build_network
 from dlopt.models.lsuv import lsuv
+from dlopt.models.shape import shaped_like
 from dlopt.part import Signature, Statistics
 from dlopt.train.job import Fit
 from dlopt.train.loop.losses import loss_of
@@ -47,10 +48,21 @@ def load_network(fit: Fit, data: Artifact) -> Network:
     return build_network(fit.model, signature, read_statistics(data), fit.seed, DTYPES[fit.train.precision])
 
 
+def fit_of(model: Artifact) -> Fit:
+    """The section that a model was fitted by, be it compressed since."""
+    section = model.manifest.section
+    return Fit.model_validate(section.get("fit", section))
+
+
 def trained_network(model: Artifact, data: Artifact) -> Network:
     """The network of a model artifact with its trained weights, ready to predict."""
-    network = load_network(Fit.model_validate(model.manifest.section), data)
-    network.load_state_dict(load_tensors(model.read("weights.safetensors")))
+    return network_with(fit_of(model), data, load_tensors(model.read("weights.safetensors")))
+
+
+def network_with(fit: Fit, data: Artifact, tensors: Mapping[str, Tensor]) -> Network:
+    """The network of a job with these weights, and of their shapes, ready to predict."""
+    network = shaped_like(load_network(fit, data), tensors)
+    network.load_state_dict(tensors)
     return network.eval()
 
 

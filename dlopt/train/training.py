@@ -41,6 +41,7 @@ from dlopt.train.parallel.base import Parallel
 from dlopt.train.parallel.drift import refuse_drift
 from dlopt.train.parallel.local_sgd import LocalSGDParallel
 from dlopt.train.start import first_batches, objective_of, read_statistics
+from dlopt.train.tuning import Held, Tuning
 from dlopt.train.watch.observer import Diary, Diverged, NotFinite, Observer, Taken
 from dlopt.train.watch.profile import Profile, Unprofiled
 from dlopt.train.watch.speed import Pace
@@ -71,6 +72,7 @@ class Training:
     diary: Diary | None = None
     writer: Writer | None = None
     watchdog: Watchdog | None = None
+    tuning: Tuning = field(default_factory=Tuning)
     feed: Feed | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -79,12 +81,15 @@ class Training:
         self.share = self._share()
         self.sizes = self.share.sizes()
         self.course = course_of(self.fit, len(self.split))
-        self.profile, self.pace = self._profile(), Pace()
+        self.profile, self.pace = self._profile(), Pace(self.device)
         self.taken_apart: list[Taken] = []
         self.due = False
         objective = objective_of(self.fit, self.data, self.network, self.device, self.parallel.copies)
+        if self.tuning.teacher:
+            objective = self.tuning.teacher.teach(objective, self.split.signature.target, self.device)
+        self.held = self._hold()
         stepped = self.state.optimizer, self.parallel, self.fit.seed
-        self.pipeline = Pipeline(train, objective, *stepped, self.profile, self.pace.timed)
+        self.pipeline = Pipeline(train, objective, *stepped, self.profile, self.pace.timed, self._after_step if self.held else None)
         self.scale = self.pipeline.scale
         self.observer = Observer(train, self.state, self.world, self.scale, self.diary)
         self.agreement = Agreement(self.rank, self.world, self.device, self.state.record.step)
@@ -184,7 +189,7 @@ class Training:
             self._refuse_not_finite()
             found = self._validated() if len(self.validation) else None
             record.epoch, record.batch, record.sums = epoch, 0, []
-            judge(self.state, train, found)
+            judge(self.state, train, found if not self.held or self.held.settled(record.epoch / train.epochs) else None)
         if self.diary:
             self.diary.log.write(
                 epoch=epoch,
@@ -306,13 +311,28 @@ class Training:
             found, _ = newest_of_all(self.store, self.wanted, self.device, epoch_ends)
         assert found
         found.load(self.state)
-        self.feed, self.taken_apart, self.due = None, [], False
+        if self.held:
+            self.held.release()
+        self.feed, self.taken_apart, self.due, self.held = None, [], False, self._hold()
         if self.diary:
             self.diary.undo(self.state.record.epoch, self.state.record.step)
 
     def _written(self) -> None:
         """Wait, however long it takes, until all checkpoints are there that were begun."""
         patiently(self.writer.wait if self.writer else lambda: None, self.world, self.device)
+
+    def _hold(self) -> Held | None:
+        """What weights are held to, of them as they are now."""
+        return self.tuning.hold.begin(self.network) if self.tuning.hold else None
+
+    def _after_step(self) -> None:
+        if self.held:
+            self.held.after(self._done)
+
+    @property
+    def _done(self) -> float:
+        """The share of all steps that are taken, the one under way included."""
+        return (self.state.record.epoch + (self.state.record.batch + 1) / self.share.order.batches) / self.fit.train.epochs
 
     def _share(self) -> Share:
         train = self.fit.train

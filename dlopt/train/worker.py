@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
@@ -41,8 +42,19 @@ from dlopt.train.parallel.agreement import patiently
 from dlopt.train.parallel.base import Parallel
 from dlopt.train.parallel.fsdp import without_weights
 from dlopt.train.parallel.strategies import parallel_of
-from dlopt.train.start import first_batches, first_rows, load_network, objective_of, optimizer_of, peak_of, scaled_by_data, swept
+from dlopt.train.start import (
+    first_batches,
+    first_rows,
+    load_network,
+    network_with,
+    objective_of,
+    optimizer_of,
+    peak_of,
+    scaled_by_data,
+    swept,
+)
 from dlopt.train.training import Training
+from dlopt.train.tuning import Tuning
 from dlopt.train.watch.health import Watch
 from dlopt.train.watch.metrics_log import HEALTH, LAYERS, NAME, RANGE, STARTS, WRITTEN, MetricsWriter
 from dlopt.train.watch.observer import Diary
@@ -61,6 +73,8 @@ class Assignment(Part):
     feed: str
     threads: int | None = None
     resources: Resources = Resources()
+    tuning: Tuning = Tuning()
+    """What is special about where training begins, and what weights are held to."""
 
 
 def train_worker(
@@ -166,7 +180,7 @@ class Worker:
         given = self.assignment
         workers = (self.rank, self.world, self.device)
         where = given.out, self.store, self._wanted, given.feed
-        return Training(given.fit, given.resources, data, *where, state, *workers, diary, writer, watchdog)
+        return Training(given.fit, given.resources, data, *where, state, *workers, diary, writer, watchdog, given.tuning)
 
     @contextmanager
     def _watched(self) -> Iterator[Watchdog]:
@@ -190,7 +204,7 @@ class Worker:
         found, damaged = newest_of_all(self.store, self._wanted, self.device)
         split, custom = Split.open(data, "train"), isinstance(fit.model, Own)
         with without_weights() if shared_out and not custom and (found or self.rank) else nullcontext():
-            network = load_network(fit, data)
+            network = self._network(data)
         if not shared_out:
             network.to(self.device)
         record = found.record if found else self._beginning(network, split, data)
@@ -216,6 +230,13 @@ class Worker:
             warnings += filter(None, (why, approximated(split.signature.target, rows)))
             self._note_start(state.record, hosts, damaged, warnings)
         return state, hosts
+
+    def _network(self, data: Artifact) -> Network:
+        """As it is before the first step."""
+        fit, begins = self.assignment.fit, self.assignment.tuning.model
+        if begins is None:
+            return load_network(fit, data)
+        return network_with(fit, data, load_file(begins)).train()
 
     def _said_of_own(self, network: Network, split: Split) -> list[str]:
         """A line where the result of a user's network depends on how many workers there are."""
@@ -269,7 +290,8 @@ class Worker:
     def _begun(self, network: Network, split: Split, data: Artifact) -> float:
         """Weights scaled by data and a rate found by trying, where they are asked for; a look at the layers. Returns the peak rate."""
         fit, out, device = self.assignment.fit, self.assignment.out, next(network.parameters()).device
-        scaled_by_data(network, fit, split, device)
+        if self.assignment.tuning.model is None:
+            scaled_by_data(network, fit, split, device)
         write_atomically(out / LAYERS, json.dumps(spread(network, first_rows(split, device))))
         peak = peak_of(fit, len(split))
         if peak is None:

@@ -161,10 +161,12 @@ class Writer:
         """What another worker says that it has written. Raises OSError when that takes too long."""
         began = time.monotonic()
         while time.monotonic() - began < PATIENCE:
+            found: dict[str, Any] = {}
             with suppress(OSError, ValueError):  # half of it, while it is written
-                found: dict[str, Any] = json.loads(self.store.part(name, _part(rank)))
-                if "error" in found:
-                    raise ConnectionAbortedError(f"worker {rank}: {found['error']}")
+                found = json.loads(self.store.part(name, _part(rank)))
+            if "error" in found:
+                raise ConnectionAbortedError(f"worker {rank}: {found['error']}")
+            if found:
                 return found
             time.sleep(0.02)
         raise TimeoutError(f"worker {rank} has not written its part in {PATIENCE:.0f} s")

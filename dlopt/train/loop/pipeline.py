@@ -11,6 +11,7 @@
 | curved      | with an estimate of the curvature, for optimizers that ask    | gradients                 |
 | clipped     | left out where not finite, centralized, clipped               | steps                     |
 | stepped     | by the optimizer, then held to the largest norm               | steps                     |
+| held        | to a form: zeros stay zeros                                   | tuning                    |
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class Pipeline:
     profile: Unprofiled = field(default_factory=Unprofiled)
     timed: Callable[[Objective], Objective] = lambda objective: objective
     """Puts a clock on the objective."""
+    held: Callable[[], None] | None = None
+    """What is done to the weights after each step, last of all."""
 
     def __post_init__(self) -> None:
         train, parallel, together = self.train, self.parallel, self.parallel.together
@@ -68,4 +71,6 @@ class Pipeline:
         for step in steps(self.model, self.optimizer, *given, parallel.norm, self.seed, before, sure):
             if step.taken and train.max_norm:
                 train.max_norm.apply(parallel.held)
+            if step.taken and self.held:
+                self.held()
             yield step

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from dlopt.data.feed.batches import Batch
@@ -23,8 +24,8 @@ class Pace:
     SECONDS = 1.0
     """Between two lines."""
 
-    def __init__(self) -> None:
-        self.waited = 0.0
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device, self.waited = device or torch.device("cpu"), 0.0
         self.forward, self.others = Clock(), Clock()
         self._computed = 0.0
 
@@ -47,7 +48,7 @@ class Pace:
         def timed(model: nn.Module, batch: Batch) -> Losses:
             waits.append(self.others)
             try:
-                with self.forward.running(next(model.parameters()).device):
+                with self.forward.running(self.device):
                     return objective(model, batch)
             finally:
                 waits.pop()

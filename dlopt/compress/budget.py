@@ -1,0 +1,121 @@
+"""A bound on size and metric in place of knobs."""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+
+from pydantic import Field
+
+from dlopt.compress.base import Compressor
+from dlopt.part import DloptError
+
+if TYPE_CHECKING:
+    from dlopt.compress.model import Model
+
+SPARSITIES = (0.5, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
+"""Shares of zeros that are tried."""
+MOST_LEFT = 3
+"""Layers that may be left as they are, the most sensitive first."""
+
+
+class Tried(NamedTuple):
+    """A chain, and what has come of it."""
+
+    parts: tuple[Compressor, ...]
+    model: Model
+    share: float
+    """Of the packed bytes of the float32 file."""
+    lost: float
+    """Of the metric, on the validation split."""
+
+    def __str__(self) -> str:
+        said = ", ".join(f"{{{', '.join(f'{name}: {value}' for name, value in _told(part))}}}" for part in self.parts)
+        return f"{said}: {self.share:.3f} of the bytes, {self.lost:.4f} lost"
+
+
+class Budget(Compressor):
+    """Finds the cheapest chain that stays within a drop of the metric and a size: what needs no training comes first, then what has few
+    zeros. The layers that lose most by being rounded are left as they are, if that suffices."""
+
+    keeps: ClassVar[bool] = True
+
+    kind: Literal["budget"] = "budget"
+    drop: float = Field(0.005, ge=0)
+    """How much of accuracy (or micro F1, or relatively of RMSE) may be lost on the validation split."""
+    size: float = Field(0.3, gt=0, le=1)
+    """Share of the float32 file's bytes that the file may have, both packed by zlib."""
+    epochs: int = Field(3, ge=0)
+    """Passes over the training split for each chain that trains on."""
+    rate: float = Field(0.3, gt=0)
+    """Share of the job's peak rate that they begin with."""
+
+    def apply(self, model: Model) -> None:
+        tried: list[Tried] = []
+        plain = len(zlib.compress(model.onnx(), 9))
+        for parts in self._chains(model, plain):
+            one = self._try(model, parts, plain, len(tried))
+            tried.append(one)
+            model.progress("compress", None, f"{one}")
+            if one.share <= self.size and one.lost <= self.drop:
+                model.network, model.coding, model.graph = one.model.network, one.model.coding, one.model.graph
+                return
+        least = min(tried, key=lambda one: max(one.share / self.size - 1, 0) + max(one.lost - self.drop, 0) / max(self.drop, 0.001))
+        within = f"size {self.size:g} and drop {self.drop:g}"
+        raise DloptError(f"compress: budget: nothing that was tried stays within {within}; the nearest is {least}")
+
+    def _chains(self, model: Model, plain: int) -> Iterator[tuple[Compressor, ...]]:
+        """From the cheapest on. One that cannot be small enough is not tried, but for the smallest."""
+        from dlopt.compress.prune import Prune
+        from dlopt.compress.quantize import Quantize
+        from dlopt.compress.share import Share
+
+        for bits in (8, 4):
+            whole = Quantize(bits=bits, leave=self.leave)
+            if self._share(model, (whole,), plain) <= self.size or (bits == 4 and self.size >= 0.2):
+                yield (whole,)
+                yield from (((whole.model_copy(update={"leave": (*self.leave, *left)})),) for left in self._sensitive(model, whole, plain))
+        small = [sparsity for sparsity in SPARSITIES if self._share(model, (Prune(sparsity=sparsity), Share(bits=5)), plain) <= self.size]
+        for sparsity in small or SPARSITIES[-1:]:
+            shared = Share(bits=5, leave=self.leave, epochs=int(self.epochs > 1), rate=self.rate / 10)
+            yield (Prune(sparsity=sparsity, scope="lamp", leave=self.leave, epochs=self.epochs, rate=self.rate), shared)
+
+    def _sensitive(self, model: Model, whole: Compressor, plain: int) -> Iterator[tuple[str, ...]]:
+        """Layers to be left as they are, more and more of them: those first that lose most when they alone are rounded."""
+        from dlopt.train.tuning import weights_of
+
+        names = list(weights_of(model.network, self.leave))
+        if len(names) < 2:
+            return
+        alone = {name: whole.model_copy(update={"leave": tuple(other for other in names if other != name)}) for name in names}
+        lost = {name: self._try(model, (part,), plain, 0).lost for name, part in alone.items()}
+        order = sorted(names, key=lambda name: -lost[name])
+        yield from (tuple(order[:count]) for count in range(1, min(MOST_LEFT, len(order) - 1) + 1))
+
+    def _share(self, model: Model, parts: Sequence[Compressor], plain: int) -> float:
+        """Of the bytes, without any training."""
+        other = _copy(model)
+        for part in parts:
+            part.apply(other)
+        return len(zlib.compress(other.onnx(), 9)) / plain
+
+    def _try(self, model: Model, parts: tuple[Compressor, ...], plain: int, place: int) -> Tried:
+        from dlopt.compress.measure import lost
+
+        other = _copy(model)
+        for step, part in enumerate(parts):
+            other.out = model.scratch(f"{place}-{step}")
+            part.apply(other)
+        other.settle()
+        return Tried(parts, other, len(zlib.compress(other.onnx(), 9)) / plain, lost(other))
+
+
+def _copy(model: Model) -> Model:
+    return replace(model, network=copy.deepcopy(model.network), coding=dict(model.coding), graph=None)
+
+
+def _told(part: Compressor) -> list[tuple[str, object]]:
+    return [("kind", part.kind), *((name, value) for name, value in part.model_dump(exclude_defaults=True).items() if name != "kind")]
