@@ -1,5 +1,5 @@
 """Training on a pretend accelerator, whose tensors must not be mixed with those of the CPU: fresh, and on from a checkpoint; and what tries
-steps out before. Run by `tests/test_accelerator.py` in processes of their own, since the pretence changes torch."""
+steps out before. Run by `tests/train/parallel/test_accelerator.py` in processes of their own, since the pretence changes torch."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from dlopt.models import Model, build_network
 from dlopt.part import Feature, Part, Signature, Statistics, Target
 from dlopt.train.job import Fit, Train
 from dlopt.train.start import DTYPES, read_statistics
-from tests.test_models import image, numbers, statistics
+from tests.models.test_models import image, numbers, statistics
 
 CARRIERS, ORIGINS = ("AA", "UA", "Ü"), ("", "EWR", "JFK", "LGA", "?")
 CATEGORIES = Feature(

@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dlopt.api.scoring import BATCH_ROWS, score
+from tests.serve.test_predict import FLIGHT_INPUTS, flights, made
 from tests.served import FLIGHTS, make_export
-from tests.test_predict import FLIGHT_INPUTS, flights, made
 
 PARTS = 10
 

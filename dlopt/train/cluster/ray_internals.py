@@ -9,7 +9,7 @@
 | limits                                          | `room.nodes`: what a cluster can grow to | refused is what needs it to grow    |
 | group_of                                        | `room.sweep`: a killed controller's room | it stays taken until the run's end  |
 
-tests/test_ray_internals.py names what has gone. Below, `dlopt.session` and `dlopt.data.feed.dealer` have three more.
+tests/train/parallel/test_ray_internals.py names what has gone. Below, `dlopt.session` and `dlopt.data.feed.dealer` have three more.
 """
 
 from __future__ import annotations
