@@ -6,8 +6,8 @@ that is not finite. Losses are those that are trained, without class weights and
 rows' standard deviation, else in nats.
 
 torchmetrics computes the same (tests/train/measure/test_metrics.py holds each of these against it and against scikit-learn), but is not
-imported here: its functional API divides in float32 and so is off by 1e-7, wants all rows at once where counts and sums of shares will do, counts
-classes in a matrix of classes x classes, takes 170 ms for the ROC AUC of 10,000 rows of 10 classes, and 1.2 s to be imported.
+imported here: its functional API divides in float32 and so is off by 1e-7, wants all rows at once where counts and sums of shares will do,
+counts classes in a matrix of classes x classes, takes 170 ms for the ROC AUC of 10,000 rows of 10 classes, and 1.2 s to be imported.
 """
 
 from __future__ import annotations
