@@ -29,17 +29,16 @@ BODY = "/body/"
 
 
 class Quantize(Tuned):
-    """Whole numbers of 8 or 4 bits for weights, and, with static and dynamic, for what is between the layers. With epochs, weights are
+    """Whole numbers of 8 or 4 bits for weights, and, with static, for what is between the layers. With epochs, weights are
     trained on while layers compute as they will (quantization-aware training)."""
 
     keeps = fills = True
 
     kind: Literal["quantize"] = "quantize"
-    mode: Literal["weights", "static", "dynamic"] = "weights"
+    mode: Literal["weights", "static"] = "weights"
     """weights: they alone, with a scale for each unit: no rows are needed, nothing between the layers is rounded, and matrices are
     multiplied as they are, fast where few rows come at a time. static: also what is between the layers, unsigned, its ranges from
-    training rows, for convolutions and large batches. dynamic: its ranges from each batch, of matrices alone: a row's answer then depends
-    on the rows beside it, if only by what is rounded, and is refused where that is more than export allows."""
+    training rows, for convolutions and large batches. Ranges from each batch are not offered: a row's answer would depend on the others."""
     bits: Literal[8, 4] = 8
     """Of weights; 4 with mode: weights alone."""
     rows: int = Field(512, ge=1)
@@ -76,7 +75,7 @@ class Quantize(Tuned):
     def _graph(self, model: Model) -> bytes:
         """The ONNX file, its own nodes quantized."""
         import onnx
-        from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_dynamic, quantize_static
+        from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
         plain = model.onnx()
@@ -85,21 +84,18 @@ class Quantize(Tuned):
             before.write_bytes(plain)
             quant_pre_process(str(before), str(ready), skip_optimization=True, skip_symbolic_shape=True)
             left = self._left(onnx.load(ready))
-            if self.mode == "dynamic":
-                quantize_dynamic(ready, after, op_types_to_quantize=["MatMul", "Gemm"], nodes_to_exclude=left, weight_type=QuantType.QInt8)
-            else:
-                quantize_static(
-                    ready,
-                    after,
-                    _reader(model, self.rows),
-                    quant_format=QuantFormat.QDQ,
-                    nodes_to_exclude=left,
-                    per_channel=self.per_channel,
-                    reduce_range=self.reduce_range,
-                    activation_type=QuantType.QUInt8,
-                    weight_type=QuantType.QInt8,
-                    calibrate_method=getattr(CalibrationMethod, METHODS[self.method]),
-                )
+            quantize_static(
+                ready,
+                after,
+                _reader(model, self.rows),
+                quant_format=QuantFormat.QDQ,
+                nodes_to_exclude=left,
+                per_channel=self.per_channel,
+                reduce_range=self.reduce_range,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                calibrate_method=getattr(CalibrationMethod, METHODS[self.method]),
+            )
             return after.read_bytes()
 
     def _left(self, graph: onnx.ModelProto) -> list[str]:
