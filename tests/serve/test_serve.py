@@ -357,7 +357,7 @@ def test_a_port_in_use_is_one_line_and_nothing_is_started(export: Artifact) -> N
 @everything_else
 def test_a_killed_replica_comes_back_under_load_and_no_client_gets_an_error(server: Server) -> None:
     before = server.replicas
-    replies: list[tuple[int, float]] = []
+    replies: list[tuple[int | str, float]] = []
     stop = threading.Event()
 
     def load() -> None:
@@ -366,8 +366,8 @@ def test_a_killed_replica_comes_back_under_load_and_no_client_gets_an_error(serv
             try:
                 reply = ask(server, "POST", PREDICT, json=BLACK)
                 replies.append((reply.status_code if "predictions" in reply.json() else -1, time.monotonic() - start))
-            except httpx.TransportError:
-                replies.append((0, time.monotonic() - start))
+            except httpx.TransportError as error:
+                replies.append((repr(error), time.monotonic() - start))
 
     threads = [threading.Thread(target=load) for _ in range(4)]
     for thread in threads:
@@ -383,9 +383,7 @@ def test_a_killed_replica_comes_back_under_load_and_no_client_gets_an_error(serv
         stop.set()
         for thread in threads:
             thread.join()
-    statuses = [status for status, _ in replies]
-    assert set(statuses) <= {200, 0} and statuses.count(0) <= len(threads)  # HAProxy's new start may close a connection, with nothing said
-    assert {*statuses[served:]} == {200}
+    assert [reply for reply in replies if reply[0] != 200] == []
     assert max(seconds for _, seconds in replies) < 5
 
 

@@ -240,9 +240,10 @@ class Connection(asyncio.Protocol):
         task.add_done_callback(self.state.tasks.discard)
 
     async def _answer(self, asked: Asked) -> None:
-        assert asked.call is not None
+        call, asked.call = asked.call, None  # it knows its body, and so the request: a circle would wait for garbage to be looked for
+        assert call is not None
         try:
-            answered = await self.app.answer(asked.call)
+            answered = await self.app.answer(call)
         except ClientGone:
             self._close()
             return
