@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -30,7 +31,7 @@ from dlopt.serve import Serve
 from dlopt.serve.models.lineup import Entry
 from dlopt.serve.servers import cluster, start
 from tests.conftest import missing, program
-from tests.served import IMAGE, Made, Server, alive, descendants, free_port, listening, make_export
+from tests.served import IMAGE, Made, Server, alive, certificate, descendants, free_port, listening, make_export
 
 KEY = "a-key-of-the-tests"
 PREDICT = "/v1/models/digits:predict"
@@ -413,16 +414,22 @@ def test_its_end_leaves_nothing_running_and_nothing_behind(server: Server) -> No
 
 
 @pytest.mark.slow
-def test_sigterm_under_load_drops_nothing(export: Artifact) -> None:
-    """/readyz says 503 while all goes on; from the end on nobody listens."""
-    starting = Server(export, Serve(drain_seconds=1.5).model_dump_json()).wait()
+def test_sigterm_under_load_drops_nothing_over_tls_either(export: Artifact, tmp_path: Path) -> None:
+    """/readyz says 503 while all goes on; from the end on nobody listens. HAProxy speaks TLS, and nothing else."""
+    files = certificate(tmp_path)
+    starting = Server(export, Serve(drain_seconds=1.5).model_dump_json(), tls=files).wait()
+    client = httpx.Client(trust_env=False, timeout=30, verify=ssl.create_default_context(cafile=files[0]))
+    with pytest.raises(httpx.ConnectError, match="certificate verify failed"):
+        CLIENT.get(starting.url + "/readyz")
+    with pytest.raises(httpx.TransportError):
+        CLIENT.get(starting.url.replace("https", "http") + "/readyz")
     replies: list[tuple[int, int]] = []
 
     def load() -> None:
         while True:
             try:
-                predicted = CLIENT.post(starting.url + PREDICT, json=BLACK).status_code
-                replies.append((predicted, CLIENT.get(starting.url + "/readyz").status_code))
+                predicted = client.post(starting.url + PREDICT, json=BLACK).status_code
+                replies.append((predicted, client.get(starting.url + "/readyz").status_code))
             except httpx.ConnectError:
                 return
             except httpx.TransportError:

@@ -100,7 +100,7 @@ def test_they_are_where_the_environment_wants_them(variables: dict[str, str], wa
 
 def test_a_mistake_is_one_line_and_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(EXPORTER, "zipkin")
-    with pytest.raises(DloptError, match="^OTEL_TRACES_EXPORTER: 'zipkin': give otlp, console or none$"):
+    with pytest.raises(DloptError, match=r"^OTEL_TRACES_EXPORTER: 'zipkin': give otlp, console or none$"):
         Traces.from_environment()
     monkeypatch.setenv(EXPORTER, "otlp")
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
