@@ -247,10 +247,10 @@ class Replica:
         guard = Guard(keys, path, section.rate, shared / "rates" if shared else None)
         drains, folder = (shared / DRAINING, shared / "board") if shared else (None, None)
         self.application = application_for(entries, section, guard, drains, board=board or folder, log=log)
-        settle()
 
     def __serve_build_asgi_app__(self) -> Application:
-        """Where Ray Serve gets the app from."""
+        """Where Ray Serve gets the app from, in the replica's process."""
+        settle()
         return self.application
 
 

@@ -34,17 +34,20 @@ class Traces:
             from opentelemetry.sdk.trace import TracerProvider
             from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter
 
+            spans: Any
             if wanted == "otlp":
-                from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as Exporter
+                from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+                spans = OTLPSpanExporter()
             elif wanted == "console":
-                Exporter = ConsoleSpanExporter
+                spans = ConsoleSpanExporter()
             else:
                 raise DloptError(f"{EXPORTER}: {wanted[:40]!r}: give otlp, console or none")
         except ImportError as error:
             raise DloptError(f"traces need other packages: pip install 'dlopt[traces]' ({error})") from None
         named = {} if os.environ.get("OTEL_SERVICE_NAME") else {"service.name": "dlopt"}
         provider = TracerProvider(resource=Resource.create(named))
-        provider.add_span_processor(BatchSpanProcessor(Exporter()))
+        provider.add_span_processor(BatchSpanProcessor(spans))
         return cls(provider)
 
     def note(self, call: Call, protocol: str, status: int, seconds: float, size: int) -> None:
