@@ -125,7 +125,9 @@ def _serve_here(entries: Entries, section: Serve, listening: Listening, folder: 
     say(f"starting {name} ...")
     with nothing_left(), ExitStack() as silence, ExitStack() as ray_here:
         with children_deaf_to_ctrl_c():
-            ray_here.enter_context(session.connected(None, cpus=cpus, object_store_memory=OBJECT_STORE_BYTES, log_to_driver=False))
+            ray_here.enter_context(
+                session.connected(None, cpus=cpus, idle=False, object_store_memory=OBJECT_STORE_BYTES, log_to_driver=False)
+            )
         stops.listen()  # ray.init takes SIGTERM for itself
         stops.pause(0)
         from ray import serve as ray_serve
