@@ -19,7 +19,8 @@ from dlopt.data.stats.describe import describe
 from dlopt.data.stats.summary import summarise
 from dlopt.serve import Serve
 from dlopt.serve.front.application import Application, application_for
-from dlopt.serve.models.lineup import Entry
+from dlopt.serve.models.board import Board
+from dlopt.serve.models.lineup import Entry, begun
 from dlopt.serve.watch.drift import FEWEST, Column, Drift, merged, psi
 from tests.conftest import program
 from tests.serve.test_client import listening

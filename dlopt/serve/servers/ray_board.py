@@ -23,7 +23,8 @@ class RayBoard(Board):
 
     def __init__(self, name: str, state: State) -> None:
         """name: of the application, of which a cluster has one."""
-        self.name, self.last, self.told = f"board of {name}", state, {}
+        self.name, self.last = f"board of {name}", state
+        self.told: Told = {}
 
     def read(self, seen: int) -> State | None:
         """The state, unless it is the one of this revision."""

@@ -231,12 +231,8 @@ def in_flight(directory: Path) -> float:
     """Requests in work in all replicas that count in a directory."""
     _forget_the_dead(directory)
     with suppress(FileNotFoundError, struct.error, ValueError):
-        return sum(
-            sample.value
-            for family in MultiProcessCollector(None, str(directory)).collect()
-            for sample in family.samples
-            if sample.name == "dlopt_in_flight"
-        )
+        samples = chain.from_iterable(one.samples for one in Collected(MultiProcessCollector(None, str(directory)).collect()).found)
+        return sum(sample.value for sample in samples if sample.name == "dlopt_in_flight")
     return 0.0
 
 
