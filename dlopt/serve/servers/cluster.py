@@ -91,7 +91,7 @@ for word; do [ "$previous" = -f ] && config=$word; previous=$word; done
 [ -f "$config" ] && sed -i -E \
   -e '/^ *(option abortonclose|errorfile 50.*)$/d' -e '/^defaults/r {errors}' \
   -e 's/bind +\*?:({stats}|{metrics})$/bind 127.0.0.1:\1/' \
-  -e '/^frontend http_frontend/,/bind/ s/^( *)bind .*$/\1bind {bind}\n\1timeout http-request {patience}ms\n\1{unwatched}/' "$config"
+  -e '/^frontend http_frontend/,/bind/ s|^( *)bind .*$|\1bind {bind}\n\1timeout http-request {patience}ms\n\1{unwatched}|' "$config"
 exec '{binary}' "$@"
 """
 
