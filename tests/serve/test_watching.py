@@ -239,6 +239,7 @@ class Far(Board):
 
 
 def test_what_several_hosts_have_counted_adds_up_and_never_falls(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Application, "_begin_to_watch", lambda app: None)  # each follows when it is told to
     entries = [Entry.of(make_export(home), "digits", Serve())]
     board = Far(begun(entries))
     apps = [application_for(entries, Serve(), board=board) for _ in range(3)]
