@@ -452,8 +452,7 @@ def test_no_worker_of_four_ever_holds_a_large_network_whole(
     found = [json.loads((tmp_path / f"mib-{rank}.json").read_text()) for rank in range(4)]
     record_property("MiB of 180 that each of 4 workers has", found)
     share = 180 / 4
-    assert max(one["held"] for one in found[1:]) < 1.3 * share
-    assert found[0]["held"] < 1.5 * share  # with what the library of matrices keeps of a look at the layers
+    assert max(one["held"] for one in found) < 1.3 * share
     assert max(one["stepped"] for one in found) < 2 * share + 4 * 15  # gradients too, and what fully_shard keeps of the last block of 15
     assert max(one["validated"] - one["stepped"] for one in found) < 2 * 15
 
