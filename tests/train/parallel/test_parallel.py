@@ -453,8 +453,9 @@ def test_no_worker_of_four_ever_holds_a_large_network_whole(
     record_property("MiB of 180 that each of 4 workers has", found)
     share = 180 / 4
     assert max(one["held"] for one in found) < 1.3 * share
-    assert max(one["stepped"] for one in found) < 2 * share + 4 * 15  # gradients too, and what fully_shard keeps of the last block of 15
-    assert max(one["validated"] - one["stepped"] for one in found) < 2 * 15
+    stepped, validated = (max(one[when] for one in found) for when in ("stepped", "validated"))
+    assert stepped < 2 * share + 4 * 15  # gradients too, and what fully_shard keeps of the last blocks of 15, on one worker or another
+    assert validated < stepped + 2 * 15
 
 
 def _resumed(rank: int, world: int, folder: Path, data: Path) -> None:
