@@ -18,7 +18,7 @@ from dlopt import remote
 from dlopt.artifact import Artifact, Stage
 from dlopt.data.feed.order import LANES
 from dlopt.data.prepared import Split
-from dlopt.models.own import Own, factory_of
+from dlopt.models.custom import Custom, factory_of
 from dlopt.optim.schedules import refuse_too_long
 from dlopt.part import DloptError, Target
 from dlopt.progress import WARNING, Progress, silent
@@ -120,7 +120,7 @@ def _work(section: Fit, store: Store) -> Work:
     """What each worker runs."""
     from dlopt.train.worker import train_worker
 
-    factory = factory_of(section.model) if isinstance(section.model, Own) else None
+    factory = factory_of(section.model) if isinstance(section.model, Custom) else None
 
     def work(config: dict[str, Any]) -> dict[str, Any] | None:
         from dlopt.train.watch.mistakes import mistake_of

@@ -16,7 +16,7 @@ from torch import Tensor
 from dlopt.artifact import Artifact
 from dlopt.data.counter import bits
 from dlopt.data.feed.batches import Feed, Resident, Stream, ahead
-from dlopt.data.feed.share import Share
+from dlopt.data.feed.sampler import Sampler
 from dlopt.data.prepared import Split
 from dlopt.models import Network
 from dlopt.optim.optimizers import Lbfgs
@@ -78,8 +78,8 @@ class Training:
     def __post_init__(self) -> None:
         train = self.fit.train
         self.split, self.validation = (Split.open(self.data, name) for name in ("train", "validation"))
-        self.share = self._share()
-        self.sizes = self.share.sizes()
+        self.sampler = self._sampler()
+        self.sizes = self.sampler.sizes()
         self.course = course_of(self.fit, len(self.split))
         self.profile, self.pace = self._profile(), Pace(self.device)
         self.taken_apart: list[Taken] = []
@@ -151,7 +151,7 @@ class Training:
     def steps(self, epoch: int) -> Iterator[tuple[Step, int]]:
         """Every step of an epoch from where it stands, and how many rows it has over all workers; what follows a step is done when the
         next one is asked for."""
-        train, record, order = self.fit.train, self.state.record, self.share.order
+        train, record, order = self.fit.train, self.state.record, self.sampler.order
         schedule, course, history, before, start = train.schedule, self.course, tuple(record.history), record.step, record.batch
         slower, begun = train.divergence.factor**record.rollbacks, (epoch - 1) * order.batches + start
         seeds = bits(np.arange(before, before + order.batches), self.fit.seed, self.rank, PURPOSE) >> np.uint64(1)
@@ -184,7 +184,7 @@ class Training:
                 self.observer.step(step, rows, epoch, self.sure)
             self._between_steps()
         self.observer.settle(epoch, self.sure)
-        means = self.observer.epoch(epoch, self.share.order.rows)
+        means = self.observer.epoch(epoch, self.sampler.order.rows)
         with self.measured():
             self._refuse_not_finite()
             found = self._validated() if len(self.validation) else None
@@ -210,7 +210,7 @@ class Training:
         self.due = False
         if self.agreement.due(record.step):
             due, stop = self._agreed(due)
-        if (due and record.batch < self.share.order.batches) or stop:  # after the last batch of an epoch comes a checkpoint anyway
+        if (due and record.batch < self.sampler.order.batches) or stop:  # after the last batch of an epoch comes a checkpoint anyway
             self.observer.settle(record.epoch + 1, self.sure)
             self._refuse_not_finite()
             self.save(needed=stop is not None)
@@ -250,8 +250,8 @@ class Training:
 
     def _seen(self) -> Iterator[dict[str, Tensor]]:
         """Inputs as batch normalization sees them in training: in micro batches."""
-        rows = self.fit.train.micro_batch_size or self.share.order.batch_size
-        for batch in first_batches(self.split, self.share.order.batch_size, REESTIMATED, self.device):
+        rows = self.fit.train.micro_batch_size or self.sampler.order.batch_size
+        for batch in first_batches(self.split, self.sampler.order.batch_size, REESTIMATED, self.device):
             yield from (part.inputs for part in split(batch, rows, -(-batch.total // rows)))
 
     def _unwatched(self) -> AbstractContextManager[None]:
@@ -332,11 +332,11 @@ class Training:
     @property
     def _done(self) -> float:
         """The share of all steps that are taken, the one under way included."""
-        return (self.state.record.epoch + (self.state.record.batch + 1) / self.share.order.batches) / self.fit.train.epochs
+        return (self.state.record.epoch + (self.state.record.batch + 1) / self.sampler.order.batches) / self.fit.train.epochs
 
-    def _share(self) -> Share:
+    def _sampler(self) -> Sampler:
         train = self.fit.train
-        return Share.of(
+        return Sampler.of(
             self.split,
             self.fit.seed,
             train.rows_of_batch(len(self.split)),
@@ -350,7 +350,7 @@ class Training:
     def _profile(self) -> Unprofiled:
         if not self.resources.profile:
             return Unprofiled()
-        steps = self.share.order.batches * self.fit.train.epochs - self.state.record.step
+        steps = self.sampler.order.batches * self.fit.train.epochs - self.state.record.step
         found = Profile(self.out, self.network, self.rank, self.world, self.device, steps)
         self.state.optimizer.step = found.timed("optimizer", self.state.optimizer.step)  # type: ignore[method-assign, assignment]
         return found
@@ -360,7 +360,7 @@ class Training:
         if self.feed is None:
             stream = self.feed_kind == "stream"
             last, start = self.fit.train.epochs, self.state.record.batch
-            self.feed = Stream(self.share, epoch, last, self.device, start) if stream else Resident(self.share, self.device)
+            self.feed = Stream(self.sampler, epoch, last, self.device, start) if stream else Resident(self.sampler, self.device)
         return self.feed
 
 

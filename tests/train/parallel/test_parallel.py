@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dlopt.artifact import Artifact
 from dlopt.models import Cnn, Mlp, TextTransformer
-from dlopt.models.own import own
+from dlopt.models.custom import custom
 from dlopt.optim.averages import Ema
 from dlopt.optim.constraints import ClipAdaptive, ClipNorm, ClipValue, MaxNorm
 from dlopt.optim.groups import Group, Parameters
@@ -103,7 +103,7 @@ WIDE = {
 def section(name: str, **train: Any) -> Fit:
     model, _, settings = (CASES | WIDE)[name]
     given = {"epochs": 2, "batch_size": 30, "log_every": 1, "precision": "float64", "health": Health(every=3)} | settings | train
-    return Fit(seed=5, model=model or own(Odd), augment=(), train=Train(**given))
+    return Fit(seed=5, model=model or custom(Odd), augment=(), train=Train(**given))
 
 
 @pytest.fixture(scope="module")
