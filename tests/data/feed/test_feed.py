@@ -122,7 +122,7 @@ def sampler(
     window: int = 23,
     sampling: Literal["shuffle", "balanced"] = "shuffle",
 ) -> Sampler:
-    """A share whose order has several windows, as a large set's has."""
+    """A sampler whose order has several windows, as a large set's has."""
     found = Sampler.of(Split.open(data, "train"), 7, batch_size, rank, world, parts, sampling, STATISTICS)
     return replace(found, order=replace(found.order, window=window))
 
@@ -373,9 +373,7 @@ def test_uneven_ends_lose_no_row_and_count_none_twice(seed: int, tmp_path: Path)
         order = samplers[0].order
         start = int(random.integers(0, order.batches + 1))
         dealer = Here(ReadPlan(samplers[0], 3, 4, start, read_bytes=int(random.integers(1, 10**6))))
-        feeds = zip(
-            [Stream(found, 3, 4, CPU, start, dealer) for found in samplers], [Resident(found, CPU) for found in samplers], strict=True
-        )
+        feeds = [(Stream(found, 3, 4, CPU, start, dealer), Resident(found, CPU)) for found in samplers]
         epochs = [[same_batches(stream, resident, epoch, first) for epoch, first in ((3, start), (4, 0))] for stream, resident in feeds]
         for number, (epoch, first) in enumerate(((3, start), (4, 0))):
             wanted = row_of(np.concatenate([order.picks(epoch, window) for window in range(order.windows)]))

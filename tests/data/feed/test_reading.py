@@ -59,7 +59,7 @@ def made(home: Path, files: int) -> Artifact:
 
 
 def recorded(sampler: Sampler, log: Path) -> Sampler:
-    """The share, whose readers write a line for each read: the process, its memory, and which chunks."""
+    """The sampler, whose readers write a line for each read: the process, its memory, and which chunks."""
 
     class Recording(Split):  # here, so that it travels to the readers whole
         def read(self, chunks: Any = None) -> Any:
