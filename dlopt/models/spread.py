@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dlopt.models.layers import ACTIVATIONS
+from dlopt.models.layers import ACTIVATIONS, buffers_kept
 
 SATURATED: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
     nn.Sigmoid: lambda values: (values - 0.5).abs() > 0.49,
@@ -59,7 +59,7 @@ def weighted(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(layer, nn.MultiheadAttention):
             inside.update(layer.children())
             yield name, layer
-        elif layer not in inside and not any(True for _ in layer.children()) and _weights(layer):
+        elif layer not in inside and not any(True for _ in layer.children()) and weights_of(layer):
             yield name, layer
 
 
@@ -69,11 +69,10 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
     their own rows, of this process alone. Afterwards modes, buffers and the state of the random numbers are what they were.
     """
     modes = [(layer, layer.training) for layer in network.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
     hooks = [layer.register_forward_pre_hook(_by_these_rows) for layer in network.modules() if _runs(layer)]
     gpus = {parameter.get_device() for parameter in network.parameters() if parameter.is_cuda}
     try:
-        with torch.random.fork_rng(devices=sorted(gpus)):
+        with torch.random.fork_rng(devices=sorted(gpus)), buffers_kept(network):
             network.eval()
             yield
     finally:
@@ -81,9 +80,6 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
             hook.remove()
         for layer, mode in modes:
             layer.training = mode
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
 
 
 def _runs(layer: nn.Module) -> bool:
@@ -129,7 +125,7 @@ def _activation_hook(seen: dict[str, Seen]) -> Callable[[nn.Module, Any, Any], N
 
 
 def _described(seen: Seen) -> dict[str, Any]:
-    weights = torch.cat([weight.detach().flatten() for weight in _weights(seen.layer)]).double()
+    weights = torch.cat([weight.detach().flatten() for weight in weights_of(seen.layer)]).double()
     outputs = seen.outputs.double()
     after = outputs if seen.activations is None else seen.activations.double()
     saturated = SATURATED.get(type(seen.activation))  # type: ignore[arg-type]  # of no activation: no such key
@@ -143,7 +139,7 @@ def _described(seen: Seen) -> dict[str, Any]:
     }
 
 
-def _weights(layer: nn.Module) -> list[Tensor]:
+def weights_of(layer: nn.Module) -> list[nn.Parameter]:
     """What counts as weights: not biases. Of attention, those of the layer that joins the heads too."""
     if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding | nn.EmbeddingBag):
         return [layer.weight]
@@ -159,7 +155,7 @@ def _kind(layer: nn.Module) -> str:
         return f"{kind} {layer.in_channels}->{layer.out_channels} {'x'.join(map(str, layer.kernel_size))}"
     if isinstance(layer, nn.MultiheadAttention):
         return f"{kind} {layer.embed_dim}, {layer.num_heads} heads"
-    return f"{kind} {', '.join('x'.join(map(str, weight.shape)) for weight in _weights(layer))}"
+    return f"{kind} {', '.join('x'.join(map(str, weight.shape)) for weight in weights_of(layer))}"
 
 
 def _moments(values: Tensor) -> dict[str, float | None]:

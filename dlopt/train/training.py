@@ -89,7 +89,7 @@ class Training:
             objective = self.tuning.teacher.teach(objective, self.split.signature.target, self.device)
         self.held = self._hold()
         stepped = self.state.optimizer, self.parallel, self.fit.seed
-        self.pipeline = Pipeline(train, objective, *stepped, self.profile, self.pace.timed, self._after_step if self.held else None)
+        self.pipeline = Pipeline(train, objective, *stepped, self.profile, self.pace.timed, self._hold_on if self.held else None)
         self.scale = self.pipeline.scale
         self.observer = Observer(train, self.state, self.world, self.scale, self.diary)
         self.agreement = Agreement(self.rank, self.world, self.device, self.state.record.step)
@@ -124,7 +124,8 @@ class Training:
             else:
                 if self.world > 1:
                     refuse_drift(self.parallel.alike())
-                if self._worth_saving():
+                record, epochs = self.state.record, self.fit.train.epochs
+                if record.epoch % (self.resources.checkpoint.every.epochs or 1) == 0 or record.epoch == epochs or record.stopped:
                     self.save(needed=not self.parallel.in_step)
         self.profile.close()
 
@@ -227,11 +228,6 @@ class Training:
             self.diary.log.flush()  # about twice a second: who follows it sees training as it is
         return due or told.checkpoint, told.stop
 
-    def _worth_saving(self) -> bool:
-        """Whether a checkpoint is due at the end of this epoch."""
-        record, epochs = self.state.record, self.resources.checkpoint.every.epochs or 1
-        return record.epoch % epochs == 0 or record.epoch == self.fit.train.epochs or record.stopped
-
     def _refuse_not_finite(self) -> None:
         if not self.state.finite():
             raise Diverged("weights are no longer finite")
@@ -325,14 +321,11 @@ class Training:
         """What weights are held to, of them as they are now."""
         return self.tuning.hold.begin(self.network) if self.tuning.hold else None
 
-    def _after_step(self) -> None:
+    def _hold_on(self) -> None:
+        """After a step, which the record does not count yet."""
+        record = self.state.record
         if self.held:
-            self.held.after(self._done)
-
-    @property
-    def _done(self) -> float:
-        """The share of all steps that are taken, the one under way included."""
-        return (self.state.record.epoch + (self.state.record.batch + 1) / self.sampler.order.batches) / self.fit.train.epochs
+            self.held.after((record.epoch + (record.batch + 1) / self.sampler.order.batches) / self.fit.train.epochs)
 
     def _sampler(self) -> Sampler:
         train = self.fit.train

@@ -16,6 +16,7 @@ from dlopt.part import DloptError
 from dlopt.train.checkpoint.packing import pack, unpack
 from dlopt.train.loop.gradients import Gradient
 from dlopt.train.loop.objectives import Losses, Objective
+from dlopt.train.parallel.agreement import agreed
 from dlopt.train.parallel.base import Groups, Parallel
 from dlopt.train.parallel.exchange import broadcast, collected
 
@@ -107,9 +108,7 @@ class FSDP(Parallel):
         return self.held.of[parameter]
 
     def all(self, here: bool) -> bool:
-        found = torch.tensor(int(here), device=self.device)
-        dist.all_reduce(found, dist.ReduceOp.MIN)
-        return bool(found)
+        return agreed(here, self.world, self.device)
 
     def alike(self) -> dict[str, Tensor]:
         return {name: value for name, value in self.held.state_dict().items() if name not in self.held.shards}
@@ -185,8 +184,8 @@ class ShardedNetwork(nn.Module):
         """From the network's parameters, to those of penalties that are here already."""
         for parameter, share in self.of.items():
             if parameter.grad is not None:
-                found = parameter.grad.to_local()  # type: ignore[attr-defined]
-                share.grad = found if share.grad is None else share.grad + found
+                gradient = parameter.grad.to_local()  # type: ignore[attr-defined]
+                share.grad = gradient if share.grad is None else share.grad + gradient
                 parameter.grad = None
 
 

@@ -7,13 +7,14 @@ are the same on all workers, so that all decide alike.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dlopt.models.spread import weighted, weights_of
 from dlopt.train.watch.findings import Reported, symptoms
 from dlopt.train.watch.layers import Finding, Health, Layer, Look
 from dlopt.train.watch.spikes import Spikes
@@ -40,7 +41,8 @@ class Watch:
         """Where weights are shared out over workers, share: gives this worker's share of a parameter; norms: makes norms of whole tensors
         of those of shares, on all workers at once."""
         self.network, self.health, self.norms = network, health, norms
-        whole = {name: _weights(layer) for name, layer in _weighted(network)}
+        learned = {name: [weight for weight in weights_of(layer) if weight.requires_grad] for name, layer in weighted(network)}
+        whole = {name: weights for name, weights in learned.items() if weights}
         self.layers = {name: [share(weight) for weight in weights] for name, weights in whole.items()}
         self.sizes = {name: sum(weight.numel() for weight in weights) for name, weights in whole.items()}
         self.called: list[str] = []
@@ -88,7 +90,9 @@ class Watch:
             self.there = [weight.grad is not None for weights in self.layers.values() for weight in weights]
             gradients = [weight.grad for weights in self.layers.values() for weight in weights if weight.grad is not None]
             dead = self.units.dead()
-            lengths = self.norms(torch.stack([*before, *torch._foreach_norm(self.before), *_norms(gradients)]))
+            lengths = self.norms(
+                torch.stack([*before, *torch._foreach_norm(self.before), *(torch._foreach_norm(gradients) if gradients else ())])
+            )
             found = torch.cat([lengths, *(one[None].to(lengths) for one in dead.values())])
         self.before, self.dead = [], list(dead)
         return found
@@ -224,23 +228,3 @@ STILL: dict[type[nn.Module], tuple[Callable[[Tensor, tuple[int, ...]], Tensor], 
     nn.Hardtanh: (_stuck(-1, 1), True),
 }
 """Activations whose units can give nothing for all rows, how that is told, and whether it is called saturated."""
-
-
-def _weighted(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Names and layers that have weights to learn: those without layers inside, and attention as a whole."""
-    inside: set[nn.Module] = set()
-    for name, layer in network.named_modules():
-        if isinstance(layer, nn.MultiheadAttention):
-            inside.update(layer.children())
-        elif layer in inside or any(True for _ in layer.children()):
-            continue
-        if _weights(layer):
-            yield name, layer
-
-
-def _weights(layer: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in layer.parameters() if parameter.dim() > 1 and parameter.requires_grad]
-
-
-def _norms(tensors: list[Tensor]) -> Sequence[Tensor]:
-    return torch._foreach_norm(tensors) if tensors else []
