@@ -150,6 +150,28 @@ def test_the_best_weights_stay_as_they_were_while_training_goes_on() -> None:
     assert any(not torch.equal(value, best[key]) for key, value in weights(state).items())
 
 
+def test_a_checkpoint_costs_what_weights_and_optimizer_take_and_less_where_the_weights_are_the_best() -> None:
+    """In bytes of memory that training does not hold anyway, as a multiple of the weights'; numbers that count steps beside."""
+    state = fresh(Adam())
+    advance(state, 2)
+    state.keep_best()
+    size = sum(value.nbytes for value in state.best.values())
+
+    def cost() -> float:
+        held = {value.untyped_storage().data_ptr() for value in (*state.best.values(), *state.model.state_dict().values())}
+        tensors = [value for part in state.packed().tensors.values() for value in part.values() if value.dim()]
+        storages = {one.data_ptr(): one.nbytes() for one in (value.untyped_storage() for value in tensors)}
+        return sum(nbytes for address, nbytes in storages.items() if address not in held) / size
+
+    assert cost() == pytest.approx(2)
+    before = state.packed()
+    assert_equal(before.tensors["model"], before.tensors["best"])
+    advance(state, 1)
+    assert cost() == pytest.approx(3)
+    assert_equal(state.packed().tensors["model"], weights(state))
+    assert_equal(before.tensors["model"], state.best)
+
+
 def test_a_checkpoint_is_of_the_step_at_which_it_was_asked_for_whatever_comes_while_it_is_written(tmp_path: Path) -> None:
     started, go = threading.Event(), threading.Event()
 
