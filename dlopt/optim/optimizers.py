@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import torch
 from pydantic import Field, field_validator, model_validator
 
-from dlopt.optim.optimizers_fields import Above0, From0, Groups, Rate, Share, Unit, as_groups, divided, one_rate
+from dlopt.optim.optimizers_fields import Above0, Below1, From0, Groups, Rate, Unit, as_groups, divided, one_rate
 from dlopt.optim.optimizers_library import Library, Lion
 from dlopt.optim.optimizers_muon import FullLbfgs, HiddenMuon, Together
 from dlopt.part import Part
@@ -24,7 +24,7 @@ class Sgd(Part):
     unit: ClassVar[Unit] = "number"
     lr: Rate = 0.1
     """Peak learning rate."""
-    momentum: Share = 0.0
+    momentum: Below1 = 0.0
     """Share of the last step that goes on in this one; 0 is plain descent."""
     nesterov: bool = False
     """Look ahead along the momentum."""
@@ -71,7 +71,7 @@ class Adadelta(Part):
     unit: ClassVar[Unit] = "number"
     lr: Rate = 1.0
     """Peak learning rate; the paper has none, which is 1."""
-    rho: Share = 0.9
+    rho: Below1 = 0.9
     """Decay of the averages of squared gradients and of squared steps."""
     eps: Above0 = 1e-6
     """Added under both roots; its root is about the size of the first steps."""
@@ -89,13 +89,13 @@ class RmsProp(Part):
     unit: ClassVar[Unit] = "number"
     lr: Rate = 1e-2
     """Peak learning rate."""
-    alpha: Share = 0.99
+    alpha: Below1 = 0.99
     """Decay of the average of the squared gradient."""
     eps: Above0 = 1e-8
     """Added to the root of that average, so that nothing is divided by 0."""
     weight_decay: From0 = 0.0
     """Added to the gradient, times the weight."""
-    momentum: Share = 0.0
+    momentum: Below1 = 0.0
     """Share of the last step that goes on in this one."""
     centered: bool = False
     """Divide by the standard deviation of the gradient instead of its root mean square."""
@@ -160,7 +160,7 @@ class Adam(Part):
     unit: ClassVar[Unit] = "number"
     lr: Rate = 1e-3
     """Peak learning rate."""
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Below1, Below1] = (0.9, 0.999)
     """Decay of the averages of the gradient and of its square."""
     eps: Above0 = 1e-8
     """Added to the root of the averaged square, so that nothing is divided by 0."""
@@ -180,7 +180,7 @@ class AdamW(Part):
     unit: ClassVar[Unit] = "number"
     lr: Rate = 1e-3
     """Peak learning rate."""
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Below1, Below1] = (0.9, 0.999)
     """Decay of the averages of the gradient and of its square."""
     eps: Above0 = 1e-8
     """Added to the root of the averaged square, so that nothing is divided by 0."""
@@ -200,7 +200,7 @@ class Adamax(Part):
     unit: ClassVar[Unit] = "number"
     lr: Rate = 2e-3
     """Peak learning rate."""
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Below1, Below1] = (0.9, 0.999)
     """Decay of the average of the gradient and of its largest size."""
     eps: Above0 = 1e-8
     """Added to the size of a gradient, so that nothing is divided by 0."""
@@ -218,7 +218,7 @@ class NAdam(Part):
     unit: ClassVar[Unit] = "number"
     lr: Rate = 2e-3
     """Peak learning rate."""
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Below1, Below1] = (0.9, 0.999)
     """Decay of the averages of the gradient and of its square."""
     eps: Above0 = 1e-8
     """Added to the root of the averaged square, so that nothing is divided by 0."""
@@ -240,7 +240,7 @@ class RAdam(Part):
     unit: ClassVar[Unit] = "number"
     lr: Rate = 1e-3
     """Peak learning rate."""
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Below1, Below1] = (0.9, 0.999)
     """Decay of the averages of the gradient and of its square."""
     eps: Above0 = 1e-8
     """Added to the root of the averaged square, so that nothing is divided by 0."""
@@ -320,7 +320,7 @@ class Muon(Part):
     unit: ClassVar[Unit] = "parameter"
     lr: Rate = 0.02
     """Peak learning rate of the matrices."""
-    momentum: Share = 0.95
+    momentum: Below1 = 0.95
     """Decay of the average of the gradient."""
     nesterov: bool = True
     """Look ahead along the momentum."""

@@ -15,7 +15,7 @@ from dlopt.part import DloptError
 
 Above0 = Annotated[float, Field(gt=0)]
 From0 = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
+Below1 = Annotated[float, Field(ge=0, lt=1)]
 """How much of an average goes on in the next one."""
 Rate = Above0 | Literal["auto"]
 """A peak learning rate, or `auto`: then a range test proposes it before training, and a part with that number is built."""

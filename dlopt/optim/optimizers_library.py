@@ -10,10 +10,10 @@ from pydantic import Field, model_validator
 
 from dlopt.optim.optimizers_fields import (
     Above0,
+    Below1,
     From0,
     Groups,
     Rate,
-    Share,
     Unit,
     as_groups,
     by_dimensions,
@@ -39,7 +39,7 @@ class Lars(Part):
     unit: ClassVar[Unit] = "parameter"
     lr: Rate = 1.0
     """Peak learning rate."""
-    momentum: Share = 0.9
+    momentum: Below1 = 0.9
     """Share of the last step that goes on in this one."""
     nesterov: bool = False
     """Look ahead along the momentum."""
@@ -64,7 +64,7 @@ class Lamb(Part):
     unit: ClassVar[Unit] = "parameter"
     lr: Rate = 1e-3
     """Peak learning rate: about the share of a matrix that a step changes."""
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Below1, Below1] = (0.9, 0.999)
     """Decay of the averages of the gradient and of its square."""
     eps: Above0 = 1e-6
     """Added to the root of the averaged square, so that nothing is divided by 0."""
@@ -86,7 +86,7 @@ class Lion(Part):
     unit: ClassVar[Unit] = "number"
     lr: Rate = 1e-4
     """Peak learning rate: the size of every weight's step."""
-    betas: tuple[Share, Share] = (0.9, 0.99)
+    betas: tuple[Below1, Below1] = (0.9, 0.99)
     """Share of the average in the step's sign, and decay of the average."""
     weight_decay: From0 = 0.0
     """Share of each weight, times the rate, that a step takes away."""
@@ -103,9 +103,9 @@ class Soap(Part):
     unit: ClassVar[Unit] = "parameter"
     lr: Rate = 3e-3
     """Peak learning rate."""
-    betas: tuple[Share, Share] = (0.95, 0.95)
+    betas: tuple[Below1, Below1] = (0.95, 0.95)
     """Decay of the averages of the gradient and of its square."""
-    shampoo_beta: Share | None = None
+    shampoo_beta: Below1 | None = None
     """Decay of the average of gradients' products; null is the second of `betas`."""
     eps: Above0 = 1e-8
     """Added to the root of the averaged square, so that nothing is divided by 0."""
@@ -131,7 +131,7 @@ class Shampoo(Part):
     unit: ClassVar[Unit] = "parameter"
     lr: Rate = 0.03
     """Peak learning rate."""
-    momentum: Share = 0.0
+    momentum: Below1 = 0.0
     """Share of the last step that goes into the gradient of this one."""
     weight_decay: From0 = 0.0
     """Added to the gradient, times the weight."""
@@ -172,7 +172,7 @@ class Sophia(Part):
     unit: ClassVar[Unit] = "parameter"
     lr: Rate = 0.06
     """Peak learning rate."""
-    betas: tuple[Share, Share] = (0.96, 0.99)
+    betas: tuple[Below1, Below1] = (0.96, 0.99)
     """Decay of the averages of the gradient and of the curvature."""
     rho: Above0 = 0.01
     """Largest part of a step, before the rate."""
@@ -201,9 +201,9 @@ class Prodigy(Part):
     unit: ClassVar[Unit] = "all"
     lr: Rate = 1.0
     """Factor on the rate that is found."""
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Below1, Below1] = (0.9, 0.999)
     """Decay of the averages of the gradient and of its square."""
-    beta3: Share | None = None
+    beta3: Below1 | None = None
     """Decay of the averages that the rate is found from; null is the root of the second of `betas`."""
     eps: Above0 = 1e-8
     """Added to the root of the averaged square, so that nothing is divided by 0."""
@@ -235,7 +235,7 @@ class AdEmaMix(Part):
     unit: ClassVar[Unit] = "number"
     lr: Rate = 1e-3
     """Peak learning rate."""
-    betas: tuple[Share, Share, Share] = (0.9, 0.999, 0.9999)
+    betas: tuple[Below1, Below1, Below1] = (0.9, 0.999, 0.9999)
     """Decay of the fast average of the gradient, of its square, and of the slow average."""
     alpha: From0 = 5.0
     """Weight of the slow average in a step."""
@@ -293,7 +293,7 @@ class ScheduleFreeAdamW(Part):
     unit: ClassVar[Unit] = "number"
     lr: Rate = 2.5e-3
     """Learning rate."""
-    betas: tuple[Within, Share] = (0.9, 0.999)
+    betas: tuple[Within, Below1] = (0.9, 0.999)
     """How near to the average gradients are taken, and decay of the average of their squares."""
     eps: Above0 = 1e-8
     """Added to the root of the averaged square, so that nothing is divided by 0."""

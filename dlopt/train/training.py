@@ -42,7 +42,7 @@ from dlopt.train.parallel.drift import refuse_drift
 from dlopt.train.parallel.local_sgd import LocalSGDParallel
 from dlopt.train.start import first_batches, objective_of, read_statistics
 from dlopt.train.tuning import Held, Tuning
-from dlopt.train.watch.observer import Diary, Diverged, NotFinite, Observer, Taken
+from dlopt.train.watch.observer import Diary, Diverged, LocalStep, NotFinite, Observer
 from dlopt.train.watch.profile import Profile, Unprofiled
 from dlopt.train.watch.speed import Pace
 from dlopt.train.watch.watchdog import Watchdog
@@ -82,7 +82,7 @@ class Training:
         self.sizes = self.sampler.sizes()
         self.course = course_of(self.fit, len(self.split))
         self.profile, self.pace = self._profile(), Pace(self.device)
-        self.taken_apart: list[Taken] = []
+        self.local_steps: list[LocalStep] = []
         self.due = False
         objective = objective_of(self.fit, self.data, self.network, self.device, self.parallel.copies)
         if self.tuning.teacher:
@@ -180,7 +180,7 @@ class Training:
         began, epoch = time.monotonic(), record.epoch + 1
         for step, rows in self.steps(epoch):
             if isinstance(self.parallel, LocalSGDParallel):
-                self._apart(self.parallel, step, rows, epoch)
+                self._local_step(self.parallel, step, rows, epoch)
             else:
                 self.observer.step(step, rows, epoch, self.sure)
             self._between_steps()
@@ -205,7 +205,7 @@ class Training:
         """Save if it is time to, and end if it is asked for."""
         record, every = self.state.record, self.resources.checkpoint.every
         due, stop = (every.steps is not None and record.step % every.steps == 0) or self.due, None
-        if self.taken_apart:  # between two synchronisations
+        if self.local_steps:  # between two synchronisations
             self.due = due
             return
         self.due = False
@@ -254,22 +254,22 @@ class Training:
         """Within it, training may take its time."""
         return self.watchdog.paused() if self.watchdog else nullcontext()
 
-    def _apart(self, replicas: LocalSGDParallel, step: Step, rows: int, epoch: int) -> None:
+    def _local_step(self, replicas: LocalSGDParallel, step: Step, rows: int, epoch: int) -> None:
         """After a replica's step. Each looks at its own; what workers must know of each other's steps they tell when they synchronise."""
         record = self.state.record
         mine, _ = self.sizes[record.batch - 1]
-        self.taken_apart.append(self.observer.alone(step, mine, rows, epoch))
+        self.local_steps.append(self.observer.local_step(step, mine, rows, epoch))
         if replicas.due(record.batch, len(self.sizes)):
-            taken, self.taken_apart = self.taken_apart, []
+            taken, self.local_steps = self.local_steps, []
             with self.profile.within("all-reduce"):
                 replicas.synchronise(self.state.optimizer, sum(one.mine for one in taken) / sum(one.rows for one in taken))
             self._after_synchronisation(taken)
-            self.observer.together(taken, epoch)
+            self.observer.synchronised(taken, epoch)
 
-    def _after_synchronisation(self, taken: list[Taken]) -> None:
+    def _after_synchronisation(self, taken: list[LocalStep]) -> None:
         """Averages take the weights that there are now for those of all steps since the last time."""
         if self.fit.train.max_norm:
-            self.fit.train.max_norm.apply(self.parallel.held)
+            self.fit.train.max_norm.apply(self.parallel.local)
         for one in taken if self.state.average else []:
             assert self.state.average
             self.state.average.update(one.step)
@@ -309,7 +309,7 @@ class Training:
         found.load(self.state)
         if self.held:
             self.held.release()
-        self.feed, self.taken_apart, self.due, self.held = None, [], False, self._hold()
+        self.feed, self.local_steps, self.due, self.held = None, [], False, self._hold()
         if self.diary:
             self.diary.undo(self.state.record.epoch, self.state.record.step)
 

@@ -215,7 +215,7 @@ class Worker:
         why = self._compiled(network, data, lambda: watch is not None and bool(watch.hooks))
         parallel = self._parallel(network)
         optimizer = optimizer_of(fit, network, record.peak, parallel)
-        average = fit.train.average.build(parallel.held, course_of(fit, len(split))) if fit.train.average else None
+        average = fit.train.average.build(parallel.local, course_of(fit, len(split))) if fit.train.average else None
         watch = Watch(network, fit.train.health, parallel.share, parallel.norms)
         state = TrainingState(network, optimizer, {}, record, average, watch, parallel)
         if found:

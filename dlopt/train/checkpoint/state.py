@@ -100,7 +100,7 @@ class TrainingState:
     def __post_init__(self, on: Parallel | None) -> None:
         self.parallel = parallel = on or Parallel(self.model)
         self.parts: dict[str, Stateful] = {
-            "model": By(lambda: parallel.held.state_dict(), parallel.load),
+            "model": By(lambda: parallel.local.state_dict(), parallel.load),
             "best": By(lambda: self.best, self._take_best),
             "optimizer": By(lambda: optimizer_state(self.optimizer), lambda state: restore_optimizer(self.optimizer, state)),
             "exchange": By(lambda: parallel.memory(self.optimizer), lambda state: parallel.recall(state, self.optimizer)),
@@ -121,12 +121,12 @@ class TrainingState:
     def keep_best(self) -> None:
         """Take the weights as they are now for the best ones."""
         if self.parallel.writes:
-            self.best = {name: value.detach().to("cpu", copy=True) for name, value in self.parallel.held.state_dict().items()}
+            self.best = {name: value.detach().to("cpu", copy=True) for name, value in self.parallel.local.state_dict().items()}
         self.best_of = self._versions()
 
     def finite(self) -> bool:
         """Whether every weight is. All workers ask at once."""
-        held = self.parallel.held.state_dict().values()
+        held = self.parallel.local.state_dict().values()
         return self.parallel.all(all(bool(value.isfinite().all()) for value in held if value.is_floating_point()))
 
     def packed(self) -> Packed:
@@ -157,4 +157,4 @@ class TrainingState:
 
     def _versions(self) -> list[int]:
         """The step, and how often each weight and buffer has been written to: alike as long as none of them changes."""
-        return [self.record.step, *(value._version for value in self.parallel.held.state_dict().values())]
+        return [self.record.step, *(value._version for value in self.parallel.local.state_dict().values())]

@@ -70,7 +70,7 @@ class Pipeline:
         given = parallel.batches(iter(batches)), self.forward, self.gradient, factor, train.clip, train.centralize_gradients, self.scale
         for step in steps(self.model, self.optimizer, *given, parallel.norm, self.seed, before, sure):
             if step.taken and train.max_norm:
-                train.max_norm.apply(parallel.held)
+                train.max_norm.apply(parallel.local)
             if step.taken and self.held:
                 self.held()
             yield step
