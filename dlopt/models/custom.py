@@ -107,8 +107,8 @@ def _step_of(network: nn.Module, inputs: dict[str, Tensor], low: int, high: int)
     some = {name: values[low:high] for name, values in inputs.items()}
     with noise.step(0, 0):
         noise.part(low, high - low, next(iter(some.values())).device)
-        found: Tensor = network(some)
-    return found
+        outputs: Tensor = network(some)
+    return outputs
 
 
 def _name(factory: Factory) -> str:
@@ -134,10 +134,10 @@ def _digest(factory: Factory, name: str) -> str:
 def _as_json(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Settings as they come back from a job that was written out."""
     try:
-        found: dict[str, Any] = json.loads(json.dumps(settings, allow_nan=False))
+        copied: dict[str, Any] = json.loads(json.dumps(settings, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise DloptError(f"model: custom({name}): settings are numbers, texts, lists and mappings of such: {error}") from None
-    return found
+    return copied
 
 
 def _with_codes(signature: Signature) -> Signature:
@@ -155,9 +155,9 @@ def _refuse_other_outputs(name: str, network: nn.Module, signature: Signature) -
     """Two rows of zeros tell; they also give lazy layers their sizes."""
     training = network.training
     with torch.no_grad():
-        found = network.eval()({feature.name: _zeros(feature) for feature in signature.inputs})
+        outputs = network.eval()({feature.name: _zeros(feature) for feature in signature.inputs})
     network.train(training)
-    shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
     if shape != (2, signature.num_outputs):
         raise DloptError(f"model: {name} gives {shape} for two rows, and must give (2, {signature.num_outputs}): (rows, outputs)")
 

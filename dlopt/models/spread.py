@@ -59,7 +59,7 @@ def weighted(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(layer, nn.MultiheadAttention):
             inside.update(layer.children())
             yield name, layer
-        elif layer not in inside and not any(True for _ in layer.children()) and weights_of(layer):
+        elif layer not in inside and not any(True for _ in layer.children()) and _weights(layer):
             yield name, layer
 
 
@@ -125,7 +125,7 @@ def _activation_hook(seen: dict[str, Seen]) -> Callable[[nn.Module, Any, Any], N
 
 
 def _described(seen: Seen) -> dict[str, Any]:
-    weights = torch.cat([weight.detach().flatten() for weight in weights_of(seen.layer)]).double()
+    weights = torch.cat([weight.detach().flatten() for weight in _weights(seen.layer)]).double()
     outputs = seen.outputs.double()
     after = outputs if seen.activations is None else seen.activations.double()
     saturated = SATURATED.get(type(seen.activation))  # type: ignore[arg-type]  # of no activation: no such key
@@ -139,7 +139,7 @@ def _described(seen: Seen) -> dict[str, Any]:
     }
 
 
-def weights_of(layer: nn.Module) -> list[nn.Parameter]:
+def _weights(layer: nn.Module) -> list[Tensor]:
     """What counts as weights: not biases. Of attention, those of the layer that joins the heads too."""
     if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding | nn.EmbeddingBag):
         return [layer.weight]
@@ -155,7 +155,7 @@ def _kind(layer: nn.Module) -> str:
         return f"{kind} {layer.in_channels}->{layer.out_channels} {'x'.join(map(str, layer.kernel_size))}"
     if isinstance(layer, nn.MultiheadAttention):
         return f"{kind} {layer.embed_dim}, {layer.num_heads} heads"
-    return f"{kind} {', '.join('x'.join(map(str, weight.shape)) for weight in weights_of(layer))}"
+    return f"{kind} {', '.join('x'.join(map(str, weight.shape)) for weight in _weights(layer))}"
 
 
 def _moments(values: Tensor) -> dict[str, float | None]:

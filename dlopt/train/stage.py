@@ -269,8 +269,8 @@ class _Run:
         self.progress("fit", None, f"{WARNING}{loss.why} (loss {self.losses} of {self.resources.max_failures})")
 
     def _where(self) -> str:
-        found = glance(self.store)
-        return f"the same command goes on from {f'step {found[1].step}' if found else 'the start'}"
+        newest = glance(self.store)
+        return f"the same command goes on from {f'step {newest[1].step}' if newest else 'the start'}"
 
 
 @contextmanager
@@ -373,8 +373,8 @@ def _refuse_no_validation(section: Fit, data: Artifact) -> None:
 
 def _going_on(store: Store) -> str:
     """Where an interrupted run goes on, as far as can be told without its weights. Of damaged ones worker 0 tells."""
-    found = glance(store)
-    return f", going on {said(found[0])}" if found else ""
+    newest = glance(store)
+    return f", going on {said(newest[0])}" if newest else ""
 
 
 def _say(need: Need) -> str:

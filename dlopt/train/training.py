@@ -157,12 +157,12 @@ class Training:
         slower, begun = train.divergence.factor**record.rollbacks, (epoch - 1) * order.batches + start
         seeds = bits(np.arange(before, before + order.batches), self.fit.seed, self.rank, PURPOSE) >> np.uint64(1)
         batches = self.profile.batches(self.pace.waiting(ahead(self._feed(epoch).epoch(epoch, start), self.device)))
-        found = self.pipeline.steps(batches, lambda index: slower * schedule.factor(begun + index, course, history), before, self.sure)
+        steps = self.pipeline.steps(batches, lambda index: slower * schedule.factor(begun + index, course, history), before, self.sure)
         self.observer.ready()
         for index, (_, rows) in enumerate(self.sizes[start:]):
             _seed(int(seeds[index]), self.device)
             self.parallel.begin(record.step)
-            step = next(found)
+            step = next(steps)
             if self.watchdog:
                 self.watchdog.beat()
             record.step += 1
@@ -188,15 +188,15 @@ class Training:
         means = self.observer.epoch(epoch, self.sampler.order.rows)
         with self.measured():
             self._refuse_not_finite()
-            found = self._validated() if len(self.validation) else None
+            metrics = self._validated() if len(self.validation) else None
             record.epoch, record.batch, record.sums = epoch, 0, []
-            judge(self.state, train, found if not self.held or self.held.settled(record.epoch / train.epochs) else None)
+            judge(self.state, train, metrics if not self.held or self.held.settled(record.epoch / train.epochs) else None)
         if self.diary:
             self.diary.log.write(
                 epoch=epoch,
                 step=record.step,
                 train=means,
-                validation=found,
+                validation=metrics,
                 seconds=round(time.monotonic() - began, 4),
             )
             self.diary.flush()
@@ -304,9 +304,9 @@ class Training:
         """To the newest checkpoint, or the newest one of an epoch's end."""
         with self._unwatched():
             self._written()
-            found, _ = newest_of_all(self.store, self.wanted, self.device, epoch_ends)
-        assert found
-        found.load(self.state)
+            checkpoint, _ = newest_of_all(self.store, self.wanted, self.device, epoch_ends)
+        assert checkpoint
+        checkpoint.load(self.state)
         if self.held:
             self.held.release()
         self.feed, self.local_steps, self.due, self.held = None, [], False, self._hold()
@@ -344,9 +344,9 @@ class Training:
         if not self.resources.profile:
             return Unprofiled()
         steps = self.sampler.order.batches * self.fit.train.epochs - self.state.record.step
-        found = Profile(self.out, self.network, self.rank, self.world, self.device, steps)
-        self.state.optimizer.step = found.timed("optimizer", self.state.optimizer.step)  # type: ignore[method-assign, assignment]
-        return found
+        profile = Profile(self.out, self.network, self.rank, self.world, self.device, steps)
+        self.state.optimizer.step = profile.timed("optimizer", self.state.optimizer.step)  # type: ignore[method-assign, assignment]
+        return profile
 
     def _feed(self, epoch: int) -> Feed:
         """The feed that gives this epoch and those after it."""

@@ -151,14 +151,14 @@ class Worker:
         """Of this worker's part of checkpoints, if it has one; whoever has trained here before writes no more, and what it has left half
         written goes."""
         keep, together = self.assignment.resources.checkpoint.keep, self._wanted.rows
-        found = Writer(self.store, keep, uuid.uuid4().hex, 0, self.world if together else 1) if self.rank == 0 else None
-        if found:
+        writer = Writer(self.store, keep, uuid.uuid4().hex, 0, self.world if together else 1) if self.rank == 0 else None
+        if writer:
             sweep(self.assignment.out)
         if together:
-            told: list[Any] = [found and (found.owner, found.serial)]
+            told: list[Any] = [writer and (writer.owner, writer.serial)]
             dist.broadcast_object_list(told, src=0)
-            found = found or Writer(self.store, keep, told[0][0], self.rank, self.world, told[0][1])
-        return found
+            writer = writer or Writer(self.store, keep, told[0][0], self.rank, self.world, told[0][1])
+        return writer
 
     def _close_together(self, writer: Writer | None) -> None:
         """Once the last checkpoint is written, however long that takes: Ray Train ends all workers as soon as one of them has."""
@@ -201,13 +201,13 @@ class Worker:
         """Where training goes on: the newest whole checkpoint, the same on all workers, since worker 0 chooses it; or the start. And the
         host of each worker."""
         fit, shared_out = self.assignment.fit, self._wanted.rows
-        found, damaged = newest_of_all(self.store, self._wanted, self.device)
+        checkpoint, damaged = newest_of_all(self.store, self._wanted, self.device)
         split, custom = Split.open(data, "train"), isinstance(fit.model, Custom)
-        with without_weights() if shared_out and not custom and (found or self.rank) else nullcontext():
+        with without_weights() if shared_out and not custom and (checkpoint or self.rank) else nullcontext():
             network = self._network(data)
         if not shared_out:
             network.to(self.device)
-        record = found.record if found else self._beginning(network, split, data)
+        record = checkpoint.record if checkpoint else self._beginning(network, split, data)
         watch: Watch | None = None
         warnings = self._warnings_of_custom(network, split)
         if self.assignment.resources.checkpoint_activations:
@@ -218,8 +218,8 @@ class Worker:
         average = fit.train.average.build(parallel.local, course_of(fit, len(split))) if fit.train.average else None
         watch = Watch(network, fit.train.health, parallel.share, parallel.norms)
         state = TrainingState(network, optimizer, {}, record, average, watch, parallel)
-        if found:
-            found.load(state)
+        if checkpoint:
+            checkpoint.load(state)
         else:
             packed = state.packed()
             if writer:
@@ -295,9 +295,9 @@ class Worker:
         write_atomically(out / LAYERS, json.dumps(spread(network, first_rows(split, device))))
         peak = peak_of(fit, len(split))
         if peak is None:
-            found = swept(fit, network, data, device)
-            write_atomically(out / RANGE, json.dumps(found._asdict()))
-            peak = found.suggested
+            trial = swept(fit, network, data, device)
+            write_atomically(out / RANGE, json.dumps(trial._asdict()))
+            peak = trial.suggested
         return peak
 
     def _note_start(self, record: Record, hosts: list[str], damaged: list[str], warnings: list[str]) -> None:

@@ -74,9 +74,9 @@ def newest(store: Store, epoch_ends: bool = False, wanted: Wanted = ALL) -> tupl
     """
     damaged: list[str] = []
     for name in (names := _named(store, epoch_ends)):
-        found, why = _tried(store, name, wanted)
-        if found:
-            return found, damaged
+        checkpoint, why = _tried(store, name, wanted)
+        if checkpoint:
+            return checkpoint, damaged
         damaged.append(why)
     _refuse_none(store, names, damaged)
     return None, damaged
@@ -178,11 +178,11 @@ def newest_of_all(store: Store, wanted: Wanted, device: torch.device, epoch_ends
     dist.broadcast_object_list(told, src=0)
     names, damaged = told[0], list[str]()
     for name in names:
-        found, why = patiently(partial(_tried, store, name, wanted), wanted.world, device)
+        checkpoint, why = patiently(partial(_tried, store, name, wanted), wanted.world, device)
         everyones: list[Any] = [None] * wanted.world
         dist.all_gather_object(everyones, why)
         if not any(everyones):
-            return found, damaged
+            return checkpoint, damaged
         damaged.append(next(filter(None, everyones)))
     _refuse_none(store, names, damaged)
     return None, damaged

@@ -233,8 +233,8 @@ def said(name: str) -> str:
 
 
 def name_parts(name: str) -> tuple[str, ...]:
-    found = NAME.fullmatch(name)
-    return found.groups() if found else ("0", "0", "0")
+    match = NAME.fullmatch(name)
+    return match.groups() if match else ("0", "0", "0")
 
 
 def by_serial(names: Iterable[str]) -> list[str]:

@@ -65,13 +65,13 @@ def accumulated(rows: int, partly: Callable[[], AbstractContextManager[None]] = 
     """
 
     def gradient(objective: Objective, model: nn.Module, batch: Batch) -> Losses:
-        parts, found = split(batch, rows, -(-max(batch.most, len(batch.target)) // rows)), []
+        parts, all_losses = split(batch, rows, -(-max(batch.most, len(batch.target)) // rows)), []
         for place, part in enumerate(parts, start=1):
             with nullcontext() if place == len(parts) else partly():
                 losses = plain(objective, model, part)
-            found.append(Losses(losses.loss.detach(), losses.correct))
-        correct = [losses.correct for losses in found if losses.correct is not None]
-        return Losses(torch.stack([losses.loss for losses in found]).sum(), torch.stack(correct).sum() if correct else None)
+            all_losses.append(Losses(losses.loss.detach(), losses.correct))
+        correct = [losses.correct for losses in all_losses if losses.correct is not None]
+        return Losses(torch.stack([losses.loss for losses in all_losses]).sum(), torch.stack(correct).sum() if correct else None)
 
     return gradient
 
@@ -193,4 +193,4 @@ def _curvature(
         slope = torch.stack([(one * other).sum() for one, other in zip(first, directions, strict=True)]).sum()
         if not slope.requires_grad:
             return [torch.zeros_like(parameter) for parameter in parameters]
-        return [found.contiguous() for found in torch.autograd.grad(slope, parameters, materialize_grads=True)]
+        return [product.contiguous() for product in torch.autograd.grad(slope, parameters, materialize_grads=True)]

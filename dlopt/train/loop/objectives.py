@@ -76,9 +76,9 @@ def class_weights(given: Given, target: Target, rows: Mapping[str, int], total: 
     counts = torch.tensor([rows.get(str(label), 0) for label in target.labels], dtype=torch.float64)
     if target.kind == "multi_label":
         return _label_weights(given, target, counts, total)
-    found = total / (target.size * counts.clamp_min(1)) if given == "balanced" else _as_said(given, target)
+    weights = total / (target.size * counts.clamp_min(1)) if given == "balanced" else _as_said(given, target)
     shares = (counts > 0) / (counts > 0).sum() if balanced_rows else counts / counts.sum()
-    return found / (found @ shares.double())
+    return weights / (weights @ shares.double())
 
 
 def _label_weights(given: Given, target: Target, counts: Tensor, total: int) -> Tensor:

@@ -68,11 +68,11 @@ def patiently(work: Callable[[], Made], world: int, device: torch.device) -> Mad
     with ThreadPoolExecutor(1, "dlopt-patient") as pool:  # not for the work: libraries keep memory for each thread that computes
         others = pool.submit(_until_all, done, world, device)
         try:
-            found = work()
+            result = work()
         finally:
             done.set()
         others.result()
-    return found
+    return result
 
 
 def _until_all(done: threading.Event, world: int, device: torch.device) -> None:

@@ -30,10 +30,10 @@ class Zero(DDP):
         rests: list[Any] = [None] * self.world
         dist.all_gather_object(rests, rest)
         everyones = collected(tensors, self.rank, self.world, next(self.network.parameters()).device)
-        found: dict[int, Any] = {}
+        states: dict[int, Any] = {}
         for its, said in zip(everyones, rests, strict=False):
-            found |= unpack(its, said)
-        return held | {"state": dict(sorted(found.items()))}
+            states |= unpack(its, said)
+        return held | {"state": dict(sorted(states.items()))}
 
     def mine(self, part: str, whole: dict[str, Any]) -> dict[str, Any]:
         if part != "optimizer":

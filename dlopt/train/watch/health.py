@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dlopt.models.spread import weighted, weights_of
+from dlopt.models.spread import weighted
 from dlopt.train.watch.findings import Reported, symptoms
 from dlopt.train.watch.layers import Finding, Health, Layer, Look
 from dlopt.train.watch.spikes import Spikes
@@ -41,8 +41,8 @@ class Watch:
         """Where weights are shared out over workers, share: gives this worker's share of a parameter; norms: makes norms of whole tensors
         of those of shares, on all workers at once."""
         self.network, self.health, self.norms = network, health, norms
-        learned = {name: [weight for weight in weights_of(layer) if weight.requires_grad] for name, layer in weighted(network)}
-        whole = {name: weights for name, weights in learned.items() if weights}
+        learned = {name: [weight for weight in layer.parameters() if weight.requires_grad] for name, layer in weighted(network)}
+        whole = {name: some for name, weights in learned.items() if (some := [weight for weight in weights if weight.dim() > 1])}
         self.layers = {name: [share(weight) for weight in weights] for name, weights in whole.items()}
         self.sizes = {name: sum(weight.numel() for weight in weights) for name, weights in whole.items()}
         self.called: list[str] = []
@@ -93,9 +93,9 @@ class Watch:
             lengths = self.norms(
                 torch.stack([*before, *torch._foreach_norm(self.before), *(torch._foreach_norm(gradients) if gradients else ())])
             )
-            found = torch.cat([lengths, *(one[None].to(lengths) for one in dead.values())])
+            numbers = torch.cat([lengths, *(one[None].to(lengths) for one in dead.values())])
         self.before, self.dead = [], list(dead)
-        return found
+        return numbers
 
     def look(
         self, step: int, loss: float, gradient_norm: float, clipped: float = 1.0, measured: Sequence[float] | None = None
@@ -109,8 +109,8 @@ class Watch:
                 return None
             measured = now.tolist()
         layers = self._layers(clipped, measured)
-        found = self.said.new(step, symptoms(layers, gradient_norm, self.health))
-        return Look(step, loss, gradient_norm, layers, (*found, *([spike] if spike else [])))
+        findings = self.said.new(step, symptoms(layers, gradient_norm, self.health))
+        return Look(step, loss, gradient_norm, layers, (*findings, *([spike] if spike else [])))
 
     def pass_over(self) -> None:
         """Look away from a step that was got ready for."""
@@ -153,10 +153,10 @@ class Watch:
         count = len(self.there)
         share = dict(zip(self.dead, measured[len(measured) - len(self.dead) :], strict=True))
         weights, updates, gradients, there = iter(measured), iter(measured[count:]), iter(measured[2 * count :]), iter(self.there)
-        found = {}
+        layers = {}
         for name, parameters in self.layers.items():
             with_gradient = [next(gradients) / clipped for _ in parameters if next(there)]
-            found[name] = Layer(
+            layers[name] = Layer(
                 name,
                 self.sizes[name],
                 math.hypot(*with_gradient) if with_gradient else None,
@@ -165,7 +165,7 @@ class Watch:
                 share.get(name),
                 name in self.units.saturating,
             )
-        return tuple(found[name] for name in (*self.called, *(name for name in found if name not in self.called)))
+        return tuple(layers[name] for name in (*self.called, *(name for name in layers if name not in self.called)))
 
 
 class Units:
@@ -191,10 +191,10 @@ class Units:
             if self.last and len(outputs) and self.listening:
                 units = outputs.dim() - 1 if outputs.dim() == 3 else 1
                 with torch.no_grad():
-                    found = still(outputs.detach(), tuple(place for place in range(outputs.dim()) if place != units))
+                    idle = still(outputs.detach(), tuple(place for place in range(outputs.dim()) if place != units))
                 before = self.idle.get(self.last)
                 rows = min(len(outputs), MOST_ROWS)
-                self.idle[self.last] = found * (rows if before is None or before.shape != found.shape else before + rows)
+                self.idle[self.last] = idle * (rows if before is None or before.shape != idle.shape else before + rows)
                 if saturates:
                     self.saturating.add(self.last)
 
