@@ -211,8 +211,8 @@ with session.connected(None, cpus=2, object_store_memory=100 * 2**20):
 
 
 @pytest.mark.slow
-def test_a_stream_that_is_abandoned_ends_with_its_process(tmp_path: Path) -> None:
-    """Whatever is still being read; nothing of it stays behind, and nothing hangs."""
+def test_a_stream_that_is_abandoned_ends_with_its_process(tmp_path: Path, ray_cluster: None) -> None:
+    """Whatever is still being read; nothing of it stays behind, and nothing hangs, nor joins the other cluster that is there."""
     data, mark = made(tmp_path, 3), f"DLOPT_TEST_MARK={uuid.uuid4().hex}"
     environment = os.environ | dict([mark.split("=")])
     done = subprocess.run(
