@@ -295,7 +295,7 @@ def wait(until: Callable[[], Any], what: str, seconds: float = 120) -> Any:
     while not (found := until()):
         if time.monotonic() > deadline:
             raise TimeoutError(f"no {what} within {seconds} seconds")
-        time.sleep(0.005)
+        time.sleep(0.02)  # reading the traces costs more than that
     return found
 
 

@@ -53,7 +53,7 @@ class Watch:
         self.there: list[bool] = []
         """Of the step that was measured: which weights had a gradient; and layers that have a share of dead units."""
         self.dead: list[str] = []
-        self.said = Reported()
+        self.reported = Reported()
         self.spikes = Spikes()
 
     def watched(self, step: int) -> bool:
@@ -109,7 +109,7 @@ class Watch:
                 return None
             measured = now.tolist()
         layers = self._layers(clipped, measured)
-        findings = self.said.new(step, symptoms(layers, gradient_norm, self.health))
+        findings = self.reported.new(step, symptoms(layers, gradient_norm, self.health))
         return Look(step, loss, gradient_norm, layers, (*findings, *([spike] if spike else [])))
 
     def pass_over(self) -> None:
@@ -123,8 +123,8 @@ class Watch:
 
     def state_dict(self) -> dict[str, Any]:
         """All that later findings depend on."""
-        said, units = {"said": self.said.state_dict(), "spikes": self.spikes.state_dict()}, self.units
-        return {"called": self.called, "saturating": sorted(units.saturating), "idle": dict(units.idle)} | said
+        heard, units = {"reported": self.reported.state_dict(), "spikes": self.spikes.state_dict()}, self.units
+        return {"called": self.called, "saturating": sorted(units.saturating), "idle": dict(units.idle)} | heard
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from where another one was that said this; {} is the start."""
@@ -132,7 +132,7 @@ class Watch:
         device = next((parameter.device for parameter in self.network.parameters()), None)
         self.units.idle = {name: idle.to(device) for name, idle in state.get("idle", {}).items()}
         self.units.saturating = set(state.get("saturating", ()))
-        self.said.load_state_dict(state.get("said", {}))
+        self.reported.load_state_dict(state.get("reported", {}))
         self.spikes.load_state_dict(state.get("spikes", {}))
 
     def _deaf(self) -> None:

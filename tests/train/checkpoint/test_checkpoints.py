@@ -25,7 +25,7 @@ from dlopt.optim.optimizers import Adam, AdamW, Sgd
 from dlopt.part import DloptError
 from dlopt.train.checkpoint.checkpoints import Wanted, glance, newest, read
 from dlopt.train.checkpoint.state import Packed, Record, TrainingState
-from dlopt.train.checkpoint.stores import OWNER, RECORD, Bucket, Checkpointing, Disk, Every, Store, ends_epoch, said, store_of
+from dlopt.train.checkpoint.stores import OWNER, RECORD, Bucket, Checkpointing, Disk, Every, Store, ends_epoch, in_words, store_of
 from dlopt.train.checkpoint.writer import Writer
 from tests.models.test_models import image, network
 from tests.packages import package
@@ -481,7 +481,7 @@ def test_places_of_checkpoints_and_their_names_in_words(tmp_path: Path, monkeypa
     assert store_of(out, Checkpointing(path="s3://bucket/runs/")).where("x") == "s3://bucket/runs/abc/x"
     with pytest.raises(DloptError, match="ftp:// is not known"):
         store_of(out, Checkpointing(path="ftp://bucket/runs"))
-    assert said(name(3, 2)) == "after epoch 2" and said(name(3, 2, 40)) == "after batch 40 of epoch 3"
+    assert in_words(name(3, 2)) == "after epoch 2" and in_words(name(3, 2, 40)) == "after batch 40 of epoch 3"
     assert ends_epoch(name(3, 2)) and not ends_epoch(name(3, 2, 1))
 
 
