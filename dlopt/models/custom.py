@@ -84,9 +84,7 @@ def factory_of(part: Custom) -> Factory:
     if known is None:
         other = any(name == part.name for name, _ in _FACTORIES)
         why = "and its source is another one now" if other else "not from a job file"
-        raise DloptError(
-            f"model: {part.name} comes from Python, {why}: run the program that calls dlopt.models.custom.custom({part.name}, ...)"
-        )
+        raise DloptError(f"model: {part.name} comes from Python, {why}: run the program that calls custom({part.name}, ...)")
     return known
 
 
