@@ -38,3 +38,5 @@ def averaged(
             with computing:
                 reestimate(network, batches())
         yield
+    if changed:
+        state.best_of = None  # not of the weights that training goes on with
