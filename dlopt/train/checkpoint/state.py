@@ -134,11 +134,13 @@ class TrainingState:
         the best: those of Adam cost twice their size then, else three times. All workers ask at once; what they hold alike worker 0
         alone gets."""
         parallel, packed = self.parallel, Packed(asdict(self.record), {}, {}, {})
-        copied = {"best"} | ({"model"} if self.best_of == self._versions() else set())
+        copied = {"best", *parallel.gathers} | ({"model"} if self.best_of == self._versions() else set())
         for name, part in self.parts.items():
             state = parallel.whole(name, part.state_dict())
+            if name == "model" and name in copied:
+                state = self.best
             if parallel.writes:
-                tensors, packed.rest[name] = pack(self.best if name in copied else state, copied=name not in copied)
+                tensors, packed.rest[name] = pack(state, copied=name not in copied)
                 packed.rows[name] = parallel.rows(name, tensors)
                 packed.tensors[name] = {key: value for key, value in tensors.items() if parallel.rank == 0 or key in packed.rows[name]}
         return packed

@@ -37,6 +37,8 @@ class Parallel:
         """Whether this worker has a part in what is written: of what all hold alike worker 0 alone has."""
         return self.rank == 0
 
+    gathers: tuple[str, ...] = ()
+    """Parts of training's state of which `whole` gives copies on the CPU."""
     in_step = False
     """Whether a worker can call the network only when all others do."""
 
