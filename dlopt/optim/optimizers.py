@@ -58,10 +58,10 @@ class Adagrad(Part):
     """Added to the root of that sum, so that nothing is divided by 0."""
 
     def build(self, groups: Groups) -> torch.optim.Optimizer:
-        found = as_groups(groups)
-        host = all(parameter.device.type == "cpu" for group in found for parameter in group["params"])
+        given = as_groups(groups)
+        host = all(parameter.device.type == "cpu" for group in given for parameter in group["params"])
         quick = {"fused": True} if host else {"foreach": True}
-        return torch.optim.Adagrad(found, **quick, **self.model_dump(exclude={"kind"}))
+        return torch.optim.Adagrad(given, **quick, **self.model_dump(exclude={"kind"}))
 
 
 class Adadelta(Part):
@@ -298,10 +298,10 @@ class Lbfgs(Part):
     """How far to go along a direction: until the strong Wolfe conditions hold, or null: the rate says it."""
 
     def build(self, groups: Groups) -> torch.optim.Optimizer:
-        found = one_rate(groups, self.kind)
-        names = {"names": [name for group in found for name in group["names"]]} if "names" in found[0] else {}
-        together = {"params": [parameter for group in found for parameter in group["params"]], **names}
-        rate = {"lr": found[0]["lr"]} if "lr" in found[0] else {}
+        given = one_rate(groups, self.kind)
+        names = {"names": [name for group in given for name in group["names"]]} if "names" in given[0] else {}
+        together = {"params": [parameter for group in given for parameter in group["params"]], **names}
+        rate = {"lr": given[0]["lr"]} if "lr" in given[0] else {}
         return FullLbfgs([together | rate], **self.model_dump(exclude={"kind"}))
 
 

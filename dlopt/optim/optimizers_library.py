@@ -73,9 +73,9 @@ class Lamb(Part):
 
     def build(self, groups: Groups) -> torch.optim.Optimizer:
         halves = [half | {"adam": vectors} for group in as_groups(groups) for vectors, half in enumerate(by_dimensions(group))]
-        found = [half | {"adam": bool(half["adam"])} for half in halves if half["params"]]
+        kept = [half | {"adam": bool(half["adam"])} for half in halves if half["params"]]
         settings = {"weight_decouple": False, "adam_debias": True, **self.model_dump(exclude={"kind"})}
-        made: torch.optim.Optimizer = library("pytorch_optimizer", self.kind).Lamb(found, **settings)
+        made: torch.optim.Optimizer = library("pytorch_optimizer", self.kind).Lamb(kept, **settings)
         return made
 
 
@@ -141,10 +141,10 @@ class Shampoo(Part):
     """Steps between two computations of the roots, each of which costs the third power of a dimension."""
 
     def build(self, groups: Groups) -> torch.optim.Optimizer:
-        found = as_groups(groups)
-        self._refuse_large(found)
+        given = as_groups(groups)
+        self._refuse_large(given)
         settings = self.model_dump(exclude={"kind", "preconditioning_compute_steps"})
-        made: torch.optim.Optimizer = library("pytorch_optimizer", self.kind).Shampoo(found, **settings)
+        made: torch.optim.Optimizer = library("pytorch_optimizer", self.kind).Shampoo(given, **settings)
 
         def roots_at_the_start_too(optimizer: Any, *_: Any) -> None:
             """The library would wait, and stand still, until the first multiple of the steps."""
@@ -221,10 +221,10 @@ class Prodigy(Part):
     """Leave a warm-up's small rates out of the estimate's denominator."""
 
     def build(self, groups: Groups) -> torch.optim.Optimizer:
-        found = one_rate(groups, self.kind)
+        given = one_rate(groups, self.kind)
         settings = self.model_dump(exclude={"kind", "growth_rate"})
         growth = float("inf") if self.growth_rate is None else self.growth_rate
-        made: torch.optim.Optimizer = library("pytorch_optimizer", self.kind).Prodigy(found, growth_rate=growth, **settings)
+        made: torch.optim.Optimizer = library("pytorch_optimizer", self.kind).Prodigy(given, growth_rate=growth, **settings)
         return made
 
 

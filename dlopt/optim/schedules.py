@@ -475,12 +475,12 @@ class Chain(Scheduled):
 
     def _courses(self, course: Course) -> list[Course]:
         """What each part runs over."""
-        found, start = [], 0.0
+        courses, start = [], 0.0
         for part in self.parts:
             steps = part.length.steps_of(course) if part.length else course.steps - start
-            found.append(course.part(start, steps))
+            courses.append(course.part(start, steps))
             start += steps
-        return found
+        return courses
 
     def watches_validation(self) -> bool:
         return any(part.watches_validation() for part in self.parts)

@@ -102,8 +102,8 @@ def objective_of(fit: Fit, data: Artifact, network: Network, device: torch.devic
     target, weights = split.signature.target, None
     if train.class_weights is not None:
         rows = data.info["labels"]["train"]
-        found = class_weights(train.class_weights, target, rows, len(split), train.sampling == "balanced")
-        weights = found.to(device, DTYPES[train.precision])
+        by_class = class_weights(train.class_weights, target, rows, len(split), train.sampling == "balanced")
+        weights = by_class.to(device, DTYPES[train.precision])
     return supervised(loss_of(train.loss, target, network.output, weights), train.l1, train.l2, copies)
 
 

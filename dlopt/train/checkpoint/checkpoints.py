@@ -141,8 +141,8 @@ def read(store: Store, name: str, wanted: Wanted = ALL) -> Checkpoint:
             for key, value in content.items():
                 some = value if spans[key] == (0, len(value)) else value[slice(*spans[key])].clone()
                 pieces.setdefault(part, {}).setdefault(key, []).append(some)
-    for part, found in pieces.items():
-        tensors.setdefault(part, {}).update({key: some[0] if len(some) == 1 else torch.cat(some) for key, some in found.items()})
+    for part, named in pieces.items():
+        tensors.setdefault(part, {}).update({key: some[0] if len(some) == 1 else torch.cat(some) for key, some in named.items()})
     rest = {part: said for part, said in seal["rest"].items() if part != "best" or wanted.best}
     return Checkpoint(name, Record(**seal["record"]), rest, tensors, wanted.rows and any(seal["rows"].values()))
 

@@ -110,8 +110,8 @@ class ZeroScheduleFree(ZeroOptimizer):
 
 def owners(sizes: Sequence[int], world: int) -> list[int]:
     """A worker for each parameter, so that all have about as many numbers: the largest first, each to who has the fewest so far."""
-    found, held = [0] * len(sizes), [0] * world
+    chosen, held = [0] * len(sizes), [0] * world
     for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
-        found[place] = held.index(min(held))
-        held[found[place]] += sizes[place]
-    return found
+        chosen[place] = held.index(min(held))
+        held[chosen[place]] += sizes[place]
+    return chosen

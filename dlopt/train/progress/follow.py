@@ -96,13 +96,13 @@ class NewLines:
         """(step, lines): what has come. Where lines of this step and of later ones had been given out and are other ones now, their step
         comes with them, else None."""
         before, offset = self.tail.file, self.tail.offset
-        found = self.tail.new()
+        lines = self.tail.new()
         if self.tail.file != before or self.tail.offset < offset:
             self.place = 0
         back: int | None = None
         new: list[Line] = []
         same: list[Line] = []
-        for line in found:
+        for line in lines:
             mark = hash(repr(_worn({name: value for name, value in line.items() if name != "seconds"})))
             if self.place < len(self.known) and self.known[self.place] == mark:
                 same = [*(known for known in same if known["step"] == line["step"]), line]
@@ -201,12 +201,10 @@ class ProgressReader:
     def _slow(self, line: Line) -> None:
         """Once for each worker that is slow, until it has not been for a while."""
         self.slow = {rank: lines + 1 for rank, lines in self.slow.items() if lines < RECOVERED}
-        if found := line["slow"]:
-            if found["rank"] not in self.slow:
-                self._warn(
-                    f"worker {found['rank']} on {found['host']} is slow: its steps take {found['times']:.1f} times as long as others'"
-                )
-            self.slow[found["rank"]] = 0
+        if slow := line["slow"]:
+            if slow["rank"] not in self.slow:
+                self._warn(f"worker {slow['rank']} on {slow['host']} is slow: its steps take {slow['times']:.1f} times as long as others'")
+            self.slow[slow["rank"]] = 0
 
     def _skipped(self, line: Line) -> None:
         """Once, that checkpoints take longer than the time between two of them."""
@@ -328,7 +326,7 @@ class Status:
 def warned(lines: list[dict[str, Any]]) -> Iterator[str]:
     """What lines of health.jsonl say that a person should know."""
     for line in lines:
-        yield from (found["says"] for found in line.get("findings", ()))
+        yield from (finding["says"] for finding in line.get("findings", ()))
         if "rollback" in line:
             yield f"went back to step {line['step']} and on at a rate of {line['rate']:.3g}: {line['rollback']}"
 
