@@ -372,8 +372,8 @@ def _held(rank: int, world: int, folder: Path, data: Path) -> None:
         weights = [parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in state.model.parameters()]
         storages = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes() for weight in weights}
         average = sum(value.nbytes for value in held)
-        written = {value.untyped_storage().data_ptr() for value in state.packed().tensors.get("optimizer", {}).values()}
-        assert not written & {value.untyped_storage().data_ptr() for value in held}  # which go on changing while it is written
+        written = state.packed().tensors.get("optimizer", {}).values()  # while those that are held go on changing
+        assert not set.intersection(*({value.data_ptr() for value in some if value.numel()} for some in (written, held)))
         found[kind] = {"weights": sum(storages.values()), "optimizer": average, "parameters": sum(weight.nbytes for weight in weights)}
     (folder / f"held-{rank}.json").write_text(json.dumps(found))
 
