@@ -23,7 +23,7 @@ from dlopt.optim.schedules import refuse_too_long
 from dlopt.part import DloptError, Target
 from dlopt.progress import WARNING, Progress, silent
 from dlopt.train.checkpoint.checkpoints import glance
-from dlopt.train.checkpoint.stores import CHECKPOINTS, Store, in_words, store_of
+from dlopt.train.checkpoint.stores import CHECKPOINTS, Store, said, store_of
 from dlopt.train.cluster import stopping
 from dlopt.train.cluster.stopping import RESIZE, STOP, GaveUp, Stopped
 from dlopt.train.job import (
@@ -374,7 +374,7 @@ def _refuse_no_validation(section: Fit, data: Artifact) -> None:
 def _going_on(store: Store) -> str:
     """Where an interrupted run goes on, as far as can be told without its weights. Of damaged ones worker 0 tells."""
     newest = glance(store)
-    return f", going on {in_words(newest[0])}" if newest else ""
+    return f", going on {said(newest[0])}" if newest else ""
 
 
 def _say(need: Need) -> str:

@@ -226,7 +226,7 @@ def ends_epoch(name: str) -> bool:
     return int(name_parts(name)[2]) == 0
 
 
-def in_words(name: str) -> str:
+def said(name: str) -> str:
     """A checkpoint's name in words: after epoch 3, batch 40."""
     _, epoch, batch = (int(part) for part in name_parts(name))
     return f"after epoch {epoch}" if batch == 0 else f"after batch {batch} of epoch {epoch + 1}"

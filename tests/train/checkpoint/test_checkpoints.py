@@ -25,7 +25,7 @@ from dlopt.optim.optimizers import Adam, AdamW, Sgd
 from dlopt.part import DloptError
 from dlopt.train.checkpoint.checkpoints import Wanted, glance, newest, read
 from dlopt.train.checkpoint.state import Packed, Record, TrainingState
-from dlopt.train.checkpoint.stores import OWNER, RECORD, Bucket, Checkpointing, Disk, Every, Store, ends_epoch, in_words, store_of
+from dlopt.train.checkpoint.stores import OWNER, RECORD, Bucket, Checkpointing, Disk, Every, Store, ends_epoch, said, store_of
 from dlopt.train.checkpoint.writer import Writer
 from tests.models.test_models import image, network
 from tests.packages import package
@@ -148,28 +148,6 @@ def test_the_best_weights_stay_as_they_were_while_training_goes_on() -> None:
     advance(state, 3)
     assert_equal(state.best, best)
     assert any(not torch.equal(value, best[key]) for key, value in weights(state).items())
-
-
-def test_a_checkpoint_costs_what_weights_and_optimizer_take_and_less_where_the_weights_are_the_best() -> None:
-    """In bytes of memory that training does not hold anyway; numbers that count steps beside."""
-    state = fresh(Adam())
-    advance(state, 2)
-    state.keep_best()
-    size, parameters = (sum(value.nbytes for value in some if value.dim()) for some in (state.best.values(), state.model.parameters()))
-
-    def cost() -> int:
-        held = {value.untyped_storage().data_ptr() for value in (*state.best.values(), *state.model.state_dict().values())}
-        tensors = [value for part in state.packed().tensors.values() for value in part.values() if value.dim()]
-        storages = {one.data_ptr(): one.nbytes() for one in (value.untyped_storage() for value in tensors)}
-        return sum(nbytes for address, nbytes in storages.items() if address not in held)
-
-    assert cost() == 2 * parameters
-    before = state.packed()
-    assert_equal(before.tensors["model"], before.tensors["best"])
-    advance(state, 1)
-    assert cost() == 2 * parameters + size
-    assert_equal(state.packed().tensors["model"], weights(state))
-    assert_equal(before.tensors["model"], state.best)
 
 
 def test_a_checkpoint_is_of_the_step_at_which_it_was_asked_for_whatever_comes_while_it_is_written(tmp_path: Path) -> None:
@@ -481,7 +459,7 @@ def test_places_of_checkpoints_and_their_names_in_words(tmp_path: Path, monkeypa
     assert store_of(out, Checkpointing(path="s3://bucket/runs/")).where("x") == "s3://bucket/runs/abc/x"
     with pytest.raises(DloptError, match="ftp:// is not known"):
         store_of(out, Checkpointing(path="ftp://bucket/runs"))
-    assert in_words(name(3, 2)) == "after epoch 2" and in_words(name(3, 2, 40)) == "after batch 40 of epoch 3"
+    assert said(name(3, 2)) == "after epoch 2" and said(name(3, 2, 40)) == "after batch 40 of epoch 3"
     assert ends_epoch(name(3, 2)) and not ends_epoch(name(3, 2, 1))
 
 
