@@ -37,7 +37,8 @@ def card(
     ]
     if compress:
         parts += ["## Made small", "\n".join(small(compress.info["table"]))]
-    used = [f"`{kind}`\n\n```python\n{found.info.get('use', '')}\n```" for kind, found in exports.items()]
+    unrun = {kind: f" (not run: {found.info['not_run']})" for kind, found in exports.items() if "not_run" in found.info}
+    used = [f"`{kind}`{unrun.get(kind, '')}\n\n```python\n{found.info.get('use', '')}\n```" for kind, found in exports.items()]
     named = {"data": data, "model": model, **({"compress": compress} if compress else {})}
     named |= {f"export.{kind}": found for kind, found in exports.items()}
     digests = [(what, f"`{found.manifest.digest}`") for what, found in named.items()]
