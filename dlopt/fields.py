@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
+from dlopt.docstrings import descriptions
 from dlopt.mistakes import is_part, kinds_in, tag_of
 from dlopt.part import DloptError
 from dlopt.spec import Job
@@ -37,17 +38,18 @@ class Entry:
     """What parts can stand there."""
 
 
-def entry_of(name: str, info: FieldInfo) -> Entry:
+def entry_of(name: str, info: FieldInfo, says: str) -> Entry:
     """A field of a part."""
     parts = tuple(kind for kind in kinds_in(info.annotation) if is_part(kind))
-    return Entry(name, takes(info), default_of(info), " ".join((info.description or "").split()), parts)
+    return Entry(name, takes(info), default_of(info), " ".join(says.split()), parts)
 
 
 def entries(part: type[BaseModel], prefix: str = "") -> Iterator[Entry]:
     """The fields of a part, but for its kind."""
+    says = descriptions(part)
     for name, info in part.model_fields.items():
         if name != "kind":
-            yield entry_of(f"{prefix}{name}", info)
+            yield entry_of(f"{prefix}{name}", info, says.get(name, ""))
 
 
 def default_of(info: FieldInfo) -> str:
@@ -128,7 +130,8 @@ def _below(parts: tuple[type[BaseModel], ...], name: str, path: str) -> tuple[En
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         which = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
         raise DloptError(f"explain: {path}: no such field; {which}")
-    entry = entry_of(path, found[0][1])
+    first, info = found[0]
+    entry = entry_of(path, info, descriptions(first).get(name, ""))
     below = tuple(dict.fromkeys(part for _, info in found for part in kinds_in(info.annotation) if is_part(part)))
     return entry, below
 

@@ -24,7 +24,7 @@ class DloptError(Exception):
 class Part(BaseModel):
     """Anything that can be written in a job file: frozen, and strict about unknown keys and numbers that are none."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     def __init__(self, **values: Any) -> None:
         """From a program: raises DloptError, with a line for each mistake, where pydantic would raise its own."""

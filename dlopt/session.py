@@ -37,8 +37,8 @@ QUIET = {
 """Settings for a quiet terminal, for failures that show within a minute, for workers at an ordinary priority (Ray's own is 15, so that
 anything else on the machine starves a training run), and for threads that soon give way while they wait for each other: with other work on
 the machine, steps of two threads that spin took 20 times as long, and with a short spin 3 times; without any spin (OMP_WAIT_POLICY=passive)
-they took 1.3 times as long on a quiet one. And Ray is joined here or not at all: of itself, a thread that asks for something when its cluster
-has just been left would start or join another one, and wait there for ever. What the user has set wins."""
+they took 1.3 times as long on a quiet one. And Ray is joined here or not at all: of itself, a thread that asks for something when its
+cluster has just been left would start or join another one, and wait there for ever. What the user has set wins."""
 
 PRIVATE = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",

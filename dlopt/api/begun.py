@@ -11,6 +11,7 @@ from typing import Any
 from dlopt.api.data import source_from
 from dlopt.artifact import write_atomically
 from dlopt.data.stats import begin as beginning
+from dlopt.docstrings import json_schema
 from dlopt.part import DloptError
 from dlopt.spec import Job, validated
 
@@ -28,7 +29,7 @@ class Begun:
         if path.exists() and not force:
             raise DloptError(f"{path}: is there already: give another name, or --force writes over it")
         try:
-            write_atomically(path.parent / beginning.SCHEMA, json.dumps(Job.model_json_schema(), indent=1))
+            write_atomically(path.parent / beginning.SCHEMA, json.dumps(json_schema(Job), indent=1))
             write_atomically(path, self.text)
         except OSError as error:
             raise DloptError(f"{path}: cannot be written: {error.strerror or error}") from None

@@ -39,9 +39,10 @@ def _explain(options: argparse.Namespace) -> None:
 
 def _schema(options: argparse.Namespace) -> None:
     from dlopt.artifact import write_atomically
+    from dlopt.docstrings import json_schema
     from dlopt.spec import Job
 
-    text = json.dumps(Job.model_json_schema(), indent=1)
+    text = json.dumps(json_schema(Job), indent=1)
     if options.output:
         write_atomically(options.output, text)
     print(options.output or text)

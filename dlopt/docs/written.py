@@ -11,7 +11,7 @@ from typing import Any
 from mkdocs.structure.files import File
 from pydantic import BaseModel
 
-from dlopt.fields import Entry, entries, entry_of
+from dlopt.fields import Entry, entries
 from dlopt.mistakes import tag_of
 from dlopt.spec import Job
 
@@ -62,9 +62,10 @@ _HEAD = ["| field | takes | default | |", "|---|---|---|---|"]
 def _fields(title: str, names: list[str]) -> Iterator[str]:
     yield f"# {', '.join(f'`{name}`' for name in names)}"
     seen: set[type[BaseModel]] = set()
+    of_job = {entry.path: entry for entry in entries(Job)}
     for name in names:
         yield f"\n## {name}\n"
-        entry = entry_of(name, Job.model_fields[name])
+        entry = of_job[name]
         yield f"{entry.says}\n"
         yield from _parts(entry, seen)
 

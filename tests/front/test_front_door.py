@@ -20,6 +20,7 @@ from dlopt.cli import completion
 from dlopt.data.stats import guard
 from dlopt.data.stats.describe import describe
 from dlopt.data.stats.summary import summarise
+from dlopt.docstrings import json_schema
 from dlopt.part import DloptError
 from dlopt.runs import Outcome
 from dlopt.spec import Job
@@ -299,7 +300,7 @@ def test_init_writes_a_whole_job_with_its_schema_and_keeps_what_is_there(tmp_pat
     assert here(capsys, "init", tmp_path / "rows.csv", "--target", "c", "-o", out).stdout == f"{out}\n"
     text = out.read_text()
     assert text.startswith("# yaml-language-server: $schema=dlopt.schema.json\n# From its 600 rows.")
-    assert json.loads((tmp_path / "dlopt.schema.json").read_text()) == Job.model_json_schema()
+    assert json.loads((tmp_path / "dlopt.schema.json").read_text()) == json_schema(Job)
     found = yaml.safe_load(text)
     assert found["name"] == "rows" and found["data"]["target"] == {"kind": "category", "column": "c"}
     assert "    # a is left out: " in text and found["data"]["inputs"] == [{"kind": "number", "columns": ["b"]}]

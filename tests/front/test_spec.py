@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from dlopt import spec
+from dlopt.docstrings import json_schema
 from dlopt.models import Model
 from dlopt.models.layers import ACTIVATIONS
 from dlopt.optim.optimizers import Adam, Optimizer, Sgd
@@ -341,7 +342,7 @@ def test_a_key_that_is_a_number_is_unknown_as_any_other(path: Path) -> None:
 
 @pytest.mark.parametrize("part", [Job, Signature, Statistics], ids=lambda part: part.__name__)
 def test_every_field_says_what_it_is_and_unknown_keys_are_refused(part: type[Part]) -> None:
-    schema: dict[str, Any] = part.model_json_schema()
+    schema: dict[str, Any] = json_schema(part)
     known = {name: found for name, found in schema.get("$defs", {}).items() if found}  # settings of one's own model are any JSON
     for name, found in {**known, part.__name__: schema}.items():
         found = next((one for one in found.get("anyOf", ()) if "properties" in one), found)  # of a duration, which may be a number
@@ -351,4 +352,4 @@ def test_every_field_says_what_it_is_and_unknown_keys_are_refused(part: type[Par
 
 
 def test_a_description_is_the_docstring_of_its_field() -> None:
-    assert Job.model_json_schema()["$defs"]["AdamW"]["properties"]["lr"]["description"] == "Peak learning rate."
+    assert json_schema(Job)["$defs"]["AdamW"]["properties"]["lr"]["description"] == "Peak learning rate."

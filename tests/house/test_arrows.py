@@ -29,7 +29,7 @@ LAYERS = [
     {"artifact", "session", "client"},
     {"remote"},
     {"part", "progress"},
-    {"mistakes"},
+    {"mistakes", "docstrings"},
 ]
 """From the top down. A module imports what is below it; those in one layer do not import each other."""
 RAY = {

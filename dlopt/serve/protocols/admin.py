@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError
 from pydantic_core import from_json
 
 from dlopt.artifact import Artifact
+from dlopt.docstrings import descriptions
 from dlopt.mistakes import lines_of
 from dlopt.part import DloptError, Part
 from dlopt.serve.exchange import Call, Handler, Json, Refusal, Reply, json_reply
@@ -163,7 +164,7 @@ def describe(model: Model) -> Json:
     }
     found: Json = {path: {"get": {"summary": text} | said} for path, text in gets.items()}
     for path, (text, kind) in posts.items():
-        fields = {field: {"description": info.description} for field, info in kind.model_fields.items()}
+        fields = {field: {"description": text} for field, text in descriptions(kind).items()}
         body = {"required": True, "content": {"application/json": {"schema": {"type": "object", "properties": fields}}}}
         found[path] = {"post": {"summary": text, "requestBody": body} | said}
     return found

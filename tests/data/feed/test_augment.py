@@ -36,6 +36,7 @@ from dlopt.data.augment import (
 from dlopt.data.augment.draw import Draw, normal_table
 from dlopt.data.augment.geometric import Geometric
 from dlopt.data.augment.resample import STEPS, Affine, resample
+from dlopt.docstrings import descriptions
 from dlopt.part import DloptError
 
 SEED, EPOCH = 7, 3
@@ -120,7 +121,7 @@ def test_every_part_can_be_written_in_a_job_and_says_what_it_is_for() -> None:
     for kind in kinds:
         part = read.validate_python({"kind": kind.model_fields["kind"].default})
         assert type(part) is kind and set(part.of) <= {"pixels", "numbers", "tokens"}
-        assert all(field.description for name, field in kind.model_fields.items() if name != "kind"), kind
+        assert set(descriptions(kind)) >= set(kind.model_fields) - {"kind"}, kind
     assert MixUp.of == ("pixels", "numbers") and CutMix.of == ("pixels",)
     assert mixes((RandomCrop(), MixUp())) and not mixes(ALL)
 

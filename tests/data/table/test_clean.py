@@ -33,6 +33,7 @@ from dlopt.data.clean import (
 from dlopt.data.counter import row_keys
 from dlopt.data.kinds.pixels import decode_image
 from dlopt.data.types.columns import Columns
+from dlopt.docstrings import json_schema
 from dlopt.part import DloptError
 from tests.planted import CLEAN, REASONS, planted
 
@@ -80,7 +81,7 @@ def test_every_part_is_made_from_yaml_belongs_to_one_family_and_is_documented(gi
     made = part(**given)
     assert made.kind == given["kind"] and made.most == 0.5 and made.title.startswith(made.kind)
     assert sum(isinstance(made, family) for family in FAMILIES) == 1 and isinstance(made, Cleaning)
-    fields = type(made).model_json_schema()["properties"]
+    fields = json_schema(type(made))["properties"]
     assert [name for name, field in fields.items() if "description" not in field and name != "kind"] == []
 
 
