@@ -16,8 +16,8 @@ from dlopt.data.kinds import encode_rows
 from dlopt.export.stage import EXPORT
 from dlopt.part import Signature
 from tests.commands import ROOT, printed
-from tests.export.test_formats import PLATFORMS
 from tests.conftest import missing
+from tests.export.test_formats import PLATFORMS
 
 FLIGHTS = ROOT / "jobs" / "flights.yaml"
 pytestmark = pytest.mark.slow
