@@ -33,7 +33,6 @@ MOST_CURVES = 3
 MOST_BARS = 20
 """Columns whose importance is shown."""
 Z95 = 1.959964
-PROFILE = "profile.json"
 SPLITS = ("train", "validation", "test")
 FIRST = {"category": "accuracy", "multi_label": "micro_f1", "number": "r2"}
 """The metric that the page begins with, by the kind of the target."""
@@ -258,7 +257,7 @@ def _plain(value: Any) -> str:
 
 def _profile(data: Artifact) -> Any:
     """What `prepare` has found in the columns, if it has looked."""
-    return profile.context(json.loads(data.read(PROFILE))) if PROFILE in data.manifest.files else None
+    return profile.context(json.loads(data.read(profile.FILE))) if profile.FILE in data.manifest.files else None
 
 
 def _sample_rows(samples: Samples | None) -> list[tuple[str, list[str]]]:
