@@ -29,17 +29,24 @@ class Tried(NamedTuple):
 
     parts: tuple[Compressor, ...]
     model: Model
+    bytes: int
+    """Packed by zlib."""
     share: float
     """Of the packed bytes of the float32 file."""
+    value: float | None
+    """The metric on the validation split, and what of it was lost."""
     lost: float
-    """Of the metric, on the validation split."""
     speed: float
     """How many times as fast as float32; 0 where it was not measured."""
 
+    @property
+    def chain(self) -> str:
+        """As in a job."""
+        return ", ".join(f"{{{', '.join(f'{name}: {value}' for name, value in _told(part))}}}" for part in self.parts)
+
     def __str__(self) -> str:
-        said = ", ".join(f"{{{', '.join(f'{name}: {value}' for name, value in _told(part))}}}" for part in self.parts)
         fast = f", {self.speed:.2f} times as fast" if self.speed else ""
-        return f"{said}: {self.share:.3f} of the bytes, {self.lost:.4f} lost{fast}"
+        return f"{self.chain}: {self.share:.3f} of the bytes, {self.lost:.4f} lost{fast}"
 
 
 class Budget(Compressor):
@@ -83,6 +90,7 @@ class Budget(Compressor):
             if one.share <= self.size and one.lost <= self.drop and one.speed >= self.speed:
                 model.network, model.coding, model.graph = one.model.network, one.model.coding, one.model.graph
                 return
+            model.tried.append({"chain": one.chain, "bytes": one.bytes, "value": one.value, "speed": one.speed or None})
         least = min(tried, key=self._beyond)
         within = f"size {self.size:g} and drop {self.drop:g}" + (f" at {self.speed:g} times the speed" if self.speed else "")
         raise DloptError(f"compress: budget: nothing that was tried stays within {within}; the nearest is {least}")
@@ -135,8 +143,9 @@ class Budget(Compressor):
         return len(zlib.compress(other.onnx(), 9)) / plain
 
     def _try(self, model: Model, parts: tuple[Compressor, ...], plain: int, place: int, timed: bool = True) -> Tried:
-        from dlopt.compress.measure import in_turn, lost, rows_of
+        from dlopt.compress.measure import decisive, in_turn, rows_of
         from dlopt.export.graph import session_of
+        from dlopt.export.proof import loss_of_metric
 
         other = _copy(model)
         for step, part in enumerate(parts):
@@ -147,7 +156,8 @@ class Budget(Compressor):
         if self.speed and timed:
             times = in_turn({name: session_of(one, model.signature, threads=1) for name, one in files.items()}, rows_of(model, self.batch))
             speed = times["float32"] / times["compressed"]
-        return Tried(parts, other, len(zlib.compress(files["compressed"], 9)) / plain, lost(other), speed)
+        size, (name, before, after) = len(zlib.compress(files["compressed"], 9)), decisive(other)
+        return Tried(parts, other, size, size / plain, after, loss_of_metric(name, before, after), speed)
 
 
 def _copy(model: Model) -> Model:

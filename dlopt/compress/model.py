@@ -55,6 +55,8 @@ class Model:
     """How weights are kept, by name; others are as they are."""
     graph: bytes | None = None
     """The ONNX file, where the network alone does not say what is computed."""
+    tried: list[dict[str, Any]] = field(default_factory=list)
+    """What was tried and not taken, for the report."""
 
     @property
     def signature(self) -> Signature:
