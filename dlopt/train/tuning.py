@@ -264,6 +264,8 @@ class Teacher(Part):
     """Share of the loss that is the teacher's; the rest is the job's."""
     temperature: float = Field(4.0, gt=0)
     """What logits are divided by before they are compared."""
+    features: float = Field(0.0, ge=0)
+    """What is added of how differently both see which rows are alike."""
 
     def network(self) -> Network:
         return trained_network(Artifact.open(self.model), Artifact.open(self.data)).float().requires_grad_(False)
@@ -271,18 +273,40 @@ class Teacher(Part):
     def teach(self, objective: Objective, target: Target, device: torch.device) -> Objective:
         """The job's objective, of which a share is how far outputs are from the teacher's."""
         teacher, temperature = self.network().to(device), self.temperature
+        theirs = last_layer(teacher)
 
         def taught(model: nn.Module, batch: Batch) -> Losses:
             said: list[Tensor] = []
-            listening = model.register_forward_hook(lambda _module, _inputs, outputs: said.append(outputs))
+            seen: list[Tensor] = []
+
+            def see(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                seen.append(inputs[0].float())
+
+            listening = [model.register_forward_hook(lambda _module, _inputs, outputs: said.append(outputs))]
+            if self.features:
+                listening += [layer.register_forward_pre_hook(see) for layer in (last_layer(model), theirs)]
             losses = objective(model, batch)
-            listening.remove()
             with torch.no_grad():
                 wanted = teacher(batch.inputs)
+            for one in listening:
+                one.remove()
             apart = DISTANCES[target.kind](said[0].float(), wanted.float(), temperature) / batch.total
-            return losses._replace(loss=(1 - self.alpha) * losses.loss + self.alpha * apart)
+            loss = (1 - self.alpha) * losses.loss + self.alpha * apart
+            return losses._replace(loss=loss + self.features * unlike(*seen) / batch.total if self.features else loss)
 
         return taught
+
+
+def last_layer(network: nn.Module) -> nn.Module:
+    """The layer whose outputs are the answer."""
+    return network.get_submodule(list(weights_of(network))[-1].rpartition(".")[0])
+
+
+def unlike(mine: Tensor, theirs: Tensor) -> Tensor:
+    """How differently two networks see which rows are alike (Tung and Mori 2019): of (rows, features) and (rows, other features), the
+    squared difference of all pairs' products, each row's brought to length 1; summed over the rows."""
+    alike = [F.normalize(values.flatten(1) @ values.flatten(1).T, dim=1) for values in (mine, theirs)]
+    return (alike[0] - alike[1]).square().sum()
 
 
 def _of_classes(outputs: Tensor, wanted: Tensor, temperature: float) -> Tensor:

@@ -14,13 +14,17 @@ from torch import nn
 
 from dlopt.artifact import once
 from dlopt.compress import Budget, Prune, Structured, measure
+from dlopt.data.feed.batches import Batch
+from dlopt.data.prepared import Split
 from dlopt.export import Onnx, Pickle, Safetensors
 from dlopt.export.stage import EXPORT
 from dlopt.models import Cnn, Mlp, Resnet
 from dlopt.part import DloptError, Signature
 from dlopt.train.job import Fit
-from dlopt.train.start import load_network
-from dlopt.train.tuning import Masked, Sparse, weights_of
+from dlopt.train.loop.losses import loss_of
+from dlopt.train.loop.objectives import supervised
+from dlopt.train.start import load_network, trained_network
+from dlopt.train.tuning import Masked, Sparse, Teacher, unlike, weights_of
 from tests.export.test_compress import IMAGES, TABLE, graph, model_of, small, weights
 from tests.packages import package
 
@@ -170,3 +174,35 @@ def test_a_budget_with_a_speed_takes_the_first_chain_that_is_as_fast(
     nearest = r"stays within size 1 and drop 1 at 2 times the speed; the nearest is .*, 1\.50 times as fast$"
     with pytest.raises(DloptError, match=nearest):
         small(tmp_path, big, data, part)
+
+
+def test_what_is_alike_does_not_depend_on_width_or_direction() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mine = torch.randn(6, 4, generator=generator)
+    turned, _ = torch.linalg.qr(torch.randn(9, 4, generator=generator))
+    assert float(unlike(mine, 3 * mine @ turned.T)) < 1e-10
+    other = torch.randn(6, 9, generator=generator)
+    wanted = 0.0
+    products = [(values @ values.T).numpy() for values in (mine, other)]
+    for row in range(6):
+        one, two = (found[row] / np.linalg.norm(found[row]) for found in products)
+        wanted += float(np.square(one - two).sum())
+    assert float(unlike(mine, other)) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_features_of_a_teacher_are_a_part_of_the_loss(tmp_path: Path) -> None:
+    big, data = model_of(tmp_path, IMAGES, Mlp(hidden=(32,)))
+    fit = Fit.model_validate(big.manifest.section).model_copy(update={"model": Mlp(hidden=(8,))})
+    student, split = load_network(fit, data).eval(), Split.open(data, "train")
+    rows = {name: torch.from_numpy(values[:20]) for name, values in split.read(split.chunks[:1]).items()}
+    target = rows.pop(IMAGES.target.name)
+    batch, plain = Batch(rows, target, total=20), supervised(loss_of("cross_entropy", IMAGES.target, student.output), 0.0, 0.0, 1)
+    losses = []
+    for features in (0.0, 2.0):
+        taught = Teacher(model=big.path, data=data.path, alpha=0.5, features=features).teach(plain, IMAGES.target, torch.device("cpu"))
+        losses.append(float(taught(student, batch).loss))
+    with torch.no_grad():
+        seen = [network.body.encoder(network.preprocess(rows)) for network in (student, trained_network(big, data))]
+    assert [one.shape[1] for one in seen] == [8, 32]
+    assert losses[1] - losses[0] == pytest.approx(2 * float(unlike(*seen)) / 20, rel=1e-4)
+    assert not student._forward_hooks
