@@ -127,7 +127,7 @@ def _norms() -> dict[Any, Any]:
 
     from dlopt.models.norms import BatchNorm
 
-    class Channels(BasePruningFunc):  # type: ignore[misc]
+    class Channels(BasePruningFunc):
         def prune_out_channels(self, layer: Any, idxs: Any) -> Any:
             gone = set(idxs)
             left = torch.tensor([place for place in range(len(layer.weight)) if place not in gone])

@@ -196,7 +196,7 @@ def test_features_of_a_teacher_are_a_part_of_the_loss(tmp_path: Path) -> None:
     student, split = load_network(fit, data).eval(), Split.open(data, "train")
     rows = {name: torch.from_numpy(values[:20]) for name, values in split.read(split.chunks[:1]).items()}
     target = rows.pop(IMAGES.target.name)
-    batch, plain = Batch(rows, target, total=20), supervised(loss_of("cross_entropy", IMAGES.target, student.output), 0.0, 0.0, 1)
+    batch, plain = Batch(rows, target, total=20), supervised(loss_of(None, IMAGES.target, student.output), 0.0, 0.0, 1)
     losses = []
     for features in (0.0, 2.0):
         taught = Teacher(model=big.path, data=data.path, alpha=0.5, features=features).teach(plain, IMAGES.target, torch.device("cpu"))

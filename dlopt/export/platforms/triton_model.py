@@ -52,6 +52,6 @@ class TritonPythonModel:
             ends = np.cumsum([len(asked[place][names[0]]) for place in places])
             parts = [np.split(values, ends[:-1]) for values in found]
             for order, place in enumerate(places):
-                tensors = [triton.Tensor(name, part[order]) for name, part in zip(outputs, parts, strict=True)]
-                answers[place] = triton.InferenceResponse(output_tensors=tensors)
+                given = [triton.Tensor(name, part[order]) for name, part in zip(outputs, parts, strict=True)]
+                answers[place] = triton.InferenceResponse(output_tensors=given)
         return answers
