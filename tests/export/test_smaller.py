@@ -194,7 +194,7 @@ def test_features_of_a_teacher_are_a_part_of_the_loss(tmp_path: Path) -> None:
     big, data = model_of(tmp_path, IMAGES, Mlp(hidden=(32,)))
     fit = Fit.model_validate(big.manifest.section).model_copy(update={"model": Mlp(hidden=(8,))})
     student, split = load_network(fit, data).eval(), Split.open(data, "train")
-    rows = {name: torch.from_numpy(values[:20]) for name, values in split.read(split.chunks[:1]).items()}
+    rows = {name: torch.from_numpy(values[:20].copy()) for name, values in split.read(split.chunks[:1]).items()}
     target = rows.pop(IMAGES.target.name)
     batch, plain = Batch(rows, target, total=20), supervised(loss_of(None, IMAGES.target, student.output), 0.0, 0.0, 1)
     losses = []
