@@ -93,7 +93,10 @@ def test_tritons_own_server_says_what_torch_says(tmp_path: Path) -> None:
     port = free_port()
     words = [str(server / "bin" / "tritonserver"), f"--model-repository={tmp_path / 'repository'}", f"--backend-directory={backends}"]
     words += ["--http-address=127.0.0.1", f"--http-port={port}", "--allow-grpc=false", "--allow-metrics=false"]
-    environment = os.environ | {"PATH": f"{home / 'bin'}:{os.environ['PATH']}", "LD_LIBRARY_PATH": str(server / "external_libs")}
+    environment = os.environ | {
+        "PATH": f"{home / 'bin'}:{os.environ['PATH']}",
+        "LD_LIBRARY_PATH": str(server.parents[1] / "nvidia_pytriton.libs"),
+    }
     rows = inputs_of(TABLE, 40, seed=9)
     from tests.export.test_export import strings
 
