@@ -268,12 +268,13 @@ class Teacher(Part):
     """What is added of how differently both see which rows are alike."""
 
     def network(self) -> Network:
-        return trained_network(Artifact.open(self.model), Artifact.open(self.data)).float().requires_grad_(False)
+        return trained_network(Artifact.open(self.model), Artifact.open(self.data)).float()
 
     def teach(self, objective: Objective, target: Target, device: torch.device) -> Objective:
         """The job's objective, of which a share is how far outputs are from the teacher's."""
         teacher, temperature = self.network().to(device), self.temperature
         theirs = last_layer(teacher)
+        teacher.requires_grad_(False)
 
         def taught(model: nn.Module, batch: Batch) -> Losses:
             said: list[Tensor] = []
