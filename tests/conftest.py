@@ -37,6 +37,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tensors of tests 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--repeat", type=int, default=3, metavar="N", help="random repetitions of each fault of the chaos tests (default: 3)")
     parser.addoption("--chaos-seed", type=int, metavar="SEED", help="what these are drawn from, to repeat those of an earlier run")
+    parser.addoption("--minutes", type=float, default=0.15, help="how long the soak test of serving lasts (default: 0.15; by hand: 30)")
     parser.addoption("--share", metavar="K|day", help=f"with -m '': only part K of {SHARES} of the slow and chaos tests, or the day's")
     parser.addoption("--write-budgets", action="store_true", help="store what each file has cost as its budget (tests/budgets.json)")
 

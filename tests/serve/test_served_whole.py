@@ -23,12 +23,11 @@ from dlopt.part import Signature
 from dlopt.serve import Serve
 from dlopt.serve.front.access import request_id
 from dlopt.serve.models.model import Predictor
-from tests.conftest import program
 from tests.serve.test_protocols import ask
 from tests.serve.test_releases import application
 from tests.serve.test_rpc import LET_IN, SERVICE, fields, image_request
 from tests.serve.test_serve_models import run
-from tests.served import free_port, make_export
+from tests.served import certificate, free_port, make_export
 
 KEY = "a-key-of-the-tests"
 IMAGES = np.random.default_rng(3).integers(0, 256, (4, 28, 28), dtype=np.uint8)
@@ -42,9 +41,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("m", "larger"):
         (home / name / "job.yaml").write_text("serve: {drain_seconds: 0}")
     (home / "keys.txt").write_text(f"{KEY} name=ann\n")
-    files = ["-keyout", str(home / "key.pem"), "-out", str(home / "cert.pem"), "-days", "2", "-nodes"]
-    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
-    subprocess.run([program("openssl"), "req", "-x509", "-newkey", "rsa:2048", *files, *subject], check=True, capture_output=True)
+    certificate(home)
     return home
 
 

@@ -18,6 +18,8 @@ FINE = r"(:\d\d\.\d{6})\d+(Z|[+-][\d:]+)?$"
 """One of more than microseconds, which the rest is cut from."""
 TIME = "time"
 """The form of times of day in ISO 8601, 08:30 or 08:30:15.25, which become moments of the first day of 1970."""
+LOOK = 1000
+"""Rows that tell whether texts repeat: then each is read once."""
 OF_DAY = r"^\d\d:\d\d(:\d\d(\.\d+)?)?$"
 
 
@@ -60,6 +62,9 @@ def parse_dates(values: pa.Array, form: str) -> pa.Array:
         return pc.cast(values, pa.time64("us"), safe=False).cast(pa.int64()).cast(pa.timestamp("us"))
     if not is_text(kind):
         raise DloptError(f"{kind} is not a date")
+    if len(values) > 2 * LOOK and pc.count_distinct(values[:LOOK]).as_py() < LOOK / 2:
+        codes = values.dictionary_encode()
+        return parse_dates(codes.dictionary, form).take(codes.indices)
     try:
         if form == TIME:
             return _of_day(values)

@@ -10,6 +10,7 @@ import secrets
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol
 
 from dlopt.part import DloptError
 from dlopt.serve.exchange import Call
@@ -24,6 +25,13 @@ def request_id(given: bytes | None) -> bytes:
     if given is not None and GIVEN.fullmatch(given):
         return given
     return b"%s-%x" % (_start.encode(), next(_numbers))
+
+
+class Note(Protocol):
+    """What is told of each request when it is answered."""
+
+    def note(self, call: Call, protocol: str, status: int, seconds: float, size: int) -> None:
+        """protocol: "" where none was found. size: of the answer, in bytes."""
 
 
 class AccessLog:

@@ -18,7 +18,7 @@ import httptools
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
-from dlopt.serve.exchange import Call
+from dlopt.serve.exchange import Call, Refusal
 from dlopt.serve.front.application import Answered, Application
 from dlopt.serve.front.bodies import ClientGone, late, limit_of, too_large, unpacked
 
@@ -52,13 +52,15 @@ def _target_of(url: bytes) -> tuple[str, bytes]:
 class Asked:
     """One request as it comes in."""
 
-    __slots__ = ("call", "complete", "gone", "keep_alive", "parts", "size", "waiter", "waits_for_100")
+    __slots__ = ("call", "complete", "gone", "keep_alive", "parts", "size", "waiter", "waits_for_100", "wrong")
 
     def __init__(self, keep_alive: bool, waits_for_100: bool) -> None:
         self.keep_alive, self.waits_for_100 = keep_alive, waits_for_100
         self.parts: list[bytes] = []
         self.size = 0
         self.complete = self.gone = False
+        self.wrong: Refusal | None = None
+        """Why its rest will never come."""
         self.waiter: asyncio.Future[None] | None = None
         self.call: Call | None = None
 
@@ -115,7 +117,7 @@ class Connection(asyncio.Protocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:  # no other protocol is spoken here: it is answered as if it had not asked for one
-            self._last(None)
+            self._last()
         except httptools.HttpParserError:
             self.refuse(400, "Invalid HTTP request received.")
         if self.began is not None:
@@ -203,18 +205,18 @@ class Connection(asyncio.Protocol):
 
     def refuse(self, status: int, message: str) -> None:
         """End the connection with an error in JSON, or after the answers to what was asked before."""
-        if self.transport.is_closing() or self._last(self.incoming):
+        if self.incoming is not None:
+            self.incoming.wrong = Refusal(status, message)
+            self.incoming.wake()
+        if self.transport.is_closing() or self._last():
             return
         body = json.dumps({"error": message}).encode()
         head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
         self.transport.write(_status_line(status) + head + body)
         self._close()
 
-    def _last(self, broken: Asked | None) -> bool:
-        """Take no more requests; whether some are yet to be answered. broken: one whose rest will never come."""
-        if broken is not None:
-            broken.gone = True
-            broken.wake()
+    def _last(self) -> bool:
+        """Take no more requests; whether some are yet to be answered."""
         last = self.queue[-1] if self.queue else self.current
         if last is not None:
             last.keep_alive = False
@@ -240,9 +242,10 @@ class Connection(asyncio.Protocol):
         task.add_done_callback(self.state.tasks.discard)
 
     async def _answer(self, asked: Asked) -> None:
-        assert asked.call is not None
+        call, asked.call = asked.call, None  # it knows its body, and so the request: a circle would wait for garbage to be looked for
+        assert call is not None
         try:
-            answered = await self.app.answer(asked.call)
+            answered = await self.app.answer(call)
         except ClientGone:
             self._close()
             return
@@ -302,6 +305,8 @@ class Connection(asyncio.Protocol):
                 while not asked.complete:
                     if asked.gone:
                         raise ClientGone
+                    if asked.wrong:
+                        raise asked.wrong
                     if asked.size > most:
                         raise too_large(most)
                     self._resume()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import signal
 import socket
@@ -16,14 +15,12 @@ import uvicorn
 
 from dlopt.part import DloptError
 from dlopt.serve import Serve
-from dlopt.serve.front.application import Application
+from dlopt.serve.front.application import Application, settle
 from dlopt.serve.servers.connection import Connection
 from dlopt.serve.servers.stopping import STOPS
 
 SWEEP_SECONDS = 1.0
 BACKLOG = 2048
-GARBAGE = 20_000
-"""New objects until garbage is looked for; a request of 784 numbers in lists has nearly Python's 700."""
 
 
 class Server(uvicorn.Server):
@@ -60,9 +57,7 @@ def serve(
         backlog=BACKLOG,
         **({"ssl_certfile": str(tls[0]), "ssl_keyfile": str(tls[1])} if tls else {}),  # type: ignore[arg-type]
     )
-    gc.collect()
-    gc.freeze()  # what is there by now stays: looking through it again and again costs a tenth of the throughput
-    gc.set_threshold(GARBAGE)
+    settle()
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
         runner.run(_run(Server(config), application, section, listener, on_ready, rpc, tls))
 

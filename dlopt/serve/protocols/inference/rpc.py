@@ -117,8 +117,7 @@ def _handler(
         finally:
             application.in_flight -= 1
             application.count(call, NAME, status, start)
-            if application.log is not None:
-                application.log.note(call, NAME, status, time.perf_counter() - start, 0)
+            application.note(call, NAME, status, start, 0)
         await context.abort(CODES.get(status, grpc.StatusCode.INTERNAL), said)
 
     return handle
