@@ -200,7 +200,7 @@ def test_features_of_a_teacher_are_a_part_of_the_loss(tmp_path: Path) -> None:
     losses = []
     for features in (0.0, 2.0):
         taught = Teacher(model=big.path, data=data.path, alpha=0.5, features=features).teach(plain, IMAGES.target, torch.device("cpu"))
-        losses.append(float(taught(student, batch).loss))
+        losses.append(taught(student, batch).loss.item())
     with torch.no_grad():
         seen = [network.body.encoder(network.preprocess(rows)) for network in (student, trained_network(big, data))]
     assert [one.shape[1] for one in seen] == [8, 32]
