@@ -241,7 +241,7 @@ def _unsealed(path: Path) -> Manifest:
             return Manifest.model_validate(value)
     except (FileNotFoundError, NotADirectoryError):
         raise DloptError(f"{path}: not a finished artifact (no {MANIFEST}): run its job again") from None
-    except (ValueError, AttributeError, KeyError, TypeError):  # no JSON, no mapping, no seal
+    except (ValueError, AttributeError, KeyError, TypeError, DloptError):  # no JSON, no mapping, no seal
         pass
     raise DloptError(f"{path / MANIFEST}: damaged: delete the folder {path} and run the job again")
 

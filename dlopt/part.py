@@ -31,9 +31,33 @@ class Part(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise DloptError("\n".join(f"{type(self).__name__}: {line}" for line in lines_of(error, type(self)))) from None
+            raise _said(error, type(self), f"{type(self).__name__}: ") from None
 
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # so that pydantic does not come by here with each inner part
+
+    @classmethod
+    def validated(cls, given: Any, where: str = "") -> Self:
+        """From what a file or a request holds. Raises DloptError with a line for each mistake, which begins with `where`."""
+        try:
+            return super().model_validate(given)
+        except ValidationError as error:
+            raise _said(error, cls, where) from None
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        """As pydantic's. Raises DloptError."""
+        try:
+            return super().model_validate(obj, **options)
+        except ValidationError as error:
+            raise _said(error, cls, f"{cls.__name__}: ") from None
+
+    @classmethod
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:
+        """As pydantic's. Raises DloptError."""
+        try:
+            return super().model_validate_json(json_data, **options)
+        except ValidationError as error:
+            raise _said(error, cls, f"{cls.__name__}: ") from None
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """With other values, which are validated like all others. Raises DloptError."""
@@ -48,6 +72,10 @@ class Part(BaseModel):
             return given
         numbers = {name for name, field in cls.model_fields.items() if field.annotation not in (bool, str)}
         return {name: str(value).lower() if isinstance(value, bool) and name in numbers else value for name, value in given.items()}
+
+
+def _said(error: ValidationError, part: type[Part], where: str) -> DloptError:
+    return DloptError("\n".join(f"{where}{line}" for line in lines_of(error, part)))
 
 
 class Feature(Part):

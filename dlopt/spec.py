@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from dlopt.compress import Compression
 from dlopt.data.augment import Augmentation, fill_of
@@ -17,7 +17,7 @@ from dlopt.data.kinds import kinds
 from dlopt.data.section import Data
 from dlopt.data.table.split import GivenSplit, TimeSplit
 from dlopt.export import Format, Onnx
-from dlopt.mistakes import is_part, kinds_in, lines_of, tag_of
+from dlopt.mistakes import is_part, kinds_in, tag_of
 from dlopt.models import Model
 from dlopt.part import PROBABILITIES, VALUES, DloptError, Part
 from dlopt.serve import Serve
@@ -178,9 +178,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Job:
 def validated(given: Mapping[str, Any], where: str = "") -> Job:
     """A job from nested mappings and lists, as YAML gives them; `where` stands before each mistake. Raises DloptError."""
     try:
-        return Job.model_validate(given)
-    except ValidationError as error:
-        raise DloptError("\n".join(f"{where}{line}" for line in lines_of(error, Job))) from None
+        return Job.validated(given, where)
     except RecursionError:
         raise DloptError(f"{where}is nested too deep to be a job") from None
 

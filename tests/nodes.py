@@ -29,11 +29,12 @@ class Nodes:
     """Talks to the process that holds the cluster."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
+        self.process, self.count = process, 0
         self.address = self._heard()
 
     def add(self, cpus: int = 1) -> None:
         """A node more."""
+        self.count += 1
         self._asked(f"add {cpus}")
 
     def drain(self, worker: int, seconds: float) -> None:

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from dlopt.compress import Compression, Compressor
-from dlopt.mistakes import lines_of
 from dlopt.part import DloptError, Part
 from dlopt.progress import Progress, silent
 from dlopt.runs import Outcome
@@ -37,7 +35,4 @@ def parts_of(given: Sequence[str | Mapping[str, Any]]) -> tuple[Compressor, ...]
         read = [yaml.safe_load(one) if isinstance(one, str) else dict(one) for one in given]
     except yaml.YAMLError as error:
         raise DloptError(f"compress: not YAML: {' '.join(str(error).split())[:100]}") from None
-    try:
-        return _Chosen.model_validate({"compress": [{"kind": one} if isinstance(one, str) else one for one in read]}).compress
-    except ValidationError as error:
-        raise DloptError("\n".join(lines_of(error, _Chosen))) from None
+    return _Chosen.validated({"compress": [{"kind": one} if isinstance(one, str) else one for one in read]}).compress

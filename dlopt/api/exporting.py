@@ -6,12 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from dlopt.artifact import Artifact, write_atomically
 from dlopt.export import Format
 from dlopt.export.base import ExportFormat
-from dlopt.mistakes import lines_of
 from dlopt.part import DloptError, Part
 from dlopt.progress import Progress, silent
 
@@ -38,10 +35,7 @@ def export(folder: Path, kind: str, fields: Mapping[str, Any], place: Path | Non
 
 def format_of(kind: str, fields: Mapping[str, Any]) -> ExportFormat:
     """One of those that there are. Raises DloptError."""
-    try:
-        part: ExportFormat = _Chosen.model_validate({"export": {"kind": kind, **fields}}).export
-    except ValidationError as error:
-        raise DloptError("\n".join(lines_of(error, _Chosen))) from None
+    part: ExportFormat = _Chosen.validated({"export": {"kind": kind, **fields}}).export
     return part
 
 

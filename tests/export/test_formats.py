@@ -18,7 +18,7 @@ from dlopt.api.exporting import copied, format_of
 from dlopt.api.verifying import differing
 from dlopt.artifact import Artifact, Stage, once
 from dlopt.data.kinds import encode_rows
-from dlopt.export import Joblib, Onnx, Pickle, Safetensors, TorchExport, TorchScript
+from dlopt.export import Joblib, Onnx, Pickle, Safetensors, TorchExport, TorchScript, TorchServe, Triton
 from dlopt.export.estimator import ENCODERS, Classifier, Regressor
 from dlopt.export.pickled import load_estimator, source
 from dlopt.export.stage import EXPORT
@@ -43,6 +43,8 @@ CASES = [
     pytest.param(Signature(inputs=(TEXT,), target=TWO), TextBag(embedding=8), id="text", marks=pytest.mark.slow),
 ]
 FORMATS = [TorchExport(), TorchScript(), Safetensors(), Pickle(), Joblib()]
+PLATFORMS = [*FORMATS, Triton(), Triton(backend="python"), TorchServe()]
+"""All that need no other package."""
 
 
 @pytest.mark.parametrize("part", FORMATS, ids=lambda part: part.kind)

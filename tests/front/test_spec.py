@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -353,3 +354,12 @@ def test_every_field_says_what_it_is_and_unknown_keys_are_refused(part: type[Par
 
 def test_a_description_is_the_docstring_of_its_field() -> None:
     assert json_schema(Job)["$defs"]["AdamW"]["properties"]["lr"]["description"] == "Peak learning rate."
+
+
+@pytest.mark.parametrize(
+    "made", [lambda: Adam.model_validate({"lr": "x"}), lambda: Adam.model_validate_json('{"lr": "x"}'), lambda: Adam(lr="x")]
+)
+def test_a_part_from_a_program_is_refused_in_our_own_line(made: Callable[[], Part]) -> None:
+    with pytest.raises(DloptError) as caught:
+        made()
+    assert str(caught.value) == "Adam: lr: must be a number, not 'x'"

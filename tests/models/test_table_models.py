@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
 
 from dlopt.models import FtTransformer, Mlp, Model, TableResnet
 from dlopt.models.layers import EMBEDDING_STD
@@ -199,7 +198,7 @@ def test_an_encoder_gives_a_vector_of_its_width_to_each_row(part: Any) -> None:
     ],
 )
 def test_a_table_model_of_nonsense_is_refused(kind: Any, given: dict[str, object], says: str) -> None:
-    with pytest.raises(ValidationError, match=says):
+    with pytest.raises(DloptError, match=says):
         kind.model_validate(given)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 from dlopt.models import Model, TextBag, TextCnn, TextTransformer
@@ -224,5 +223,5 @@ def test_channel_dropout_takes_the_same_numbers_out_of_all_tokens() -> None:
     ],
 )
 def test_a_transformer_of_nonsense_is_refused(given: dict[str, object], says: str) -> None:
-    with pytest.raises(ValidationError, match=says):
+    with pytest.raises(DloptError, match=says):
         TextTransformer.model_validate(given)

@@ -87,12 +87,12 @@ class NumberInput(Matrix):
 
     def read(self, table: pa.Table, feature: Feature) -> tuple[dict[str, pa.Array], Reasons]:
         """A matrix with NaN where missing, and the reason for every row that has something else than numbers."""
-        values = np.empty((len(table), len(feature.columns)))
+        values = np.empty((len(feature.columns), len(table)))
         reasons: Reasons = {}
         for index, name in enumerate(feature.columns):
-            values[:, index], wrong = numbers(table[name])
+            values[index], wrong = numbers(table[name])
             reasons.update({row: f"{name}: {why}" for row, why in wrong.items() if row not in reasons})
-        return {feature.name: exact_column(values)}, reasons
+        return {feature.name: exact_column(values.T)}, reasons
 
     def lost(self, raw: pa.Table, read: pa.Array) -> list[np.ndarray | None]:
         return digits_lost(self.columns, raw, read)
@@ -197,9 +197,9 @@ class NumberInput(Matrix):
             told=told,
             merged=told - len(different) + merged(different),
             whole=bool((different == np.rint(different)).all()),
-            points=profile.pack(np.stack([kept, weights])),
+            points=np.stack([kept, weights]).tobytes(),
             thinned=len(kept) < len(different),
-            sketch=profile.pack(profile.registers(profile.number_hashes(different))),
+            sketch=profile.registers(profile.number_hashes(different)).tobytes(),
         )
 
     @staticmethod

@@ -66,16 +66,16 @@ class Column:
     """Of numbers: how many different ones there are, summed over pieces."""
     merged: int = 0
     """How many of these are the same as another one of their piece in float32, be it less an offset, which is all that a model sees."""
-    points: str = ""
-    """Packed float64 (2, points): sorted numbers and how many values each stands for."""
+    points: bytes = b""
+    """float64 (2, points): sorted numbers and how many values each stands for."""
     thinned: bool = False
     """Whether points were thinned out: else they are all the values there are."""
     counts: dict[str, int] = field(default_factory=dict)
     """How often each category, text, label or shape of an image occurs; long ones are cut, with a hash to tell them apart."""
     missed: int = 0
     """A value that is not in `counts`, or not as often, occurs at most so many times more."""
-    sketch: str = ""
-    """Packed registers of HyperLogLog, over the values."""
+    sketch: bytes = b""
+    """uint8 (4096,): registers of HyperLogLog, over the values."""
     spaceless: int = 0
     """Of texts and categories: values that have no white space."""
 
@@ -94,7 +94,7 @@ class Column:
         """How many different values there are among those looked at; of images, how many shapes."""
         if self.exact or not self.sketch:
             return self.weighted()[0].size if self.numeric else len(self.counts)
-        return min(round(cardinality(unpack(self.sketch, np.uint8))), self.seen)
+        return min(round(cardinality(np.frombuffer(self.sketch, np.uint8))), self.seen)
 
     def weighted(self) -> tuple[np.ndarray, np.ndarray]:
         """Sorted different numbers, and how many values each stands for."""
@@ -102,7 +102,7 @@ class Column:
 
     @cached_property
     def _weighted(self) -> tuple[np.ndarray, np.ndarray]:
-        values, weights = unpack(self.points, np.float64).reshape(2, -1) if self.points else np.zeros((2, 0))
+        values, weights = np.frombuffer(self.points, np.float64).reshape(2, -1)
         return values, weights
 
     def quantile(self, p: float) -> float | None:
@@ -182,7 +182,7 @@ def measured(found: Column, values: np.ndarray, points: int) -> Column:
     """A column with what is measured of its values, float64 (values,) without NaN."""
     different, counts = counted(values)
     kept, weights = thinned(different, counts.astype(np.float64), points)
-    return replace(found, **moments(values), points=pack(np.stack([kept, weights])))
+    return replace(found, **moments(values), points=np.stack([kept, weights]).tobytes())
 
 
 def of_texts(kind: str, column: Any, step: int, most: int = MOST_VALUES) -> tuple[Column, pa.Array, np.ndarray]:
@@ -206,7 +206,7 @@ def of_texts(kind: str, column: Any, step: int, most: int = MOST_VALUES) -> tupl
         seen=int(counts.sum()),
         counts=kept,
         missed=missed,
-        sketch=pack(registers(hashes)),
+        sketch=registers(hashes).tobytes(),
         spaceless=int(counts[~spaced].sum()),
     )
     return found, different, counts
@@ -255,13 +255,17 @@ def merge_columns(a: Column, b: Column, points: int) -> Column:
         whole=a.whole and b.whole,
         told=a.told + b.told,
         merged=a.merged + b.merged,
-        points=pack(np.stack([values, weights])) if len(values) else "",
+        points=np.stack([values, weights]).tobytes(),
         thinned=fewer,
         counts=counts,
         missed=missed,
-        sketch=pack(np.maximum(unpack(a.sketch, np.uint8), unpack(b.sketch, np.uint8))) if a.sketch and b.sketch else "",
+        sketch=_most(a.sketch, b.sketch) if a.sketch and b.sketch else b"",
         spaceless=a.spaceless + b.spaceless,
     )
+
+
+def _most(a: bytes, b: bytes) -> bytes:
+    return np.maximum(np.frombuffer(a, np.uint8), np.frombuffer(b, np.uint8)).tobytes()
 
 
 def _merge_counts(a: Column, b: Column) -> tuple[dict[str, int], int]:
@@ -343,9 +347,10 @@ def _tau(x: float) -> float:
     return z / 3
 
 
-def pack(values: np.ndarray) -> str:
-    return base64.b64encode(zlib.compress(np.ascontiguousarray(values).tobytes(), 1)).decode()
+def pack(content: bytes) -> str:
+    """As it stands in JSON."""
+    return base64.b64encode(zlib.compress(content, 1)).decode() if content else ""
 
 
-def unpack(text: str, kind: Any) -> np.ndarray:
-    return np.frombuffer(zlib.decompress(base64.b64decode(text)), kind)
+def unpack(text: str) -> bytes:
+    return zlib.decompress(base64.b64decode(text)) if text else b""

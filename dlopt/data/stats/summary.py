@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -40,13 +41,13 @@ class RowSample:
     """Random rows, those with the smallest random keys, so that samples of pieces merge to one of the whole."""
 
     names: list[str]
-    keys: str
-    """Packed uint64 (rows,), sorted."""
-    values: str
-    """Packed uint32 (columns, rows): numbers as float32, NaN where missing; hashes of categories and texts, 0 where missing."""
+    keys: bytes
+    """uint64 (rows,), sorted."""
+    values: bytes
+    """uint32 (columns, rows): numbers as float32, NaN where missing; hashes of categories and texts, 0 where missing."""
 
     def __len__(self) -> int:
-        return len(unpack(self.keys, np.uint64))
+        return len(self.keys) // 8
 
     def column(self, name: str, kind: str) -> np.ndarray:
         """Values of the rows, in the order of their keys: float64 with NaN, or uint32 of categories and texts."""
@@ -54,13 +55,14 @@ class RowSample:
         return values.view(np.float32).astype(np.float64) if column_kinds[kind].ranked else values
 
     def merge(self, other: RowSample) -> RowSample:
-        keys = np.concatenate([unpack(self.keys, np.uint64), unpack(other.keys, np.uint64)])
+        keys = np.frombuffer(self.keys + other.keys, np.uint64)
         kept = np.argsort(keys, kind="stable")[: _sample_rows(len(self.names))]
-        return RowSample(self.names, pack(keys[kept]), pack(np.concatenate([self._matrix, other._matrix], axis=1)[:, kept]))
+        values = np.concatenate([self._matrix, other._matrix], axis=1)[:, kept]
+        return RowSample(self.names, keys[kept].tobytes(), values.tobytes())
 
     @cached_property
     def _matrix(self) -> np.ndarray:
-        return unpack(self.values, np.uint32).reshape(len(self.names), -1)
+        return np.frombuffer(self.values, np.uint32).reshape(len(self.names), -1)
 
 
 @dataclass(frozen=True)
@@ -72,19 +74,23 @@ class Summary:
     sample: RowSample | None
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return json.dumps(asdict(self), default=pack)
 
     @classmethod
     def from_json(cls, text: str) -> Summary:
         found = json.loads(text)
-        sample = RowSample(**found["sample"]) if found["sample"] else None
-        return cls(found["rows"], {name: Column(**column) for name, column in found["columns"].items()}, sample)
+        columns = {name: Column(**_unpacked(column, "points", "sketch")) for name, column in found["columns"].items()}
+        return cls(found["rows"], columns, RowSample(**_unpacked(found["sample"], "keys", "values")) if found["sample"] else None)
 
     def merge(self, other: Summary) -> Summary:
         points = _points(len(self.columns))
         columns = {name: merge_columns(column, other.columns[name], points) for name, column in self.columns.items()}
         sample = self.sample.merge(other.sample) if self.sample and other.sample else self.sample or other.sample
         return Summary(self.rows + other.rows, columns, sample)
+
+
+def _unpacked(known: dict[str, Any], *names: str) -> dict[str, Any]:
+    return known | {name: unpack(known[name]) for name in names}
 
 
 def summarise(columns: Columns, kinds: Mapping[str, str], targets: Sequence[str] = ()) -> Summary:
@@ -118,13 +124,13 @@ def prepared_columns(
 
 def _sampled(columns: Columns, kinds: Mapping[str, str], found: Mapping[str, Column], rows: int) -> RowSample:
     """Random rows of a piece. The randomness comes from what the piece holds, so that pieces of one table have different keys."""
-    (seed,) = string_words([repr([(c.mean, c.squares, c.sketch, c.missing, c.rows) for c in found.values()])])
+    (seed,) = string_words([repr([(c.mean, c.squares, zlib.crc32(c.sketch), c.missing, c.rows) for c in found.values()])])
     keys = bits(np.arange(rows), 19, int(seed))
     size = min(rows, _sample_rows(len(kinds)))
     chosen = np.argpartition(keys, size - 1)[:size]
     chosen = chosen[np.argsort(keys[chosen])]
     values = [_bits(column_kinds[kind].sampled(_take(columns[name], chosen))) for name, kind in kinds.items()]
-    return RowSample(list(kinds), pack(keys[chosen]), pack(np.stack(values)))
+    return RowSample(list(kinds), keys[chosen].tobytes(), np.stack(values).tobytes())
 
 
 def _sample_rows(columns: int) -> int:

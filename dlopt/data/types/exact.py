@@ -27,7 +27,9 @@ def exact_column(values: np.ndarray) -> pa.Array:
     """Numbers, float64 (rows, columns), as they lie in a piece: each row the bytes of float32 if that holds all of them, or of float64."""
     with np.errstate(over="ignore"):
         single = values.astype(np.float32)
-    return column_of(single if np.array_equal(single, values, equal_nan=True) else values)
+    held = single == values
+    held |= np.isnan(values)
+    return column_of(single if held.all() else values)
 
 
 def raw_values(column: pa.ChunkedArray | pa.Array, width: int) -> np.ndarray:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from dlopt import runs
 from dlopt.artifact import Artifact
-from dlopt.mistakes import lines_of
 from dlopt.part import DloptError, Part, Signature
 from dlopt.serve import Serve
 from dlopt.serve.models.lineup import Entry
@@ -88,7 +87,4 @@ def _read(path: Path) -> Plan:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         said = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
         raise DloptError(f"{path}: {said}") from None
-    try:
-        return Plan.model_validate(given)
-    except ValidationError as error:
-        raise DloptError(f"{path}: {lines_of(error, Plan)[0]}") from None
+    return Plan.validated(given, f"{path}: ")

@@ -6,12 +6,11 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 from pydantic_core import from_json
 
 from dlopt.artifact import Artifact
 from dlopt.docstrings import descriptions
-from dlopt.mistakes import lines_of
 from dlopt.part import DloptError, Part
 from dlopt.serve.exchange import Call, Handler, Json, Refusal, Reply, json_reply
 from dlopt.serve.models.lineup import Canary, Limits, State, deployed, rolled_back, version_from, version_of
@@ -148,10 +147,7 @@ async def _given(call: Call, kind: type[Any]) -> Any:
         found = from_json(await call.read())
     except ValueError as error:
         raise Refusal(400, f"JSON Parse error: {str(error)[:200]}") from None
-    try:
-        return kind.model_validate(found)
-    except ValidationError as error:
-        raise DloptError(lines_of(error, kind)[0]) from None
+    return kind.validated(found)
 
 
 def describe(model: Model) -> Json:

@@ -26,8 +26,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from dlopt import session
 from dlopt.part import DloptError, Part
 from dlopt.serve import Replicas, Serve
@@ -229,10 +227,9 @@ class Run(Part):
 def built(arguments: Mapping[str, Any]) -> Any:
     """The Ray Serve application of a run, for `serve run`, `serve deploy` and KubeRay. Raises DloptError."""
     try:
-        given = Run.model_validate(dict(arguments))
-    except ValidationError as error:
-        said = error.errors()[0]
-        raise DloptError(f"dlopt.serve:app: {'.'.join(map(str, said['loc']))}: {said['msg']}; it takes run=, home= and keys=") from None
+        given = Run.validated(dict(arguments), "dlopt.serve:app: ")
+    except DloptError as error:
+        raise DloptError(f"{str(error).splitlines()[0]}; it takes run=, home= and keys=") from None
     entries, section = entries_of(given.run, given.home)
     file = None if given.keys == "none" else Path(given.keys).resolve()
     metrics = Path(tempfile.gettempdir()) / f"dlopt-metrics-{make_key()}"

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pydantic import ValidationError
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from dlopt.data.kinds.text import TextInput
@@ -229,7 +228,7 @@ def test_the_column_may_be_one_or_several() -> None:
     ],
 )
 def test_a_text_input_of_nonsense_is_refused(given: dict[str, Any], why: str) -> None:
-    with pytest.raises(ValidationError, match=why):
+    with pytest.raises(DloptError, match=why):
         TextInput.model_validate(given)
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import sklearn.metrics as reference
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from dlopt.artifact import Artifact, Stage, once
@@ -21,7 +21,7 @@ from dlopt.export import Onnx
 from dlopt.export.stage import EXPORT
 from dlopt.models import Mlp
 from dlopt.optim.optimizers import Adam
-from dlopt.part import Signature, Target
+from dlopt.part import DloptError, Signature, Target
 from dlopt.serve import Serve
 from dlopt.serve.front.application import application_of
 from dlopt.train.job import Fit, Train
@@ -119,7 +119,7 @@ def test_a_number_is_the_threshold_of_the_positive_class_or_of_every_label() -> 
 
 @pytest.mark.parametrize("given", [0, 1, -0.5, "x", {"kind": "tuned", "metric": "accuracy"}, {"kind": "best"}])
 def test_what_is_no_threshold_is_refused(given: Any) -> None:
-    with pytest.raises(ValidationError):
+    with pytest.raises(DloptError):
         Train.model_validate({"threshold": given})
     assert TypeAdapter(Threshold).validate_python({"kind": "tuned"}) == Tuned(metric="f1")
 
