@@ -14,8 +14,9 @@ from dlopt.compress.low_rank import LowRank
 from dlopt.compress.prune import Prune
 from dlopt.compress.quantize import Quantize
 from dlopt.compress.share import Share
+from dlopt.compress.structured import Structured
 
-Compression = Annotated[Prune | LowRank | Share | Quantize | Float16 | Distil | Budget, Field(discriminator="kind")]
+Compression = Annotated[Prune | Structured | LowRank | Share | Quantize | Float16 | Distil | Budget, Field(discriminator="kind")]
 """The list of what there is."""
 
-__all__ = ["Budget", "Compression", "Compressor", "Distil", "Float16", "LowRank", "Prune", "Quantize", "Share"]
+__all__ = ["Budget", "Compression", "Compressor", "Distil", "Float16", "LowRank", "Prune", "Quantize", "Share", "Structured"]

@@ -25,6 +25,9 @@ class Distil(Compressor):
     """Share of the loss that is how far outputs are from the teacher's; the rest is the job's own."""
     temperature: float = Field(4.0, gt=0)
     """What logits are divided by before they are compared: the higher, the more the unlikely classes tell."""
+    features: float = Field(0.0, ge=0)
+    """How much is added to the loss of how differently both networks see which rows of a batch are alike, by what their last layers are
+    given (Tung and Mori 2019), be the one wider than the other or not."""
     fresh: bool = True
     """Whether the network begins with its first weights, and not with those that it has been trained to."""
 
@@ -36,7 +39,7 @@ class Distil(Compressor):
         from dlopt.train.tuning import Teacher
 
         given = {name: self._artifact(name).path for name in ("model", "data")}
-        model.learn(self, Teacher(**given, alpha=self.alpha, temperature=self.temperature))
+        model.learn(self, Teacher(**given, alpha=self.alpha, temperature=self.temperature, features=self.features))
 
     def _artifact(self, name: str) -> Artifact:
         from pathlib import Path

@@ -16,7 +16,7 @@ from dlopt.compress.model import Model
 from dlopt.data.prepared import Rows, Split
 from dlopt.export.base import Compute
 from dlopt.export.graph import onnx_file, session_of
-from dlopt.export.proof import DECISIVE, agreement, compare, fed, loss_of_metric, metrics_of
+from dlopt.export.proof import DECISIVE, agreement, compare, fed, metrics_of
 from dlopt.export.trained import Trained, examples
 from dlopt.models import Network
 from dlopt.part import Signature
@@ -52,14 +52,15 @@ def comparison(model: Model) -> dict[str, Any]:
     return {"metrics": metrics, "table": table}
 
 
-def lost(model: Model) -> float:
-    """Of the metric, on the validation split (or the test split where it has no rows), beside the original."""
-    target, plain = model.signature.target, trained_network(model.original, model.data).float()
+def decisive(model: Model) -> tuple[str, float | None, float | None]:
+    """The metric that counts on the validation split (or the test split where it has no rows): of the original, and of the model."""
+    plain = trained_network(model.original, model.data).float()
     files = (onnx_file(plain, model.signature, model.original.manifest.digest), model.onnx())
-    name = "validation" if len(Split.open(model.data, "validation")) else "test"
-    before, after = (said_of(model, session_of(content, model.signature), name)[0] for content in files)
+    split = "validation" if len(Split.open(model.data, "validation")) else "test"
+    before, after = (said_of(model, session_of(content, model.signature), split)[0] for content in files)
     assert before and after
-    return loss_of_metric(DECISIVE[target.kind], before[DECISIVE[target.kind]], after[DECISIVE[target.kind]])
+    name = DECISIVE[model.signature.target.kind]
+    return name, before[name], after[name]
 
 
 def said_of(model: Model, compute: Compute, name: str) -> tuple[dict[str, float | None] | None, np.ndarray]:

@@ -30,7 +30,7 @@ from dlopt.train.job import Fit, Resources
 from dlopt.train.progress.follow import followed
 from dlopt.train.stage import told_by_sigterm
 from dlopt.train.start import network_with, trained_network
-from dlopt.train.tuning import Hold, Teacher, Tuning, refuse_other, weights_of
+from dlopt.train.tuning import Hold, Masked, Sparse, Teacher, Tuning, refuse_other, weights_of
 from dlopt.train.watch.mistakes import mistake_of
 from dlopt.train.worker import PREDICTIONS, Assignment, Worker
 
@@ -55,6 +55,8 @@ class Model:
     """How weights are kept, by name; others are as they are."""
     graph: bytes | None = None
     """The ONNX file, where the network alone does not say what is computed."""
+    tried: list[dict[str, Any]] = field(default_factory=list)
+    """What was tried and not taken, for the report."""
 
     @property
     def signature(self) -> Signature:
@@ -89,8 +91,17 @@ class Model:
         beginning = self.out / BEGINNING
         write_atomically(beginning, save_tensors({name: value.contiguous() for name, value in self.network.state_dict().items()}))
         teacher = Teacher(model=self.original.path, data=self.data.path, alpha=part.teach) if part.teach else None
+        if isinstance(hold, Sparse) and hold.scope == "movement":
+            hold = hold.model_copy(update={"start": beginning.resolve()})
         self._train(part.epochs, part.rate, Tuning(model=beginning, hold=hold, teacher=teacher))
         beginning.unlink(missing_ok=True)
+
+    def again(self, since: float, leave: tuple[str, ...]) -> None:
+        """Train from the first weights, as the job says, and from this share of the steps on without those that are 0 now."""
+        found = self.out / BEGINNING
+        write_atomically(found, save_tensors({name: value.contiguous() for name, value in weights_of(self.network, leave).items()}))
+        self._train(self.fit.train.epochs, None, Tuning(hold=Masked(file=found.resolve(), since=since, leave=leave)))
+        found.unlink(missing_ok=True)
 
     def learn(self, part: Distil, teacher: Teacher) -> None:
         """Train by another network. Raises DloptError, among it where that is of another signature."""

@@ -44,7 +44,7 @@ def compress(
     section.part.apply(model)
     model.settle()
     progress("compress", None, "measuring")
-    info = comparison(model)
+    info = comparison(model) | ({"tried": model.tried} if model.tried else {})
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.network.state_dict().items()}
     write_atomically(out / WEIGHTS, save_tensors(tensors))
     for name in ("signature.json", "statistics.json"):

@@ -103,7 +103,11 @@ class Classifier(Estimator):
 
     def predict(self, X: Any) -> np.ndarray:
         """The class of each row, or of labels a matrix of 0 and 1, (rows, labels)."""
-        found, least = self.outputs(X), np.array(self.target_["thresholds"], dtype=np.float32)
+        return self.decided(self.outputs(X))
+
+    def decided(self, found: np.ndarray) -> np.ndarray:
+        """The same of probabilities, (rows, classes)."""
+        least = np.array(self.target_["thresholds"], dtype=np.float32)
         if self.target_["kind"] == "multi_label":
             return (found >= least if least.size else found > 0.5).astype(np.int64)
         if not least.size:

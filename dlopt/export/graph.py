@@ -28,14 +28,17 @@ LARGEST = 2**31 - 1
 """An ONNX file is one protobuf message, which cannot have more bytes."""
 
 
-def written(trained: Trained, precision: str = "float32") -> bytes:
-    """A trained model as an ONNX file, its weights kept as compression has left them. Raises DloptError."""
+def written(trained: Trained, precision: str = "float32", strings: bool = True) -> bytes:
+    """A trained model as an ONNX file, its weights kept as compression has left them. strings: whether categories are looked up in it, or
+    given as their codes. Raises DloptError."""
     quantized = "model.onnx" in trained.model.manifest.files
+    if quantized and not strings and any(feature.dtype == "string" for feature in trained.signature.inputs):
+        raise DloptError("export: the model is quantized in ONNX with its categories: export it as onnx, pickle, joblib or triton")
     if quantized and precision == "float32":
         return trained.model.read("model.onnx")
     if precision != "float32" and (trained.coding or quantized):
         raise DloptError(f"export: precision {precision}: the model is compressed: take compress out, or use precision: float32")
-    return onnx_file(trained.network, trained.signature, trained.model.manifest.digest, precision, trained.coding)
+    return onnx_file(trained.network, trained.signature, trained.model.manifest.digest, precision, trained.coding, strings)
 
 
 def opset_of(content: bytes) -> int:
@@ -43,9 +46,16 @@ def opset_of(content: bytes) -> int:
     return next(int(opset.version) for opset in onnx.load_from_string(content).opset_import if not opset.domain)
 
 
-def onnx_file(network: Network, signature: Signature, digest: str, precision: str = "float32", coding: Coding | None = None) -> bytes:
-    """The network as an ONNX file: traced, then with the lookup of categories before it. coding: how weights are kept, by their names in
-    the network. Raises DloptError."""
+def onnx_file(
+    network: Network,
+    signature: Signature,
+    digest: str,
+    precision: str = "float32",
+    coding: Coding | None = None,
+    strings: bool = True,
+) -> bytes:
+    """The network as an ONNX file: traced, then with the lookup of categories before it, unless they come as codes (strings). coding: how
+    weights are kept, by their names in the network. Raises DloptError."""
     refuse_too_large(network)
     graph = Graph(network, signature, torch.float16 if precision == "float16" else None).eval()
     try:
@@ -53,7 +63,7 @@ def onnx_file(network: Network, signature: Signature, digest: str, precision: st
     except Exception as error:  # what torch.onnx and own code raise is of many types
         raise unsaid("ONNX", error, graph, signature) from error
     for index, feature in enumerate(signature.inputs):
-        if feature.dtype == "string":
+        if feature.dtype == "string" and strings:
             _look_up(model, index, feature, free_prefix(f"{feature.name} codes", [other.name for other in signature.inputs]))
     if coding:
         model = put_in(model, coding)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dlopt.artifact import write_atomically
@@ -47,13 +48,13 @@ class Pickled(ExportFormat):
         raise NotImplementedError
 
 
-def source() -> str:
-    """The code of an estimator, as one text that needs no dlopt."""
+def source(*more: ModuleType) -> str:
+    """The code of an estimator, and of modules that build on it, as one text that needs no dlopt."""
     from dlopt.data.types import canonical
     from dlopt.export import estimator
 
     future = "from __future__ import annotations\n"
-    texts = [inspect.getsource(module).replace(future, "") for module in (canonical, estimator)]
+    texts = [inspect.getsource(module).replace(future, "") for module in (canonical, estimator, *more)]
     lines = [line for line in "\n".join(texts).splitlines() if not line.startswith(("from dlopt.", "SOURCE ="))]
     return "\n".join([future, *lines, ""])
 

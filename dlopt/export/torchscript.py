@@ -26,19 +26,7 @@ class TorchScript(ExportFormat):
     kind: Literal["torchscript"] = "torchscript"
 
     def write(self, trained: Trained, out: Path) -> dict[str, Any]:
-        import torch
-
-        from dlopt.export.trained import examples, unsaid
-
-        content = io.BytesIO()
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # of tracing; what a trace could get wrong, the proof sees
-            try:
-                traced = torch.jit.freeze(torch.jit.trace(trained.graph, examples(trained.signature), check_trace=False))
-                torch.jit.save(traced, content, _extra_files={"signature.json": trained.signature.model_dump_json().encode()})
-            except Exception as error:  # what tracing and own code raise is of many types
-                raise unsaid("TorchScript", error) from error
-        write_atomically(out / self.file, content.getvalue())
+        write_atomically(out / self.file, scripted(trained))
         return {}
 
     def load(self, out: Path, trained: Trained) -> Compute:
@@ -49,3 +37,20 @@ class TorchScript(ExportFormat):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return called(torch.jit.load(str(out / self.file)), trained.signature)
+
+
+def scripted(trained: Trained) -> bytes:
+    """A trained model as a file of TorchScript. Raises DloptError."""
+    import torch
+
+    from dlopt.export.trained import examples, unsaid
+
+    content = io.BytesIO()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of tracing; what a trace could get wrong, the proof sees
+        try:
+            traced = torch.jit.freeze(torch.jit.trace(trained.graph, examples(trained.signature), check_trace=False))
+            torch.jit.save(traced, content, _extra_files={"signature.json": trained.signature.model_dump_json().encode()})
+        except Exception as error:  # what tracing and own code raise is of many types
+            raise unsaid("TorchScript", error) from error
+    return content.getvalue()

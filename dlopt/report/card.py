@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dlopt.artifact import Artifact
 from dlopt.data.kinds import kinds
 from dlopt.part import Signature, Target
+from dlopt.report import profile
+from dlopt.report.results import Categories, Labels, read_results
 
 CARD = "model_card.md"
-MOST_LABELS = 20
+MOST_LABELS, MOST_COLUMNS = 20, 40
 
 
 def card(
@@ -32,12 +35,15 @@ def card(
         "## What it was trained on",
         "\n".join(table(("split", "rows"), [(split, f"{rows:,}") for split, rows in data.info["counts"].items()])),
         f"Source: `{data.manifest.section['source']['kind']}`. Best epoch: {model.info['best_epoch']} of {model.info['epochs']}.",
+        *columns(data),
         "## How good it is",
         "\n".join(metrics(model)),
+        *by_class(model, signature.target),
     ]
     if compress:
-        parts += ["## Made small", "\n".join(small(compress.info["table"]))]
-    used = [f"`{kind}`\n\n```python\n{found.info.get('use', '')}\n```" for kind, found in exports.items()]
+        parts += ["## Made small", *budget(compress), "\n".join(small(compress.info["table"]))]
+    unrun = {kind: f" (not run: {found.info['not_run']})" for kind, found in exports.items() if "not_run" in found.info}
+    used = [f"`{kind}`{unrun.get(kind, '')}\n\n```python\n{found.info.get('use', '')}\n```" for kind, found in exports.items()]
     named = {"data": data, "model": model, **({"compress": compress} if compress else {})}
     named |= {f"export.{kind}": found for kind, found in exports.items()}
     digests = [(what, f"`{found.manifest.digest}`") for what, found in named.items()]
@@ -58,6 +64,33 @@ def predicts(target: Target) -> str:
 def inputs(signature: Signature) -> Iterator[Sequence[str]]:
     for feature in signature.inputs:
         yield f"`{feature.name}`", kinds[feature.kind].describe(feature), ", ".join(f"`{column}`" for column in feature.columns)
+
+
+def columns(data: Artifact) -> Iterator[str]:
+    """The profile of the data, a line a column."""
+    if profile.FILE in data.manifest.files:
+        head = ("column", "kind", "missing", "distinct", "typical", "range")
+        found = profile.rows(json.loads(data.read(profile.FILE)))
+        yield "\n".join(table(head, [(f"`{row.name}`", *row[1:6]) for row in found[:MOST_COLUMNS]]))
+        if len(found) > MOST_COLUMNS:
+            yield f"{len(found) - MOST_COLUMNS} more columns are in the report."
+
+
+def by_class(model: Artifact, target: Target) -> Iterator[str]:
+    """How well the test rows of each class, or label, are told."""
+    read = read_results(model, target)
+    if isinstance(read, Categories | Labels):
+        head = ("class", "test rows", "precision", "recall", "F1")
+        found = read.scores[:MOST_LABELS]
+        yield "\n".join(table(head, [(f"`{one.label}`", one.rows, *map(_said, (one.precision, one.recall, one.f1))) for one in found]))
+
+
+def budget(compress: Artifact) -> Iterator[str]:
+    """What was asked for, where it was a budget."""
+    part = compress.manifest.section["part"]
+    if part["kind"] == "budget":
+        speed = f", at least {part['speed']:g} times as fast at batch {part['batch']}" if part.get("speed") else ""
+        yield f"Asked for: at most {part['size']:g} of the packed bytes, and at most {part['drop']:g} lost on the validation split{speed}."
 
 
 def metrics(model: Artifact) -> Iterator[str]:

@@ -33,7 +33,6 @@ MOST_CURVES = 3
 MOST_BARS = 20
 """Columns whose importance is shown."""
 Z95 = 1.959964
-PROFILE = "profile.json"
 SPLITS = ("train", "validation", "test")
 FIRST = {"category": "accuracy", "multi_label": "micro_f1", "number": "r2"}
 """The metric that the page begins with, by the kind of the target."""
@@ -123,10 +122,26 @@ def write(
         "model": model,
         "exports": exports,
         "compress": compress.info["table"] if compress else None,
+        "sizes": _sizes(compress.info) if compress else None,
         "card": card,
         "job": job_yaml,
     }
     write_atomically(path, template("page.html").render(context))
+
+
+def _sizes(info: Mapping[str, Any]) -> Figure | None:
+    """The metric by the packed size: of the model before and after, and of all that a budget tried, on the validation split."""
+    before, after = info["table"]
+    metric, split = before["metric"], next((name for name in ("validation", "test") if name in before["metrics"]), None)
+    if split is None:
+        return None
+    tried = [(one["bytes"], one["value"], one["chain"]) for one in info.get("tried", ())]
+    points = [(before["zlib"], before["metrics"][split][metric], "float32"), *tried]
+    points.append((after["zlib"], after["metrics"][split][metric], "compressed"))
+    sizes, values = (np.array(found, dtype=np.float64) for found in list(zip(*points, strict=True))[:2])
+    names, title = [name for *_, name in points], f"{split} {metric}"
+    said = "; ".join(f"{name}: {size:,} bytes, {value:.4f}" for size, value, name in points)
+    return Figure(f"{title[:1].upper()}{title[1:]} by size", plots.sizes("Sizes", sizes, values, names, title), f"{title}, packed: {said}.")
 
 
 def wilson(right: int, rows: int) -> tuple[float, float]:
@@ -258,7 +273,7 @@ def _plain(value: Any) -> str:
 
 def _profile(data: Artifact) -> Any:
     """What `prepare` has found in the columns, if it has looked."""
-    return profile.context(json.loads(data.read(PROFILE))) if PROFILE in data.manifest.files else None
+    return profile.context(json.loads(data.read(profile.FILE))) if profile.FILE in data.manifest.files else None
 
 
 def _sample_rows(samples: Samples | None) -> list[tuple[str, list[str]]]:

@@ -191,6 +191,21 @@ def calibration(name: str, said: np.ndarray, share: np.ndarray, rows: np.ndarray
     return drawn(name, SQUARE, draw)
 
 
+def sizes(name: str, bytes: np.ndarray, values: np.ndarray, names: Sequence[str], title: str) -> Markup:
+    """A metric by the size of a file, a dot each; the first is what the others were made of, the last what came of it all."""
+
+    def draw(axes: Axes) -> None:
+        axes.axhline(values[0], color=QUIET, linewidth=1, linestyle=(0, (3, 3)))
+        axes.scatter(bytes[1:-1], values[1:-1], s=18, color=QUIET, linewidth=0)
+        axes.scatter(bytes[[0, -1]], values[[0, -1]], s=36, color=FIRST, linewidth=0)
+        for place in (0, len(names) - 1):
+            axes.annotate(names[place], (bytes[place], values[place]), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
+        axes.set(xscale="log", xlabel="bytes, packed", ylabel=title)
+        axes.margins(0.2)
+
+    return drawn(name, SQUARE, draw)
+
+
 def bars(name: str, names: Sequence[str], values: np.ndarray, title: str) -> Markup:
     """A bar for each name, downwards from the first."""
     height = 0.5 + 0.2 * len(names)

@@ -17,6 +17,7 @@ MOST_FIGURES = 40
 MOST_BARS = 30
 """Columns with missing values that are drawn, those with most first."""
 NOTHING = "\N{EN DASH}"
+FILE = "profile.json"
 
 
 class Row(NamedTuple):

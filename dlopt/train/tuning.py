@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
@@ -69,19 +70,22 @@ class Sparse(Hold):
     kind: Literal["sparse"] = "sparse"
     sparsity: float = Field(gt=0, lt=1)
     """Share of the weights that are 0 in the end."""
-    scope: Literal["global", "layer", "lamp"] = "global"
+    scope: Literal["global", "layer", "lamp", "movement"] = "global"
     over: float = Field(0.6, ge=0, le=1)
     """Share of the steps over which they become 0; 0 for all at once, at the start."""
+    start: Path | None = None
+    """Of movement: the file of the weights that training began with."""
 
     def begin(self, network: nn.Module) -> Zeros:
-        return Zeros(self, list(weights_of(network, self.leave).values()))
+        weights, before = weights_of(network, self.leave), load_file(self.start) if self.start else {}
+        return Zeros(self, list(weights.values()), [before[name].to(weight) for name, weight in weights.items() if name in before])
 
 
 class Zeros(Held):
     """The weights of a network, and which of them are not 0."""
 
-    def __init__(self, section: Sparse, weights: list[nn.Parameter]) -> None:
-        self.section, self.weights = section, weights
+    def __init__(self, section: Sparse, weights: list[nn.Parameter], before: list[Tensor]) -> None:
+        self.section, self.weights, self.before = section, weights, before
         self.kept = [weight.detach() != 0 for weight in weights]
         self.chosen = 0
         if not section.over:
@@ -102,28 +106,67 @@ class Zeros(Held):
     @torch.no_grad()
     def choose(self, sparsity: float) -> None:
         """Make so large a share of all weights 0."""
-        scores = [SCORES[self.section.scope](weight.detach()) for weight in self.weights]
+        scores = [score.masked_fill(~kept, -math.inf) for score, kept in zip(self.scores(), self.kept, strict=True)]
         groups = [[place] for place in range(len(scores))] if self.section.scope == "layer" else [list(range(len(scores)))]
         for group in groups:
             together = torch.cat([scores[place].flatten() for place in group])
             gone = round(sparsity * len(together))
-            least = together.kthvalue(gone).values if gone else together.new_tensor(-1.0)
+            least = together.kthvalue(gone).values if gone else together.new_tensor(-math.inf)
             for place in group:
                 self.kept[place] = (scores[place] > least) & self.kept[place]
                 self.weights[place].mul_(self.kept[place])
+
+    def scores(self) -> list[Tensor]:
+        """How much each weight counts: its size, or, by movement, how much its square has grown since training began. That is twice the sum
+        over the steps of weight times step, which Sanh et al. (2020) take it by, and can be told from the weights alone."""
+        if self.section.scope == "movement":
+            return [weight.detach().square() - before.square() for weight, before in zip(self.weights, self.before, strict=True)]
+        return [SCORES[self.section.scope](weight.detach()) for weight in self.weights]
 
 
 def _lamp(weight: Tensor) -> Tensor:
     """The square of each weight, as a share of all that are no smaller in its layer (Lee et al. 2021)."""
     squares, order = weight.flatten().square().sort()
     rest = squares.flip(0).cumsum(0).flip(0)
-    found = torch.empty_like(squares)
-    found[order] = squares / rest.clamp_min(torch.finfo(squares.dtype).tiny)
-    return found.view_as(weight)
+    shares = torch.empty_like(squares)
+    shares[order] = squares / rest.clamp_min(torch.finfo(squares.dtype).tiny)
+    return shares.view_as(weight)
 
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {"global": torch.abs, "layer": torch.abs, "lamp": _lamp}
 """How much a weight counts, by what it is compared with: all weights, those of its layer, or those of all layers as shares of theirs."""
+
+
+class Masked(Hold):
+    """Weights that are 0 in a file are 0 from some step on, and others are free: a network that was found by training is trained again."""
+
+    kind: Literal["masked"] = "masked"
+    file: Path
+    """Weights, of which those count that are 0."""
+    since: float = Field(0.0, ge=0, lt=1)
+    """Share of the steps before which all weights are free."""
+
+    def begin(self, network: nn.Module) -> Mask:
+        weights, found = weights_of(network, self.leave), load_file(self.file)
+        return Mask(self.since, [(weight, (found[name] != 0).to(weight.device)) for name, weight in weights.items()])
+
+
+class Mask(Held):
+    """The weights of a network, and which of them are not 0."""
+
+    def __init__(self, since: float, weights: list[tuple[nn.Parameter, Tensor]]) -> None:
+        self.since, self.weights = since, weights
+        if not since:
+            self.after(0.0)
+
+    @torch.no_grad()
+    def after(self, done: float) -> None:
+        if self.settled(done):
+            for weight, kept in self.weights:
+                weight.mul_(kept)
+
+    def settled(self, done: float) -> bool:
+        return done >= self.since
 
 
 class Tied(Hold):
@@ -221,25 +264,50 @@ class Teacher(Part):
     """Share of the loss that is the teacher's; the rest is the job's."""
     temperature: float = Field(4.0, gt=0)
     """What logits are divided by before they are compared."""
+    features: float = Field(0.0, ge=0)
+    """What is added of how differently both see which rows are alike."""
 
     def network(self) -> Network:
-        return trained_network(Artifact.open(self.model), Artifact.open(self.data)).float().requires_grad_(False)
+        return trained_network(Artifact.open(self.model), Artifact.open(self.data)).float()
 
     def teach(self, objective: Objective, target: Target, device: torch.device) -> Objective:
         """The job's objective, of which a share is how far outputs are from the teacher's."""
         teacher, temperature = self.network().to(device), self.temperature
+        theirs = last_layer(teacher)
+        teacher.requires_grad_(False)
 
         def taught(model: nn.Module, batch: Batch) -> Losses:
             said: list[Tensor] = []
-            listening = model.register_forward_hook(lambda _module, _inputs, outputs: said.append(outputs))
+            seen: list[Tensor] = []
+
+            def see(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                seen.append(inputs[0].float())
+
+            listening = [model.register_forward_hook(lambda _module, _inputs, outputs: said.append(outputs))]
+            if self.features:
+                listening += [layer.register_forward_pre_hook(see) for layer in (last_layer(model), theirs)]
             losses = objective(model, batch)
-            listening.remove()
             with torch.no_grad():
                 wanted = teacher(batch.inputs)
+            for one in listening:
+                one.remove()
             apart = DISTANCES[target.kind](said[0].float(), wanted.float(), temperature) / batch.total
-            return losses._replace(loss=(1 - self.alpha) * losses.loss + self.alpha * apart)
+            loss = (1 - self.alpha) * losses.loss + self.alpha * apart
+            return losses._replace(loss=loss + self.features * unlike(*seen) / batch.total if self.features else loss)
 
         return taught
+
+
+def last_layer(network: nn.Module) -> nn.Module:
+    """The layer whose outputs are the answer."""
+    return network.get_submodule(list(weights_of(network))[-1].rpartition(".")[0])
+
+
+def unlike(mine: Tensor, theirs: Tensor) -> Tensor:
+    """How differently two networks see which rows are alike (Tung and Mori 2019): of (rows, features) and (rows, other features), the
+    squared difference of all pairs' products, each row's brought to length 1; summed over the rows."""
+    alike = [F.normalize(values.flatten(1) @ values.flatten(1).T, dim=1) for values in (mine, theirs)]
+    return (alike[0] - alike[1]).square().sum()
 
 
 def _of_classes(outputs: Tensor, wanted: Tensor, temperature: float) -> Tensor:
@@ -279,5 +347,5 @@ class Tuning(Part):
 
     model: Path | None = None
     """The file of the weights that it begins with; without it, it begins as the job does."""
-    hold: Annotated[Sparse | Tied | Rounded, Field(discriminator="kind")] | None = None
+    hold: Annotated[Sparse | Masked | Tied | Rounded, Field(discriminator="kind")] | None = None
     teacher: Teacher | None = None

@@ -74,7 +74,7 @@ def spoil(put: Callable[[Any, str, Any], None], at: set[int], value: float, rank
         nonlocal count
         for batch in given(self, number, start):
             count += 1
-            if count in at and self.share.rank in ranks:
+            if count in at and self.sampler.rank in ranks:
                 for values in batch.inputs.values():
                     values[:2] = value
                 batch.target[0], batch.target[1] = 0, 1

@@ -77,3 +77,25 @@ def test_a_run_is_made_small_as_a_run_of_its_own_that_predicts_and_verifies(home
     onnx.write_bytes(content)
     bad = here(capsys, "verify", small.folder)
     assert bad.returncode == 1 and "export.onnx: " in bad.stdout and "content differs from its seal" in bad.stdout
+
+
+def test_the_model_card_tells_of_data_classes_and_what_was_asked_of_a_small_model(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import re
+
+    from dlopt.artifact import Artifact
+    from dlopt.part import Signature
+    from dlopt.report.results import read_results
+
+    run = next(path for path in home.glob("digits-*") if not json.loads((path / "run.json").read_text())["artifacts"].get("compress"))
+    done = here(capsys, "compress", run, "--home", home, "--budget", "drop=1", "size=0.5")
+    assert done.returncode == 0, done.stderr
+    folder = Path(done.stdout.strip())
+    card, report = (folder / "model_card.md").read_text(), (folder / "report.html").read_text()
+    assert "<h4>Validation accuracy by size</h4>" in report
+    assert "Asked for: at most 0.5 of the packed bytes, and at most 1 lost on the validation split." in card
+    assert re.search(r"^\| `label` \| category, target \| ", card, re.MULTILINE)
+    model = Artifact.open((folder / json.loads((folder / "run.json").read_text())["artifacts"]["model"]).resolve())
+    found = read_results(model, Signature.model_validate_json(model.read("signature.json")).target)
+    assert found is not None
+    for score in found.scores:  # type: ignore[attr-defined]
+        assert f"| `{score.label}` | {score.rows} | {score.precision:.4f} | {score.recall:.4f} | {score.f1:.4f} |" in card

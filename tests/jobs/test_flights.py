@@ -11,11 +11,13 @@ import onnxruntime
 import pyarrow.parquet as pq
 import pytest
 
-from dlopt.artifact import Artifact
+from dlopt.artifact import Artifact, once
 from dlopt.data.kinds import encode_rows
+from dlopt.export.stage import EXPORT
 from dlopt.part import Signature
 from tests.commands import ROOT, printed
 from tests.conftest import missing
+from tests.export.test_formats import PLATFORMS
 
 FLIGHTS = ROOT / "jobs" / "flights.yaml"
 pytestmark = pytest.mark.slow
@@ -65,3 +67,10 @@ def test_a_second_run_has_nothing_to_do(result: dict[str, Any]) -> None:
     again = printed("run", FLIGHTS, "--home", result["home"])
     assert again["run"] == result["run"] and again["metrics"] == result["metrics"]
     assert "all is done already" in again["said"]
+
+
+@pytest.mark.parametrize("part", PLATFORMS, ids=lambda part: f"{part.kind} {getattr(part, 'backend', '')}".strip())
+def test_every_format_says_what_torch_says_of_all_the_flights(result: dict[str, Any], part: Any) -> None:
+    named = result["artifacts"]
+    found = once(EXPORT, part, result["home"], named["model"], named["data"]).info
+    assert found["largest_difference"] <= 1e-5 and found["other_labels"] == 0 and found["rows"] == named["data"].info["counts"]["test"]

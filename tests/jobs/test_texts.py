@@ -10,10 +10,12 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from dlopt.artifact import Artifact
+from dlopt.artifact import Artifact, once
 from dlopt.data.kinds import encode_rows
+from dlopt.export.stage import EXPORT
 from dlopt.part import Signature
 from tests.commands import ROOT, dlopt, printed
+from tests.export.test_formats import PLATFORMS
 
 pytestmark = pytest.mark.slow
 
@@ -41,6 +43,11 @@ def test_spam_is_told_from_ham(shared: Path, tmp_path: Path) -> None:
     for row, text in enumerate(texts):  # however much padding its neighbours bring
         (alone,) = session.run(None, encode_rows(signature, [text]))
         np.testing.assert_allclose(alone[0], together[row], atol=1e-6)
+    for part in PLATFORMS:
+        found = once(EXPORT, part, tmp_path, artifact(result, "model"), data).info
+        assert found["largest_difference"] <= 1e-5 and found["other_labels"] == 0 and found["rows"] == data.info["counts"]["test"], (
+            part.kind
+        )
 
 
 def test_projects_are_tagged_by_title_and_description(shared: Path, ray_cluster: None, tmp_path: Path) -> None:
