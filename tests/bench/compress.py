@@ -18,7 +18,7 @@ PLACES: dict[str, str] = {}
 STATIC = [{"kind": "quantize", "mode": "static", "per_channel": True}]
 MLP_1024 = {"name": "mlp_1024", "model.hidden": [1024, 1024], "train.epochs": 4}
 CNN = {"train.epochs": 2}
-RESNET_8 = {"name": "resnet_8", "model": {"kind": "resnet", "blocks": [1, 1, 1]}, "train.epochs": 1}
+RESNET_8 = {"name": "resnet_8", "model": {"kind": "resnet", "blocks": [1, 1, 1]}, "train.epochs": 2}
 CASES = {
     "lenet_300_100": ("lenet_300_100.yaml", {}),  # Deep Compression: 27 KB at 1.58 % error; Sparse VD: 68 times at 1.92 %
     "lenet_5": ("lenet_5.yaml", {}),  # Deep Compression: 44 KB at 0.74 % error; Sparse VD: 280 times at 0.75 %
