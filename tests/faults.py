@@ -211,7 +211,7 @@ def _noting(given: Callable[..., Iterator[Batch]], file: int, pause: Path, began
     def epoch(self: Any, number: int, start: int = 0) -> Iterator[Batch]:
         for place, batch in enumerate(given(self, number, start), start):
             (values,) = batch.inputs.values()
-            line = {"time": time.time(), "rank": self.share.rank, "world": self.share.world, "pid": os.getpid(), "began": began}
+            line = {"time": time.time(), "rank": self.sampler.rank, "world": self.sampler.world, "pid": os.getpid(), "began": began}
             line |= {"epoch": number, "batch": place, "rows": values[:, 0].int().tolist()}
             os.write(file, json.dumps(line).encode() + b"\n")
             time.sleep(float(pause.read_text() or 0))
@@ -295,7 +295,7 @@ def wait(until: Callable[[], Any], what: str, seconds: float = 120) -> Any:
     while not (found := until()):
         if time.monotonic() > deadline:
             raise TimeoutError(f"no {what} within {seconds} seconds")
-        time.sleep(0.005)
+        time.sleep(0.02)  # reading the traces costs more than that
     return found
 
 

@@ -10,11 +10,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dlopt.models.cnn import Cnn
+from dlopt.models.custom import Custom
 from dlopt.models.joint import Joint
 from dlopt.models.linear import Linear
 from dlopt.models.mlp import Mlp
 from dlopt.models.noise import key
-from dlopt.models.own import Own
 from dlopt.models.preprocess import Preprocess
 from dlopt.models.resnet import Resnet
 from dlopt.models.table import FtTransformer, TableResnet
@@ -24,7 +24,7 @@ from dlopt.models.vit import Vit
 from dlopt.part import Signature, Statistics
 
 Model = Annotated[
-    Linear | Mlp | Cnn | Resnet | Vit | TextBag | TextCnn | TextTransformer | TableResnet | FtTransformer | Joint | Own,
+    Linear | Mlp | Cnn | Resnet | Vit | TextBag | TextCnn | TextTransformer | TableResnet | FtTransformer | Joint | Custom,
     Field(discriminator="kind"),
 ]
 

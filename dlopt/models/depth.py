@@ -24,8 +24,8 @@ class Residual(nn.Module):
         self.leave_out = StochasticDepth(leave_out)
 
     def forward(self, values: Tensor) -> Tensor:
-        found: Tensor = self.shortcut(values) + self.leave_out(self.scale(self.branch(values)))
-        return found
+        total: Tensor = self.shortcut(values) + self.leave_out(self.scale(self.branch(values)))
+        return total
 
 
 class Scale(nn.Module):

@@ -37,8 +37,8 @@ class Headed(nn.Module):
         self.encoder, self.head = encoder, nn.Linear(encoder.width, outputs)
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        found: Tensor = self.head(self.encoder(inputs))
-        return found
+        outputs: Tensor = self.head(self.encoder(inputs))
+        return outputs
 
 
 def initialized(module: AnyModule, init: Init, zero_residual_ends: bool = False) -> AnyModule:

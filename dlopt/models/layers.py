@@ -19,7 +19,8 @@ With the rule lsuv the weights start orthogonal, and are scaled on a batch of da
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -226,3 +227,15 @@ def dropout(kind: Dropout, p: float, dim: int = 1) -> nn.Module:
     if hasattr(layer, "dim"):
         layer.dim = dim  # type: ignore[assignment]  # a plain attribute
     return layer
+
+
+@contextmanager
+def buffers_kept(network: nn.Module) -> Iterator[None]:
+    """What happens inside leaves no trace in the buffers."""
+    before = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)

@@ -78,8 +78,8 @@ def part(first: int, rows: int, device: torch.device) -> None:
 def _keys(seed: int, block: int, steps: int, count: int, device: torch.device) -> Tensor:
     """int64 (steps, count), of some steps one after the other."""
     numbers = torch.arange(block * steps, (block + 1) * steps, device=device)
-    found = _mix(numbers.mul_(_signed(GAMMA)).add_(_signed(stream(seed, PURPOSE))))
-    return _mix(found[:, None] + torch.arange(count, device=device).mul_(_signed(GAMMA)))
+    of_steps = _mix(numbers.mul_(_signed(GAMMA)).add_(_signed(stream(seed, PURPOSE))))
+    return _mix(of_steps[:, None] + torch.arange(count, device=device).mul_(_signed(GAMMA)))
 
 
 def stream(*numbers: int) -> int:
@@ -110,8 +110,8 @@ class Noisy(nn.Module):
         *outer, last = sizes if len(sizes) < 4 else (*sizes[:2], math.prod(sizes[2:]))
         small = not torch.compiler.is_compiling() and math.prod(sizes) <= KEPT
         places = (_kept_places if small else _places)(self._stream(), (*outer, -(-last // 4)), device)
-        found = _mix(rows.view(-1, *[1] * places.dim()) + places).view(torch.int16)
-        return (found if last % 4 == 0 else found[..., :last]).reshape(shape)
+        drawn = _mix(rows.view(-1, *[1] * places.dim()) + places).view(torch.int16)
+        return (drawn if last % 4 == 0 else drawn[..., :last]).reshape(shape)
 
     def kept(self, shape: Sequence[int], p: float, device: torch.device) -> Tensor:
         """Which of so many numbers are not dropped, bool: each is dropped with probability p, in steps of 1 / 65536."""
@@ -235,11 +235,11 @@ def _rows_of(shape: Sequence[int], device: torch.device) -> tuple[Tensor, Sequen
 def _places(stream: int, sizes: Sequence[int], device: torch.device) -> Tensor:
     """What is added to the key of a row for the words of so many places, of which the stream is the first, int64 of these sizes."""
     *outer, last = sizes
-    found = torch.arange(last, device=device).mul_(_signed(GAMMA)).add_(_signed(stream))
+    places = torch.arange(last, device=device).mul_(_signed(GAMMA)).add_(_signed(stream))
     for level, size in enumerate(reversed(outer), start=1):
         apart = torch.arange(size, device=device).mul_(_signed(GAMMA << DIMENSION * level))
-        found = apart.view(-1, *[1] * level) + found
-    return found
+        places = apart.view(-1, *[1] * level) + places
+    return places
 
 
 _kept_places = functools.lru_cache(64)(_places)

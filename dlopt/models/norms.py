@@ -95,8 +95,8 @@ class BatchNorm(nn.Module):
             share = self.momentum * enough.to(mean.dtype)
             self.running_mean.lerp_(mean, share)
             self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), share)
-        found: Tensor = _Normalize.apply(values, self.weight, self.bias, mean, variance, count, self.eps)
-        return found
+        outputs: Tensor = _Normalize.apply(values, self.weight, self.bias, mean, variance, count, self.eps)
+        return outputs
 
 
 def _statistics(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,10 +157,10 @@ def _given_statistics(
     """Gradients of values, weight and bias where mean and variance are constants. torch's own ends the process when there are no rows."""
     if not len(values):
         return gradient, torch.zeros_like(weight), torch.zeros_like(weight)
-    found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_batch_norm_backward(
+    slopes: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_batch_norm_backward(
         gradient, values, weight, mean, variance, None, None, False, eps, [True, True, True]
     )
-    return found
+    return slopes
 
 
 class GroupNorm(nn.GroupNorm):
@@ -196,8 +196,8 @@ class _ByRow(nn.Module):
         self.layer = layer
 
     def forward(self, values: Tensor) -> Tensor:
-        found: Tensor = self.layer(values.flatten(0, 1))
-        return found.reshape(values.shape)
+        outputs: Tensor = self.layer(values.flatten(0, 1))
+        return outputs.reshape(values.shape)
 
 
 class _ByPlace(nn.Module):
@@ -208,8 +208,8 @@ class _ByPlace(nn.Module):
         self.layer = layer
 
     def forward(self, values: Tensor) -> Tensor:
-        found: Tensor = self.layer(values.permute(0, 2, 3, 1))
-        return found.permute(0, 3, 1, 2)
+        outputs: Tensor = self.layer(values.permute(0, 2, 3, 1))
+        return outputs.permute(0, 3, 1, 2)
 
 
 def _by_row(layer: nn.Module, dims: int) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -23,22 +23,22 @@ def recompute(network: nn.Module) -> int:
     Names, weights, random numbers and results stay what they are, to the bit. All workers must do so, or none: what a batch norm asks
     of the others is asked again.
     """
-    found = list(blocks(network))
-    for block in found:
+    chosen = list(blocks(network))
+    for block in chosen:
         block.forward = partial(_recomputed, block, block.forward)
-    return len(found)
+    return len(chosen)
 
 
 def blocks(network: nn.Module) -> Iterator[nn.Module]:
     """What is computed again as one: blocks of transformers, residual layers with what follows them, other layers of a chain that have
     layers inside; where a user's own network has none of these, the layers it is made of."""
     body = getattr(network, "body", network)
-    found = list(_blocks(body))
-    yield from found or _children(body)
+    yield from list(_blocks(body)) or _children(body)
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    if isinstance(module, Block | Residual) or _begins_with_residual(module):
+    begins = type(module) is nn.Sequential and isinstance(next(module.children(), None), Residual)
+    if isinstance(module, Block | Residual) or begins:
         yield module
         return
     for child in module.children():
@@ -46,10 +46,6 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
         yield from inner
         if not inner and isinstance(module, Chain) and any(child.children()) and any(True for _ in child.parameters()):
             yield child
-
-
-def _begins_with_residual(module: nn.Module) -> bool:
-    return type(module) is nn.Sequential and isinstance(next(module.children(), None), Residual)
 
 
 def _children(module: nn.Module) -> Iterator[nn.Module]:
@@ -64,17 +60,13 @@ def _children(module: nn.Module) -> Iterator[nn.Module]:
 def _recomputed(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, context_fn=partial(_contexts, block), **kwargs)
-
-
-def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Around the first computation, and around the second, which draws what the first has drawn and leaves no trace in running
-    statistics."""
-    return nullcontext(), _Again(block, dict(noise.now.calls))
+    contexts = lambda: (nullcontext(), _Again(block, dict(noise.now.calls)))  # noqa: E731  # around each of the two computations
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
 class _Again:
-    """Buffers are afterwards as they were before; may be entered again, as for second derivatives. calls: of layers that draw, before."""
+    """Layers draw what they have drawn before, and buffers are afterwards as they were; may be entered again, as for second derivatives.
+    calls: of layers that draw, before."""
 
     def __init__(self, block: nn.Module, calls: dict[int, int]) -> None:
         self.block, self.calls, self.before = block, calls, list[Tensor]()

@@ -135,12 +135,9 @@ class Convolutions(TextLayer):
         there = ids != 0
         values = self.dropout(self.tokens(ids))
         values = (values * there[:, :, None].to(values.dtype)).transpose(1, 2)
-        found = [self._maxima(convolution(values), there) for convolution in self.convolutions]
-        return self.activation(torch.cat(found, dim=1))  # the same after the maximum as before it, if it rises, and less work
-
-    def _maxima(self, values: Tensor, there: Tensor) -> Tensor:
-        """values: (rows, channels, windows), of which those that begin behind the text are left out."""
-        return masked_max(values.transpose(1, 2), there[:, : values.shape[2]])
+        windows = [convolution(values).transpose(1, 2) for convolution in self.convolutions]
+        maxima = [masked_max(some, there[:, : some.shape[1]]) for some in windows]  # but of those that begin behind the text
+        return self.activation(torch.cat(maxima, dim=1))  # the same after the maximum as before it, if it rises, and less work
 
 
 def embedding_width(codes: int) -> int:

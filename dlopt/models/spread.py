@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dlopt.models.layers import ACTIVATIONS
+from dlopt.models.layers import ACTIVATIONS, buffers_kept
 
 SATURATED: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
     nn.Sigmoid: lambda values: (values - 0.5).abs() > 0.49,
@@ -69,11 +69,10 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
     their own rows, of this process alone. Afterwards modes, buffers and the state of the random numbers are what they were.
     """
     modes = [(layer, layer.training) for layer in network.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
     hooks = [layer.register_forward_pre_hook(_by_these_rows) for layer in network.modules() if _runs(layer)]
     gpus = {parameter.get_device() for parameter in network.parameters() if parameter.is_cuda}
     try:
-        with torch.random.fork_rng(devices=sorted(gpus)):
+        with torch.random.fork_rng(devices=sorted(gpus)), buffers_kept(network):
             network.eval()
             yield
     finally:
@@ -81,9 +80,6 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
             hook.remove()
         for layer, mode in modes:
             layer.training = mode
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
 
 
 def _runs(layer: nn.Module) -> bool:

@@ -166,8 +166,8 @@ class ColumnEncoder(Encoder):
         values = self.columns(inputs)
         for block in self.blocks[:-1]:
             values = block(values)
-        found: Tensor = self.blocks[-1](values, first=True).squeeze(1)
-        return torch.relu(self.after(found))
+        outputs: Tensor = self.blocks[-1](values, first=True).squeeze(1)
+        return torch.relu(self.after(outputs))
 
 
 class Columns(nn.Module):

@@ -219,10 +219,10 @@ class Attention(nn.Module):
         query, key, value = self._split(self.query(asking)), self._split(self.key(values)), self._split(self.value(values))
         mask = None if seen is None else seen[:, None, None, :]
         if self.training and self.drop.p:
-            found = self._dropped(query, key, value, mask)
+            mixed = self._dropped(query, key, value, mask)
         else:
-            found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        joined: Tensor = self.end(found.transpose(1, 2).reshape(asking.shape))  # no -1, which no rows at all leave open in ONNX
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        joined: Tensor = self.end(mixed.transpose(1, 2).reshape(asking.shape))  # no -1, which no rows at all leave open in ONNX
         return joined
 
     def _dropped(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -230,8 +230,8 @@ class Attention(nn.Module):
         scores = query @ key.transpose(-2, -1) / math.sqrt(self.each)
         if mask is not None:
             scores = scores.masked_fill(~mask, -math.inf)
-        found: Tensor = self.drop(scores.softmax(dim=-1)) @ value
-        return found
+        mixed: Tensor = self.drop(scores.softmax(dim=-1)) @ value
+        return mixed
 
     def _split(self, values: Tensor) -> Tensor:
         """(rows, length, width) to (rows, heads, length, width of a head)."""

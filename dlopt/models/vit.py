@@ -124,8 +124,8 @@ class _Blocks(nn.Module):
         for block in self.blocks[:-1]:
             tokens = block(tokens)
         if self.pooling == "class_token":
-            found: Tensor = self.blocks[-1](tokens, first=True)[:, 0]
-            return found
+            outputs: Tensor = self.blocks[-1](tokens, first=True)[:, 0]
+            return outputs
         return self.blocks[-1](tokens).mean(dim=1)
 
 

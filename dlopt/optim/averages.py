@@ -188,13 +188,13 @@ class _Pooled:
 
     def add(self, values: Tensor) -> None:
         """values: (rows, channels, ...)."""
-        found = values.movedim(1, -1).flatten(0, -2).double()
-        if not len(found):
+        rows = values.movedim(1, -1).flatten(0, -2).double()
+        if not len(rows):
             return
-        total, mean = self.count + len(found), found.mean(dim=0)
-        squares, apart = (found - mean).square().sum(dim=0), mean - self.mean.to(found)
-        self.squares = self.squares.to(found) + squares + apart.square() * (self.count * len(found) / total)
-        self.mean, self.count = self.mean.to(found) + apart * (len(found) / total), total
+        total, mean = self.count + len(rows), rows.mean(dim=0)
+        squares, apart = (rows - mean).square().sum(dim=0), mean - self.mean.to(rows)
+        self.squares = self.squares.to(rows) + squares + apart.square() * (self.count * len(rows) / total)
+        self.mean, self.count = self.mean.to(rows) + apart * (len(rows) / total), total
 
     def into(self, layer: Any) -> None:
         if self.count > 1:

@@ -95,9 +95,9 @@ class MaxNorm(Part):
 
 def clip_value(parameters: Iterable[Parameter], limit: float) -> None:
     """Bring every entry of `.grad` into [-limit, limit], in place."""
-    found = _gradients(parameters)
-    torch._foreach_clamp_min_(found, -limit)
-    torch._foreach_clamp_max_(found, limit)
+    gradients = _gradients(parameters)
+    torch._foreach_clamp_min_(gradients, -limit)
+    torch._foreach_clamp_max_(gradients, limit)
 
 
 def clip_adaptive(parameters: Iterable[Parameter], factor: float, eps: float, norm_of: NormOf = total_norm) -> None:
@@ -123,7 +123,7 @@ def weights(network: nn.Module) -> list[Parameter]:
     """What is learned of a network and has units: parameters named weight, attention's too, of two dimensions or more. Neither biases
     and scales of normalisation, nor class tokens and positions that belong to no layer."""
     named = network.named_parameters()
-    return [found for name, found in named if found.requires_grad and found.dim() > 1 and name.endswith("weight")]
+    return [parameter for name, parameter in named if parameter.requires_grad and parameter.dim() > 1 and name.endswith("weight")]
 
 
 def unit_norms(values: Tensor, norm_of: NormOf = total_norm) -> Tensor:

@@ -70,7 +70,7 @@ class Parameters(Part):
         assert not isinstance(optimizer.lr, str), "the rate is a number by now"
         chosen, depths, kinds = self._chosen(network, optimizer), layers(network), _kinds(network)
         last, apart = max(depths.values(), default=0), isinstance(optimizer, TellsHidden)
-        found: dict[tuple[float, float | None, bool], dict[str, Any]] = {}
+        merged: dict[tuple[float, float | None, bool], dict[str, Any]] = {}
         for name, parameter in network.named_parameters():
             group, kind = chosen.get(name, Group(names=name)), kinds[name]
             if group.freeze:
@@ -81,12 +81,12 @@ class Parameters(Part):
             decay = self._decay(group, kind, optimizer)
             hidden = {"hidden": kind.hidden} if apart else {}
             made = {"params": [], "names": [], "lr": rate} | hidden | ({} if decay is None else {"weight_decay": decay})
-            members = found.setdefault((rate, decay, apart and kind.hidden), made)
+            members = merged.setdefault((rate, decay, apart and kind.hidden), made)
             members["params"].append(parameter)
             members["names"].append(name)
-        if not found:
+        if not merged:
             raise DloptError("train.parameters.groups: all parameters are frozen: leave some to train")
-        return list(found.values())
+        return list(merged.values())
 
     def _decay(self, group: Group, kind: _Kind, optimizer: HasRate) -> float | None:
         """A weight decay of its own; None is the optimizer's."""
@@ -144,7 +144,7 @@ def layers(network: nn.Module) -> dict[str, int]:
     An element of a Sequential or a ModuleList is one layer with all that is in it (a residual block, say), unless it is a list itself.
     Norm layers belong to the layer before them, and parameters of a module around layers (a class token) to the one after them.
     """
-    found: dict[str, int] = {}
+    depths: dict[str, int] = {}
     waiting: list[str] = []
     number = -1
     shapes = {name: value.dim() for name, value in network.named_parameters()}
@@ -154,9 +154,9 @@ def layers(network: nn.Module) -> dict[str, int]:
             continue
         if number < 0 or any(shapes.get(name, 0) > 1 for name in names):
             number += 1
-        found |= dict.fromkeys(waiting + names, number)
+        depths |= dict.fromkeys(waiting + names, number)
         waiting = []
-    return found | dict.fromkeys(waiting, max(number, 0))
+    return depths | dict.fromkeys(waiting, max(number, 0))
 
 
 def _stretches(module: nn.Module, prefix: str, whole: bool) -> Iterator[tuple[list[str], bool]]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import torch
 from pydantic import Field, field_validator, model_validator
 
-from dlopt.optim.optimizers_fields import Above0, From0, Groups, Rate, Share, Unit, as_groups, divided, one_rate
+from dlopt.optim.optimizers_fields import Above0, Below1, From0, Groups, Rate, Unit, as_groups, divided, one_rate
 from dlopt.optim.optimizers_library import Library, Lion
 from dlopt.optim.optimizers_muon import FullLbfgs, HiddenMuon, Together
 from dlopt.part import Part
@@ -24,7 +24,7 @@ class Sgd(Part):
     unit: ClassVar[Unit] = "number"
     lr: Rate = 0.1
     """Peak learning rate."""
-    momentum: Share = 0.0
+    momentum: Below1 = 0.0
     """Share of the last step that goes on in this one; 0 is plain descent."""
     nesterov: bool = False
     """Look ahead along the momentum."""
@@ -58,10 +58,10 @@ class Adagrad(Part):
     """Added to the root of that sum, so that nothing is divided by 0."""
 
     def build(self, groups: Groups) -> torch.optim.Optimizer:
-        found = as_groups(groups)
-        host = all(parameter.device.type == "cpu" for group in found for parameter in group["params"])
+        given = as_groups(groups)
+        host = all(parameter.device.type == "cpu" for group in given for parameter in group["params"])
         quick = {"fused": True} if host else {"foreach": True}
-        return torch.optim.Adagrad(found, **quick, **self.model_dump(exclude={"kind"}))
+        return torch.optim.Adagrad(given, **quick, **self.model_dump(exclude={"kind"}))
 
 
 class Adadelta(Part):
@@ -71,7 +71,7 @@ class Adadelta(Part):
     unit: ClassVar[Unit] = "number"
     lr: Rate = 1.0
     """Peak learning rate; the paper has none, which is 1."""
-    rho: Share = 0.9
+    rho: Below1 = 0.9
     """Decay of the averages of squared gradients and of squared steps."""
     eps: Above0 = 1e-6
     """Added under both roots; its root is about the size of the first steps."""
@@ -89,13 +89,13 @@ class RmsProp(Part):
     unit: ClassVar[Unit] = "number"
     lr: Rate = 1e-2
     """Peak learning rate."""
-    alpha: Share = 0.99
+    alpha: Below1 = 0.99
     """Decay of the average of the squared gradient."""
     eps: Above0 = 1e-8
     """Added to the root of that average, so that nothing is divided by 0."""
     weight_decay: From0 = 0.0
     """Added to the gradient, times the weight."""
-    momentum: Share = 0.0
+    momentum: Below1 = 0.0
     """Share of the last step that goes on in this one."""
     centered: bool = False
     """Divide by the standard deviation of the gradient instead of its root mean square."""
@@ -160,7 +160,7 @@ class Adam(Part):
     unit: ClassVar[Unit] = "number"
     lr: Rate = 1e-3
     """Peak learning rate."""
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Below1, Below1] = (0.9, 0.999)
     """Decay of the averages of the gradient and of its square."""
     eps: Above0 = 1e-8
     """Added to the root of the averaged square, so that nothing is divided by 0."""
@@ -180,7 +180,7 @@ class AdamW(Part):
     unit: ClassVar[Unit] = "number"
     lr: Rate = 1e-3
     """Peak learning rate."""
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Below1, Below1] = (0.9, 0.999)
     """Decay of the averages of the gradient and of its square."""
     eps: Above0 = 1e-8
     """Added to the root of the averaged square, so that nothing is divided by 0."""
@@ -200,7 +200,7 @@ class Adamax(Part):
     unit: ClassVar[Unit] = "number"
     lr: Rate = 2e-3
     """Peak learning rate."""
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Below1, Below1] = (0.9, 0.999)
     """Decay of the average of the gradient and of its largest size."""
     eps: Above0 = 1e-8
     """Added to the size of a gradient, so that nothing is divided by 0."""
@@ -218,7 +218,7 @@ class NAdam(Part):
     unit: ClassVar[Unit] = "number"
     lr: Rate = 2e-3
     """Peak learning rate."""
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Below1, Below1] = (0.9, 0.999)
     """Decay of the averages of the gradient and of its square."""
     eps: Above0 = 1e-8
     """Added to the root of the averaged square, so that nothing is divided by 0."""
@@ -240,7 +240,7 @@ class RAdam(Part):
     unit: ClassVar[Unit] = "number"
     lr: Rate = 1e-3
     """Peak learning rate."""
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Below1, Below1] = (0.9, 0.999)
     """Decay of the averages of the gradient and of its square."""
     eps: Above0 = 1e-8
     """Added to the root of the averaged square, so that nothing is divided by 0."""
@@ -298,10 +298,10 @@ class Lbfgs(Part):
     """How far to go along a direction: until the strong Wolfe conditions hold, or null: the rate says it."""
 
     def build(self, groups: Groups) -> torch.optim.Optimizer:
-        found = one_rate(groups, self.kind)
-        names = {"names": [name for group in found for name in group["names"]]} if "names" in found[0] else {}
-        together = {"params": [parameter for group in found for parameter in group["params"]], **names}
-        rate = {"lr": found[0]["lr"]} if "lr" in found[0] else {}
+        given = one_rate(groups, self.kind)
+        names = {"names": [name for group in given for name in group["names"]]} if "names" in given[0] else {}
+        together = {"params": [parameter for group in given for parameter in group["params"]], **names}
+        rate = {"lr": given[0]["lr"]} if "lr" in given[0] else {}
         return FullLbfgs([together | rate], **self.model_dump(exclude={"kind"}))
 
 
@@ -320,7 +320,7 @@ class Muon(Part):
     unit: ClassVar[Unit] = "parameter"
     lr: Rate = 0.02
     """Peak learning rate of the matrices."""
-    momentum: Share = 0.95
+    momentum: Below1 = 0.95
     """Decay of the average of the gradient."""
     nesterov: bool = True
     """Look ahead along the momentum."""

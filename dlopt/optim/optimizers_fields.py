@@ -15,7 +15,7 @@ from dlopt.part import DloptError
 
 Above0 = Annotated[float, Field(gt=0)]
 From0 = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
+Below1 = Annotated[float, Field(ge=0, lt=1)]
 """How much of an average goes on in the next one."""
 Rate = Above0 | Literal["auto"]
 """A peak learning rate, or `auto`: then a range test proposes it before training, and a part with that number is built."""
@@ -28,8 +28,8 @@ Groups = Iterable[Parameter] | Iterable[dict[str, Any]]
 def as_groups(groups: Groups) -> list[dict[str, Any]]:
     """Groups as they are (a dictionary of its own each), or the parameters as one group."""
     given = list(groups)
-    found = [dict(group) for group in given if isinstance(group, dict)]
-    return found or [{"params": given}]
+    copies = [dict(group) for group in given if isinstance(group, dict)]
+    return copies or [{"params": given}]
 
 
 def divided(groups: Groups, wanted: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -60,10 +60,10 @@ def _group_of(group: dict[str, Any], pairs: list[tuple[str, Parameter]]) -> dict
 
 def one_rate(groups: Groups, kind: str) -> list[dict[str, Any]]:
     """The groups. Raises DloptError where they have different rates and the optimizer has one for all."""
-    found = as_groups(groups)
-    if len({group.get("lr") for group in found}) > 1:
+    copies = as_groups(groups)
+    if len({group.get("lr") for group in copies}) > 1:
         raise DloptError(f"train.parameters: {kind} has one rate for all parameters: take out lr_scale and layer_decay")
-    return found
+    return copies
 
 
 def library(module: str, kind: str) -> Any:

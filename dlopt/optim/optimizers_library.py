@@ -10,10 +10,10 @@ from pydantic import Field, model_validator
 
 from dlopt.optim.optimizers_fields import (
     Above0,
+    Below1,
     From0,
     Groups,
     Rate,
-    Share,
     Unit,
     as_groups,
     by_dimensions,
@@ -39,7 +39,7 @@ class Lars(Part):
     unit: ClassVar[Unit] = "parameter"
     lr: Rate = 1.0
     """Peak learning rate."""
-    momentum: Share = 0.9
+    momentum: Below1 = 0.9
     """Share of the last step that goes on in this one."""
     nesterov: bool = False
     """Look ahead along the momentum."""
@@ -64,7 +64,7 @@ class Lamb(Part):
     unit: ClassVar[Unit] = "parameter"
     lr: Rate = 1e-3
     """Peak learning rate: about the share of a matrix that a step changes."""
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Below1, Below1] = (0.9, 0.999)
     """Decay of the averages of the gradient and of its square."""
     eps: Above0 = 1e-6
     """Added to the root of the averaged square, so that nothing is divided by 0."""
@@ -73,9 +73,9 @@ class Lamb(Part):
 
     def build(self, groups: Groups) -> torch.optim.Optimizer:
         halves = [half | {"adam": vectors} for group in as_groups(groups) for vectors, half in enumerate(by_dimensions(group))]
-        found = [half | {"adam": bool(half["adam"])} for half in halves if half["params"]]
+        kept = [half | {"adam": bool(half["adam"])} for half in halves if half["params"]]
         settings = {"weight_decouple": False, "adam_debias": True, **self.model_dump(exclude={"kind"})}
-        made: torch.optim.Optimizer = library("pytorch_optimizer", self.kind).Lamb(found, **settings)
+        made: torch.optim.Optimizer = library("pytorch_optimizer", self.kind).Lamb(kept, **settings)
         return made
 
 
@@ -86,7 +86,7 @@ class Lion(Part):
     unit: ClassVar[Unit] = "number"
     lr: Rate = 1e-4
     """Peak learning rate: the size of every weight's step."""
-    betas: tuple[Share, Share] = (0.9, 0.99)
+    betas: tuple[Below1, Below1] = (0.9, 0.99)
     """Share of the average in the step's sign, and decay of the average."""
     weight_decay: From0 = 0.0
     """Share of each weight, times the rate, that a step takes away."""
@@ -103,9 +103,9 @@ class Soap(Part):
     unit: ClassVar[Unit] = "parameter"
     lr: Rate = 3e-3
     """Peak learning rate."""
-    betas: tuple[Share, Share] = (0.95, 0.95)
+    betas: tuple[Below1, Below1] = (0.95, 0.95)
     """Decay of the averages of the gradient and of its square."""
-    shampoo_beta: Share | None = None
+    shampoo_beta: Below1 | None = None
     """Decay of the average of gradients' products; null is the second of `betas`."""
     eps: Above0 = 1e-8
     """Added to the root of the averaged square, so that nothing is divided by 0."""
@@ -131,7 +131,7 @@ class Shampoo(Part):
     unit: ClassVar[Unit] = "parameter"
     lr: Rate = 0.03
     """Peak learning rate."""
-    momentum: Share = 0.0
+    momentum: Below1 = 0.0
     """Share of the last step that goes into the gradient of this one."""
     weight_decay: From0 = 0.0
     """Added to the gradient, times the weight."""
@@ -141,10 +141,10 @@ class Shampoo(Part):
     """Steps between two computations of the roots, each of which costs the third power of a dimension."""
 
     def build(self, groups: Groups) -> torch.optim.Optimizer:
-        found = as_groups(groups)
-        self._refuse_large(found)
+        given = as_groups(groups)
+        self._refuse_large(given)
         settings = self.model_dump(exclude={"kind", "preconditioning_compute_steps"})
-        made: torch.optim.Optimizer = library("pytorch_optimizer", self.kind).Shampoo(found, **settings)
+        made: torch.optim.Optimizer = library("pytorch_optimizer", self.kind).Shampoo(given, **settings)
 
         def roots_at_the_start_too(optimizer: Any, *_: Any) -> None:
             """The library would wait, and stand still, until the first multiple of the steps."""
@@ -172,7 +172,7 @@ class Sophia(Part):
     unit: ClassVar[Unit] = "parameter"
     lr: Rate = 0.06
     """Peak learning rate."""
-    betas: tuple[Share, Share] = (0.96, 0.99)
+    betas: tuple[Below1, Below1] = (0.96, 0.99)
     """Decay of the averages of the gradient and of the curvature."""
     rho: Above0 = 0.01
     """Largest part of a step, before the rate."""
@@ -201,9 +201,9 @@ class Prodigy(Part):
     unit: ClassVar[Unit] = "all"
     lr: Rate = 1.0
     """Factor on the rate that is found."""
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Below1, Below1] = (0.9, 0.999)
     """Decay of the averages of the gradient and of its square."""
-    beta3: Share | None = None
+    beta3: Below1 | None = None
     """Decay of the averages that the rate is found from; null is the root of the second of `betas`."""
     eps: Above0 = 1e-8
     """Added to the root of the averaged square, so that nothing is divided by 0."""
@@ -221,10 +221,10 @@ class Prodigy(Part):
     """Leave a warm-up's small rates out of the estimate's denominator."""
 
     def build(self, groups: Groups) -> torch.optim.Optimizer:
-        found = one_rate(groups, self.kind)
+        given = one_rate(groups, self.kind)
         settings = self.model_dump(exclude={"kind", "growth_rate"})
         growth = float("inf") if self.growth_rate is None else self.growth_rate
-        made: torch.optim.Optimizer = library("pytorch_optimizer", self.kind).Prodigy(found, growth_rate=growth, **settings)
+        made: torch.optim.Optimizer = library("pytorch_optimizer", self.kind).Prodigy(given, growth_rate=growth, **settings)
         return made
 
 
@@ -235,7 +235,7 @@ class AdEmaMix(Part):
     unit: ClassVar[Unit] = "number"
     lr: Rate = 1e-3
     """Peak learning rate."""
-    betas: tuple[Share, Share, Share] = (0.9, 0.999, 0.9999)
+    betas: tuple[Below1, Below1, Below1] = (0.9, 0.999, 0.9999)
     """Decay of the fast average of the gradient, of its square, and of the slow average."""
     alpha: From0 = 5.0
     """Weight of the slow average in a step."""
@@ -293,7 +293,7 @@ class ScheduleFreeAdamW(Part):
     unit: ClassVar[Unit] = "number"
     lr: Rate = 2.5e-3
     """Learning rate."""
-    betas: tuple[Within, Share] = (0.9, 0.999)
+    betas: tuple[Within, Below1] = (0.9, 0.999)
     """How near to the average gradients are taken, and decay of the average of their squares."""
     eps: Above0 = 1e-8
     """Added to the root of the averaged square, so that nothing is divided by 0."""

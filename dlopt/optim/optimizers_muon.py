@@ -45,14 +45,14 @@ def orthogonal(matrix: Tensor, coefficients: Sequence[float], steps: int) -> Ten
     """About U V' of a matrix U S V', (rows, columns), by the quintic iteration of Newton and Schulz as Jordan et al. 2024 tuned it."""
     a, b, c = coefficients
     tall = matrix.shape[0] > matrix.shape[1]
-    found = matrix.T if tall else matrix
-    if found.is_cuda and found.dtype == torch.float32:
-        found = found.bfloat16()
-    found = found / found.norm().clamp(min=EPS)
+    near = matrix.T if tall else matrix
+    if near.is_cuda and near.dtype == torch.float32:
+        near = near.bfloat16()
+    near = near / near.norm().clamp(min=EPS)
     for _ in range(steps):
-        gram = found @ found.T
-        found = torch.addmm(found, torch.addmm(gram, gram, gram, beta=b, alpha=c), found, beta=a)
-    return (found.T if tall else found).to(matrix.dtype).contiguous()
+        gram = near @ near.T
+        near = torch.addmm(near, torch.addmm(gram, gram, gram, beta=b, alpha=c), near, beta=a)
+    return (near.T if tall else near).to(matrix.dtype).contiguous()
 
 
 def adjustment(shape: Sequence[int], rule: str) -> float:

@@ -102,7 +102,7 @@ def _positive(span: Span) -> Span:
 
 
 Positive = Annotated[Span, AfterValidator(_positive)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Scheduled(Part):
@@ -110,7 +110,7 @@ class Scheduled(Part):
 
     warmup: Span = Span(epochs=0)
     """How long the rate rises at the start, in a line, to where the schedule begins; the schedule then runs over the rest."""
-    warmup_from: Share = 0.0
+    warmup_from: Fraction = 0.0
     """Where the rise begins, as a share of where it ends."""
     length: Positive | None = None
     """How long the schedule runs, warm-up included; after it the last rate stays, or in a chain the next part begins. All there is, if
@@ -275,7 +275,7 @@ class Cosine(Scheduled):
     """Half a cosine, from 1 down to `floor` (Loshchilov, Hutter 2017)."""
 
     kind: Literal["cosine"] = "cosine"
-    floor: Share = 0.0
+    floor: Fraction = 0.0
     """Where it ends, as a share of the peak rate."""
 
     def after(self, step: float, course: Course, history: Sequence[float]) -> float:
@@ -292,7 +292,7 @@ class CosineRestarts(Scheduled):
     """How many times as long each is as the one before (T_mult)."""
     decay: float = Field(1.0, gt=0, le=1)
     """Factor on the height of each, by the one before."""
-    floor: Share = 0.0
+    floor: Fraction = 0.0
     """Where each ends, as a share of the peak rate."""
     must_fit = ("period",)
 
@@ -354,7 +354,7 @@ class Cyclic(Scheduled):
     """Up and down in lines, again and again (Smith 2017), as torch's CyclicLR; the momentum stays."""
 
     kind: Literal["cyclic"] = "cyclic"
-    base: Share = 0.1
+    base: Fraction = 0.1
     """The lowest rate, as a share of the peak rate."""
     step_size_up: Positive = Span(share=0.125)
     """How long a rise is."""
@@ -393,7 +393,7 @@ class WarmupStableDecay(Scheduled):
     """How long the rate falls at the end."""
     form: Literal["linear", "cosine", "one_minus_sqrt"] = "linear"
     """The form of the fall: 1 - p, half a cosine, or 1 - sqrt(p) of its progress p."""
-    floor: Share = 0.0
+    floor: Fraction = 0.0
     """Where it ends, as a share of the peak rate."""
     must_fit = ("cooldown",)
 
@@ -423,7 +423,7 @@ class Plateau(Scheduled):
     """Epochs after a fall before patience begins to be tried again."""
     min_delta: float = Field(1e-4, ge=0, lt=1)
     """The share of the best value by which a better one counts as improvement."""
-    floor: Share = 0.0
+    floor: Fraction = 0.0
     """The lowest rate, as a share of the peak rate."""
 
     def within(self, step: float, course: Course, history: Sequence[float] = ()) -> float:
@@ -475,12 +475,12 @@ class Chain(Scheduled):
 
     def _courses(self, course: Course) -> list[Course]:
         """What each part runs over."""
-        found, start = [], 0.0
+        courses, start = [], 0.0
         for part in self.parts:
             steps = part.length.steps_of(course) if part.length else course.steps - start
-            found.append(course.part(start, steps))
+            courses.append(course.part(start, steps))
             start += steps
-        return found
+        return courses
 
     def watches_validation(self) -> bool:
         return any(part.watches_validation() for part in self.parts)

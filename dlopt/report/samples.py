@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from dlopt.artifact import Artifact
-from dlopt.data.feed.share import Share
+from dlopt.data.feed.sampler import Sampler
 from dlopt.data.prepared import Split
 from dlopt.report import Samples
 from dlopt.train.job import Fit
@@ -18,20 +18,20 @@ def samples(data: Artifact, fit: Fit) -> Samples | None:
     """The first training images as they are and in the first epochs, mixed, if they are, with the next of them; None where
     augmentation leaves images as they are."""
     split = Split.open(data, "train")
-    share = Share.of(split, fit.seed, fit.train.rows_of_batch(len(split)), 0, 1, fit.augment)
+    sampler = Sampler.of(split, fit.seed, fit.train.rows_of_batch(len(split)), 0, 1, fit.augment)
     names = [feature.name for feature in split.signature.inputs if feature.holds == "pixels"]
     if not names or not any("pixels" in part.of for part in fit.augment):
         return None
     images = split.read(split.chunks[:1])[names[0]][:IMAGES]
-    versions = [_version(share, names[0], images, epoch) for epoch in range(1, VERSIONS + 1)]
+    versions = [_version(sampler, names[0], images, epoch) for epoch in range(1, VERSIONS + 1)]
     return Samples(original=images, augmented=np.stack(versions))
 
 
-def _version(share: Share, name: str, images: np.ndarray, epoch: int) -> np.ndarray:
+def _version(sampler: Sampler, name: str, images: np.ndarray, epoch: int) -> np.ndarray:
     """The images as they look in an epoch."""
     picks = np.arange(len(images))
-    found = share.augmented({name: torch.from_numpy(images.copy())}, picks, epoch)
-    if share.mixes:
+    found = sampler.augmented({name: torch.from_numpy(images.copy())}, picks, epoch)
+    if sampler.mixes:
         partners = {name: found[name].roll(-1, dims=0)}
-        found, _ = share.mixed(found, partners, picks, epoch)
+        found, _ = sampler.mixed(found, partners, picks, epoch)
     return found[name].numpy()

@@ -18,7 +18,7 @@ from dlopt import remote
 from dlopt.artifact import Artifact, Stage
 from dlopt.data.feed.order import LANES
 from dlopt.data.prepared import Split
-from dlopt.models.own import Own, factory_of
+from dlopt.models.custom import Custom, factory_of
 from dlopt.optim.schedules import refuse_too_long
 from dlopt.part import DloptError, Target
 from dlopt.progress import WARNING, Progress, silent
@@ -120,7 +120,7 @@ def _work(section: Fit, store: Store) -> Work:
     """What each worker runs."""
     from dlopt.train.worker import train_worker
 
-    factory = factory_of(section.model) if isinstance(section.model, Own) else None
+    factory = factory_of(section.model) if isinstance(section.model, Custom) else None
 
     def work(config: dict[str, Any]) -> dict[str, Any] | None:
         from dlopt.train.watch.mistakes import mistake_of
@@ -269,8 +269,8 @@ class _Run:
         self.progress("fit", None, f"{WARNING}{loss.why} (loss {self.losses} of {self.resources.max_failures})")
 
     def _where(self) -> str:
-        found = glance(self.store)
-        return f"the same command goes on from {f'step {found[1].step}' if found else 'the start'}"
+        newest = glance(self.store)
+        return f"the same command goes on from {f'step {newest[1].step}' if newest else 'the start'}"
 
 
 @contextmanager
@@ -373,8 +373,8 @@ def _refuse_no_validation(section: Fit, data: Artifact) -> None:
 
 def _going_on(store: Store) -> str:
     """Where an interrupted run goes on, as far as can be told without its weights. Of damaged ones worker 0 tells."""
-    found = glance(store)
-    return f", going on {said(found[0])}" if found else ""
+    newest = glance(store)
+    return f", going on {said(newest[0])}" if newest else ""
 
 
 def _say(need: Need) -> str:

@@ -92,8 +92,8 @@ def peak_of(fit: Fit, rows: int) -> float | None:
 def optimizer_of(fit: Fit, network: nn.Module, peak: float, parallel: Parallel | None = None) -> torch.optim.Optimizer:
     """The job's optimizer, with what is wrapped around it, on the groups of the network's parameters. parallel: how they are shared out."""
     parallel, part = parallel or Parallel(network), fit.train.optimizer.model_copy(update={"lr": peak})
-    found = parallel.optimizer(part.build(parallel.groups(fit.train.parameters.of(network, part))))
-    return peaked(fit.train.lookahead.wrap(found) if fit.train.lookahead else found)
+    optimizer = parallel.optimizer(part.build(parallel.groups(fit.train.parameters.of(network, part))))
+    return peaked(fit.train.lookahead.wrap(optimizer) if fit.train.lookahead else optimizer)
 
 
 def objective_of(fit: Fit, data: Artifact, network: Network, device: torch.device, copies: int = 1) -> Objective:
@@ -102,8 +102,8 @@ def objective_of(fit: Fit, data: Artifact, network: Network, device: torch.devic
     target, weights = split.signature.target, None
     if train.class_weights is not None:
         rows = data.info["labels"]["train"]
-        found = class_weights(train.class_weights, target, rows, len(split), train.sampling == "balanced")
-        weights = found.to(device, DTYPES[train.precision])
+        by_class = class_weights(train.class_weights, target, rows, len(split), train.sampling == "balanced")
+        weights = by_class.to(device, DTYPES[train.precision])
     return supervised(loss_of(train.loss, target, network.output, weights), train.l1, train.l2, copies)
 
 
@@ -122,7 +122,7 @@ def swept(fit: Fit, network: Network, data: Artifact, device: torch.device) -> S
 
 def read_statistics(data: Artifact) -> dict[str, Statistics]:
     """Of a prepared set, by the name of the input or the target."""
-    return {name: Statistics.model_validate(found) for name, found in json.loads(data.read("statistics.json")).items()}
+    return {name: Statistics.model_validate(one) for name, one in json.loads(data.read("statistics.json")).items()}
 
 
 def first_rows(split: Split, device: torch.device) -> dict[str, Tensor]:
@@ -149,8 +149,8 @@ def first_batches(split: Split, size: int, most: int, device: torch.device) -> I
 
 def endless_batches(split: Split, size: int, most: int, device: torch.device) -> Iterator[Batch]:
     """So many batches: the first ones that are whole, again and again where the split has fewer."""
-    found = list(first_batches(split, size, most, device))
-    return islice(cycle([batch for batch in found if batch.total == size] or found), most)
+    batches = list(first_batches(split, size, most, device))
+    return islice(cycle([batch for batch in batches if batch.total == size] or batches), most)
 
 
 def _cut(rest: list[Rows], size: int) -> tuple[Rows, list[Rows]]:
@@ -160,6 +160,6 @@ def _cut(rest: list[Rows], size: int) -> tuple[Rows, list[Rows]]:
 
 
 def _batch(rows: Rows, split: Split, device: torch.device) -> Batch:
-    values = {name: torch.from_numpy(found.copy()).to(device) for name, found in rows.items()}
+    values = {name: torch.from_numpy(array.copy()).to(device) for name, array in rows.items()}
     target = values.pop(split.signature.target.name)
     return Batch(shortened(values, split.signature.inputs), target, len(target))

@@ -16,7 +16,7 @@ from torch import Tensor
 from dlopt.artifact import Artifact
 from dlopt.data.counter import bits
 from dlopt.data.feed.batches import Feed, Resident, Stream, ahead
-from dlopt.data.feed.share import Share
+from dlopt.data.feed.sampler import Sampler
 from dlopt.data.prepared import Split
 from dlopt.models import Network
 from dlopt.optim.optimizers import Lbfgs
@@ -42,7 +42,7 @@ from dlopt.train.parallel.drift import refuse_drift
 from dlopt.train.parallel.local_sgd import LocalSGDParallel
 from dlopt.train.start import first_batches, objective_of, read_statistics
 from dlopt.train.tuning import Held, Tuning
-from dlopt.train.watch.observer import Diary, Diverged, NotFinite, Observer, Taken
+from dlopt.train.watch.observer import Diary, Diverged, LocalStep, NotFinite, Observer
 from dlopt.train.watch.profile import Profile, Unprofiled
 from dlopt.train.watch.speed import Pace
 from dlopt.train.watch.watchdog import Watchdog
@@ -78,18 +78,18 @@ class Training:
     def __post_init__(self) -> None:
         train = self.fit.train
         self.split, self.validation = (Split.open(self.data, name) for name in ("train", "validation"))
-        self.share = self._share()
-        self.sizes = self.share.sizes()
+        self.sampler = self._sampler()
+        self.sizes = self.sampler.sizes()
         self.course = course_of(self.fit, len(self.split))
         self.profile, self.pace = self._profile(), Pace(self.device)
-        self.taken_apart: list[Taken] = []
+        self.local_steps: list[LocalStep] = []
         self.due = False
         objective = objective_of(self.fit, self.data, self.network, self.device, self.parallel.copies)
         if self.tuning.teacher:
             objective = self.tuning.teacher.teach(objective, self.split.signature.target, self.device)
         self.held = self._hold()
         stepped = self.state.optimizer, self.parallel, self.fit.seed
-        self.pipeline = Pipeline(train, objective, *stepped, self.profile, self.pace.timed, self._after_step if self.held else None)
+        self.pipeline = Pipeline(train, objective, *stepped, self.profile, self.pace.timed, self._hold_on if self.held else None)
         self.scale = self.pipeline.scale
         self.observer = Observer(train, self.state, self.world, self.scale, self.diary)
         self.agreement = Agreement(self.rank, self.world, self.device, self.state.record.step)
@@ -124,7 +124,8 @@ class Training:
             else:
                 if self.world > 1:
                     refuse_drift(self.parallel.alike())
-                if self._worth_saving():
+                record, epochs = self.state.record, self.fit.train.epochs
+                if record.epoch % (self.resources.checkpoint.every.epochs or 1) == 0 or record.epoch == epochs or record.stopped:
                     self.save(needed=not self.parallel.in_step)
         self.profile.close()
 
@@ -151,17 +152,17 @@ class Training:
     def steps(self, epoch: int) -> Iterator[tuple[Step, int]]:
         """Every step of an epoch from where it stands, and how many rows it has over all workers; what follows a step is done when the
         next one is asked for."""
-        train, record, order = self.fit.train, self.state.record, self.share.order
+        train, record, order = self.fit.train, self.state.record, self.sampler.order
         schedule, course, history, before, start = train.schedule, self.course, tuple(record.history), record.step, record.batch
         slower, begun = train.divergence.factor**record.rollbacks, (epoch - 1) * order.batches + start
         seeds = bits(np.arange(before, before + order.batches), self.fit.seed, self.rank, PURPOSE) >> np.uint64(1)
         batches = self.profile.batches(self.pace.waiting(ahead(self._feed(epoch).epoch(epoch, start), self.device)))
-        found = self.pipeline.steps(batches, lambda index: slower * schedule.factor(begun + index, course, history), before, self.sure)
+        steps = self.pipeline.steps(batches, lambda index: slower * schedule.factor(begun + index, course, history), before, self.sure)
         self.observer.ready()
         for index, (_, rows) in enumerate(self.sizes[start:]):
             _seed(int(seeds[index]), self.device)
             self.parallel.begin(record.step)
-            step = next(found)
+            step = next(steps)
             if self.watchdog:
                 self.watchdog.beat()
             record.step += 1
@@ -179,23 +180,23 @@ class Training:
         began, epoch = time.monotonic(), record.epoch + 1
         for step, rows in self.steps(epoch):
             if isinstance(self.parallel, LocalSGDParallel):
-                self._apart(self.parallel, step, rows, epoch)
+                self._local_step(self.parallel, step, rows, epoch)
             else:
                 self.observer.step(step, rows, epoch, self.sure)
             self._between_steps()
         self.observer.settle(epoch, self.sure)
-        means = self.observer.epoch(epoch, self.share.order.rows)
+        means = self.observer.epoch(epoch, self.sampler.order.rows)
         with self.measured():
             self._refuse_not_finite()
-            found = self._validated() if len(self.validation) else None
+            metrics = self._validated() if len(self.validation) else None
             record.epoch, record.batch, record.sums = epoch, 0, []
-            judge(self.state, train, found if not self.held or self.held.settled(record.epoch / train.epochs) else None)
+            judge(self.state, train, metrics if not self.held or self.held.settled(record.epoch / train.epochs) else None)
         if self.diary:
             self.diary.log.write(
                 epoch=epoch,
                 step=record.step,
                 train=means,
-                validation=found,
+                validation=metrics,
                 seconds=round(time.monotonic() - began, 4),
             )
             self.diary.flush()
@@ -204,13 +205,13 @@ class Training:
         """Save if it is time to, and end if it is asked for."""
         record, every = self.state.record, self.resources.checkpoint.every
         due, stop = (every.steps is not None and record.step % every.steps == 0) or self.due, None
-        if self.taken_apart:  # between two synchronisations
+        if self.local_steps:  # between two synchronisations
             self.due = due
             return
         self.due = False
         if self.agreement.due(record.step):
             due, stop = self._agreed(due)
-        if (due and record.batch < self.share.order.batches) or stop:  # after the last batch of an epoch comes a checkpoint anyway
+        if (due and record.batch < self.sampler.order.batches) or stop:  # after the last batch of an epoch comes a checkpoint anyway
             self.observer.settle(record.epoch + 1, self.sure)
             self._refuse_not_finite()
             self.save(needed=stop is not None)
@@ -226,11 +227,6 @@ class Training:
             self.diary.speed.lap(self.state.record, self.pace, told.busy, first.as_json() if first else {})
             self.diary.log.flush()  # about twice a second: who follows it sees training as it is
         return due or told.checkpoint, told.stop
-
-    def _worth_saving(self) -> bool:
-        """Whether a checkpoint is due at the end of this epoch."""
-        record, epochs = self.state.record, self.resources.checkpoint.every.epochs or 1
-        return record.epoch % epochs == 0 or record.epoch == self.fit.train.epochs or record.stopped
 
     def _refuse_not_finite(self) -> None:
         if not self.state.finite():
@@ -250,30 +246,30 @@ class Training:
 
     def _seen(self) -> Iterator[dict[str, Tensor]]:
         """Inputs as batch normalization sees them in training: in micro batches."""
-        rows = self.fit.train.micro_batch_size or self.share.order.batch_size
-        for batch in first_batches(self.split, self.share.order.batch_size, REESTIMATED, self.device):
+        rows = self.fit.train.micro_batch_size or self.sampler.order.batch_size
+        for batch in first_batches(self.split, self.sampler.order.batch_size, REESTIMATED, self.device):
             yield from (part.inputs for part in split(batch, rows, -(-batch.total // rows)))
 
     def _unwatched(self) -> AbstractContextManager[None]:
         """Within it, training may take its time."""
         return self.watchdog.paused() if self.watchdog else nullcontext()
 
-    def _apart(self, replicas: LocalSGDParallel, step: Step, rows: int, epoch: int) -> None:
+    def _local_step(self, replicas: LocalSGDParallel, step: Step, rows: int, epoch: int) -> None:
         """After a replica's step. Each looks at its own; what workers must know of each other's steps they tell when they synchronise."""
         record = self.state.record
         mine, _ = self.sizes[record.batch - 1]
-        self.taken_apart.append(self.observer.alone(step, mine, rows, epoch))
+        self.local_steps.append(self.observer.local_step(step, mine, rows, epoch))
         if replicas.due(record.batch, len(self.sizes)):
-            taken, self.taken_apart = self.taken_apart, []
+            taken, self.local_steps = self.local_steps, []
             with self.profile.within("all-reduce"):
                 replicas.synchronise(self.state.optimizer, sum(one.mine for one in taken) / sum(one.rows for one in taken))
             self._after_synchronisation(taken)
-            self.observer.together(taken, epoch)
+            self.observer.synchronised(taken, epoch)
 
-    def _after_synchronisation(self, taken: list[Taken]) -> None:
+    def _after_synchronisation(self, taken: list[LocalStep]) -> None:
         """Averages take the weights that there are now for those of all steps since the last time."""
         if self.fit.train.max_norm:
-            self.fit.train.max_norm.apply(self.parallel.held)
+            self.fit.train.max_norm.apply(self.parallel.local)
         for one in taken if self.state.average else []:
             assert self.state.average
             self.state.average.update(one.step)
@@ -308,12 +304,12 @@ class Training:
         """To the newest checkpoint, or the newest one of an epoch's end."""
         with self._unwatched():
             self._written()
-            found, _ = newest_of_all(self.store, self.wanted, self.device, epoch_ends)
-        assert found
-        found.load(self.state)
+            checkpoint, _ = newest_of_all(self.store, self.wanted, self.device, epoch_ends)
+        assert checkpoint
+        checkpoint.load(self.state)
         if self.held:
             self.held.release()
-        self.feed, self.taken_apart, self.due, self.held = None, [], False, self._hold()
+        self.feed, self.local_steps, self.due, self.held = None, [], False, self._hold()
         if self.diary:
             self.diary.undo(self.state.record.epoch, self.state.record.step)
 
@@ -325,18 +321,15 @@ class Training:
         """What weights are held to, of them as they are now."""
         return self.tuning.hold.begin(self.network) if self.tuning.hold else None
 
-    def _after_step(self) -> None:
+    def _hold_on(self) -> None:
+        """After a step, which the record does not count yet."""
+        record = self.state.record
         if self.held:
-            self.held.after(self._done)
+            self.held.after((record.epoch + (record.batch + 1) / self.sampler.order.batches) / self.fit.train.epochs)
 
-    @property
-    def _done(self) -> float:
-        """The share of all steps that are taken, the one under way included."""
-        return (self.state.record.epoch + (self.state.record.batch + 1) / self.share.order.batches) / self.fit.train.epochs
-
-    def _share(self) -> Share:
+    def _sampler(self) -> Sampler:
         train = self.fit.train
-        return Share.of(
+        return Sampler.of(
             self.split,
             self.fit.seed,
             train.rows_of_batch(len(self.split)),
@@ -350,17 +343,17 @@ class Training:
     def _profile(self) -> Unprofiled:
         if not self.resources.profile:
             return Unprofiled()
-        steps = self.share.order.batches * self.fit.train.epochs - self.state.record.step
-        found = Profile(self.out, self.network, self.rank, self.world, self.device, steps)
-        self.state.optimizer.step = found.timed("optimizer", self.state.optimizer.step)  # type: ignore[method-assign, assignment]
-        return found
+        steps = self.sampler.order.batches * self.fit.train.epochs - self.state.record.step
+        profile = Profile(self.out, self.network, self.rank, self.world, self.device, steps)
+        self.state.optimizer.step = profile.timed("optimizer", self.state.optimizer.step)  # type: ignore[method-assign, assignment]
+        return profile
 
     def _feed(self, epoch: int) -> Feed:
         """The feed that gives this epoch and those after it."""
         if self.feed is None:
             stream = self.feed_kind == "stream"
             last, start = self.fit.train.epochs, self.state.record.batch
-            self.feed = Stream(self.share, epoch, last, self.device, start) if stream else Resident(self.share, self.device)
+            self.feed = Stream(self.sampler, epoch, last, self.device, start) if stream else Resident(self.sampler, self.device)
         return self.feed
 
 

@@ -128,9 +128,9 @@ def _lamp(weight: Tensor) -> Tensor:
     """The square of each weight, as a share of all that are no smaller in its layer (Lee et al. 2021)."""
     squares, order = weight.flatten().square().sort()
     rest = squares.flip(0).cumsum(0).flip(0)
-    found = torch.empty_like(squares)
-    found[order] = squares / rest.clamp_min(torch.finfo(squares.dtype).tiny)
-    return found.view_as(weight)
+    shares = torch.empty_like(squares)
+    shares[order] = squares / rest.clamp_min(torch.finfo(squares.dtype).tiny)
+    return shares.view_as(weight)
 
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {"global": torch.abs, "layer": torch.abs, "lamp": _lamp}

@@ -23,7 +23,7 @@ from dlopt import remote
 from dlopt.artifact import Artifact, sweep, write_atomically, writing
 from dlopt.data.prepared import Split
 from dlopt.models import Network
-from dlopt.models.own import Own, draws_by_row, register
+from dlopt.models.custom import Custom, draws_by_row, register
 from dlopt.models.recompute import recompute
 from dlopt.models.spread import spread
 from dlopt.part import Part
@@ -89,7 +89,7 @@ def train_worker(
 
     context = ray.train.get_context()
     assignment = Assignment.model_validate(config)
-    if factory is not None and isinstance(assignment.fit.model, Own):
+    if factory is not None and isinstance(assignment.fit.model, Custom):
         register(assignment.fit.model, factory)
     if assignment.threads:
         torch.set_num_threads(assignment.threads)
@@ -151,14 +151,14 @@ class Worker:
         """Of this worker's part of checkpoints, if it has one; whoever has trained here before writes no more, and what it has left half
         written goes."""
         keep, together = self.assignment.resources.checkpoint.keep, self._wanted.rows
-        found = Writer(self.store, keep, uuid.uuid4().hex, 0, self.world if together else 1) if self.rank == 0 else None
-        if found:
+        writer = Writer(self.store, keep, uuid.uuid4().hex, 0, self.world if together else 1) if self.rank == 0 else None
+        if writer:
             sweep(self.assignment.out)
         if together:
-            told: list[Any] = [found and (found.owner, found.serial)]
+            told: list[Any] = [writer and (writer.owner, writer.serial)]
             dist.broadcast_object_list(told, src=0)
-            found = found or Writer(self.store, keep, told[0][0], self.rank, self.world, told[0][1])
-        return found
+            writer = writer or Writer(self.store, keep, told[0][0], self.rank, self.world, told[0][1])
+        return writer
 
     def _close_together(self, writer: Writer | None) -> None:
         """Once the last checkpoint is written, however long that takes: Ray Train ends all workers as soon as one of them has."""
@@ -201,25 +201,25 @@ class Worker:
         """Where training goes on: the newest whole checkpoint, the same on all workers, since worker 0 chooses it; or the start. And the
         host of each worker."""
         fit, shared_out = self.assignment.fit, self._wanted.rows
-        found, damaged = newest_of_all(self.store, self._wanted, self.device)
-        split, custom = Split.open(data, "train"), isinstance(fit.model, Own)
-        with without_weights() if shared_out and not custom and (found or self.rank) else nullcontext():
+        checkpoint, damaged = newest_of_all(self.store, self._wanted, self.device)
+        split, custom = Split.open(data, "train"), isinstance(fit.model, Custom)
+        with without_weights() if shared_out and not custom and (checkpoint or self.rank) else nullcontext():
             network = self._network(data)
         if not shared_out:
             network.to(self.device)
-        record = found.record if found else self._beginning(network, split, data)
+        record = checkpoint.record if checkpoint else self._beginning(network, split, data)
         watch: Watch | None = None
-        warnings = self._said_of_own(network, split)
+        warnings = self._warnings_of_custom(network, split)
         if self.assignment.resources.checkpoint_activations:
             recompute(network)
         why = self._compiled(network, data, lambda: watch is not None and bool(watch.hooks))
         parallel = self._parallel(network)
         optimizer = optimizer_of(fit, network, record.peak, parallel)
-        average = fit.train.average.build(parallel.held, course_of(fit, len(split))) if fit.train.average else None
+        average = fit.train.average.build(parallel.local, course_of(fit, len(split))) if fit.train.average else None
         watch = Watch(network, fit.train.health, parallel.share, parallel.norms)
         state = TrainingState(network, optimizer, {}, record, average, watch, parallel)
-        if found:
-            found.load(state)
+        if checkpoint:
+            checkpoint.load(state)
         else:
             packed = state.packed()
             if writer:
@@ -238,11 +238,11 @@ class Worker:
             return load_network(fit, data)
         return network_with(fit, data, load_file(begins)).train()
 
-    def _said_of_own(self, network: Network, split: Split) -> list[str]:
+    def _warnings_of_custom(self, network: Network, split: Split) -> list[str]:
         """A line where the result of a user's network depends on how many workers there are."""
         model = self.assignment.fit.model
         device = next(network.parameters()).device
-        if self.rank or not isinstance(model, Own) or len(split) < 2 or draws_by_row(network, first_rows(split, device)):
+        if self.rank or not isinstance(model, Custom) or len(split) < 2 or draws_by_row(network, first_rows(split, device)):
             return []
         return [
             f"model: {model.name} gives rows other outputs when they are computed in two parts, so the result depends on the number of "
@@ -261,7 +261,7 @@ class Worker:
 
     def _parallel(self, network: Network) -> Parallel:
         """What of training this worker holds, and how it comes together with the others."""
-        fit, custom = self.assignment.fit, isinstance(self.assignment.fit.model, Own)
+        fit, custom = self.assignment.fit, isinstance(self.assignment.fit.model, Custom)
         part = fit.train.synchronization or (fit.train.compression if self.world > 1 else None)
         if part:
             return part.build(network, self.rank, self.world, fit.seed)
@@ -295,9 +295,9 @@ class Worker:
         write_atomically(out / LAYERS, json.dumps(spread(network, first_rows(split, device))))
         peak = peak_of(fit, len(split))
         if peak is None:
-            found = swept(fit, network, data, device)
-            write_atomically(out / RANGE, json.dumps(found._asdict()))
-            peak = found.suggested
+            trial = swept(fit, network, data, device)
+            write_atomically(out / RANGE, json.dumps(trial._asdict()))
+            peak = trial.suggested
         return peak
 
     def _note_start(self, record: Record, hosts: list[str], damaged: list[str], warnings: list[str]) -> None:

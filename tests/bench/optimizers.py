@@ -105,7 +105,7 @@ def training(data: Artifact, optimizer: Mapping[str, Any], schedule: Mapping[str
 
 def parts(run: Training, epochs: int) -> Iterator[tuple[float, float, float]]:
     """(epochs, seconds of training, mean loss of the steps) after each part of an epoch."""
-    seconds, batches = 0.0, run.share.order.batches
+    seconds, batches = 0.0, run.sampler.order.batches
     ends = [round(batches * look / LOOKS) for look in range(1, LOOKS + 1)]
     for epoch in range(1, epochs + 1):
         losses: list[torch.Tensor] = []

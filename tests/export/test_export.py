@@ -20,7 +20,7 @@ from dlopt.export.graph import LARGEST, onnx_file, refuse_too_large
 from dlopt.export.proof import TIE, count_other_labels, fed
 from dlopt.export.stage import EXPORT
 from dlopt.models import Cnn, Mlp, Network, TextBag, TextCnn, Units
-from dlopt.models.own import own
+from dlopt.models.custom import custom
 from dlopt.part import DloptError, Signature, Target
 from dlopt.train.job import Fit, Train
 from dlopt.train.measure.evaluate import predict
@@ -28,8 +28,8 @@ from dlopt.train.measure.metrics import activated
 from dlopt.train.start import trained_network
 from tests import sets
 from tests.graphs import compared
+from tests.models.test_custom import Tower
 from tests.models.test_models import image, numbers
-from tests.models.test_own import Tower
 from tests.sets import CATEGORIES, DATES, EVERYTHING, HASHED, LABELS, NUMBER, ONE, PAIR, TEXT, THREE, TWO, inputs_of, trained
 
 IMAGES = Signature(inputs=(image(12, 10, 3),), target=THREE)
@@ -383,11 +383,11 @@ def test_a_model_that_mixes_rows_is_refused(tmp_path: Path, by: str) -> None:
     """Both sides of the comparison with torch see the same neighbours, so that alone would not tell."""
     data = sets.prepared(tmp_path, sets.signature(sets.NUMBERS))
     with pytest.raises(DloptError, match=r"^export: the model mixes rows: alone, a row gets another answer \(by .*\) than among 64"):
-        exported(tmp_path, trained(tmp_path, data, own(Mixing, by=by)), data)
+        exported(tmp_path, trained(tmp_path, data, custom(Mixing, by=by)), data)
 
 
 def test_a_model_that_onnx_cannot_say_is_one_line(tmp_path: Path) -> None:
     data = sets.prepared(tmp_path, sets.signature(sets.NUMBERS))
     with pytest.raises(DloptError, match=r"^export: the model cannot be written as ONNX: \w+: .*i1e") as error:
-        exported(tmp_path, trained(tmp_path, data, own(Unwritable)), data)
+        exported(tmp_path, trained(tmp_path, data, custom(Unwritable)), data)
     assert "\n" not in str(error.value)

@@ -23,7 +23,7 @@ from dlopt.export.estimator import ENCODERS, Classifier, Regressor
 from dlopt.export.pickled import load_estimator, source
 from dlopt.export.stage import EXPORT
 from dlopt.models import Cnn, Mlp, Resnet, TextBag
-from dlopt.models.own import own
+from dlopt.models.custom import custom
 from dlopt.part import DloptError, Feature, Signature
 from dlopt.train.job import Fit, Train
 from dlopt.train.start import trained_network
@@ -283,7 +283,7 @@ def test_the_source_of_an_estimator_is_whole_and_names_no_dlopt() -> None:
 @pytest.mark.parametrize(("part", "form"), [(TorchScript(), "TorchScript"), (Onnx(), "ONNX")])
 def test_what_a_format_cannot_say_names_operator_and_layer(tmp_path: Path, part: Any, form: str) -> None:
     data = sets.prepared(tmp_path, sets.signature(sets.NUMBERS))
-    model = sets.trained(tmp_path, data, own(Unwritable))
+    model = sets.trained(tmp_path, data, custom(Unwritable))
     if form == "TorchScript":  # which has words for all of torch's
         assert once(EXPORT, part, tmp_path, model, data).info["largest_difference"] <= 1e-5
         return

@@ -117,7 +117,7 @@ def test_the_arrows_are_there_to_be_seen() -> None:
     assert "dlopt.pipeline" in imports("dlopt.cli.check")  # in a function
     assert "dlopt.data.prepared" in imports("dlopt.export.proof")
     assert "ray.data" in imports("dlopt.data.feed.dealer")
-    assert "dlopt.data.augment" in imports("dlopt.data.feed.share") and "ray" not in roots("dlopt.data.feed.share")
+    assert "dlopt.data.augment" in imports("dlopt.data.feed.sampler") and "ray" not in roots("dlopt.data.feed.sampler")
     assert depth("dlopt.cli") < depth("dlopt.spec") < depth("dlopt.train.loop.steps") < depth("dlopt.models.mlp") < depth("dlopt.part")
 
 

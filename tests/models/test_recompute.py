@@ -199,7 +199,7 @@ def worker(rank: int, world: int, folder: Path, parallelism: Parallelism) -> Non
         if again:
             recompute(network)
         parallel = parallel_of(parallelism, network, rank, 2)
-        model, optimizer = parallel.module(), torch.optim.SGD(parallel.held.parameters(), lr=0.05)
+        model, optimizer = parallel.module(), torch.optim.SGD(parallel.local.parameters(), lr=0.05)
         objective = supervised(loss_of(None, sets.THREE, nn.Identity()), 0, 0, 2)
         gradient = parallel.gradient(accumulated(10, parallel.partly))
         for step in range(3):
@@ -209,7 +209,7 @@ def worker(rank: int, world: int, folder: Path, parallelism: Parallelism) -> Non
             optimizer.zero_grad()
             gradient(objective, model, Batch(inputs, target, 48, most=24 if step < 2 else 48))
             optimizer.step()
-        found.append({name: value.flatten().tolist() for name, value in parallel.gather(parallel.held.state_dict()).items()})
+        found.append({name: value.flatten().tolist() for name, value in parallel.gather(parallel.local.state_dict()).items()})
     Path(folder, str(rank)).write_text(json.dumps(found))
 
 

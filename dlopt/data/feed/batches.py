@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dlopt.data.feed.dealer import PARTNER, PICK, PLACE, BlockRows, DealerProcess, ReadPlan
 from dlopt.data.feed.order import row_of
-from dlopt.data.feed.share import Share
+from dlopt.data.feed.sampler import Sampler
 from dlopt.data.prepared import Rows, as_rows, empty_rows
 from dlopt.part import DloptError, Feature, Signature
 
@@ -69,22 +69,22 @@ class Resident:
 
     Texts stay in the memory of the host until they are cut, for which it must know how long they are."""
 
-    def __init__(self, share: Share, device: torch.device) -> None:
-        self.share, self.device = share, device
-        texts = {feature.name for feature in share.split.signature.inputs if feature.holds == "tokens"}
-        read = {name: torch.from_numpy(values.copy()) for name, values in share.split.read().items()}
+    def __init__(self, sampler: Sampler, device: torch.device) -> None:
+        self.sampler, self.device = sampler, device
+        texts = {feature.name for feature in sampler.split.signature.inputs if feature.holds == "tokens"}
+        read = {name: torch.from_numpy(values.copy()) for name, values in sampler.split.read().items()}
         self.values = {name: values if name in texts else values.to(device) for name, values in read.items()}
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        order = self.share.order
-        sizes, (low, _) = iter(self.share.sizes()[start:]), order.slots(self.share.rank, self.share.world)
+        order = self.sampler.order
+        sizes, (low, _) = iter(self.sampler.sizes()[start:]), order.slots(self.sampler.rank, self.sampler.world)
         for window, skipped in order.windows_from(start):
-            picks, partners = self.share.picks(epoch, window, skipped)
+            picks, partners = self.sampler.picks(epoch, window, skipped)
             done = 0
             for mine, total in itertools.islice(sizes, order.window - skipped):
                 part = slice(done, done + mine)
                 batch = self._batch(picks[part], None if partners is None else partners[part], epoch, total)
-                yield batch._replace(first=low, most=order.most(total, self.share.world))
+                yield batch._replace(first=low, most=order.most(total, self.sampler.world))
                 done += mine
 
     def _batch(self, picks: np.ndarray, partners: np.ndarray | None, epoch: int, total: int) -> Batch:
@@ -92,9 +92,9 @@ class Resident:
         mixed = None
         if partners is not None:
             theirs, their_target = self._gather(partners, epoch)
-            inputs, share = self.share.mixed(inputs, theirs, picks, epoch)
+            inputs, share = self.sampler.mixed(inputs, theirs, picks, epoch)
             mixed = Mixed(their_target, moved(share, self.device))
-        cut = shortened(inputs, self.share.split.signature.inputs)
+        cut = shortened(inputs, self.sampler.split.signature.inputs)
         there = {name: moved(values, self.device) for name, values in cut.items()}
         return Batch(there, target, total, mixed, rows=row_of(picks))
 
@@ -104,8 +104,8 @@ class Resident:
         places = {torch.device("cpu"): index, self.device: moved(index, self.device)}
         # index_select is ten times as fast as tensor[index]
         values = {name: tensor.index_select(0, places[tensor.device]) for name, tensor in self.values.items()}
-        target = values.pop(self.share.split.signature.target.name)
-        return self.share.augmented(values, picks, epoch), target
+        target = values.pop(self.sampler.split.signature.target.name)
+        return self.sampler.augmented(values, picks, epoch), target
 
 
 class Stream:
@@ -113,13 +113,15 @@ class Stream:
     epochs from `first`, of which nothing is read that only batches before number `start` have, to `last`, so that the next epoch is being
     read while this one ends."""
 
-    def __init__(self, share: Share, first: int, last: int, device: torch.device, start: int = 0, dealer: Dealing | None = None) -> None:
+    def __init__(
+        self, sampler: Sampler, first: int, last: int, device: torch.device, start: int = 0, dealer: Dealing | None = None
+    ) -> None:
         """dealer: of all workers; without it those of the process group get one together."""
-        plan = ReadPlan(share, first, last, start)
-        self.share, self.device, self.next = share, device, (first, start)
+        plan = ReadPlan(sampler, first, last, start)
+        self.sampler, self.device, self.next = sampler, device, (first, start)
         self.windows = plan.windows()
         self.dealer = dealer or dealer_of_group(plan)
-        self.tables = self.dealer.tables(share.rank)
+        self.tables = self.dealer.tables(sampler.rank)
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="stream")
         self.coming = self._order_window()
 
@@ -127,14 +129,14 @@ class Stream:
         if (epoch, start) != self.next:
             raise ValueError(f"a stream gives its epochs in order: epoch {self.next[0]} from batch {self.next[1]} is next")
         self.next = (epoch + 1, 0)
-        order = self.share.order
-        sizes = iter(self.share.sizes()[start:])
-        low, high = order.slots(self.share.rank, self.share.world)
+        order = self.sampler.order
+        sizes = iter(self.sampler.sizes()[start:])
+        low, high = order.slots(self.sampler.rank, self.sampler.world)
         for _, skipped in order.windows_from(start):
             rows, done = self._window(), skipped * (high - low)
             for mine, total in itertools.islice(sizes, order.window - skipped):
                 batch = self._batch(rows, slice(done, done + mine), epoch, total)
-                yield batch._replace(first=low, most=order.most(total, self.share.world))
+                yield batch._replace(first=low, most=order.most(total, self.sampler.world))
                 done += mine
 
     def _window(self) -> Rows:
@@ -149,21 +151,21 @@ class Stream:
     def _order_window(self) -> Future[Rows] | None:
         """Begin to put together the next window, if there is one."""
         found = next(self.windows, None)
-        return found and self.pool.submit(_ordered, self.tables, self.share, *found)
+        return found and self.pool.submit(_ordered, self.tables, self.sampler, *found)
 
     def _batch(self, rows: Rows, part: slice, epoch: int, total: int) -> Batch:
-        signature, picks = self.share.split.signature, rows[PICK][part]
+        signature, picks = self.sampler.split.signature, rows[PICK][part]
         inputs, target, mixed = self._inputs(rows, part), torch.from_numpy(rows[signature.target.name]), None
         if PARTNER in rows:
             partners = rows[PARTNER][part]
-            inputs, share = self.share.mixed(inputs, self._inputs(rows, partners), picks, epoch)
+            inputs, share = self.sampler.mixed(inputs, self._inputs(rows, partners), picks, epoch)
             mixed = Mixed(moved(target[partners], self.device), moved(share, self.device))
         cut = {name: moved(values, self.device) for name, values in shortened(inputs, signature.inputs).items()}
         return Batch(cut, moved(target[part], self.device), total, mixed, rows=row_of(picks))
 
     def _inputs(self, rows: Rows, some: slice | np.ndarray) -> dict[str, Tensor]:
         """On the device, but for texts, which have yet to be cut."""
-        features = self.share.split.signature.inputs
+        features = self.sampler.split.signature.inputs
         found = {feature.name: torch.from_numpy(rows[feature.name][some]) for feature in features}
         return {
             feature.name: found[feature.name] if feature.holds == "tokens" else moved(found[feature.name], self.device)
@@ -226,7 +228,7 @@ class RemoteDealer:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        options = {"name": name, "num_cpus": 0, "max_concurrency": plan.share.world + 1, "scheduling_strategy": here}
+        options = {"name": name, "num_cpus": 0, "max_concurrency": plan.sampler.world + 1, "scheduling_strategy": here}
         started = cls(ray.remote(DealerProcess).options(**options).remote(plan))
         weakref.finalize(started, _end, started.actor).atexit = False  # Ray ends what belongs to a process that ends
         return started
@@ -245,10 +247,10 @@ def dealer_of_group(plan: ReadPlan) -> RemoteDealer:
     """One for all workers of the process group; worker 0's."""
     import ray
 
-    if plan.share.world == 1:
+    if plan.sampler.world == 1:
         return RemoteDealer.start(plan)
     name = [f"dlopt-dealer-{uuid.uuid4().hex}"]
-    mine = RemoteDealer.start(plan, name[0]) if plan.share.rank == 0 else None
+    mine = RemoteDealer.start(plan, name[0]) if plan.sampler.rank == 0 else None
     dist.broadcast_object_list(name, src=0)
     return mine or RemoteDealer(ray.get_actor(name[0]))
 
@@ -260,20 +262,20 @@ def _end(actor: Any) -> None:
         ray.kill(actor)
 
 
-def _ordered(tables: Iterator[pa.Table], share: Share, epoch: int, window: int, start: int) -> Rows:
+def _ordered(tables: Iterator[pa.Table], sampler: Sampler, epoch: int, window: int, start: int) -> Rows:
     """A worker's rows of a window, batch after batch; those that only batches before number `start` have are not filled in."""
     found: Rows = {}
-    left = share.needed(epoch, window, start)
+    left = sampler.needed(epoch, window, start)
     while left:
-        rows = _block_rows(share.split.signature, next(tables))
+        rows = _block_rows(sampler.split.signature, next(tables))
         places = rows.pop(PLACE)
         if not found:
-            count = share.needed(epoch, window)
+            count = sampler.needed(epoch, window)
             found = {name: np.empty((count, *values.shape[1:]), values.dtype) for name, values in rows.items()}
         for name, values in rows.items():
             _as_items(found[name])[places] = _as_items(values)
         left -= len(places)
-    return found or _no_rows(share)
+    return found or _no_rows(sampler)
 
 
 def _as_items(values: np.ndarray) -> np.ndarray:
@@ -288,9 +290,9 @@ def _block_rows(signature: Signature, table: pa.Table) -> Rows:
     return as_rows(signature, table) | extra
 
 
-def _no_rows(share: Share) -> Rows:
+def _no_rows(sampler: Sampler) -> Rows:
     none = np.zeros(0, dtype=np.int64)
-    return empty_rows(share.split.signature) | {PICK: none} | ({PARTNER: none} if share.mixes else {})
+    return empty_rows(sampler.split.signature) | {PICK: none} | ({PARTNER: none} if sampler.mixes else {})
 
 
 def shortened(inputs: Mapping[str, Tensor], features: Sequence[Feature]) -> dict[str, Tensor]:

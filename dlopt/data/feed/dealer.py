@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from dlopt.data.feed.order import WINDOW_BYTES, lanes, row_of
-from dlopt.data.feed.share import Share
+from dlopt.data.feed.sampler import Sampler
 from dlopt.data.prepared import Rows, Split, as_table
 from dlopt.data.types.tensors import column_of
 from dlopt.part import DloptError
@@ -43,9 +43,9 @@ goes that it is mixed with. No column of data is called so."""
 @dataclass(frozen=True)
 class ReadPlan:
     """What the tasks that read the epochs from `first`, from its batch number `start` on, to `last` have to do, for all workers. Tasks are
-    numbered from 0; each reads some chunks that follow each other in the sequence of its epoch. share: that of any worker."""
+    numbered from 0; each reads some chunks that follow each other in the sequence of its epoch. sampler: that of any worker."""
 
-    share: Share
+    sampler: Sampler
     first: int
     last: int
     start: int
@@ -55,19 +55,19 @@ class ReadPlan:
     @cached_property
     def chunks(self) -> int:
         """Read by a task."""
-        split = self.share.split
+        split = self.sampler.split
         return max(1, self.read_bytes * len(split.chunks) // max(1, len(split) * split.row_bytes))
 
     @cached_property
     def tasks_of_epoch(self) -> int:
-        return -(-len(self.share.split.chunks) // self.chunks)
+        return -(-len(self.sampler.split.chunks) // self.chunks)
 
     @cached_property
     def left_out(self) -> int:
         """Tasks of the first epoch of which nothing is needed."""
-        if self.start >= self.share.order.batches:
+        if self.start >= self.sampler.order.batches:
             return self.tasks_of_epoch
-        return int(np.searchsorted(self.share.order.borders(self.first), self._begin(self.first), side="right") - 1) // self.chunks
+        return int(np.searchsorted(self.sampler.order.borders(self.first), self._begin(self.first), side="right") - 1) // self.chunks
 
     def __len__(self) -> int:
         return max(0, (self.last - self.first + 1) * self.tasks_of_epoch - self.left_out)
@@ -76,24 +76,24 @@ class ReadPlan:
         """The epoch of a task, and where in its sequence the rows lie, from and up to."""
         passed, number = divmod(task + self.left_out, self.tasks_of_epoch)
         epoch, chunk = self.first + passed, number * self.chunks
-        borders = self.share.order.borders(epoch)
+        borders = self.sampler.order.borders(epoch)
         return epoch, max(int(borders[chunk]), self._begin(epoch)), int(borders[min(chunk + self.chunks, len(borders) - 1)])
 
     def windows(self) -> Iterator[tuple[int, int, int]]:
         """(epoch, window, its first batches that are left out) for all that is read."""
         for epoch in range(self.first, self.last + 1):
-            for window, skipped in self.share.order.windows_from(self._start(epoch)):
+            for window, skipped in self.sampler.order.windows_from(self._start(epoch)):
                 yield epoch, window, skipped
 
     def counts(self) -> Iterator[tuple[int, int]]:
         """(rank, rows that it gets) for one window after the other: the order in which the tasks' rows come."""
-        shares = [replace(self.share, rank=rank) for rank in range(self.share.world)]
+        samplers = [replace(self.sampler, rank=rank) for rank in range(self.sampler.world)]
         for window in self.windows():
-            yield from ((share.rank, share.needed(*window)) for share in shares)
+            yield from ((sampler.rank, sampler.needed(*window)) for sampler in samplers)
 
     def skipped(self, epoch: int, window: int) -> int:
         """How many of the window's first batches are left out."""
-        first, batches = divmod(self._start(epoch), self.share.order.window)
+        first, batches = divmod(self._start(epoch), self.sampler.order.window)
         return batches if window == first else 0
 
     def _start(self, epoch: int) -> int:
@@ -101,7 +101,7 @@ class ReadPlan:
 
     def _begin(self, epoch: int) -> int:
         """Where in the sequence the first window begins that is read."""
-        order = self.share.order
+        order = self.sampler.order
         return self._start(epoch) // order.window * order.window * order.batch_size
 
 
@@ -131,7 +131,7 @@ class Reader:
         pieces = list(self._pieces(epoch, begin, end))
         if not pieces:
             return
-        split = self.plan.share.split
+        split = self.plan.sampler.split
         values = _Values(split, row_of(np.concatenate([piece.picks for piece in pieces])))
         step = max(1, AUGMENT_BYTES // split.row_bytes)
         for piece in pieces:
@@ -140,45 +140,45 @@ class Reader:
 
     def _pieces(self, epoch: int, begin: int, end: int) -> Iterator[WindowRows]:
         """What of an interval of the sequence goes to whom, in the sequence's order."""
-        size = self.plan.share.order.window * self.plan.share.order.batch_size
+        size = self.plan.sampler.order.window * self.plan.sampler.order.batch_size
         for window in range(begin // size, -(-end // size)):
             start = window * size
             yield from self._pieces_of_window(epoch, window, max(begin, start) - start, min(end, start + size) - start)
 
     def _pieces_of_window(self, epoch: int, window: int, begin: int, end: int) -> Iterator[WindowRows]:
-        share = self.plan.share
-        bounds = share.order.bounds(window)
+        sampler = self.plan.sampler
+        bounds = sampler.order.bounds(window)
         low, high = int(np.searchsorted(bounds, begin, side="right")) - 1, int(np.searchsorted(bounds, end))
-        found = share.order.arranged(epoch, window, low, high)
-        partners = share.order.partners(epoch, found) if share.mixes else None
-        wanted = share.wanted(found, partners, self.plan.skipped(epoch, window))
+        found = sampler.order.arranged(epoch, window, low, high)
+        partners = sampler.order.partners(epoch, found) if sampler.mixes else None
+        wanted = sampler.wanted(found, partners, self.plan.skipped(epoch, window))
         number = np.arange(len(wanted)) + bounds[low]
         wanted &= (number >= begin) & (number < end)
-        for rank in range(share.world):
-            first, last = np.searchsorted(found.lane, lanes(rank, share.world))
+        for rank in range(sampler.world):
+            first, last = np.searchsorted(found.lane, lanes(rank, sampler.world))
             some = np.flatnonzero(wanted[first:last]) + first
             if len(some):
-                worker = replace(share, rank=rank)
+                worker = replace(sampler, rank=rank)
                 others = None if partners is None else worker.destinations(found.places[partners[some]])
                 yield WindowRows(found.picks[some], worker.destinations(found.places[some]), others)
 
     def _block(self, values: _Values, piece: WindowRows, epoch: int) -> pa.Table:
-        share = self.plan.share
+        sampler = self.plan.sampler
         rows = values.of(row_of(piece.picks))
-        if share.augmentations:
-            rows |= _augmented(share, rows, piece.picks, epoch)
-        table = as_table(share.split.signature, rows)
+        if sampler.augmentations:
+            rows |= _augmented(sampler, rows, piece.picks, epoch)
+        table = as_table(sampler.split.signature, rows)
         table = table.append_column(PICK, column_of(piece.picks)).append_column(PLACE, column_of(piece.places))
         return table if piece.partners is None else table.append_column(PARTNER, column_of(piece.partners))
 
 
-def _augmented(share: Share, rows: Rows, picks: np.ndarray, epoch: int) -> Rows:
+def _augmented(sampler: Sampler, rows: Rows, picks: np.ndarray, epoch: int) -> Rows:
     """The inputs."""
     import torch
 
     torch.set_num_threads(1)  # Ray gave this task one CPU
-    inputs = {feature.name: torch.from_numpy(rows[feature.name]) for feature in share.split.signature.inputs}
-    return _arrays(share.augmented(inputs, picks, epoch))
+    inputs = {feature.name: torch.from_numpy(rows[feature.name]) for feature in sampler.split.signature.inputs}
+    return _arrays(sampler.augmented(inputs, picks, epoch))
 
 
 class _Values:
@@ -221,7 +221,7 @@ class Dealer:
     step together, so none is more than a window ahead of another."""
 
     def __init__(self, plan: ReadPlan) -> None:
-        self.plan, self.parts = plan, [deque[BlockRows]() for _ in range(plan.share.world)]
+        self.plan, self.parts = plan, [deque[BlockRows]() for _ in range(plan.sampler.world)]
         self.given: list[list[BlockRows]] = [[] for _ in self.parts]
         self.counts, self.rank, self.left = plan.counts(), 0, 0
         self.blocks = self._blocks()

@@ -74,9 +74,9 @@ def newest(store: Store, epoch_ends: bool = False, wanted: Wanted = ALL) -> tupl
     """
     damaged: list[str] = []
     for name in (names := _named(store, epoch_ends)):
-        found, why = _tried(store, name, wanted)
-        if found:
-            return found, damaged
+        checkpoint, why = _tried(store, name, wanted)
+        if checkpoint:
+            return checkpoint, damaged
         damaged.append(why)
     _refuse_none(store, names, damaged)
     return None, damaged
@@ -141,8 +141,8 @@ def read(store: Store, name: str, wanted: Wanted = ALL) -> Checkpoint:
             for key, value in content.items():
                 some = value if spans[key] == (0, len(value)) else value[slice(*spans[key])].clone()
                 pieces.setdefault(part, {}).setdefault(key, []).append(some)
-    for part, found in pieces.items():
-        tensors.setdefault(part, {}).update({key: some[0] if len(some) == 1 else torch.cat(some) for key, some in found.items()})
+    for part, named in pieces.items():
+        tensors.setdefault(part, {}).update({key: some[0] if len(some) == 1 else torch.cat(some) for key, some in named.items()})
     rest = {part: said for part, said in seal["rest"].items() if part != "best" or wanted.best}
     return Checkpoint(name, Record(**seal["record"]), rest, tensors, wanted.rows and any(seal["rows"].values()))
 
@@ -178,11 +178,11 @@ def newest_of_all(store: Store, wanted: Wanted, device: torch.device, epoch_ends
     dist.broadcast_object_list(told, src=0)
     names, damaged = told[0], list[str]()
     for name in names:
-        found, why = patiently(partial(_tried, store, name, wanted), wanted.world, device)
+        checkpoint, why = patiently(partial(_tried, store, name, wanted), wanted.world, device)
         everyones: list[Any] = [None] * wanted.world
         dist.all_gather_object(everyones, why)
         if not any(everyones):
-            return found, damaged
+            return checkpoint, damaged
         damaged.append(next(filter(None, everyones)))
     _refuse_none(store, names, damaged)
     return None, damaged

@@ -50,8 +50,8 @@ def unpack(tensors: Tensors, rest: Any) -> Any:
         case "number":
             return float(value)
         case _:
-            found = [unpack(tensors, inside) for inside in value]
-            return tuple(found) if kind == "tuple" else found
+            values = [unpack(tensors, inside) for inside in value]
+            return tuple(values) if kind == "tuple" else values
 
 
 class _Packer:
@@ -98,9 +98,9 @@ class _Packer:
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """`optimizer.state_dict()` as `pack` takes it: groups without what follows from the network."""
-    found = optimizer.state_dict()
-    groups = [{key: value for key, value in group.items() if key not in UNSAVED} for group in found["param_groups"]]
-    return found | {"param_groups": groups}
+    state = optimizer.state_dict()
+    groups = [{key: value for key, value in group.items() if key not in UNSAVED} for group in state["param_groups"]]
+    return state | {"param_groups": groups}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -100,11 +100,13 @@ class TrainingState:
     def __post_init__(self, on: Parallel | None) -> None:
         self.parallel = parallel = on or Parallel(self.model)
         self.parts: dict[str, Stateful] = {
-            "model": By(lambda: parallel.held.state_dict(), parallel.load),
+            "model": By(lambda: parallel.local.state_dict(), parallel.load),
             "best": By(lambda: self.best, self._take_best),
             "optimizer": By(lambda: optimizer_state(self.optimizer), lambda state: restore_optimizer(self.optimizer, state)),
             "exchange": By(lambda: parallel.memory(self.optimizer), lambda state: parallel.recall(state, self.optimizer)),
         }
+        self.best_of: list[int] | None = None
+        """`_versions` of which the best weights are a copy, if they are known."""
         self.waiting: dict[str, Any] = {}
         """What was restored of parts that have not registered yet."""
         for name, part in (("average", self.average), ("watch", self.watch)):
@@ -119,24 +121,29 @@ class TrainingState:
     def keep_best(self) -> None:
         """Take the weights as they are now for the best ones."""
         if self.parallel.writes:
-            self.best = {name: value.detach().to("cpu", copy=True) for name, value in self.parallel.held.state_dict().items()}
+            self.best = {name: value.detach().to("cpu", copy=True) for name, value in self.parallel.local.state_dict().items()}
+        self.best_of = self._versions()
 
     def finite(self) -> bool:
         """Whether every weight is. All workers ask at once."""
-        held = self.parallel.held.state_dict().values()
+        held = self.parallel.local.state_dict().values()
         return self.parallel.all(all(bool(value.isfinite().all()) for value in held if value.is_floating_point()))
 
     def packed(self) -> Packed:
-        """All of it, on the CPU: a copy, but for the best weights, which nobody changes. All workers ask at once; what they hold alike
-        worker 0 alone gets."""
-        parallel, found = self.parallel, Packed(asdict(self.record), {}, {}, {})
+        """All of it, on the CPU: a copy, but for the best weights, which nobody changes, and which are the weights too where these are
+        the best: those of Adam cost twice their size then, else three times. All workers ask at once; what they hold alike worker 0
+        alone gets."""
+        parallel, packed = self.parallel, Packed(asdict(self.record), {}, {}, {})
+        copied = {"best", *parallel.gathers} | ({"model"} if self.best_of == self._versions() else set())
         for name, part in self.parts.items():
             state = parallel.whole(name, part.state_dict())
+            if name == "model" and name in copied:
+                state = self.best
             if parallel.writes:
-                tensors, found.rest[name] = pack(state, copied=name != "best")
-                found.rows[name] = parallel.rows(name, tensors)
-                found.tensors[name] = {key: value for key, value in tensors.items() if parallel.rank == 0 or key in found.rows[name]}
-        return found
+                tensors, packed.rest[name] = pack(state, copied=name not in copied)
+                packed.rows[name] = parallel.rows(name, tensors)
+                packed.tensors[name] = {key: value for key, value in tensors.items() if parallel.rank == 0 or key in packed.rows[name]}
+        return packed
 
     def restore(self, record: dict[str, Any], rest: dict[str, Any], tensors: dict[str, Tensors], mine: bool) -> None:
         """Become what a checkpoint said, whatever workers it was of. mine: whether tensors are this worker's rows already."""
@@ -148,4 +155,8 @@ class TrainingState:
         vars(self.record).update(vars(Record(**record)))
 
     def _take_best(self, state: dict[str, Tensor]) -> None:
-        self.best = dict(state) if self.parallel.writes else {}
+        self.best, self.best_of = dict(state) if self.parallel.writes else {}, None
+
+    def _versions(self) -> list[int]:
+        """The step, and how often each weight and buffer has been written to: alike as long as none of them changes."""
+        return [self.record.step, *(value._version for value in self.parallel.local.state_dict().values())]

@@ -198,13 +198,13 @@ class Bucket:
                 sink.write(piece)
 
     def _folders(self, with_record: bool) -> list[str]:
-        found: dict[str, set[str]] = {}
+        files_of: dict[str, set[str]] = {}
         for info in self.place.filesystem.get_file_info(fs.FileSelector(self.path, recursive=True, allow_not_found=True)):
             if info.type == fs.FileType.File:
                 *folders, file = info.path.removeprefix(f"{self.path}/").split("/")
                 if len(folders) == 1:
-                    found.setdefault(folders[0], set()).add(file)
-        return [name for name, files in found.items() if (RECORD in files) == with_record]
+                    files_of.setdefault(folders[0], set()).add(file)
+        return [name for name, files in files_of.items() if (RECORD in files) == with_record]
 
 
 def store_of(out: Path, checkpointing: Checkpointing) -> Store:
@@ -233,8 +233,8 @@ def said(name: str) -> str:
 
 
 def name_parts(name: str) -> tuple[str, ...]:
-    found = NAME.fullmatch(name)
-    return found.groups() if found else ("0", "0", "0")
+    match = NAME.fullmatch(name)
+    return match.groups() if match else ("0", "0", "0")
 
 
 def by_serial(names: Iterable[str]) -> list[str]:

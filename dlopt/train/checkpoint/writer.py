@@ -161,13 +161,13 @@ class Writer:
         """What another worker says that it has written. Raises OSError when that takes too long."""
         began = time.monotonic()
         while time.monotonic() - began < PATIENCE:
-            found: dict[str, Any] = {}
+            part: dict[str, Any] = {}
             with suppress(OSError, ValueError):  # half of it, while it is written
-                found = json.loads(self.store.part(name, _part(rank)))
-            if "error" in found:
-                raise ConnectionAbortedError(f"worker {rank}: {found['error']}")
-            if found:
-                return found
+                part = json.loads(self.store.part(name, _part(rank)))
+            if "error" in part:
+                raise ConnectionAbortedError(f"worker {rank}: {part['error']}")
+            if part:
+                return part
             time.sleep(0.02)
         raise TimeoutError(f"worker {rank} has not written its part in {PATIENCE:.0f} s")
 

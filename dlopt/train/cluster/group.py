@@ -104,16 +104,16 @@ def train(
     )
     trainer.announced = need.stream or not started_here()
     try:
-        found = trainer.fit().return_value
+        returned = trainer.fit().return_value
     finally:
         shutil.rmtree(storage, ignore_errors=True)
         if home:
             remote.drop(storage)
         if before is not None:
             room.sweep(before)
-    if not isinstance(found, dict):
+    if not isinstance(returned, dict):
         raise RuntimeError("Ray Train ended without the result of worker 0")
-    return found
+    return returned
 
 
 class Loss(NamedTuple):
@@ -156,8 +156,8 @@ def _hung(lines: list[dict[str, Any]]) -> str:
 
 def _hosts(out: Path, since: float) -> list[str]:
     """Of the workers that have set out since."""
-    found = [line["hosts"] for line in read(out / STARTS) if line["time"] >= since]
-    return found[-1] if found else []
+    hosts = [line["hosts"] for line in read(out / STARTS) if line["time"] >= since]
+    return hosts[-1] if hosts else []
 
 
 def _lost(failures: dict[int, Exception], hosts: list[str]) -> str:
@@ -198,5 +198,5 @@ def mistake_in(error: BaseException) -> DloptError | None:
             *getattr(one, "worker_failures", {}).values(),
             getattr(one, "_base_exc", None),
         ]
-        seen += [found for found in inner if isinstance(found, BaseException) and all(found is not known for known in seen)]
+        seen += [inside for inside in inner if isinstance(inside, BaseException) and all(inside is not known for known in seen)]
     return None

@@ -144,12 +144,12 @@ def waiting_for(need: Need) -> str:
 
 def places() -> set[str]:
     """Of all jobs that hold some or wait for it."""
-    return {name for name, found in placement_group_table().items() if found["state"] != "REMOVED"}
+    return {name for name, group in placement_group_table().items() if group["state"] != "REMOVED"}
 
 
 def sweep(before: set[str]) -> None:
     """Give back places of this driver that were not there before: a controller that was killed leaves those of its workers."""
     mine = ray.get_runtime_context().get_job_id()
-    for name, found in placement_group_table().items():
-        if found["state"] != "REMOVED" and name not in before and name.endswith(mine):
+    for name, group in placement_group_table().items():
+        if group["state"] != "REMOVED" and name not in before and name.endswith(mine):
             remove_placement_group(group_of(name))

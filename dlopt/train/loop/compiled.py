@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dlopt.data.feed.batches import Batch
 from dlopt.models import Network, noise
+from dlopt.models.layers import buffers_kept
 from dlopt.part import Feature
 from dlopt.train.loop.objectives import Objective
 
@@ -85,27 +86,19 @@ def _failure(work: Callable[[], None]) -> str | None:
 
 def _try_compiler(device: torch.device) -> None:
     values = torch.ones(8, device=device, requires_grad=True)
-    torch.compile(_anything)(values).backward()
-
-
-def _anything(values: Tensor) -> Tensor:
-    return (values * values).sum()
+    torch.compile(lambda values: (values * values).sum())(values).backward()
 
 
 def _try(network: nn.Module, objective: Objective, batch: Batch) -> None:
     """A step's work, without a trace."""
-    training, before = network.training, [buffer.clone() for buffer in network.buffers()]
-    devices = [batch.target.device] if batch.target.device.type == "cuda" else []
+    training, devices = network.training, [batch.target.device] if batch.target.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=devices), noise.step(0, 0):
+        with torch.random.fork_rng(devices=devices), noise.step(0, 0), buffers_kept(network):
             objective(network.train(), batch).loss.backward()
     finally:
         network.train(training)
         for parameter in network.parameters():
             parameter.grad = None
-        with torch.no_grad():
-            for buffer, value in zip(network.buffers(), before, strict=True):
-                buffer.copy_(value)
 
 
 def _agreed(why: str | None) -> str | None:

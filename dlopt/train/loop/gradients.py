@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Any, Protocol, runtime_checkable
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dlopt.data.feed.batches import Batch, Mixed
+from dlopt.models.layers import buffers_kept
 from dlopt.optim.constraints import NormOf, total_norm
 from dlopt.part import Part
 from dlopt.train.loop.objectives import Losses, Objective
@@ -64,13 +65,13 @@ def accumulated(rows: int, partly: Callable[[], AbstractContextManager[None]] = 
     """
 
     def gradient(objective: Objective, model: nn.Module, batch: Batch) -> Losses:
-        parts, found = split(batch, rows, -(-max(batch.most, len(batch.target)) // rows)), []
+        parts, all_losses = split(batch, rows, -(-max(batch.most, len(batch.target)) // rows)), []
         for place, part in enumerate(parts, start=1):
             with nullcontext() if place == len(parts) else partly():
                 losses = plain(objective, model, part)
-            found.append(Losses(losses.loss.detach(), losses.correct))
-        correct = [losses.correct for losses in found if losses.correct is not None]
-        return Losses(torch.stack([losses.loss for losses in found]).sum(), torch.stack(correct).sum() if correct else None)
+            all_losses.append(Losses(losses.loss.detach(), losses.correct))
+        correct = [losses.correct for losses in all_losses if losses.correct is not None]
+        return Losses(torch.stack([losses.loss for losses in all_losses]).sum(), torch.stack(correct).sum() if correct else None)
 
     return gradient
 
@@ -119,7 +120,7 @@ def sharpness_aware(inner: Gradient, rho: float, adaptive: bool = False, norm_of
             torch._foreach_add_(parameters, ascent)
         for parameter in parameters:
             parameter.grad = None
-        with _buffers_kept(model):
+        with buffers_kept(model):
             inner(objective, model, batch)
         with torch.no_grad():
             torch._foreach_copy_(parameters, before)
@@ -135,17 +136,6 @@ def _ascent(parameters: list[Tensor], rho: float, adaptive: bool, norm_of: NormO
     norm = norm_of(scaled)
     ways = torch._foreach_mul(scaled, torch._foreach_abs(parameters)) if adaptive else scaled
     return list(torch._foreach_mul(ways, rho / (norm + 1e-12)))
-
-
-@contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """What happens inside leaves no trace in the buffers."""
-    buffers = list(model.buffers())
-    before = [buffer.clone() for buffer in buffers]
-    yield
-    with torch.no_grad():
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
 
 
 def curved(inner: Gradient, optimizer: torch.optim.Optimizer, world: int, scale: LossScale | None = None) -> Gradient:
@@ -197,10 +187,10 @@ def _curvature(
     objective: Objective, model: nn.Module, batch: Batch, parameters: list[nn.Parameter], directions: list[Tensor]
 ) -> list[Tensor]:
     """This worker's part of the Hessian times the directions. Fused attention cannot be differentiated twice, so it is not used."""
-    with _buffers_kept(model), sdpa_kernel(SDPBackend.MATH):
+    with buffers_kept(model), sdpa_kernel(SDPBackend.MATH):
         loss = objective(model, batch).loss
         first = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
         slope = torch.stack([(one * other).sum() for one, other in zip(first, directions, strict=True)]).sum()
         if not slope.requires_grad:
             return [torch.zeros_like(parameter) for parameter in parameters]
-        return [found.contiguous() for found in torch.autograd.grad(slope, parameters, materialize_grads=True)]
+        return [product.contiguous() for product in torch.autograd.grad(slope, parameters, materialize_grads=True)]

@@ -68,8 +68,8 @@ class Binary(Part):
 
         def loss(outputs: Tensor, wanted: Tensor, reduction: str) -> Tensor:
             share = _smoothed(wanted.to(outputs.dtype), self.label_smoothing)
-            found = F.binary_cross_entropy_with_logits(outputs, share, absent, pos_weight=ratio, reduction="none")
-            return _mean(found, reduction)
+            each = F.binary_cross_entropy_with_logits(outputs, share, absent, pos_weight=ratio, reduction="none")
+            return _mean(each, reduction)
 
         return loss
 
@@ -93,11 +93,11 @@ class Focal(Part):
         def loss(outputs: Tensor, wanted: Tensor, reduction: str) -> Tensor:
             logs = F.log_softmax(outputs, dim=1)
             own = _focal(logs.gather(1, wanted[:, None])[:, 0], self.gamma)
-            found = own if weights is None else own * weights[wanted]
+            losses = own if weights is None else own * weights[wanted]
             if self.label_smoothing:
                 each = _focal(logs, self.gamma) * (1 if weights is None else weights)
-                found = (1 - self.label_smoothing) * found + self.label_smoothing * each.mean(dim=1)
-            return found.sum() if reduction == "sum" else found
+                losses = (1 - self.label_smoothing) * losses + self.label_smoothing * each.mean(dim=1)
+            return losses.sum() if reduction == "sum" else losses
 
         return loss
 

@@ -37,35 +37,32 @@ def supervised(loss: Loss, l1: float, l2: float, world: int) -> Objective:
 
     def objective(model: nn.Module, batch: Batch) -> Losses:
         noise.part(batch.first, len(batch.target), batch.target.device)
-        outputs = _wide(model(batch.inputs))
-        found = (_mixed(loss, outputs, batch) if batch.mixed else loss(outputs, batch.target, "sum")) / batch.total
+        outputs = model(batch.inputs)
+        if outputs.dtype in (torch.bfloat16, torch.float16):
+            outputs = outputs.float()  # be it that layers compute with less
+        if batch.mixed:
+            share = batch.mixed.share.to(outputs.dtype)
+            both = (loss(outputs, target, "none") for target in (batch.target, batch.mixed.target))
+            total = (share * next(both) + (1 - share) * next(both)).sum()
+        else:
+            total = loss(outputs, batch.target, "sum")
+        mean = total / batch.total
         if l1 or l2:
-            found = found + penalty(model, l1, l2) * batch.part / world
-        return Losses(found, _correct(outputs.detach(), batch))
+            mean = mean + penalty(model, l1, l2) * batch.part / world
+        return Losses(mean, _correct(outputs.detach(), batch))
 
     return objective
-
-
-def _wide(outputs: Tensor) -> Tensor:
-    """Losses are computed from float32 at least, be it that layers are not."""
-    return outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs
-
-
-def _mixed(loss: Loss, outputs: Tensor, batch: Batch) -> Tensor:
-    assert batch.mixed
-    share = batch.mixed.share.to(outputs.dtype)
-    return (share * loss(outputs, batch.target, "none") + (1 - share) * loss(outputs, batch.mixed.target, "none")).sum()
 
 
 def _correct(outputs: Tensor, batch: Batch) -> Tensor | None:
     """Only classes are one number a row."""
     if batch.target.dim() > 1:
         return None
-    given = outputs.argmax(dim=1)
-    right = given == batch.target
+    predicted = outputs.argmax(dim=1)
+    right = predicted == batch.target
     if not batch.mixed:
         return right.sum()
-    return (batch.mixed.share * right + (1 - batch.mixed.share) * (given == batch.mixed.target)).sum()
+    return (batch.mixed.share * right + (1 - batch.mixed.share) * (predicted == batch.mixed.target)).sum()
 
 
 def class_weights(given: Given, target: Target, rows: Mapping[str, int], total: int, balanced_rows: bool = False) -> Tensor:
@@ -79,9 +76,9 @@ def class_weights(given: Given, target: Target, rows: Mapping[str, int], total: 
     counts = torch.tensor([rows.get(str(label), 0) for label in target.labels], dtype=torch.float64)
     if target.kind == "multi_label":
         return _label_weights(given, target, counts, total)
-    found = total / (target.size * counts.clamp_min(1)) if given == "balanced" else _as_said(given, target)
+    weights = total / (target.size * counts.clamp_min(1)) if given == "balanced" else _as_said(given, target)
     shares = (counts > 0) / (counts > 0).sum() if balanced_rows else counts / counts.sum()
-    return found / (found @ shares.double())
+    return weights / (weights @ shares.double())
 
 
 def _label_weights(given: Given, target: Target, counts: Tensor, total: int) -> Tensor:

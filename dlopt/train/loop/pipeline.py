@@ -57,11 +57,11 @@ class Pipeline:
         self.model = parallel.module()
         self.forward = self.profile.timed("forward", self.timed(mixed(self.objective, train.precision, device, self.scale)))
         over_workers = any(isinstance(layer, BatchNorm) for layer in network.modules())
-        found = plain if micro is None else accumulated(-(-micro // (together if over_workers else 1)), parallel.partly)
-        found = unscaled(self.profile.reduced(parallel.gradient(found)), self.scale)
+        gradient = plain if micro is None else accumulated(-(-micro // (together if over_workers else 1)), parallel.partly)
+        gradient = unscaled(self.profile.reduced(parallel.gradient(gradient)), self.scale)
         if train.sharpness:
-            found = sharpness_aware(found, train.sharpness.rho, train.sharpness.adaptive, parallel.norm)
-        self.gradient = self.profile.timed("backward", curved(found, self.optimizer, together, self.scale))
+            gradient = sharpness_aware(gradient, train.sharpness.rho, train.sharpness.adaptive, parallel.norm)
+        self.gradient = self.profile.timed("backward", curved(gradient, self.optimizer, together, self.scale))
 
     def steps(self, batches: Iterable[Batch], factor: Callable[[int], float], before: int = 0, sure: bool = True) -> Iterator[Step]:
         """A step for each batch. factor(i): of the schedule for the i-th of them, from 0. before: how many steps there were. sure: as in
@@ -70,7 +70,7 @@ class Pipeline:
         given = parallel.batches(iter(batches)), self.forward, self.gradient, factor, train.clip, train.centralize_gradients, self.scale
         for step in steps(self.model, self.optimizer, *given, parallel.norm, self.seed, before, sure):
             if step.taken and train.max_norm:
-                train.max_norm.apply(parallel.held)
+                train.max_norm.apply(parallel.local)
             if step.taken and self.held:
                 self.held()
             yield step

@@ -96,12 +96,12 @@ def sweep(network: nn.Module, build: Build, batches: Sequence[Batch], seed: int 
     devices = {parameter.device.index for parameter in network.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
         torch.manual_seed(seed)
-        found = range_test(_stepper(network, build, batches), count=len(batches))
+        result = range_test(_stepper(network, build, batches), count=len(batches))
         tried: dict[float, float] = {}
-        for rate in (found.suggested * share for share in TRIED):
+        for rate in (result.suggested * share for share in TRIED):
             torch.manual_seed(seed)
             tried[rate] = _end(network, build, batches[: -(-len(batches) // 2)], rate)
-    return found._replace(suggested=min(tried, key=lambda rate: tried[rate]))
+    return result._replace(suggested=min(tried, key=lambda rate: tried[rate]))
 
 
 def _stepper(network: nn.Module, build: Build, batches: Sequence[Batch]) -> Callable[[float], float]:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
+from dlopt.models.layers import buffers_kept
 from dlopt.models.norms import BatchNorm
 from dlopt.optim.averages import reestimate
 from dlopt.train.checkpoint.state import TrainingState
@@ -34,19 +34,9 @@ def averaged(
             changed = True
         stack.enter_context(state.parallel.measuring())
         if changed and any(isinstance(layer, BatchNorm) for layer in network.modules()):
-            stack.enter_context(_buffers_back(network))
+            stack.enter_context(buffers_kept(network))
             with computing:
                 reestimate(network, batches())
         yield
-
-
-@contextmanager
-def _buffers_back(network: nn.Module) -> Iterator[None]:
-    """Buffers are afterwards as they were before."""
-    before = {name: value.clone() for name, value in network.named_buffers()}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, value in network.named_buffers():
-                value.copy_(before[name])
+    if changed:
+        state.best_of = None  # not of the weights that training goes on with

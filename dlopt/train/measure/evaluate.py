@@ -55,20 +55,20 @@ def evaluate(
     from which on a row is positive, or is given each label.
     """
     target = _with(split.signature.target, thresholds)
-    found, losses = tally(target, network.output, len(split), device), loss_of(unsmoothed(loss), target, network.output)
+    tallied, losses = tally(target, network.output, len(split), device), loss_of(unsmoothed(loss), target, network.output)
     calls = max(_calls(split, device, split.chunks[one::world]) for one in range(world)) if in_step else 0
     for outputs, wanted in _outputs(network, split, device, split.chunks[rank::world], calls):
-        found.add(outputs, wanted, losses(outputs, wanted, "none"))
+        tallied.add(outputs, wanted, losses(outputs, wanted, "none"))
     if world > 1:
-        _gather(found, split, world)
-    return found.metrics(len(split))
+        _gather(tallied, split, world)
+    return tallied.metrics(len(split))
 
 
 def predict(network: Network, split: Split, device: torch.device) -> tuple[Tensor, Tensor]:
     """Probabilities, or numbers less the target's offsets, float64 (rows, outputs), and the targets of a whole split, in row order."""
     target = split.signature.target
-    found = [(activated(target, outputs).cpu(), wanted.cpu()) for outputs, wanted in _outputs(network, split, device, split.chunks)]
-    return torch.cat([outputs for outputs, _ in found]), torch.cat([wanted for _, wanted in found])
+    pairs = [(activated(target, outputs).cpu(), wanted.cpu()) for outputs, wanted in _outputs(network, split, device, split.chunks)]
+    return torch.cat([outputs for outputs, _ in pairs]), torch.cat([wanted for _, wanted in pairs])
 
 
 def thresholds_of(threshold: Threshold | None, network: Network, validation: Split, device: torch.device) -> tuple[float, ...]:
@@ -77,10 +77,10 @@ def thresholds_of(threshold: Threshold | None, network: Network, validation: Spl
     target = validation.signature.target
     if not isinstance(threshold, Tuned):
         return fixed(threshold, target)
-    found = tally(target, network.output, len(validation), device)
+    tallied = tally(target, network.output, len(validation), device)
     for outputs, wanted in _outputs(network, validation, device, validation.chunks):
-        found.add(outputs, wanted, outputs.new_zeros(len(wanted)))
-    return tuned(threshold, found.curves())
+        tallied.add(outputs, wanted, outputs.new_zeros(len(wanted)))
+    return tuned(threshold, tallied.curves())
 
 
 def write_predictions(
@@ -94,12 +94,12 @@ def write_predictions(
 ) -> Metrics:
     """Metrics of a split; and if a path is given, a parquet file of what the network says of every row, as above, a batch at a time."""
     target, start = _with(split.signature.target, thresholds), 0
-    found, losses_of = tally(target, network.output, len(split), device), loss_of(unsmoothed(loss), target, network.output)
+    tallied, losses_of = tally(target, network.output, len(split), device), loss_of(unsmoothed(loss), target, network.output)
     with ExitStack() as stack:
         writer: pq.ParquetWriter | None = None
         for outputs, wanted in _outputs(network, split, device, split.chunks):
             losses = losses_of(outputs, wanted, "none")
-            found.add(outputs, wanted, losses)
+            tallied.add(outputs, wanted, losses)
             if path is None:
                 continue
             rows = {"row": pa.array(range(start, start + len(wanted)), pa.int64())}
@@ -108,7 +108,7 @@ def write_predictions(
             writer = writer or stack.enter_context(pq.ParquetWriter(path, table.schema))
             writer.write_table(table)
             start += len(wanted)
-    return found.metrics(len(split))
+    return tallied.metrics(len(split))
 
 
 def _with(target: Target, thresholds: tuple[float, ...]) -> Target:
@@ -140,20 +140,20 @@ def _indices(chosen: Tensor) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(ends.astype(np.int32)), pa.array(chosen.nonzero()[:, 1].numpy()))
 
 
-def _gather(found: Tally, split: Split, world: int) -> None:
+def _gather(tallied: Tally, split: Split, world: int) -> None:
     """Add up the sums of all workers, and put their scores one after the other."""
-    dist.all_reduce(found.sums)
-    if found.bins:
-        dist.all_reduce(found.bins.counts)
-    mine = torch.cat(found.scores)
-    if found.bins or not mine.shape[2]:
+    dist.all_reduce(tallied.sums)
+    if tallied.bins:
+        dist.all_reduce(tallied.bins.counts)
+    mine = torch.cat(tallied.scores)
+    if tallied.bins or not mine.shape[2]:
         return
     sizes = [sum(chunk.rows for chunk in split.chunks[rank::world]) for rank in range(world)]
     padded = torch.zeros(max(sizes), *mine.shape[1:], device=mine.device)
     padded[: len(mine)] = mine
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded)
-    found.scores = [part[:size] for part, size in zip(parts, sizes, strict=True)]
+    tallied.scores = [part[:size] for part, size in zip(parts, sizes, strict=True)]
 
 
 @torch.no_grad()

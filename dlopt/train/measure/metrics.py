@@ -79,8 +79,8 @@ class Tally(ABC):
             raise ValueError("a split without rows has no metrics")
         areas = tuple((None, None) if curve is None else (roc_auc(curve), average_precision(curve)) for curve in self.curves())
         counts = Counts(rows, self.sums[0].item(), areas=areas, **self.counted(self.sums[1:], rows))
-        found = {name: METRICS[name].of(counts) for name in names(self.target.kind, self.target.size)}
-        return {name: value if value is not None and math.isfinite(value) else None for name, value in found.items()}
+        values = {name: METRICS[name].of(counts) for name in names(self.target.kind, self.target.size)}
+        return {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
 
     def curves(self) -> list[Curve | None]:
         """Of each class or label that is scored, once all workers' scores are here."""

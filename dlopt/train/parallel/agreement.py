@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -59,18 +60,24 @@ class Agreement:
 
 
 def patiently(work: Callable[[], Made], world: int, device: torch.device) -> Made:
-    """What `work` gives on this worker, however long it takes on any of them: they tell each other every second that it still does, so that
-    no exchange waits longer. All call it at once; work exchanges nothing."""
+    """What `work` gives on this worker, however long it takes on any of them: a thread tells the others every second that it still does, so
+    that no exchange waits longer. All call it at once; work exchanges nothing."""
     if world == 1:
         return work()
-    with ThreadPoolExecutor(1, "dlopt-patient") as pool:
-        doing = pool.submit(work)
-        while True:
-            wait([doing], 1.0)
-            done = torch.tensor(int(doing.done()), device=device)
-            dist.all_reduce(done, dist.ReduceOp.MIN)
-            if done.item():
-                return doing.result()
+    done = threading.Event()
+    with ThreadPoolExecutor(1, "dlopt-patient") as pool:  # not for the work: libraries keep memory for each thread that computes
+        others = pool.submit(_until_all, done, world, device)
+        try:
+            result = work()
+        finally:
+            done.set()
+        others.result()
+    return result
+
+
+def _until_all(done: threading.Event, world: int, device: torch.device) -> None:
+    while not agreed(done.wait(1.0), world, device):
+        pass
 
 
 def agreed(here: bool, world: int, device: torch.device) -> bool:

@@ -24,7 +24,7 @@ class Parallel:
 
     def __init__(self, network: nn.Module, rank: int = 0, world: int = 1) -> None:
         self.network, self.rank, self.world = network, rank, world
-        self.held: nn.Module = network
+        self.local: nn.Module = network
         """Its parameters, by the names of the network's, and its state are what this worker holds."""
 
     @property
@@ -37,6 +37,8 @@ class Parallel:
         """Whether this worker has a part in what is written: of what all hold alike worker 0 alone has."""
         return self.rank == 0
 
+    gathers: tuple[str, ...] = ()
+    """Parts of training's state of which `whole` gives copies on the CPU."""
     in_step = False
     """Whether a worker can call the network only when all others do."""
 
@@ -62,7 +64,7 @@ class Parallel:
         return built
 
     def gradient(self, inner: Gradient) -> Gradient:
-        """A gradient function that leaves gradients in the parameters of `held`."""
+        """A gradient function that leaves gradients in the parameters of `local`."""
         return inner
 
     def batches(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -100,7 +102,7 @@ class Parallel:
 
     def alike(self) -> dict[str, Tensor]:
         """What must be the same on all workers."""
-        return self.held.state_dict()
+        return self.local.state_dict()
 
     def whole(self, part: str, held: dict[str, Any]) -> dict[str, Any]:
         """On workers that write, the state of a part of training as a checkpoint has it; on others, anything. All call it at once."""
@@ -117,7 +119,7 @@ class Parallel:
     @torch.no_grad()
     def load(self, held: Mapping[str, Tensor]) -> None:
         """Make these the weights and buffers that this worker holds."""
-        for name, value in self.held.state_dict().items():
+        for name, value in self.local.state_dict().items():
             value.copy_(held[name])
 
     def gather(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:

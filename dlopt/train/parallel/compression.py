@@ -115,8 +115,8 @@ class PowerSGDParallel(DDP):
     def recall(self, memory: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
         device, everyones = next(self.network.parameters()).device, memory.get("errors", [])
         errors = everyones[self.rank] if len(everyones) == self.world else {}
-        found = Unsent(errors, memory.get("bases", {}))
-        self.unsent = Unsent(*({name: value.to(device, copy=True) for name, value in some.items()} for some in found))
+        unsent = Unsent(errors, memory.get("bases", {}))
+        self.unsent = Unsent(*({name: value.to(device, copy=True) for name, value in some.items()} for some in unsent))
 
     @torch.no_grad()
     def _exchange(self, bucket: Bucket) -> Finish:

@@ -10,19 +10,16 @@ from torch import Tensor
 
 
 def refuse_drift(alike: Mapping[str, Tensor]) -> None:
-    """Workers must hold the same bits: a sum of each tensor's, compared across workers. Raises RuntimeError."""
-    sums = [_sum_of_bits(value) for value in alike.values() if value.is_floating_point()]
+    """Workers must hold the same bits: of each tensor a 64-bit sum, which changes with any bit and with the place of any value. Raises
+    RuntimeError."""
+    sums = list[Tensor]()
+    for values in filter(Tensor.is_floating_point, alike.values()):
+        words = values.contiguous().view(-1).view(torch.int32).to(torch.int64)
+        sums.append((words * torch.arange(1, 2 * len(words), 2, device=words.device)).sum())
     if not sums:
         return
-    mine = torch.stack(sums)
-    lowest, highest = mine.clone(), mine.clone()
+    lowest, highest = torch.stack(sums), torch.stack(sums)
     dist.all_reduce(lowest, dist.ReduceOp.MIN)
     dist.all_reduce(highest, dist.ReduceOp.MAX)
     if not torch.equal(lowest, highest):
         raise RuntimeError("the workers' parameters are no longer identical")
-
-
-def _sum_of_bits(values: Tensor) -> Tensor:
-    """A 64-bit sum that changes with any bit and with the place of any value."""
-    words = values.contiguous().view(-1).view(torch.int32).to(torch.int64)
-    return (words * torch.arange(1, 2 * len(words), 2, device=words.device)).sum()

@@ -22,8 +22,8 @@ def at_once(tensors: Sequence[Tensor], exchange: Callable[[Tensor], Any]) -> Non
         some = [tensor for tensor in tensors if tensor.dtype == dtype]
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in some])
         exchange(flat)
-        found = flat.split([tensor.numel() for tensor in some])
-        torch._foreach_copy_(some, [part.view(tensor.shape) for part, tensor in zip(found, some, strict=True)])
+        parts = flat.split([tensor.numel() for tensor in some])
+        torch._foreach_copy_(some, [part.view(tensor.shape) for part, tensor in zip(parts, some, strict=True)])
 
 
 def collected(tensors: Mapping[str, Tensor], rank: int, world: int, device: torch.device) -> list[dict[str, Tensor]]:
@@ -41,7 +41,7 @@ def collected(tensors: Mapping[str, Tensor], rank: int, world: int, device: torc
 
 
 def _received(shape: tuple[int, ...], dtype: torch.dtype, source: int, device: torch.device) -> Tensor:
-    found = torch.empty(shape, dtype=dtype, device=device)
-    if found.numel():
-        dist.recv(found.view(-1).view(torch.uint8), source)
-    return found.cpu()
+    received = torch.empty(shape, dtype=dtype, device=device)
+    if received.numel():
+        dist.recv(received.view(-1).view(torch.uint8), source)
+    return received.cpu()

@@ -16,6 +16,7 @@ from dlopt.part import DloptError
 from dlopt.train.checkpoint.packing import pack, unpack
 from dlopt.train.loop.gradients import Gradient
 from dlopt.train.loop.objectives import Losses, Objective
+from dlopt.train.parallel.agreement import agreed
 from dlopt.train.parallel.base import Groups, Parallel
 from dlopt.train.parallel.exchange import broadcast, collected
 
@@ -32,7 +33,7 @@ class FSDP(Parallel):
     Optimizer, clipping and averages work on plain tensors of this worker's rows, which lie where torch's `fully_shard` has them.
     """
 
-    held: ShardedNetwork
+    local: ShardedNetwork
 
     in_step = True
 
@@ -56,7 +57,7 @@ class FSDP(Parallel):
         for unit in self.units:
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
-        self.held = ShardedNetwork(network, self.names)
+        self.local = ShardedNetwork(network, self.names)
         if with_weights[0]:
             self._hand_out(given)
         broadcast([buffer for buffer in network.buffers() if buffer.numel()], 0)
@@ -64,7 +65,7 @@ class FSDP(Parallel):
     @torch.no_grad()
     def _hand_out(self, given: dict[str, Tensor]) -> None:
         """The rows of each weight of worker 0, one after the other, so that nobody else ever has it whole."""
-        for name, share in self.held.named_parameters():
+        for name, share in self.local.named_parameters():
             if self.rank == 0:
                 for other in range(1, self.world):
                     if len(rows := self._rows(given[name], other)):
@@ -84,16 +85,16 @@ class FSDP(Parallel):
         return True
 
     def module(self) -> nn.Module:
-        return self.held
+        return self.local
 
     def groups(self, groups: Groups) -> Groups:
-        self.held.freeze()
+        self.local.freeze()
         return [group | {"params": [self.share(parameter) for parameter in group["params"]]} for group in groups]
 
     def gradient(self, inner: Gradient) -> Gradient:
         def gradient(objective: Objective, model: nn.Module, batch: Batch) -> Losses:
             losses = inner(objective, model, batch)
-            self.held.take_gradients()
+            self.local.take_gradients()
             return losses
 
         return gradient
@@ -104,15 +105,13 @@ class FSDP(Parallel):
         return squares.sqrt().to(held.dtype)
 
     def share(self, parameter: Parameter) -> Parameter:
-        return self.held.of[parameter]
+        return self.local.of[parameter]
 
     def all(self, here: bool) -> bool:
-        found = torch.tensor(int(here), device=self.device)
-        dist.all_reduce(found, dist.ReduceOp.MIN)
-        return bool(found)
+        return agreed(here, self.world, self.device)
 
     def alike(self) -> dict[str, Tensor]:
-        return {name: value for name, value in self.held.state_dict().items() if name not in self.held.shards}
+        return {name: value for name, value in self.local.state_dict().items() if name not in self.local.shards}
 
     def mine(self, part: str, whole: dict[str, Any]) -> dict[str, Any]:
         if part == "optimizer":  # what has dimensions is of a weight each
@@ -120,16 +119,16 @@ class FSDP(Parallel):
             return unpack({name: self._rows(value) if value.dim() else value for name, value in tensors.items()}, rest)
         if part not in BY_ROWS:
             return whole
-        return {name: self._rows(value) if name in self.held.shards else value for name, value in whole.items()}
+        return {name: self._rows(value) if name in self.local.shards else value for name, value in whole.items()}
 
     def rows(self, part: str, tensors: Mapping[str, Tensor]) -> dict[str, int]:
         if part not in BY_ROWS:
             return {}
-        there = {name: value.dim() > 0 if part == "optimizer" else name in self.held.shards for name, value in tensors.items()}
+        there = {name: value.dim() > 0 if part == "optimizer" else name in self.local.shards for name, value in tensors.items()}
         return {name: len(value) for name, value in tensors.items() if there[name]}
 
     def gather(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        mine = {name: value for name, value in held.items() if name in self.held.shards}
+        mine = {name: value for name, value in held.items() if name in self.local.shards}
         parts = collected(mine, self.rank, self.world, self.device)
         return dict(held) | {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
 
@@ -185,8 +184,8 @@ class ShardedNetwork(nn.Module):
         """From the network's parameters, to those of penalties that are here already."""
         for parameter, share in self.of.items():
             if parameter.grad is not None:
-                found = parameter.grad.to_local()  # type: ignore[attr-defined]
-                share.grad = found if share.grad is None else share.grad + found
+                gradient = parameter.grad.to_local()  # type: ignore[attr-defined]
+                share.grad = gradient if share.grad is None else share.grad + gradient
                 parameter.grad = None
 
 

@@ -96,10 +96,10 @@ def _offer(stack: ExitStack, size: int) -> tuple[socket.socket, int] | None:
 
 
 def _connected(address: str) -> socket.socket | None:
-    found = socket.socket(socket.AF_UNIX)
+    connection = socket.socket(socket.AF_UNIX)
     try:
-        found.connect(address)
+        connection.connect(address)
     except OSError:
-        found.close()
+        connection.close()
         return None
-    return found
+    return connection

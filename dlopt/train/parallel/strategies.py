@@ -52,8 +52,8 @@ def refuse_communication(
 ) -> None:
     """Raises DloptError where workers cannot tell each other what the job wants."""
     if synchronization and workers != synchronization.replicas:
-        replicas, found = synchronization.replicas, list(workers) if isinstance(workers, tuple) else workers
-        raise DloptError(f"train.synchronization: its {replicas} replicas need resources.workers: {replicas}, not {found}")
+        replicas, asked = synchronization.replicas, list(workers) if isinstance(workers, tuple) else workers
+        raise DloptError(f"train.synchronization: its {replicas} replicas need resources.workers: {replicas}, not {asked}")
     for field, given in (("compression", compression), ("synchronization", synchronization)):
         if given and kind != "ddp":
             raise DloptError(f"train.{field}: needs a whole network on each worker: use resources.parallelism: ddp, not {kind}")

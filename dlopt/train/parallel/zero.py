@@ -17,6 +17,8 @@ from dlopt.train.parallel.exchange import broadcast, collected
 class Zero(DDP):
     """zero: the state of the optimizer is shared out by parameters."""
 
+    gathers = ("optimizer",)
+
     def optimizer(self, built: torch.optim.Optimizer) -> torch.optim.Optimizer:
         parameters = [parameter for group in built.param_groups for parameter in group["params"]]
         self.owners = owners([parameter.numel() for parameter in parameters], self.world)
@@ -26,14 +28,15 @@ class Zero(DDP):
     def whole(self, part: str, held: dict[str, Any]) -> dict[str, Any]:
         if part != "optimizer":
             return held
-        tensors, rest = pack(self.mine(part, held)["state"])
+        tensors, rest = pack(self.mine(part, held)["state"], copied=self.rank == 0)
         rests: list[Any] = [None] * self.world
         dist.all_gather_object(rests, rest)
         everyones = collected(tensors, self.rank, self.world, next(self.network.parameters()).device)
-        found: dict[int, Any] = {}
+        states: dict[int, Any] = {}
         for its, said in zip(everyones, rests, strict=False):
-            found |= unpack(its, said)
-        return held | {"state": dict(sorted(found.items()))}
+            states |= unpack(its, said)
+        others = pack({key: value for key, value in held.items() if key != "state"}, copied=True)
+        return unpack(*others) | {"state": dict(sorted(states.items()))}
 
     def mine(self, part: str, whole: dict[str, Any]) -> dict[str, Any]:
         if part != "optimizer":
@@ -107,8 +110,8 @@ class ZeroScheduleFree(ZeroOptimizer):
 
 def owners(sizes: Sequence[int], world: int) -> list[int]:
     """A worker for each parameter, so that all have about as many numbers: the largest first, each to who has the fewest so far."""
-    found, held = [0] * len(sizes), [0] * world
+    chosen, held = [0] * len(sizes), [0] * world
     for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
-        found[place] = held.index(min(held))
-        held[found[place]] += sizes[place]
-    return found
+        chosen[place] = held.index(min(held))
+        held[chosen[place]] += sizes[place]
+    return chosen

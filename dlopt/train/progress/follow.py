@@ -49,16 +49,16 @@ def followed(
     train = section.train
     steps = -(-len(split) // train.rows_of_batch(len(split)))
     metric = _shown(train, split.signature.target)
-    said = Status(train.epochs, steps, metric, Forecast(len(split), train.epochs), waiting)
+    status = Status(train.epochs, steps, metric, Forecast(len(split), train.epochs), waiting)
     trackers: list[Courier] = []
     try:
         with couriers(resources.track, out, section.model_dump(mode="json")) as trackers:
-            follower = ProgressReader(out, said, progress, trackers)
+            follower = ProgressReader(out, status, progress, trackers)
             with _repeated(follower):
                 yield
     finally:
         for complaint in complaints(trackers):
-            progress("fit", said.share, WARNING + complaint)
+            progress("fit", status.share, WARNING + complaint)
 
 
 @contextmanager
@@ -96,13 +96,13 @@ class NewLines:
         """(step, lines): what has come. Where lines of this step and of later ones had been given out and are other ones now, their step
         comes with them, else None."""
         before, offset = self.tail.file, self.tail.offset
-        found = self.tail.new()
+        lines = self.tail.new()
         if self.tail.file != before or self.tail.offset < offset:
             self.place = 0
         back: int | None = None
         new: list[Line] = []
         same: list[Line] = []
-        for line in found:
+        for line in lines:
             mark = hash(repr(_worn({name: value for name, value in line.items() if name != "seconds"})))
             if self.place < len(self.known) and self.known[self.place] == mark:
                 same = [*(known for known in same if known["step"] == line["step"]), line]
@@ -129,22 +129,22 @@ def _worn(value: Any) -> Any:
 class ProgressReader:
     """Reads what is new, and says it. Lines of an earlier process are for the trackers alone."""
 
-    def __init__(self, out: Path, said: Status, progress: Progress, trackers: Sequence[Courier] = ()) -> None:
+    def __init__(self, out: Path, status: Status, progress: Progress, trackers: Sequence[Courier] = ()) -> None:
         self.starts, self.speeds, self.lines, self.watched = (NewLines(out / name) for name in (STARTS, SPEED, NAME, HEALTH))
-        self.said, self.progress, self.trackers = said, progress, trackers
+        self.status, self.progress, self.trackers = status, progress, trackers
         self.slow: dict[int, int] = {}
         self.skipped = False
         self.finite = True
         self.told = ("", 0.0)
         self._read(0.0, quiet=True)
-        said.forget()
+        status.forget()
 
     def look(self, now: float) -> None:
         """Say what has come since the last look. now: seconds of a clock."""
         self._read(now)
         for complaint in complaints(self.trackers):
             self._warn(complaint)
-        text, share = self.said.text(now), self.said.share
+        text, share = self.status.text(now), self.status.share
         if text and (text, share) != self.told:
             self.told = (text, share)
             self.progress("fit", share, text)
@@ -162,7 +162,7 @@ class ProgressReader:
                 self._set_out(line)
         for line in self.speeds.new()[1]:
             self._tell("speed", line)
-            self.said.speed(line, now)
+            self.status.speed(line, now)
             if not quiet:
                 self._slow(line)
                 self._skipped(line)
@@ -171,7 +171,7 @@ class ProgressReader:
             self._tell("undone", {"step": back})
         for line in lines:
             self._tell("epoch" if "train" in line else "step", line)
-            self.said.line(line, now)
+            self.status.line(line, now)
             if "train" in line and line["validation"]:
                 self._finite(line["epoch"], line["validation"]["loss"] is not None, quiet)
         for line in self.watched.new()[1]:
@@ -184,15 +184,15 @@ class ProgressReader:
             tracker.tell(what, line)
 
     def _warn(self, text: str) -> None:
-        self.progress("fit", self.said.share, WARNING + text)
+        self.progress("fit", self.status.share, WARNING + text)
 
     def _set_out(self, line: Line) -> None:
         """A group of workers sets out: the first of this process, or one in place of another, of whose end the stage has said why."""
-        before, workers, step = self.said.workers, line["workers"], line["step"]
-        self.said.set_out(line)
+        before, workers, step = self.status.workers, line["workers"], line["step"]
+        self.status.set_out(line)
         self.slow = {}
-        for said in [*line["damaged"], *line.get("warnings", ())]:
-            self._warn(said)
+        for warning in [*line["damaged"], *line.get("warnings", ())]:
+            self._warn(warning)
         if before is None:
             return
         now = " with" if workers == before else ", now with"
@@ -201,12 +201,10 @@ class ProgressReader:
     def _slow(self, line: Line) -> None:
         """Once for each worker that is slow, until it has not been for a while."""
         self.slow = {rank: lines + 1 for rank, lines in self.slow.items() if lines < RECOVERED}
-        if found := line["slow"]:
-            if found["rank"] not in self.slow:
-                self._warn(
-                    f"worker {found['rank']} on {found['host']} is slow: its steps take {found['times']:.1f} times as long as others'"
-                )
-            self.slow[found["rank"]] = 0
+        if slow := line["slow"]:
+            if slow["rank"] not in self.slow:
+                self._warn(f"worker {slow['rank']} on {slow['host']} is slow: its steps take {slow['times']:.1f} times as long as others'")
+            self.slow[slow["rank"]] = 0
 
     def _skipped(self, line: Line) -> None:
         """Once, that checkpoints take longer than the time between two of them."""
@@ -227,10 +225,10 @@ class ProgressReader:
         self.finite = finite
 
     def _watch(self, line: Line) -> None:
-        for said in warned([line]):
-            self._warn(said)
+        for warning in warned([line]):
+            self._warn(warning)
         if "rollback" in line:
-            self.said.go_back(line["step"])
+            self.status.go_back(line["step"])
 
 
 @dataclass
@@ -328,7 +326,7 @@ class Status:
 def warned(lines: list[dict[str, Any]]) -> Iterator[str]:
     """What lines of health.jsonl say that a person should know."""
     for line in lines:
-        yield from (found["says"] for found in line.get("findings", ()))
+        yield from (finding["says"] for finding in line.get("findings", ()))
         if "rollback" in line:
             yield f"went back to step {line['step']} and on at a rate of {line['rate']:.3g}: {line['rollback']}"
 

@@ -82,9 +82,9 @@ class Forecast:
     def _costs(self) -> tuple[float, float]:
         """Seconds of a row, and of the end of an epoch. Epochs of less than a second are known as a whole alone."""
         stretches = self.stretches or self.pauses
-        step = sum(found.seconds for found in stretches) / sum(found.rows for found in stretches)
-        ends = sum(found.ends for found in self.pauses)
-        return step, sum(found.seconds - found.rows * step for found in self.pauses) / ends if ends else 0.0
+        step = sum(stretch.seconds for stretch in stretches) / sum(stretch.rows for stretch in stretches)
+        ends = sum(stretch.ends for stretch in self.pauses)
+        return step, sum(stretch.seconds - stretch.rows * step for stretch in self.pauses) / ends if ends else 0.0
 
 
 def clock(seconds: float) -> str:

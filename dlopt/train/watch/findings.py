@@ -36,7 +36,7 @@ class Reported:
 
     def new(self, step: int, told: Sequence[Symptom]) -> list[Finding]:
         """What of it has not been said."""
-        found = []
+        findings = []
         for kind in {*self.times} - {one.kind for one in told}:
             del self.times[kind], self.layers[kind]
         for one in told:
@@ -45,8 +45,8 @@ class Reported:
             layers = [layer for layer in one.layers if layer.name not in said]
             if layers and step >= one.since and self.times[one.kind] >= one.looks:
                 said.update(layer.name for layer in layers)
-                found.append(Finding(step, one.kind, tuple(layer.name for layer in layers), one.says(layers)))
-        return found
+                findings.append(Finding(step, one.kind, tuple(layer.name for layer in layers), one.says(layers)))
+        return findings
 
 
 class Symptom(NamedTuple):
@@ -68,25 +68,25 @@ def symptoms(layers: Sequence[Layer], gradient_norm: float, health: Health) -> l
         return [Symptom("not_finite", lost or list(layers), _says_not_finite)]
     dead = _dead(layers, health.dead)
     gone = [] if any(layer.dead == 1 for layer in dead) else vanishing(layers, health.vanishing)  # which is why nothing comes through
-    found = [
+    shown = [
         Symptom("vanishing", gone, lambda some: _says_vanishing(some, layers), SETTLED, LOOKS),
         Symptom("exploding", [layer for layer in layers if layer.pull > health.exploding], _says_exploding),
         Symptom("dead", [layer for layer in dead if not layer.saturates], _says_dead),
         Symptom("saturated", [layer for layer in dead if layer.saturates], _says_saturated),
         Symptom("update", [layer for layer in layers if layer.ratio > JUMP], _says_update),
     ]
-    return [one for one in found if one.layers]
+    return [one for one in shown if one.layers]
 
 
 def _dead(layers: Sequence[Layer], share: float) -> list[Layer]:
     """The layers of which so large a share of units is dead; of several in a row that are wholly so the first, whose doing it is."""
-    found, before = [], 0.0
+    dead, before = [], 0.0
     for layer in layers:
         if layer.dead is not None:
             if layer.dead >= share and not layer.dead == before == 1:
-                found.append(layer)
+                dead.append(layer)
             before = layer.dead
-    return found
+    return dead
 
 
 def vanishing(layers: Sequence[Layer], share: float) -> list[Layer]:
@@ -100,12 +100,12 @@ def vanishing(layers: Sequence[Layer], share: float) -> list[Layer]:
     small = [gradient < share * most for (_, gradient), most in zip(there, behind, strict=True)]
     if not any(gradient for _, gradient in there):
         small = [True] * len(there)
-    found: list[Layer] = []
+    gone: list[Layer] = []
     for is_small, run in groupby(range(len(there)), key=small.__getitem__):
         places = list(run)
         if is_small and (places[0] == 0 or len(places) >= RUN):
-            found += [there[place][0] for place in places]
-    return found
+            gone += [there[place][0] for place in places]
+    return gone
 
 
 def names(layers: Sequence[Layer]) -> str:

@@ -7,13 +7,14 @@ are the same on all workers, so that all decide alike.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dlopt.models.spread import weighted
 from dlopt.train.watch.findings import Reported, symptoms
 from dlopt.train.watch.layers import Finding, Health, Layer, Look
 from dlopt.train.watch.spikes import Spikes
@@ -40,7 +41,8 @@ class Watch:
         """Where weights are shared out over workers, share: gives this worker's share of a parameter; norms: makes norms of whole tensors
         of those of shares, on all workers at once."""
         self.network, self.health, self.norms = network, health, norms
-        whole = {name: _weights(layer) for name, layer in _weighted(network)}
+        learned = {name: [weight for weight in layer.parameters() if weight.requires_grad] for name, layer in weighted(network)}
+        whole = {name: some for name, weights in learned.items() if (some := [weight for weight in weights if weight.dim() > 1])}
         self.layers = {name: [share(weight) for weight in weights] for name, weights in whole.items()}
         self.sizes = {name: sum(weight.numel() for weight in weights) for name, weights in whole.items()}
         self.called: list[str] = []
@@ -51,7 +53,7 @@ class Watch:
         self.there: list[bool] = []
         """Of the step that was measured: which weights had a gradient; and layers that have a share of dead units."""
         self.dead: list[str] = []
-        self.said = Reported()
+        self.reported = Reported()
         self.spikes = Spikes()
 
     def watched(self, step: int) -> bool:
@@ -88,10 +90,12 @@ class Watch:
             self.there = [weight.grad is not None for weights in self.layers.values() for weight in weights]
             gradients = [weight.grad for weights in self.layers.values() for weight in weights if weight.grad is not None]
             dead = self.units.dead()
-            lengths = self.norms(torch.stack([*before, *torch._foreach_norm(self.before), *_norms(gradients)]))
-            found = torch.cat([lengths, *(one[None].to(lengths) for one in dead.values())])
+            lengths = self.norms(
+                torch.stack([*before, *torch._foreach_norm(self.before), *(torch._foreach_norm(gradients) if gradients else ())])
+            )
+            numbers = torch.cat([lengths, *(one[None].to(lengths) for one in dead.values())])
         self.before, self.dead = [], list(dead)
-        return found
+        return numbers
 
     def look(
         self, step: int, loss: float, gradient_norm: float, clipped: float = 1.0, measured: Sequence[float] | None = None
@@ -105,8 +109,8 @@ class Watch:
                 return None
             measured = now.tolist()
         layers = self._layers(clipped, measured)
-        found = self.said.new(step, symptoms(layers, gradient_norm, self.health))
-        return Look(step, loss, gradient_norm, layers, (*found, *([spike] if spike else [])))
+        findings = self.reported.new(step, symptoms(layers, gradient_norm, self.health))
+        return Look(step, loss, gradient_norm, layers, (*findings, *([spike] if spike else [])))
 
     def pass_over(self) -> None:
         """Look away from a step that was got ready for."""
@@ -119,8 +123,8 @@ class Watch:
 
     def state_dict(self) -> dict[str, Any]:
         """All that later findings depend on."""
-        said, units = {"said": self.said.state_dict(), "spikes": self.spikes.state_dict()}, self.units
-        return {"called": self.called, "saturating": sorted(units.saturating), "idle": dict(units.idle)} | said
+        heard, units = {"reported": self.reported.state_dict(), "spikes": self.spikes.state_dict()}, self.units
+        return {"called": self.called, "saturating": sorted(units.saturating), "idle": dict(units.idle)} | heard
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from where another one was that said this; {} is the start."""
@@ -128,7 +132,7 @@ class Watch:
         device = next((parameter.device for parameter in self.network.parameters()), None)
         self.units.idle = {name: idle.to(device) for name, idle in state.get("idle", {}).items()}
         self.units.saturating = set(state.get("saturating", ()))
-        self.said.load_state_dict(state.get("said", {}))
+        self.reported.load_state_dict(state.get("reported", {}))
         self.spikes.load_state_dict(state.get("spikes", {}))
 
     def _deaf(self) -> None:
@@ -149,10 +153,10 @@ class Watch:
         count = len(self.there)
         share = dict(zip(self.dead, measured[len(measured) - len(self.dead) :], strict=True))
         weights, updates, gradients, there = iter(measured), iter(measured[count:]), iter(measured[2 * count :]), iter(self.there)
-        found = {}
+        layers = {}
         for name, parameters in self.layers.items():
             with_gradient = [next(gradients) / clipped for _ in parameters if next(there)]
-            found[name] = Layer(
+            layers[name] = Layer(
                 name,
                 self.sizes[name],
                 math.hypot(*with_gradient) if with_gradient else None,
@@ -161,7 +165,7 @@ class Watch:
                 share.get(name),
                 name in self.units.saturating,
             )
-        return tuple(found[name] for name in (*self.called, *(name for name in found if name not in self.called)))
+        return tuple(layers[name] for name in (*self.called, *(name for name in layers if name not in self.called)))
 
 
 class Units:
@@ -187,10 +191,10 @@ class Units:
             if self.last and len(outputs) and self.listening:
                 units = outputs.dim() - 1 if outputs.dim() == 3 else 1
                 with torch.no_grad():
-                    found = still(outputs.detach(), tuple(place for place in range(outputs.dim()) if place != units))
+                    idle = still(outputs.detach(), tuple(place for place in range(outputs.dim()) if place != units))
                 before = self.idle.get(self.last)
                 rows = min(len(outputs), MOST_ROWS)
-                self.idle[self.last] = found * (rows if before is None or before.shape != found.shape else before + rows)
+                self.idle[self.last] = idle * (rows if before is None or before.shape != idle.shape else before + rows)
                 if saturates:
                     self.saturating.add(self.last)
 
@@ -224,23 +228,3 @@ STILL: dict[type[nn.Module], tuple[Callable[[Tensor, tuple[int, ...]], Tensor], 
     nn.Hardtanh: (_stuck(-1, 1), True),
 }
 """Activations whose units can give nothing for all rows, how that is told, and whether it is called saturated."""
-
-
-def _weighted(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Names and layers that have weights to learn: those without layers inside, and attention as a whole."""
-    inside: set[nn.Module] = set()
-    for name, layer in network.named_modules():
-        if isinstance(layer, nn.MultiheadAttention):
-            inside.update(layer.children())
-        elif layer in inside or any(True for _ in layer.children()):
-            continue
-        if _weights(layer):
-            yield name, layer
-
-
-def _weights(layer: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in layer.parameters() if parameter.dim() > 1 and parameter.requires_grad]
-
-
-def _norms(tensors: list[Tensor]) -> Sequence[Tensor]:
-    return torch._foreach_norm(tensors) if tensors else []

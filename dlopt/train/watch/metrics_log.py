@@ -85,8 +85,8 @@ class MetricsReader:
     def _lines(self, file: BinaryIO) -> Iterator[dict[str, Any]]:
         for line in file:
             try:
-                found = json.loads(line)
+                values = json.loads(line)
             except ValueError:
                 return  # half a line, at the end of a file whose writer was killed or is at work
             self.offset += len(line)
-            yield found
+            yield values

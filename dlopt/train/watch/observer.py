@@ -54,7 +54,7 @@ class Diary:
             log.close()
 
 
-class Taken(NamedTuple):
+class LocalStep(NamedTuple):
     """A step of a replica, of which the others do not know yet."""
 
     found: Step
@@ -125,15 +125,15 @@ class Observer:
         self.refuse(self.diverging.step(last.taken or last.overflowed, loss, look), epoch)
         record.start_loss = self.diverging.start_loss
 
-    def alone(self, step: Step, mine: int, rows: int, epoch: int) -> Taken:
+    def local_step(self, step: Step, mine: int, rows: int, epoch: int) -> LocalStep:
         """See a step of a replica that has `mine` of its rows, of which it tells the others later."""
         number = self.state.record.step
         norms, loss, measured = self._read([step], step.loss) if self._to_be_told(number) else ([], None, None)
         look = self._watched(step, loss, norms, measured, epoch)
         lost = not (step.taken or step.overflowed)
-        return Taken(step._replace(loss=step.loss * (mine / rows)), lost, look, number, mine, rows)
+        return LocalStep(step._replace(loss=step.loss * (mine / rows)), lost, look, number, mine, rows)
 
-    def together(self, taken: list[Taken], epoch: int) -> None:
+    def synchronised(self, taken: list[LocalStep], epoch: int) -> None:
         """Log steps of all replicas, and raise Diverged when training has. A step counts as one if all have taken it."""
         record = self.state.record
         told = torch.stack([torch.stack([one.found.loss, one.found.loss.new_tensor(one.lost)]) for one in taken]).double()

@@ -254,6 +254,6 @@ def _exchanged(tracer: torch.profiler.profile) -> float:
     """Milliseconds of exchanges between workers in a trace."""
     spans = [(event.name, event.time_range.elapsed_us() / 1e3) for event in tracer.events() or ()]
     for kind in EXCHANGES:
-        if found := [span for name, span in spans if name.startswith(kind)]:
-            return sum(found)
+        if those := [span for name, span in spans if name.startswith(kind)]:
+            return sum(those)
     return 0.0

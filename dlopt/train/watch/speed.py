@@ -63,8 +63,8 @@ class Pace:
     def lap(self) -> float:
         """Seconds computed since the last time this was asked."""
         now = self.computed
-        found, self._computed = now - self._computed, now
-        return found
+        busy, self._computed = now - self._computed, now
+        return busy
 
 
 class Slowest:

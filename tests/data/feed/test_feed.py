@@ -32,7 +32,7 @@ from dlopt.data.augment import (
 from dlopt.data.feed.batches import Batch, Mixed, RemoteDealer, Resident, Stream, shortened
 from dlopt.data.feed.dealer import PICK, READ_BYTES, Dealer, Reader, ReadPlan
 from dlopt.data.feed.order import row_of
-from dlopt.data.feed.share import Share
+from dlopt.data.feed.sampler import Sampler
 from dlopt.data.prepared import Split, as_table, write_part
 from dlopt.part import DloptError, Feature, Part, Signature, Statistics, Target
 from tests.cases import few
@@ -113,7 +113,7 @@ def made(
     return once(Stage("data", make), Rows(files=files, target=target), home)
 
 
-def share(
+def sampler(
     data: Artifact,
     rank: int = 0,
     world: int = 1,
@@ -121,9 +121,9 @@ def share(
     parts: tuple[Augmentation, ...] = AUGMENT,
     window: int = 23,
     sampling: Literal["shuffle", "balanced"] = "shuffle",
-) -> Share:
-    """A share whose order has several windows, as a large set's has."""
-    found = Share.of(Split.open(data, "train"), 7, batch_size, rank, world, parts, sampling, STATISTICS)
+) -> Sampler:
+    """A sampler whose order has several windows, as a large set's has."""
+    found = Sampler.of(Split.open(data, "train"), 7, batch_size, rank, world, parts, sampling, STATISTICS)
     return replace(found, order=replace(found.order, window=window))
 
 
@@ -170,7 +170,7 @@ def test_prepared_rows_are_read_as_they_were_written(data: Artifact) -> None:
 
 
 def test_every_row_comes_once_an_epoch_in_batches_of_the_size_asked_for(data: Artifact) -> None:
-    batches = list(Resident(share(data), CPU).epoch(1))
+    batches = list(Resident(sampler(data), CPU).epoch(1))
     assert [len(batch.target) for batch in batches] == [96] * 45 + [83]
     assert sorted(torch.cat([batch.inputs["numbers"][:, 1] for batch in batches]).tolist()) == list(range(4403))
 
@@ -180,8 +180,8 @@ def test_the_batches_of_one_worker_are_shared_out_to_several_to_the_bit(
     world: int, sampling: Literal["shuffle", "balanced"], tmp_path: Path
 ) -> None:
     data, parts = made(tmp_path, files=(900, 303)), AUGMENT + MIX
-    whole = Resident(share(data, parts=parts, sampling=sampling, window=5), CPU)
-    others = [Resident(share(data, rank, world, parts=parts, sampling=sampling, window=5), CPU) for rank in range(world)]
+    whole = Resident(sampler(data, parts=parts, sampling=sampling, window=5), CPU)
+    others = [Resident(sampler(data, rank, world, parts=parts, sampling=sampling, window=5), CPU) for rank in range(world)]
     for one, *pieces in zip(whole.epoch(2), *(other.epoch(2) for other in others), strict=True):
         assert all(piece.total == one.total == len(one.target) for piece in pieces)
         places = [place for piece in pieces for place in range(piece.first, piece.first + len(piece.target))]
@@ -195,10 +195,10 @@ def test_the_batches_of_one_worker_are_shared_out_to_several_to_the_bit(
 
 
 def test_a_batch_of_fewer_rows_than_workers_leaves_some_without_any(data: Artifact) -> None:
-    shares = [share(data, rank, 64, batch_size=4402, parts=AUGMENT + MIX) for rank in range(64)]
-    sizes = [found.sizes()[-1] for found in shares]
+    samplers = [sampler(data, rank, 64, batch_size=4402, parts=AUGMENT + MIX) for rank in range(64)]
+    sizes = [found.sizes()[-1] for found in samplers]
     assert all(total == 1 for _, total in sizes) and sorted(mine for mine, _ in sizes) == [0] * 63 + [1]
-    empty = list(Resident(shares[63], CPU).epoch(1))[-1]
+    empty = list(Resident(samplers[63], CPU).epoch(1))[-1]
     assert {name: tuple(value.shape) for name, value in tensors(empty).items()} == {
         "image": (0, 10, 9, 3),
         "numbers": (0, 2),
@@ -220,7 +220,7 @@ def in_order(batches: list[Batch]) -> dict[str, Tensor]:
 
 
 def test_images_texts_and_noisy_numbers_change_with_the_epoch_and_the_rest_of_the_row_stays(data: Artifact) -> None:
-    feed = Resident(share(data), CPU)
+    feed = Resident(sampler(data), CPU)
     one, two = (in_order(list(feed.epoch(epoch))) for epoch in (1, 2))
     given = Split.open(data, "train").read()
     for name, least in (("image", 0.95), ("text", 0.7), ("numbers", 0.79)):
@@ -231,13 +231,13 @@ def test_images_texts_and_noisy_numbers_change_with_the_epoch_and_the_rest_of_th
 
 
 def test_without_augmentation_rows_are_those_of_the_split(data: Artifact) -> None:
-    found = in_order(list(Resident(share(data, parts=()), CPU).epoch(1)))
+    found = in_order(list(Resident(sampler(data, parts=()), CPU).epoch(1)))
     given = Split.open(data, "train").read()
     assert all(np.array_equal(found[name], np.nan_to_num(given[name], nan=-1)) for name in ("image", "numbers", "codes", "text"))
 
 
 def test_texts_are_as_wide_as_the_longest_of_a_batch(data: Artifact) -> None:
-    batches = list(Resident(share(data, parts=(), batch_size=3), CPU).epoch(1))
+    batches = list(Resident(sampler(data, parts=(), batch_size=3), CPU).epoch(1))
     widths = [batch.inputs["text"].shape[1] for batch in batches]
     longest = [max(1, int((batch.inputs["text"] != 0).sum(dim=1).max())) for batch in batches]
     assert widths == longest and set(widths) == {3, WIDTH}
@@ -250,7 +250,7 @@ def test_a_mixed_row_has_a_second_target_of_another_row_and_its_share(
     target: Literal["category", "multi_label", "number"], tmp_path: Path
 ) -> None:
     data = made(tmp_path, target, (700,))
-    plain, feed = (Resident(share(data, parts=parts, window=1000), CPU) for parts in ((), (MixUp(alpha=1),)))
+    plain, feed = (Resident(sampler(data, parts=parts, window=1000), CPU) for parts in ((), (MixUp(alpha=1),)))
     type_of = {"category": torch.int64, "multi_label": torch.uint8, "number": torch.float32}[target]
     before, after = list(plain.epoch(1)), list(feed.epoch(1))
     assert all(batch.mixed is None for batch in before)
@@ -275,7 +275,7 @@ def test_partners_look_as_they_do_in_their_own_place(tmp_path: Path) -> None:
     """With all weight on the partner, an epoch is the same augmented images in another order."""
     data = made(tmp_path, files=(700,))
     parts = (RandomRotation(degrees=40), CutMix(alpha=100))
-    whole = share(data, parts=parts)
+    whole = sampler(data, parts=parts)
     picks, partners = whole.picks(1, 0)
     assert partners is not None
     given = {"image": torch.from_numpy(Split.open(data, "train").read()["image"])}
@@ -287,7 +287,7 @@ def test_partners_look_as_they_do_in_their_own_place(tmp_path: Path) -> None:
 
 
 def test_balanced_batches_have_each_class_equally_often_and_repeated_rows_look_different(data: Artifact) -> None:
-    feed = Resident(share(data, parts=(RandomRotation(degrees=90),), sampling="balanced"), CPU)
+    feed = Resident(sampler(data, parts=(RandomRotation(degrees=90),), sampling="balanced"), CPU)
     for epoch in (1, 2):
         batches = list(feed.epoch(epoch))
         assert sum(len(batch.target) for batch in batches) == 4403
@@ -302,25 +302,25 @@ def test_balanced_batches_have_each_class_equally_often_and_repeated_rows_look_d
 
 def test_balanced_sampling_is_of_classes(tmp_path: Path) -> None:
     with pytest.raises(DloptError, match=r"^train\.sampling: balanced needs a target of classes; 'label' is of kind number$"):
-        share(made(tmp_path, "number", (70,)), sampling="balanced")
+        sampler(made(tmp_path, "number", (70,)), sampling="balanced")
 
 
 def test_parts_that_are_one_resampling_with_different_fills_are_refused_before_training(data: Artifact) -> None:
     with pytest.raises(DloptError, match="same fill"):
-        share(data, parts=(RandomCrop(fill=3), RandomRotation()))
+        sampler(data, parts=(RandomCrop(fill=3), RandomRotation()))
 
 
-def streams(shares: list[Share], first: int, last: int, start: int = 0, read_bytes: int = READ_BYTES) -> list[Stream]:
+def streams(samplers: list[Sampler], first: int, last: int, start: int = 0, read_bytes: int = READ_BYTES) -> list[Stream]:
     """Of all workers of a group, in this process."""
-    dealer = RemoteDealer.start(ReadPlan(shares[0], first, last, start, read_bytes))
-    return [Stream(share, first, last, CPU, start, dealer) for share in shares]
+    dealer = RemoteDealer.start(ReadPlan(samplers[0], first, last, start, read_bytes))
+    return [Stream(sampler, first, last, CPU, start, dealer) for sampler in samplers]
 
 
 @pytest.mark.parametrize("world", [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 5))])
 def test_a_stream_gives_the_resident_batches_to_the_bit(world: int, data: Artifact, ray_cluster: None) -> None:
     parts, sampling = (AUGMENT, "shuffle") if world == 2 else ((*AUGMENT, FeatureDropout(), *MIX), "balanced")
-    shares = [share(data, rank, world, parts=parts, sampling=sampling) for rank in range(world)]
-    for stream, resident in zip(streams(shares, 1, 2), [Resident(share, CPU) for share in shares], strict=True):
+    samplers = [sampler(data, rank, world, parts=parts, sampling=sampling) for rank in range(world)]
+    for stream, resident in zip(streams(samplers, 1, 2), [Resident(sampler, CPU) for sampler in samplers], strict=True):
         for epoch in (1, 2):
             assert same(list(stream.epoch(epoch)), list(resident.epoch(epoch)))
 
@@ -328,8 +328,8 @@ def test_a_stream_gives_the_resident_batches_to_the_bit(world: int, data: Artifa
 @pytest.mark.parametrize("target", ["multi_label", pytest.param("number", marks=pytest.mark.slow)])
 def test_a_stream_goes_on_from_any_epoch(target: Literal["multi_label", "number"], tmp_path: Path, ray_cluster: None) -> None:
     data = made(tmp_path, target)
-    stream = Stream(share(data, parts=MIX), 4, 4, CPU)
-    assert same(list(stream.epoch(4)), list(Resident(share(data, parts=MIX), CPU).epoch(4)))
+    stream = Stream(sampler(data, parts=MIX), 4, 4, CPU)
+    assert same(list(stream.epoch(4)), list(Resident(sampler(data, parts=MIX), CPU).epoch(4)))
     with pytest.raises(ValueError, match="in order"):
         next(stream.epoch(4))
 
@@ -341,7 +341,7 @@ def test_an_epoch_begins_at_any_batch_with_the_same_rest(
 ) -> None:
     data = made(tmp_path, files=(600, 303))
     for rank, world in ((0, 1), (2, 3)):
-        feed = Resident(share(data, rank, world, parts=parts, sampling=sampling, window=4), CPU)
+        feed = Resident(sampler(data, rank, world, parts=parts, sampling=sampling, window=4), CPU)
         whole = list(feed.epoch(2))
         for start in range(len(whole) + 1):
             assert same(list(feed.epoch(2, start)), whole[start:])
@@ -353,8 +353,8 @@ def test_a_stream_begins_at_any_batch_and_goes_on_to_whole_epochs(
     world: int, start: int, sampling: Literal["shuffle", "balanced"], tmp_path: Path, ray_cluster: None
 ) -> None:
     data, parts = made(tmp_path, files=(600, 303)), AUGMENT + MIX
-    shares = [share(data, rank, world, parts=parts, sampling=sampling, window=4) for rank in range(world)]
-    for stream, resident in zip(streams(shares, 2, 3, start), [Resident(share, CPU) for share in shares], strict=True):
+    samplers = [sampler(data, rank, world, parts=parts, sampling=sampling, window=4) for rank in range(world)]
+    for stream, resident in zip(streams(samplers, 2, 3, start), [Resident(sampler, CPU) for sampler in samplers], strict=True):
         assert same(list(stream.epoch(2, start)), list(resident.epoch(2))[start:])
         assert same(list(stream.epoch(3)), list(resident.epoch(3)))
 
@@ -369,11 +369,11 @@ def test_uneven_ends_lose_no_row_and_count_none_twice(seed: int, tmp_path: Path)
     settings["parts"] = MIX if seed % 3 == 0 else ()
     data = made(tmp_path, files=files)
     for world in (1, int(random.integers(2, 9))):
-        shares = [share(data, rank, world, **settings) for rank in range(world)]
-        order = shares[0].order
+        samplers = [sampler(data, rank, world, **settings) for rank in range(world)]
+        order = samplers[0].order
         start = int(random.integers(0, order.batches + 1))
-        dealer = Here(ReadPlan(shares[0], 3, 4, start, read_bytes=int(random.integers(1, 10**6))))
-        feeds = zip([Stream(found, 3, 4, CPU, start, dealer) for found in shares], [Resident(found, CPU) for found in shares], strict=True)
+        dealer = Here(ReadPlan(samplers[0], 3, 4, start, read_bytes=int(random.integers(1, 10**6))))
+        feeds = [(Stream(found, 3, 4, CPU, start, dealer), Resident(found, CPU)) for found in samplers]
         epochs = [[same_batches(stream, resident, epoch, first) for epoch, first in ((3, start), (4, 0))] for stream, resident in feeds]
         for number, (epoch, first) in enumerate(((3, start), (4, 0))):
             wanted = row_of(np.concatenate([order.picks(epoch, window) for window in range(order.windows)]))
@@ -394,7 +394,7 @@ def same_batches(one: Stream, two: Resident, epoch: int, start: int) -> list[np.
 
 def test_the_rest_of_a_window_reads_only_the_files_that_it_needs(tmp_path: Path) -> None:
     data = made(tmp_path, files=(30,) * 40)
-    found = share(data, window=1000, parts=())
+    found = sampler(data, window=1000, parts=())
     last = found.order.batches - 1
     expected = list(Resident(found, CPU).epoch(1, last))
     needed = set((expected[0].rows // 30).tolist())
@@ -407,7 +407,7 @@ def test_the_rest_of_a_window_reads_only_the_files_that_it_needs(tmp_path: Path)
 
 
 def test_batches_tell_which_rows_they_hold(data: Artifact) -> None:
-    for batch in Resident(share(data), CPU).epoch(1, 40):
+    for batch in Resident(sampler(data), CPU).epoch(1, 40):
         assert batch.rows is not None and batch.rows.tolist() == batch.inputs["numbers"][:, 1].tolist()
 
 
@@ -415,7 +415,7 @@ def test_balanced_sampling_refuses_damage_by_name(data: Artifact) -> None:
     path = data.path / "train/part-00001.parquet"
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DloptError, match=r"^\S+part-00001\.parquet: damaged \(.+\): delete the folder \S+ and run the job again$"):
-        share(data, sampling="balanced")
+        sampler(data, sampling="balanced")
 
 
 def flip(path: Path, position: int) -> None:
@@ -446,11 +446,11 @@ def test_a_flipped_bit_anywhere_is_refused_by_name_or_changes_nothing(data: Arti
 
 
 def damaged_stream(data: Artifact) -> Stream:
-    return Stream(share(data), 1, 1, CPU)
+    return Stream(sampler(data), 1, 1, CPU)
 
 
 def damaged_resident(data: Artifact) -> Resident:
-    return Resident(share(data), CPU)
+    return Resident(sampler(data), CPU)
 
 
 def test_damage_is_refused_by_the_resident_feed(data: Artifact) -> None:

@@ -23,7 +23,7 @@ from dlopt.artifact import Artifact, Stage, once
 from dlopt.data.augment import MixUp, RandomHorizontalFlip
 from dlopt.data.feed.batches import RemoteDealer, Stream
 from dlopt.data.feed.dealer import ReadPlan
-from dlopt.data.feed.share import Share
+from dlopt.data.feed.sampler import Sampler
 from dlopt.data.prepared import Split, as_table, write_part
 from dlopt.part import Feature, Part, Signature, Target
 
@@ -58,8 +58,8 @@ def made(home: Path, files: int) -> Artifact:
     return once(Stage("data", make), Images(files=files), home)
 
 
-def recorded(share: Share, log: Path) -> Share:
-    """The share, whose readers write a line for each read: the process, its memory, and which chunks."""
+def recorded(sampler: Sampler, log: Path) -> Sampler:
+    """The sampler, whose readers write a line for each read: the process, its memory, and which chunks."""
 
     class Recording(Split):  # here, so that it travels to the readers whole
         def read(self, chunks: Any = None) -> Any:
@@ -71,7 +71,7 @@ def recorded(share: Share, log: Path) -> Share:
             return rows
 
     loaded: Any = {"a statistic": Loaded(log.with_suffix(".loaded"))}
-    return replace(share, split=Recording(share.split.signature, share.split.chunks), statistics=loaded)
+    return replace(sampler, split=Recording(sampler.split.signature, sampler.split.chunks), statistics=loaded)
 
 
 class Loaded:
@@ -94,8 +94,8 @@ def reads(log: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
-def share_of(data: Artifact, rank: int, world: int, window: int, parts: tuple[Any, ...] = (), batch_size: int = 64) -> Share:
-    found = Share.of(Split.open(data, "train"), 3, batch_size, rank, world, parts)
+def sampler_of(data: Artifact, rank: int, world: int, window: int, parts: tuple[Any, ...] = (), batch_size: int = 64) -> Sampler:
+    found = Sampler.of(Split.open(data, "train"), 3, batch_size, rank, world, parts)
     return replace(found, order=replace(found.order, window=window))
 
 
@@ -105,14 +105,14 @@ def test_each_chunk_is_read_once_an_epoch_whatever_the_number_of_workers_and_win
     world: int, window: int, mixes: bool, tmp_path: Path, ray_cluster: None
 ) -> None:
     data, log = made(tmp_path, 3), tmp_path / "reads.jsonl"
-    shares = [share_of(data, rank, world, window, (MixUp(),) if mixes else ()) for rank in range(world)]
-    dealer = RemoteDealer.start(ReadPlan(recorded(shares[0], log), 1, 2, 0, read_bytes=2**20))
-    streams = [Stream(share, 1, 2, CPU, 0, dealer) for share in shares]
+    samplers = [sampler_of(data, rank, world, window, (MixUp(),) if mixes else ()) for rank in range(world)]
+    dealer = RemoteDealer.start(ReadPlan(recorded(samplers[0], log), 1, 2, 0, read_bytes=2**20))
+    streams = [Stream(sampler, 1, 2, CPU, 0, dealer) for sampler in samplers]
     for epoch in (1, 2):
         delivered = [batch.rows for stream in streams for batch in stream.epoch(epoch)]
         assert sorted(np.concatenate(delivered).tolist()) == list(range(3 * FILE))
     found = sorted((file, group) for line in reads(log) for file, group, _ in line["chunks"])
-    chunks = shares[0].split.chunks
+    chunks = samplers[0].split.chunks
     assert len(chunks) == 18
     assert found == sorted([(chunk.file, chunk.group) for chunk in chunks] * 2)
     arrived = Counter(log.with_suffix(".loaded").read_text().split())
@@ -122,10 +122,12 @@ def test_each_chunk_is_read_once_an_epoch_whatever_the_number_of_workers_and_win
 @pytest.mark.slow
 def test_an_epoch_begun_late_reads_nothing_of_the_windows_before(tmp_path: Path, ray_cluster: None) -> None:
     data, log = made(tmp_path, 3), tmp_path / "reads.jsonl"
-    share = share_of(data, 0, 1, window=16)
-    last = share.order.windows - 1
-    dealer = RemoteDealer.start(ReadPlan(recorded(share, log), 1, 1, last * 16, read_bytes=1))
-    assert sum(len(batch.target) for batch in Stream(share, 1, 1, CPU, last * 16, dealer).epoch(1, last * 16)) == 3 * FILE - last * 16 * 64
+    sampler = sampler_of(data, 0, 1, window=16)
+    last = sampler.order.windows - 1
+    dealer = RemoteDealer.start(ReadPlan(recorded(sampler, log), 1, 1, last * 16, read_bytes=1))
+    assert (
+        sum(len(batch.target) for batch in Stream(sampler, 1, 1, CPU, last * 16, dealer).epoch(1, last * 16)) == 3 * FILE - last * 16 * 64
+    )
     assert 1 <= sum(len(line["chunks"]) for line in reads(log)) <= 3
 
 
@@ -144,9 +146,9 @@ AHEAD = 12 * 2**20
 def test_memory_is_flat_on_a_set_many_times_larger_than_a_window(tmp_path: Path, ray_cluster: None) -> None:
     """Of the process that trains and of the readers: 130 windows of two epochs, 600 MB."""
     data, log = made(tmp_path, 50), tmp_path / "reads.jsonl"
-    share = share_of(data, 0, 1, WINDOW, (RandomHorizontalFlip(), MixUp()))
-    dealer = RemoteDealer.start(ReadPlan(recorded(share, log), 1, 2, 0, read_bytes=2**20, ahead_bytes=AHEAD))
-    stream, trained = Stream(share, 1, 2, CPU, 0, dealer), []
+    sampler = sampler_of(data, 0, 1, WINDOW, (RandomHorizontalFlip(), MixUp()))
+    dealer = RemoteDealer.start(ReadPlan(recorded(sampler, log), 1, 2, 0, read_bytes=2**20, ahead_bytes=AHEAD))
+    stream, trained = Stream(sampler, 1, 2, CPU, 0, dealer), []
     for epoch in (1, 2):
         for number, _ in enumerate(stream.epoch(epoch)):
             if number % WINDOW == 0:
@@ -169,9 +171,9 @@ def grown(samples: list[int]) -> int:
 @pytest.mark.slow
 def test_a_slow_consumer_holds_the_readers_up(tmp_path: Path, ray_cluster: None) -> None:
     data, log = made(tmp_path, 20), tmp_path / "reads.jsonl"
-    share = share_of(data, 0, 1, WINDOW)
-    dealer = RemoteDealer.start(ReadPlan(recorded(share, log), 1, 1, 0, read_bytes=2**20, ahead_bytes=AHEAD))
-    batches, consumed, ahead = Stream(share, 1, 1, CPU, 0, dealer).epoch(1), 0, []
+    sampler = sampler_of(data, 0, 1, WINDOW)
+    dealer = RemoteDealer.start(ReadPlan(recorded(sampler, log), 1, 1, 0, read_bytes=2**20, ahead_bytes=AHEAD))
+    batches, consumed, ahead = Stream(sampler, 1, 1, CPU, 0, dealer).epoch(1), 0, []
     for _ in range(2):
         for _ in range(WINDOW):
             consumed += len(next(batches).target)
@@ -198,11 +200,11 @@ from dlopt import session
 from dlopt.artifact import Artifact
 from dlopt.data.feed.batches import Stream
 from dlopt.data.prepared import Split
-from dlopt.data.feed.share import Share
+from dlopt.data.feed.sampler import Sampler
 
 with session.connected(None, cpus=2, object_store_memory=100 * 2**20):
-    share = Share.of(Split.open(Artifact.open(Path(sys.argv[1])), "train"), 3, 64, 0, 1)
-    batches = Stream(share, 1, 1000, torch.device("cpu")).epoch(1)
+    sampler = Sampler.of(Split.open(Artifact.open(Path(sys.argv[1])), "train"), 3, 64, 0, 1)
+    batches = Stream(sampler, 1, 1000, torch.device("cpu")).epoch(1)
     print(len(next(batches).target), flush=True)
     raise SystemExit(3)
 """
@@ -228,8 +230,8 @@ def test_a_stream_that_is_abandoned_ends_with_its_process(tmp_path: Path, ray_cl
 def test_the_dealer_ends_with_the_stream(tmp_path: Path, ray_cluster: None) -> None:
     import ray
 
-    share = share_of(made(tmp_path, 3), 0, 1, 7)
-    stream = Stream(share, 1, 1000, CPU)
+    sampler = sampler_of(made(tmp_path, 3), 0, 1, 7)
+    stream = Stream(sampler, 1, 1000, CPU)
     next(stream.epoch(1))
     assert isinstance(stream.dealer, RemoteDealer)
     actor = stream.dealer.actor

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dlopt.models import noise
-from dlopt.models.own import own
+from dlopt.models.custom import custom
 from dlopt.part import DloptError, Signature
 from dlopt.train.cluster import group
 from dlopt.train.cluster.stopping import Preempted
@@ -39,7 +39,7 @@ LINE = next(number for number, line in enumerate(Path(__file__).read_text().spli
 
 def test_a_bug_of_the_users_network_is_one_start_and_one_line_with_its_place(tmp_path: Path) -> None:
     data = sets.prepared(tmp_path, sets.signature(sets.NUMBERS, target=sets.THREE), train=40, validation=20, test=10)
-    section = Fit(seed=1, model=own(Broken), augment=(), train=Train(epochs=1, batch_size=8))
+    section = Fit(seed=1, model=custom(Broken), augment=(), train=Train(epochs=1, batch_size=8))
     with pytest.raises(DloptError) as caught:
         fit(section, tmp_path, data, workers=0)
     said = str(caught.value)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dlopt.artifact import Artifact
 from dlopt.data.feed.batches import Batch, Feed
 from dlopt.models import Cnn
-from dlopt.models.own import own
+from dlopt.models.custom import custom
 from dlopt.part import Signature
 from dlopt.train import training, worker
 from dlopt.train.job import Fit
@@ -201,7 +201,7 @@ class Squares(nn.Module):
 
 @pytest.mark.slow
 def test_a_network_of_the_users_own_is_trained_by_two_workers_as_in_the_process_of_the_run(data: Artifact, tmp_path: Path) -> None:
-    section = quick(precision="float64").model_copy(update={"model": own(Squares, width=16)})
+    section = quick(precision="float64").model_copy(update={"model": custom(Squares, width=16)})
     one, two = fit(section, tmp_path / "0", data, workers=0), fit(section, tmp_path / "2", data, workers=2)
     assert largest_difference(one, two) < 1e-9
 

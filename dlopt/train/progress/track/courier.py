@@ -95,13 +95,13 @@ def complaints(couriers: Sequence[Courier]) -> Iterator[str]:
 @contextmanager
 def couriers(parts: Sequence[Opens], out: Path, settings: Mapping[str, Any]) -> Iterator[list[Courier]]:
     """Trackers that are open within it, and closed at its end, be it a good one or not. Raises DloptError when one cannot be opened."""
-    found: list[Courier] = []
+    begun: list[Courier] = []
     finished = False
     try:
         for part in parts:
-            found.append(Courier(part.kind, part.open(out, settings)))
-        yield found
+            begun.append(Courier(part.kind, part.open(out, settings)))
+        yield begun
         finished = True
     finally:
-        for courier in found:
+        for courier in begun:
             courier.close(finished)

@@ -68,18 +68,18 @@ class Logged(Tracker):
         self.client = client
         self.points: list[tuple[str, float, int, int]] = []
         self.spoke = 0.0
-        found = client.get_experiment_by_name(experiment)
-        where = found.experiment_id if found else client.create_experiment(experiment)
+        known = client.get_experiment_by_name(experiment)
+        where = known.experiment_id if known else client.create_experiment(experiment)
         self.run = self._interrupted(where, out.name) or self._new(where, out, settings)
         self.there = self._latest()
 
     def _interrupted(self, where: str, digest: str) -> str | None:
         """The run of this model that has not finished."""
         wanted = f"tags.`{DIGEST}` = '{digest}' and attributes.status != 'FINISHED'"
-        found = self.client.search_runs([where], wanted, max_results=1)
-        if not found:
+        runs = self.client.search_runs([where], wanted, max_results=1)
+        if not runs:
             return None
-        run: str = found[0].info.run_id
+        run: str = runs[0].info.run_id
         self.client.set_terminated(run, "RUNNING")
         return run
 

@@ -1,11 +1,11 @@
 """A user's own torch.nn.Module in a job, with everything else of the line unchanged: through Python, not through a job file.
 
-    from dlopt.models.own import own
+    from dlopt.models.custom import custom
 
     def net(signature, width):
         return Net(...)    # takes {name: tensor}, as dlopt.models.preprocess leaves them; gives (rows, signature.num_outputs)
 
-    run(Job(name="mine", data=..., model=own(net, width=8)), Path("runs"))
+    run(Job(name="mine", data=..., model=custom(net, width=8)), Path("runs"))
 
 The job holds a name, a digest of the source and the settings, all JSON, so that artifacts are told apart and found again as those of
 any other model. The factory itself stays in a table of the process; whoever starts other processes (Ray Train) takes it along.
@@ -35,10 +35,10 @@ _FACTORIES: dict[tuple[str, str], Factory] = {}
 """What this process can build, by name and digest of the source."""
 
 
-class Own(Part):
-    """A network that a program of the user's makes. Comes from `dlopt.models.own.own(factory, **settings)`, not from a job file."""
+class Custom(Part):
+    """A network that a program of the user's makes. Comes from `dlopt.models.custom.custom(factory, **settings)`, not from a job file."""
 
-    kind: Literal["own"] = "own"
+    kind: Literal["custom"] = "custom"
     name: str
     """The factory's name in its module."""
     digest: str
@@ -56,7 +56,7 @@ class Own(Part):
         return network
 
 
-def own(factory: Factory, **settings: Any) -> Own:
+def custom(factory: Factory, **settings: Any) -> Custom:
     """The model of a job that `factory(signature, **settings)` makes; the factory can be built in this process from now on.
 
     factory: a function, or a class of modules, at the top of a module, of which the network must be a function: what it depends on
@@ -64,7 +64,7 @@ def own(factory: Factory, **settings: Any) -> Own:
     Raises DloptError when the factory is of another kind, its source cannot be read, or the settings do not suit it.
     """
     name = _name(factory)
-    part = Own(name=name, digest=_digest(factory, name), settings=_as_json(name, settings))
+    part = Custom(name=name, digest=_digest(factory, name), settings=_as_json(name, settings))
     try:
         inspect.signature(factory).bind(None, **part.settings)
     except TypeError as error:
@@ -73,18 +73,18 @@ def own(factory: Factory, **settings: Any) -> Own:
     return part
 
 
-def register(part: Own, factory: Factory) -> None:
+def register(part: Custom, factory: Factory) -> None:
     """Let this process build a part; a process that was started by another calls it with what `factory_of` gave there."""
     _FACTORIES[part.name, part.digest] = factory
 
 
-def factory_of(part: Own) -> Factory:
+def factory_of(part: Custom) -> Factory:
     """Raises DloptError when this process has not made the part, and was not told of it."""
     known = _FACTORIES.get((part.name, part.digest))
     if known is None:
         other = any(name == part.name for name, _ in _FACTORIES)
         why = "and its source is another one now" if other else "not from a job file"
-        raise DloptError(f"model: {part.name} comes from Python, {why}: run the program that calls dlopt.models.own.own({part.name}, ...)")
+        raise DloptError(f"model: {part.name} comes from Python, {why}: run the program that calls custom({part.name}, ...)")
     return known
 
 
@@ -105,8 +105,8 @@ def _step_of(network: nn.Module, inputs: dict[str, Tensor], low: int, high: int)
     some = {name: values[low:high] for name, values in inputs.items()}
     with noise.step(0, 0):
         noise.part(low, high - low, next(iter(some.values())).device)
-        found: Tensor = network(some)
-    return found
+        outputs: Tensor = network(some)
+    return outputs
 
 
 def _name(factory: Factory) -> str:
@@ -114,7 +114,7 @@ def _name(factory: Factory) -> str:
     name = getattr(factory, "__qualname__", type(factory).__name__)
     if not (inspect.isfunction(factory) or inspect.isclass(factory)) or "<" in name:
         raise DloptError(
-            f"model: own({name}) takes a function or a class defined at the top of a module: what varies are settings, own(net, width=8)"
+            f"model: custom({name}) takes a function or class at the top of a module: what varies are settings, custom(net, width=8)"
         )
     return name
 
@@ -126,16 +126,16 @@ def _digest(factory: Factory, name: str) -> str:
             return hashlib.sha256(inspect.getsource(source).encode()).hexdigest()[:DIGITS]  # type: ignore[arg-type]
         except (OSError, TypeError):
             continue
-    raise DloptError(f"model: own({name}): its source cannot be read: put it into a file, so that changes of it are seen")
+    raise DloptError(f"model: custom({name}): its source cannot be read: put it into a file, so that changes of it are seen")
 
 
 def _as_json(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Settings as they come back from a job that was written out."""
     try:
-        found: dict[str, Any] = json.loads(json.dumps(settings, allow_nan=False))
+        copied: dict[str, Any] = json.loads(json.dumps(settings, allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise DloptError(f"model: own({name}): settings are numbers, texts, lists and mappings of such: {error}") from None
-    return found
+        raise DloptError(f"model: custom({name}): settings are numbers, texts, lists and mappings of such: {error}") from None
+    return copied
 
 
 def _with_codes(signature: Signature) -> Signature:
@@ -153,9 +153,9 @@ def _refuse_other_outputs(name: str, network: nn.Module, signature: Signature) -
     """Two rows of zeros tell; they also give lazy layers their sizes."""
     training = network.training
     with torch.no_grad():
-        found = network.eval()({feature.name: _zeros(feature) for feature in signature.inputs})
+        outputs = network.eval()({feature.name: _zeros(feature) for feature in signature.inputs})
     network.train(training)
-    shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
     if shape != (2, signature.num_outputs):
         raise DloptError(f"model: {name} gives {shape} for two rows, and must give (2, {signature.num_outputs}): (rows, outputs)")
 

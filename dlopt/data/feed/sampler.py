@@ -1,4 +1,4 @@
-"""One worker's share of every batch. Imports torch only to augment."""
+"""Which rows of every batch a worker computes. Imports torch only to augment."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Picks(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Share:
+class Sampler:
     """Which part of every batch of a split worker `rank` of `world` computes, and what is done to its rows."""
 
     split: Split
@@ -50,7 +50,7 @@ class Share:
         augmentations: Sequence[Augmentation] = (),
         sampling: Literal["shuffle", "balanced"] = "shuffle",
         statistics: Mapping[str, Statistics] | None = None,
-    ) -> Share:
+    ) -> Sampler:
         """statistics: of the training split's inputs, for noise in units of their deviation. Balanced sampling reads the target once.
         Raises DloptError where augmentations contradict each other or balancing has no classes."""
         if augmentations:
