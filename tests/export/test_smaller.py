@@ -14,6 +14,7 @@ from torch import nn
 
 from dlopt.artifact import once
 from dlopt.compress import Budget, Prune, Structured, measure
+from dlopt.compress.stage import said
 from dlopt.data.feed.batches import Batch
 from dlopt.data.prepared import Split
 from dlopt.export import Onnx, Pickle, Safetensors
@@ -206,3 +207,11 @@ def test_features_of_a_teacher_are_a_part_of_the_loss(tmp_path: Path) -> None:
     assert [one.shape[1] for one in seen] == [8, 32]
     assert losses[1] - losses[0] == pytest.approx(2 * float(unlike(*seen)) / 20, rel=1e-4)
     assert not student._forward_hooks
+
+
+@pytest.mark.parametrize(("fast", "end"), [(2.0, "2.00 times as fast at 32 rows"), (0.5, "on this processor float32 is faster")])
+def test_a_file_that_is_slower_here_is_said_to_be(fast: float, end: str) -> None:
+    before = {"bytes": 100, "zlib": 80, "seconds_1": 1e-3, "seconds_32": 1e-2}
+    after = {"bytes": 25, "zlib": 20, "seconds_1": 1e-3 / fast, "seconds_32": 1e-2 / fast}
+    line = said(before, after)
+    assert line.startswith(f"0.25 of the bytes, 0.25 packed, {fast:.2f} times as fast at 1 row, ") and line.endswith(end)
