@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from dlopt.models import noise
 
-BLOCKS, STEPS, ROWS = 60, 100, 128
+BLOCKS, STEPS, ROWS = 40, 50, 128
 
 
 def stepper(dropout: nn.Module) -> Callable[[int], None]:
@@ -40,6 +40,7 @@ def stepper(dropout: nn.Module) -> Callable[[int], None]:
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # two would wait for each other wherever something else runs
     steppers = {"dlopt": stepper(noise.Dropout(0.2)), "torch": stepper(nn.Dropout(0.2)), "none": stepper(nn.Identity())}
     seconds: dict[str, list[float]] = {name: [] for name in steppers}
     for block in range(BLOCKS):
