@@ -4,6 +4,7 @@ tests run, in which order and at what cost; and that nothing is left running."""
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import random
 import shutil
@@ -165,7 +166,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """pytest-xdist says a group by the end of a test's name. Without groups, tests would run that share nothing, several times as long."""
+    """pytest-xdist says a group by the end of a test's name. Without groups, tests would run that share nothing, several times as long.
+
+    What is there by now stays, so that garbage need not be looked for in it."""
+    gc.collect()
+    gc.freeze()
     if hasattr(session.config, "workerinput") and not all("@" in item.nodeid for item in session.items):
         pytest.exit("pytest-xdist does not group tests with this pytest: pip install 'pytest<9.2'", returncode=pytest.ExitCode.USAGE_ERROR)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from functools import partial
@@ -82,7 +83,7 @@ class Quantize(Tuned):
         plain = model.onnx()
         with tempfile.TemporaryDirectory(prefix="dlopt-") as folder:
             before, ready, after = (Path(folder) / name for name in ("before.onnx", "ready.onnx", "after.onnx"))
-            before.write_bytes(plain)
+            before.write_bytes(activation_first(onnx.load_from_string(plain)).SerializeToString())
             quant_pre_process(str(before), str(ready), skip_optimization=True, skip_symbolic_shape=True)
             left = self._left(onnx.load(ready))
             quantize_static(
@@ -109,6 +110,26 @@ class Quantize(Tuned):
             if not node.name.startswith(BODY) or any(fnmatch(name, pattern) for name in mine for pattern in patterns):
                 left.append(node.name)
         return left
+
+
+def activation_first(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Each ReLU that follows max pooling before it, which is the same, since it rises: a convolution of whole numbers then has it within,
+    and pooling is of whole numbers as well, where it would be of float32 between two conversions."""
+    nodes = list(model.graph.node)
+    users = Counter(name for node in nodes for name in node.input)
+    pools = {node.output[0]: place for place, node in enumerate(nodes) if node.op_type == "MaxPool" and len(node.output) == 1}
+    for place, node in enumerate(nodes):
+        pooled = pools.get(node.input[0]) if node.op_type == "Relu" else None
+        if pooled is None or users[node.input[0]] > 1:
+            continue
+        pool = nodes[pooled]
+        before, between, after = pool.input[0], pool.output[0], node.output[0]
+        node.input[0], node.output[0], pool.input[0], pool.output[0] = before, between, between, after
+        nodes[pooled], nodes[place] = node, pool
+    ordered = [type(node).FromString(node.SerializeToString()) for node in nodes]
+    del model.graph.node[:], model.graph.value_info[:]
+    model.graph.node.extend(ordered)
+    return model
 
 
 def _reader(model: Model, most: int) -> Any:

@@ -17,13 +17,14 @@ PLACES: dict[str, str] = {}
 """Where MNIST is, if it is not where the jobs say."""
 STATIC = [{"kind": "quantize", "mode": "static", "per_channel": True}]
 MLP_1024 = {"name": "mlp_1024", "model.hidden": [1024, 1024], "train.epochs": 4}
-RESNET_8 = {"name": "resnet_8", "model": {"kind": "resnet", "blocks": [1, 1, 1]}, "train.epochs": 1}
+CNN = {"train.epochs": 2}
+RESNET_8 = {"name": "resnet_8", "model": {"kind": "resnet", "blocks": [1, 1, 1]}, "train.epochs": 2}
 CASES = {
     "lenet_300_100": ("lenet_300_100.yaml", {}),  # Deep Compression: 27 KB at 1.58 % error; Sparse VD: 68 times at 1.92 %
     "lenet_5": ("lenet_5.yaml", {}),  # Deep Compression: 44 KB at 0.74 % error; Sparse VD: 280 times at 0.75 %
     "mlp_1024": ("mnist_full.yaml", MLP_1024 | {"compress": [{"kind": "quantize"}]}),
     "mlp_1024_static": ("mnist_full.yaml", MLP_1024 | {"compress": STATIC}),
-    "cnn": ("mnist_cnn.yaml", {"compress": STATIC}),
+    "cnn": ("mnist_cnn.yaml", CNN | {"compress": STATIC}),
     "resnet_8": ("mnist_cnn.yaml", RESNET_8 | {"compress": STATIC}),
     "resnet_8_half": ("mnist_cnn.yaml", RESNET_8 | {"compress": [{"kind": "structured", "work": 0.5, "epochs": 1, "rate": 0.3}]}),
 }
@@ -33,7 +34,7 @@ TAUGHT = {"name": "mlp_128_taught", "train.epochs": 6}
 
 def distilled(home: Path) -> None:
     """The CNN's knowledge in the MLP of 128 units, beside the same MLP trained alone: the same epochs, three seeds."""
-    teacher = dlopt.run(JOBS / "mnist_cnn.yaml", home=home, **PLACES)
+    teacher = dlopt.run(JOBS / "mnist_cnn.yaml", home=home, **PLACES, **CNN)
     pairs = []
     for seed in SEEDS:
         part = {"kind": "distil", "teacher": str(teacher.folder)}

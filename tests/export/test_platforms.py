@@ -11,11 +11,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
 from dlopt.artifact import Artifact, once
-from dlopt.export import OpenVino, TensorRt, TorchServe, Triton
+from dlopt.export import Onnx, OpenVino, TensorRt, TorchServe, Triton
+from dlopt.export.platforms.tensorrt import as_float
 from dlopt.export.stage import EXPORT
 from dlopt.models import Mlp, TextBag
 from dlopt.part import DloptError, Signature
@@ -120,7 +122,6 @@ def unpacked(export: Artifact, folder: Path) -> dict[str, Any]:
 
 def test_the_handler_of_torchserve_takes_raw_rows(tmp_path: Path) -> None:
     from dlopt.api.predict import Model
-    from dlopt.export import Onnx
 
     export, weights, data = exported(tmp_path, TABLE, Mlp(hidden=(8,)), TorchServe())
     space, context = unpacked(export, tmp_path / "mar"), Context(tmp_path / "mar")
@@ -161,6 +162,20 @@ def test_openvino_says_what_torch_says_of_codes(tmp_path: Path) -> None:
     export, *_ = exported(tmp_path, TABLE, Mlp(hidden=(8,)), OpenVino())
     assert export.info["largest_difference"] <= 1e-5
     assert {"model.xml", "model.bin"} <= set(export.manifest.files)
+
+
+def test_bytes_become_float_at_once_for_tensorrt(tmp_path: Path) -> None:
+    data = sets.prepared(tmp_path, IMAGES)
+    weights = sets.trained(tmp_path, data, Mlp(hidden=(8,)))
+    plain = once(EXPORT, Onnx(), tmp_path, weights, data).read(Onnx.file)
+    model = onnx.load_from_string(as_float(plain))
+    onnx.checker.check_model(model)
+    first = model.graph.node[0]
+    assert first.op_type == "Cast" and first.input[0] == model.graph.input[0].name
+    assert [node for node in model.graph.node if first.input[0] in node.input] == [first]
+    rows = inputs_of(IMAGES, 5)
+    outputs = [onnxruntime.InferenceSession(one).run(None, rows)[0] for one in (plain, model.SerializeToString())]
+    np.testing.assert_array_equal(*outputs)
 
 
 def test_an_engine_is_built_without_a_gpu_and_said_not_to_have_run(tmp_path: Path) -> None:

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from dlopt.artifact import once
-from dlopt.compress import Budget, Prune, Structured, measure
+from dlopt.compress import Budget, Prune, Quantize, Structured, measure
+from dlopt.compress.quantize import activation_first
+from dlopt.compress.stage import said
 from dlopt.data.feed.batches import Batch
 from dlopt.data.prepared import Split
 from dlopt.export import Onnx, Pickle, Safetensors
@@ -27,6 +31,7 @@ from dlopt.train.start import load_network, trained_network
 from dlopt.train.tuning import Masked, Sparse, Teacher, unlike, weights_of
 from tests.export.test_compress import IMAGES, TABLE, graph, model_of, small, weights
 from tests.packages import package
+from tests.sets import inputs_of
 
 
 @pytest.fixture(autouse=True)
@@ -206,3 +211,28 @@ def test_features_of_a_teacher_are_a_part_of_the_loss(tmp_path: Path) -> None:
     assert [one.shape[1] for one in seen] == [8, 32]
     assert losses[1] - losses[0] == pytest.approx(2 * float(unlike(*seen)) / 20, rel=1e-4)
     assert not student._forward_hooks
+
+
+@pytest.mark.parametrize(("fast", "end"), [(2.0, "2.00 times as fast at 32 rows"), (0.5, "on this processor float32 is faster")])
+def test_a_file_that_is_slower_here_is_said_to_be(fast: float, end: str) -> None:
+    before = {"bytes": 100, "zlib": 80, "seconds_1": 1e-3, "seconds_32": 1e-2}
+    after = {"bytes": 25, "zlib": 20, "seconds_1": 1e-3 / fast, "seconds_32": 1e-2 / fast}
+    line = said(before, after)
+    assert line.startswith(f"0.25 of the bytes, 0.25 packed, {fast:.2f} times as fast at 1 row, ") and line.endswith(end)
+
+
+def test_pooling_of_a_quantized_network_is_of_whole_numbers_and_says_the_same(tmp_path: Path) -> None:
+    big, data = model_of(tmp_path, IMAGES, Cnn(channels=(4, 8), hidden=16))
+    plain = once(EXPORT, Onnx(), tmp_path, big, data).read(Onnx.file)
+    turned = activation_first(onnx.load_from_string(plain))
+    onnx.checker.check_model(turned)
+    kinds = [node.op_type for node in turned.graph.node if node.op_type in ("Conv", "Relu", "MaxPool")]
+    assert kinds == ["Conv", "Relu", "MaxPool", "Conv", "Relu", "MaxPool", "Relu"]
+    rows = inputs_of(IMAGES, 9)
+    outputs = [onnxruntime.InferenceSession(one).run(None, rows)[0] for one in (plain, turned.SerializeToString())]
+    np.testing.assert_allclose(*outputs, atol=1e-6)
+    found = small(tmp_path, big, data, Quantize(mode="static"))
+    nodes = {name: node for node in onnx.load_from_string(found.read("model.onnx")).graph.node for name in node.output}
+    pools = [node for node in nodes.values() if node.op_type == "MaxPool"]
+    assert len(pools) == 2 and all(nodes[pool.input[0]].op_type == "DequantizeLinear" for pool in pools)
+    assert found.info["table"][1]["agreement"] > 0.9

@@ -362,4 +362,4 @@ def test_a_description_is_the_docstring_of_its_field() -> None:
 def test_a_part_from_a_program_is_refused_in_our_own_line(made: Callable[[], Part]) -> None:
     with pytest.raises(DloptError) as caught:
         made()
-    assert str(caught.value) == "Adam: lr: must be a number, not 'x'"
+    assert str(caught.value) == 'Adam: lr: must be a number or auto, not "x"'

@@ -51,7 +51,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("home")
 
 
-SLOW = ("mnist_full", "mnist_large_batch", "mnist_cnn", "lenet_300_100")
+SLOW = ("mnist_full", "mnist_large_batch", "mnist_cnn", "lenet_300_100", "lenet_5")
 """Jobs of all of MNIST, whose like among the others is mnist, and of convolutions."""
 
 

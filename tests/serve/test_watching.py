@@ -19,7 +19,8 @@ from dlopt.data.stats.describe import describe
 from dlopt.data.stats.summary import summarise
 from dlopt.serve import Serve
 from dlopt.serve.front.application import Application, application_for
-from dlopt.serve.models.lineup import Entry
+from dlopt.serve.models.board import Board
+from dlopt.serve.models.lineup import Entry, begun
 from dlopt.serve.watch.drift import FEWEST, Column, Drift, merged, psi
 from tests.conftest import program
 from tests.serve.test_client import listening
@@ -229,3 +230,47 @@ def _answers(client: httpx.Client, api: str) -> dict[str, list[Any]]:
         assert reply["status"] == "success", reply
         found[query] = [one for one in reply["data"]["result"] if one["value"][1] != "NaN"]
     return found
+
+
+class Far(Board):
+    """As the actor that hosts share, in this process."""
+
+    far = True
+
+
+def test_what_several_hosts_have_counted_adds_up_and_never_falls(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Application, "_begin_to_watch", lambda app: None)  # each follows when it is told to
+    entries = [Entry.of(make_export(home), "digits", Serve())]
+    board = Far(begun(entries))
+    apps = [application_for(entries, Serve(), board=board) for _ in range(3)]
+
+    def asked(app: Application, times: int) -> None:
+        for _ in range(times):
+            assert ask(app, "POST", "/v1/models/digits:predict", json={"instances": [BLACK] * 2}).status_code == 200
+
+    def sums(app: Application) -> dict[str, float]:
+        lines = [line.rpartition(" ") for line in ask(app, "GET", "/metrics").text.splitlines() if not line.startswith("#")]
+        wanted = ("dlopt_rows_total", "dlopt_request_seconds_count", "dlopt_model_info", "dlopt_in_flight")
+        return {name: sum(float(value) for line, _, value in lines if line.startswith(name)) for name in wanted}
+
+    for app, times in zip(apps, (1, 2, 3), strict=True):
+        asked(app, times)
+    asyncio.run(apps[1].models.follow())
+    assert sums(apps[0])["dlopt_rows_total"] == 2 * (1 + 2)  # the third has said nothing yet
+    asked(apps[1], 1)
+    seen = [sums(app)["dlopt_rows_total"] for app in (apps[1], apps[0], apps[2], apps[0])]
+    assert seen == [2 * (1 + 3), 2 * (1 + 3), 2 * (1 + 3 + 3), 2 * (1 + 3 + 3)]
+    for gauge in (app.counts.in_flight.labels("digits", "1") for app in apps):
+        gauge.set(4)
+    for app in apps:
+        asyncio.run(app.models.follow())
+    found = sums(apps[0])
+    assert (found["dlopt_request_seconds_count"], found["dlopt_model_info"], found["dlopt_in_flight"]) == (7, 1, 12)
+    monkeypatch.setattr("dlopt.serve.models.board.SILENT_SECONDS", 0.0)  # all are silent but who asks
+    late = board.told
+    monkeypatch.setattr(board, "heard", {apps[0].counts.host: float("inf")})
+    found = sums(apps[0])
+    assert found["dlopt_rows_total"] == 14 and found["dlopt_in_flight"] <= 4 and len(late) == 3
+    host, moment, families = apps[1].counts.told()
+    board.tell(host, moment - 100, [])  # what came late changes nothing
+    assert sums(apps[0])["dlopt_rows_total"] == 14 and families

@@ -14,7 +14,22 @@ from dlopt.part import DloptError
 if TYPE_CHECKING:
     from dlopt.export.trained import Trained
 
-CAPABILITIES = ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121")
+
+def as_float(content: bytes) -> bytes:
+    """An ONNX file whose inputs of bytes become float32 at once: TensorRT does nothing else with bytes."""
+    import onnx
+
+    model = onnx.load_from_string(content)
+    casts = []
+    for value in model.graph.input:
+        if value.type.tensor_type.elem_type == onnx.TensorProto.UINT8:
+            casts.append(onnx.helper.make_node("Cast", [value.name], [f"{value.name} float"], to=onnx.TensorProto.FLOAT))
+            for node in model.graph.node:
+                node.input[:] = [f"{value.name} float" if name == value.name else name for name in node.input]
+    nodes = list(model.graph.node)
+    del model.graph.node[:], model.graph.value_info[:]
+    model.graph.node.extend([*casts, *nodes])
+    return bytes(model.SerializeToString())
 
 
 class TensorRt(ExportFormat):
@@ -40,7 +55,7 @@ class TensorRt(ExportFormat):
     def write(self, trained: Trained, out: Path) -> dict[str, Any]:
         from dlopt.export.graph import written
 
-        content = written(trained, strings=False)
+        content = as_float(written(trained, strings=False))
         write_atomically(out / "model.onnx", content)
         write_atomically(out / self.file, self._engine(content, trained))
         return {"not_run": "an engine needs a GPU; its ONNX file was compared", "capabilities": list(self.capabilities)}

@@ -14,6 +14,7 @@ from typing import Any
 
 from dlopt.artifact import write_atomically
 from dlopt.serve.models.lineup import State
+from dlopt.serve.watch.metrics import SILENT_SECONDS, Family, Told
 
 Line = dict[str, Any]
 """Of the log: when, who, what, and what it was about."""
@@ -26,8 +27,11 @@ class Board:
     far = False
     """Whether asking it takes so long that nobody should wait for it on the event loop."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, told: Told | None = None) -> None:
+        """told: what hosts have counted, as far as is known."""
         self.state = state
+        self.told: Told = told or {}
+        self.heard: dict[str, float] = {}
         self.log: list[Line] = [_line("dlopt", "start", {"models": list(state.models)})]
 
     def read(self, seen: int) -> State | None:
@@ -48,6 +52,16 @@ class Board:
     def lines(self) -> list[Line]:
         """The last ones of the log."""
         return self.log[-MOST_LINES:]
+
+    def tell(self, host: str, moment: float, found: list[Family]) -> Told:
+        """Note what a host has counted, unless it is older than what is known; and what all hosts have."""
+        now = time.monotonic()
+        if host not in self.told or self.told[host][0] <= moment:
+            self.told[host] = moment, True, found
+            self.heard[host] = now
+        lately = {name for name, when in self.heard.items() if now - when < SILENT_SECONDS}
+        self.told = {name: (when, name in lately, counted) for name, (when, _, counted) in self.told.items()}
+        return self.told
 
 
 class FileBoard(Board):

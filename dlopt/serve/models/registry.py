@@ -18,7 +18,7 @@ from dlopt.serve.models.board import Board
 from dlopt.serve.models.lineup import Canary, Lineup, State, Version, taken_back
 from dlopt.serve.models.model import Model
 from dlopt.serve.models.trial import Trial, agree
-from dlopt.serve.watch.metrics import Registry
+from dlopt.serve.watch.metrics import Registry, summed
 
 GOLDEN = 0.6180339887498949
 """Steps of this size, around a circle, are spread as evenly as can be: a canary gets its share of any stretch of requests."""
@@ -58,6 +58,8 @@ class Models:
                     self._take(state, found)
             for model in self:
                 model.tell_drift()
+            if self.board.far:
+                await self.ask_board(self.board.tell, *self.counts.told())
             for name, trial in list(self._trials.items()):
                 canary = self.state.models[name].canary
                 if canary is not None and (why := trial.verdict()):
@@ -80,6 +82,12 @@ class Models:
         state = await self.ask_board(partial(self.board.change, how, who, what, **about))
         self._take(state, found if state.models == tried.models else await asyncio.to_thread(self._loaded, state))
         return state
+
+    async def exposition(self) -> bytes:
+        """The text that Prometheus reads: what all replicas have counted, of all machines."""
+        if not self.board.far:
+            return self.counts.exposition()
+        return summed(await self.ask_board(self.board.tell, *self.counts.told()))
 
     async def ask_board(self, function: Callable[..., Any], *words: Any) -> Any:
         """One of the board's methods, in a thread where that takes long."""

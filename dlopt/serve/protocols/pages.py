@@ -37,7 +37,7 @@ async def _ready(call: Call) -> Reply:
 
 
 async def _metrics(call: Call) -> Reply:
-    return Reply(200, call.counts.exposition(), metrics.CONTENT_TYPE)
+    return Reply(200, await call.models.exposition(), metrics.CONTENT_TYPE)
 
 
 async def _page(call: Call) -> Reply:

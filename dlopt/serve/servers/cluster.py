@@ -91,7 +91,7 @@ for word; do [ "$previous" = -f ] && config=$word; previous=$word; done
 [ -f "$config" ] && sed -i -E \
   -e '/^ *(option abortonclose|errorfile 50.*)$/d' -e '/^defaults/r {errors}' \
   -e 's/bind +\*?:({stats}|{metrics})$/bind 127.0.0.1:\1/' \
-  -e '/^frontend http_frontend/,/bind/ s/^( *)bind .*$/\1bind {bind}\n\1timeout http-request {patience}ms\n\1{unwatched}/' "$config"
+  -e '/^frontend http_frontend/,/bind/ s|^( *)bind .*$|\1bind {bind}\n\1timeout http-request {patience}ms\n\1{unwatched}|' "$config"
 exec '{binary}' "$@"
 """
 
@@ -123,7 +123,9 @@ def _serve_here(entries: Entries, section: Serve, listening: Listening, folder: 
     say(f"starting {name} ...")
     with nothing_left(), ExitStack() as silence, ExitStack() as ray_here:
         with children_deaf_to_ctrl_c():
-            ray_here.enter_context(session.connected(None, cpus=cpus, object_store_memory=OBJECT_STORE_BYTES, log_to_driver=False))
+            ray_here.enter_context(
+                session.connected(None, cpus=cpus, idle=False, object_store_memory=OBJECT_STORE_BYTES, log_to_driver=False)
+            )
         stops.listen()  # ray.init takes SIGTERM for itself
         stops.pause(0)
         from ray import serve as ray_serve

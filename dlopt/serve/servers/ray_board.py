@@ -10,6 +10,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from dlopt.serve.models.board import Board, Line
 from dlopt.serve.models.lineup import State
+from dlopt.serve.watch.metrics import Family, Told
 
 NAMESPACE = "dlopt"
 
@@ -23,6 +24,7 @@ class RayBoard(Board):
     def __init__(self, name: str, state: State) -> None:
         """name: of the application, of which a cluster has one."""
         self.name, self.last = f"board of {name}", state
+        self.told: Told = {}
 
     def read(self, seen: int) -> State | None:
         """The state, unless it is the one of this revision."""
@@ -44,6 +46,11 @@ class RayBoard(Board):
         """The last ones of the log."""
         return list(self._asked("lines"))
 
+    def tell(self, host: str, moment: float, found: list[Family]) -> Told:
+        """Note what a host has counted, and what all hosts have."""
+        self.told = self._asked("tell", host, moment, found)
+        return self.told
+
     def close(self) -> None:
         """End the actor."""
         ray.kill(self._actor())
@@ -61,4 +68,4 @@ class RayBoard(Board):
 
     def _actor(self) -> Any:
         options = {"name": self.name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True, "num_cpus": 0}
-        return ray.remote(Board).options(**options).remote(self.last)
+        return ray.remote(Board).options(**options).remote(self.last, self.told)

@@ -1,9 +1,10 @@
-"""Prometheus metrics of served models, exact over all replicas of one host.
+"""Prometheus metrics of served models, exact over all replicas.
 
 Each replica counts in memory-mapped files of one directory (prometheus_client's multiprocess mode, chosen by
 PROMETHEUS_MULTIPROC_DIR when the library is imported), and whichever replica is asked adds up all of them. Counts of replicas
-that were scaled away stay; their gauges go. Replicas on other hosts have a directory of their own: there each host must be
-asked. Without the variable, as in the embedded server, the counts are this process's.
+that were scaled away stay; their gauges go. Replicas on other hosts have a directory of their own: each host tells the board what it has
+counted, twice a second and whenever it is asked, and the sum is what the board knows of all of them; so whoever is asked next never says
+less. Without the variable, as in the embedded server, the counts are this process's.
 
 | name | what |
 |---|---|
@@ -28,11 +29,13 @@ shadow said (agreed, disagreed, dropped) |
 
 from __future__ import annotations
 
+import operator
 import os
+import secrets
 import struct
 import time
 from collections import Counter as Counts
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, lru_cache
 from itertools import chain
@@ -49,6 +52,7 @@ from prometheus_client import (
     generate_latest,
     values,
 )
+from prometheus_client.metrics_core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from dlopt.part import Target
@@ -60,6 +64,14 @@ RUN_SECONDS = (0.00005, 0.0001, 0.00025, *SECONDS)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 ONE, PROTOCOL = ("model", "version"), ("model", "version", "protocol")
 MOST_SERIES = 1000
+SILENT_SECONDS = 10.0
+"""A host that has told nothing for so long is taken for lost: its counts stay, and its gauges go."""
+LARGEST = frozenset(("dlopt_canary_share", "dlopt_drift", "dlopt_model_info"))
+"""Gauges of which the largest counts, and not the sum."""
+Family = tuple[str, str, str, list[tuple[str, tuple[tuple[str, str], ...], float]]]
+"""Of a metric its name, its text, its type, and the name, labels and value of each of its samples."""
+Told = dict[str, tuple[float, bool, list[Family]]]
+"""By host: when, by its own clock; whether it was heard lately; and what it has counted."""
 READS = 3
 """How often a replica's files are read anew that begin or end meanwhile."""
 
@@ -91,6 +103,7 @@ class Registry:
         )
         self.drift_rows = self._gauge("dlopt_drift_rows", "Rows that the drift is of", ONE, "livesum")
         self.info = self._gauge("dlopt_model_info", "1 for a model that is served", (*ONE, "digest"), "livemax")
+        self.host = _host(Path(directory)) if directory else secrets.token_hex(8)
         self.request = lru_cache(MOST_SERIES)(self._request)  # labels() costs more than inc()
 
     def _request(self, model: str, version: str, protocol: str, code: int) -> tuple[Counter, Histogram]:
@@ -99,14 +112,14 @@ class Registry:
     def exposition(self) -> bytes:
         """The text that Prometheus reads."""
         directory = os.environ.get(DIRECTORY)
-        if not directory:
-            return generate_latest(self.registry)
-        _forget_the_dead(Path(directory))
-        for _ in range(READS - 1):
-            with suppress(FileNotFoundError, struct.error, ValueError):  # a replica has just begun its files, or ended
-                return _added_up(directory)
-            time.sleep(0.001)
-        return _added_up(directory)
+        return generate_latest(_collected(directory) if directory else self.registry)
+
+    def told(self) -> tuple[str, float, list[Family]]:
+        """What this host has counted, for the board: its name, when, and the metrics."""
+        moment, directory = time.monotonic(), os.environ.get(DIRECTORY)
+        found = (_collected(directory) if directory else self.registry).collect()
+        samples = ((one, [(some.name, tuple(some.labels.items()), some.value) for some in one.samples]) for one in found)
+        return self.host, moment, [(one.name, one.documentation, one.type, some) for one, some in samples]
 
     def _counter(self, name: str, text: str, labels: Sequence[str]) -> Counter:
         return Counter(name, text, labels, registry=self.registry)
@@ -164,19 +177,62 @@ class Metrics:
         self.info.set(0)
 
 
-def _added_up(directory: str) -> bytes:
-    registry = CollectorRegistry()
-    MultiProcessCollector(registry, directory)
-    return generate_latest(registry)
+def summed(told: Told) -> bytes:
+    """The text that Prometheus reads of what all hosts have counted."""
+    families = dict[str, Metric]()
+    values = dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]]()
+    for _, heard, found in told.values():
+        for name, text, kind, samples in found:
+            families.setdefault(name, Metric(name, text, kind))
+            there = values.setdefault(name, {})
+            for sample, labels, value in samples if heard or kind != "gauge" else ():
+                before = there.get((sample, labels))
+                add = max if name in LARGEST else operator.add
+                there[sample, labels] = value if before is None else add(before, value)
+    for name, there in values.items():
+        for (sample, labels), value in there.items():
+            families[name].add_sample(sample, dict(labels), value)
+    return generate_latest(Collected(families.values()))
+
+
+class Collected(CollectorRegistry):
+    """Metrics as they were."""
+
+    def __init__(self, found: Iterable[Metric]) -> None:
+        super().__init__()
+        self.found = list(found)
+
+    def collect(self) -> Iterator[Metric]:
+        """All of them."""
+        return iter(self.found)
+
+
+def _collected(directory: str) -> Collected:
+    """What all replicas of this host have counted."""
+    _forget_the_dead(Path(directory))
+    for _ in range(READS - 1):
+        with suppress(FileNotFoundError, struct.error, ValueError):  # a replica has just begun its files, or ended
+            return Collected(MultiProcessCollector(None, directory).collect())
+        time.sleep(0.001)
+    return Collected(MultiProcessCollector(None, directory).collect())
+
+
+def _host(directory: Path) -> str:
+    """What this host is called among the others: all of its replicas see the same."""
+    path = directory / "host"
+    with suppress(FileExistsError), path.open("x") as file:
+        file.write(secrets.token_hex(8))
+    while not (found := path.read_text()):  # another replica has just made it
+        time.sleep(0.001)
+    return found
 
 
 def in_flight(directory: Path) -> float:
     """Requests in work in all replicas that count in a directory."""
     _forget_the_dead(directory)
-    registry = CollectorRegistry()
     with suppress(FileNotFoundError, struct.error, ValueError):
-        MultiProcessCollector(registry, str(directory))
-        return sum(sample.value for family in registry.collect() for sample in family.samples if sample.name == "dlopt_in_flight")
+        samples = chain.from_iterable(one.samples for one in Collected(MultiProcessCollector(None, str(directory)).collect()).found)
+        return sum(sample.value for sample in samples if sample.name == "dlopt_in_flight")
     return 0.0
 
 
