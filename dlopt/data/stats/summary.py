@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -124,7 +123,7 @@ def prepared_columns(
 
 def _sampled(columns: Columns, kinds: Mapping[str, str], found: Mapping[str, Column], rows: int) -> RowSample:
     """Random rows of a piece. The randomness comes from what the piece holds, so that pieces of one table have different keys."""
-    (seed,) = string_words([repr([(c.mean, c.squares, zlib.crc32(c.sketch), c.missing, c.rows) for c in found.values()])])
+    (seed,) = string_words([repr([(c.mean, c.squares, pack(c.sketch), c.missing, c.rows) for c in found.values()])])
     keys = bits(np.arange(rows), 19, int(seed))
     size = min(rows, _sample_rows(len(kinds)))
     chosen = np.argpartition(keys, size - 1)[:size]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dlopt.artifact import write_atomically
+from dlopt.part import DloptError
 from dlopt.serve.models.lineup import State
 from dlopt.serve.watch.metrics import SILENT_SECONDS, Family, Told
 
@@ -116,7 +117,7 @@ class FileBoard(Board):
     def _stored(self) -> State | None:
         try:
             return State.model_validate_json(self.path.read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, DloptError):
             return None
 
     def _store(self, state: State) -> None:

@@ -405,7 +405,7 @@ def test_thousands_that_the_job_does_not_name_are_said(tmp_path: Path) -> None:
     with pytest.raises(DloptError, match=r"x\.csv: column 'a' parts thousands by '\.': set thousands to it"):
         Csv(path=f"{tmp_path}/x.csv", delimiter=";", decimal=",").peek(1)
     for wrong in ({"decimal": ",", "thousands": ","}, {"escape": '"'}, {"comment": "ä"}):
-        with pytest.raises(ValueError):
+        with pytest.raises(DloptError):
             Csv.model_validate({"path": "x"} | wrong)
 
 

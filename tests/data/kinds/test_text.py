@@ -222,9 +222,9 @@ def test_the_column_may_be_one_or_several() -> None:
         ({"columns": ["a", "a"]}, "column 'a' is named twice"),
         ({"column": "a", "tokenizer": "bpe", "vocab_size": 257}, "at least 258"),
         ({"column": "a", "vocab_size": 2}, "greater than or equal to 3"),
-        ({"column": "a", "tokenizer": "sentence"}, "'word', 'bpe' or 'char'"),
+        ({"column": "a", "tokenizer": "sentence"}, "must be word, bpe or char, not"),
         ({"column": "a", "max_length": 0}, "greater than or equal to 1"),
-        ({"column": 3}, "string"),
+        ({"column": 3}, "must be a text, not 3"),
     ],
 )
 def test_a_text_input_of_nonsense_is_refused(given: dict[str, Any], why: str) -> None:

@@ -350,7 +350,7 @@ def test_a_job_that_cannot_be_shared_out_is_one_line() -> None:
     job = {"name": "a", "data": {"source": {"kind": "csv", "path": "x.csv"}, "inputs": [{"kind": "number", "columns": ["a"]}]}}
     job["data"]["target"] = {"kind": "category", "column": "b"}  # type: ignore[index]
     job |= {"model": {"kind": "mlp"}, "train": {"optimizer": {"kind": "lbfgs"}}, "resources": {"workers": 2, "parallelism": "zero"}}
-    with pytest.raises(ValueError, match=r"resources\.parallelism: zero cannot shard the state of optimizer lbfgs: use ddp"):
+    with pytest.raises(DloptError, match=r"resources\.parallelism: zero cannot shard the state of optimizer lbfgs: use ddp"):
         Job.model_validate(job)
     Job.model_validate(job | {"resources": {"workers": 0, "parallelism": "zero"}})  # one worker holds it all
 
