@@ -37,12 +37,10 @@ def test_it({fixture}):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "ray"),
-    [
-        (signal.SIGTERM, False),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(signal.SIGTERM, True), (signal.SIGKILL, True)]),
-    ],
+    [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGKILL, True)],
 )
 def test_an_ended_run_leaves_nothing_running(number: signal.Signals, ray: bool, tmp_path: Path) -> None:
     """Neither its Ray, nor forked processes, nor what has left its session."""

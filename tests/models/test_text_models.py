@@ -169,9 +169,10 @@ def test_a_transformer_knows_the_order_of_words(model: Model) -> None:
     assert (first - second).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
-    [TextTransformer(width=16, depth=1), pytest.param(TextTransformer(width=16, depth=1, pooling="first"), marks=pytest.mark.slow)],
+    [TextTransformer(width=16, depth=1), TextTransformer(width=16, depth=1, pooling="first")],
 )
 def test_a_transformer_learns_what_a_bag_of_words_cannot_know(model: Model) -> None:
     """Which of two words comes first, among others, in texts of many lengths."""

@@ -321,6 +321,7 @@ resources: {{workers: 0}}
 """
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_run_in_a_store_is_all_cache_on_another_machine(
     one: Machine, other: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -142,12 +142,14 @@ def test_images_in_folders_and_in_tables_are_read_by_workers(tmp_path: Path) -> 
     assert Counter(found["label"].to_pylist()) == {"class0": 67, "class1": 67, "class2": 66}
 
 
+@pytest.mark.slow
 def test_the_flights_reach_the_workers_as_they_are(flights: Any) -> None:  # noqa: F811
     found = rows_of(Sample(name="nycflights13/flights"), ["rownames", "arr_delay", "carrier"])
     assert len(found) == 336_776 and found["arr_delay"].null_count == 9430
     assert found["carrier"].to_pylist() == flights["carrier"].tolist()
 
 
+@pytest.mark.slow
 def test_a_hugging_face_data_set_is_loaded_by_the_workers(saved: Path) -> None:  # noqa: F811
     found = rows_of(HuggingFace(name=str(saved)), ["n", "label", "image"])
     assert found["n"].to_pylist() == list(range(50)) and found["label"].to_pylist() == [None, *["cat", "dog"] * 24, "cat"][::-1]

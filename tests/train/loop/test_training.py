@@ -471,6 +471,7 @@ def slowly(rank: int, world: int, folder: Path, data: Path, fit: Fit) -> None:
     Worker(given, rank, world, CPU, SlowDisk(out / CHECKPOINTS)).run()
 
 
+@pytest.mark.slow
 def test_a_store_that_is_slower_than_a_hang_makes_checkpoints_rarer_and_nothing_else(tmp_path: Path) -> None:
     fit, out, data = section(epochs=3), tmp_path / "out", prepared(tmp_path)
     out.mkdir()

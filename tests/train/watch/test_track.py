@@ -338,6 +338,7 @@ def history(client: Any, run: Any, name: str) -> list[tuple[int, float]]:
     return sorted((point.step, point.value) for point in client.get_metric_history(run.info.run_id, name))
 
 
+@pytest.mark.slow
 def test_mlflow_has_the_settings_and_the_numbers_of_a_run(out: Path, store: str) -> None:
     files = Files(out)
     with followed(out, MLflow(uri=store, experiment="digits")) as (look, _, said):
