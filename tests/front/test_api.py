@@ -154,7 +154,8 @@ def test_what_else_is_passed_wrongly(run: dlopt.Run, tmp_path: Path) -> None:
         (lambda: run.export(tmp_path / "no" / "model.onnx"), f"export: there is no folder {tmp_path / 'no'}"),
         (
             lambda: run.export(tmp_path, "coreml"),
-            "export: no kind 'coreml'; there are onnx, torch_export, torchscript, safetensors, pickle, joblib, triton, torchserve, openvino, tensorrt",
+            "export: no kind 'coreml'; there are onnx, torch_export, torchscript, safetensors, pickle, joblib, triton, torchserve, "
+            "openvino, tensorrt",
         ),
         (lambda: run.serve(port=99999), "serve: port: 99999 is no port: give a number from 1 to 65535, or 0 for a free one"),
         (lambda: dlopt.load(3), "load: run: must be a run's folder or a job's name, not int"),
