@@ -456,8 +456,8 @@ def test_no_worker_of_four_ever_holds_a_large_network_whole(
     share = 180 / 4
     assert max(one["held"] for one in found) < 1.3 * share
     stepped, validated = (max(one[when] for one in found) for when in ("stepped", "validated"))
-    assert stepped < 2.3 * share + 5 * 15  # gradients too, and two to four blocks of 15 that fully_shard has not let go of yet
-    assert validated < 2.3 * share + 6 * 15  # a whole network would be 180 more than its share
+    assert stepped < 2.3 * share + 7 * 15  # gradients too, and two to five blocks of 15 that fully_shard has not let go of; whole: 360
+    assert validated < 2.3 * share + 7 * 15  # a whole network would be 180 more than its share
 
 
 def _resumed(rank: int, world: int, folder: Path, data: Path) -> None:
